@@ -1,0 +1,1 @@
+"""Run settings: YAML values and the dataclasses that check them."""

@@ -1,0 +1,1 @@
+"""Wan2.2 few-step video diffusion: the models and their maths."""
