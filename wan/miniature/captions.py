@@ -1,0 +1,185 @@
+"""Sentences about scenes: a small grammar with synonyms, and attributes that may go unsaid.
+
+    sentence   = clause [", " motion] [" " background]  |  background ", " clause ...
+    clause     = noun phrase [" " motion] [" and " noun phrase [" " motion]]
+    noun phrase = (a|one|the) [size] [colour] noun
+
+A caption carries what it states beside its text, so that a model is scored only on what was asked.
+"""
+
+import random
+from dataclasses import dataclass
+
+from wan.miniature.world import ATTRIBUTES, OBJECT_ATTRIBUTES, UNSPECIFIED, Scene, SceneObject
+
+# The first word of each list is the plain one and is said more often than the others together.
+NOUNS = {
+    "circle": ("circle", "disc"),
+    "square": ("square", "box"),
+    "triangle": ("triangle",),
+    "star": ("star",),
+    None: ("object", "shape"),
+}
+COLOUR_WORDS = {
+    "red": ("red",),
+    "green": ("green",),
+    "blue": ("blue",),
+    "yellow": ("yellow",),
+    "magenta": ("magenta", "purple", "pink"),
+    "cyan": ("cyan", "turquoise"),
+}
+SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
+BACKGROUND_WORDS = {
+    "black": ("black",),
+    "white": ("white",),
+    "gray": ("gray", "grey"),
+    "brown": ("brown",),
+}
+VERBS = ("moving", "drifting", "sliding", "going", "travelling", "traveling")
+# Directions follow a verb, the other motions stand alone.
+DIRECTIONS = {
+    "left": ("left", "to the left", "leftwards", "leftward"),
+    "right": ("right", "to the right", "rightwards", "rightward"),
+    "up": ("up", "upwards", "upward"),
+    "down": ("down", "downwards", "downward"),
+}
+STANDALONE_MOTIONS = {
+    "still": ("staying still", "standing still", "not moving", "staying in place"),
+    "circling": ("moving in a circle", "circling", "going around in a circle", "moving in circles"),
+}
+ARTICLES = ("a", "one", "the")
+PREPOSITIONS = ("on", "over", "against", "in front of")
+OPENINGS = ("a video of ", "a clip of ", "there is ")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a caption says of one object; None where it says nothing."""
+
+    shape: str | None = None
+    colour: str | None = None
+    size: str | None = None
+    motion: str | None = None
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A sentence and what it states. `objects` are in the order in which they are mentioned."""
+
+    text: str
+    objects: tuple[Stated, ...]
+    background: str | None
+
+    def labels(self) -> dict[str, int]:
+        """Class indices for training a text encoder: see `label_classes`."""
+        labels = {
+            "count": len(self.objects) - 1,
+            "background": _index("background", self.background),
+        }
+        for slot in range(2):
+            stated = self.objects[slot] if slot < len(self.objects) else Stated()
+            for name in OBJECT_ATTRIBUTES:
+                labels[f"{name}_{slot + 1}"] = _index(name, getattr(stated, name))
+        return labels
+
+
+def label_classes() -> dict[str, tuple[str, ...]]:
+    """The classes of every label: count, background, and each attribute of the first and second
+    object mentioned; the last class of an attribute is "unspecified"."""
+    classes = {"count": ("1", "2"), "background": ATTRIBUTES["background"] + (UNSPECIFIED,)}
+    for slot in (1, 2):
+        for name in OBJECT_ATTRIBUTES:
+            classes[f"{name}_{slot}"] = ATTRIBUTES[name] + (UNSPECIFIED,)
+    return classes
+
+
+def _index(name: str, value: str | None) -> int:
+    return len(ATTRIBUTES[name]) if value is None else ATTRIBUTES[name].index(value)
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every lower-case word that captions use, sorted."""
+    tables = (NOUNS, COLOUR_WORDS, SIZE_WORDS, BACKGROUND_WORDS, DIRECTIONS, STANDALONE_MOTIONS)
+    phrases = [phrase for table in tables for group in table.values() for phrase in group]
+    phrases += [*VERBS, *ARTICLES, *PREPOSITIONS, *OPENINGS, "an", "and", "is", "background"]
+    return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
+
+
+def caption(scene: Scene, rng: random.Random, omit: float = 0.15) -> Caption:
+    """Describe a scene.
+
+    Args:
+        omit: probability that a size, a motion or the background goes unsaid; a colour or a shape
+            goes unsaid a third as often. The number of objects is always said.
+    """
+    pairs = [_state(item, rng, omit) for item in scene.objects]
+    # "a circle and a square moving up" could mean both: a motion left unsaid is left to the end.
+    stated = tuple(sorted(pairs, key=lambda one: one.motion is None))
+    background = None if rng.random() < omit else scene.background
+    text = _sentence(stated, background, rng)
+    if rng.random() < 0.15:
+        text = text[0].upper() + text[1:]
+    if rng.random() < 0.15:
+        text += "."
+    return Caption(text, stated, background)
+
+
+def _state(item: SceneObject, rng: random.Random, omit: float) -> Stated:
+    chance = {"shape": omit / 3, "colour": omit / 3, "size": omit, "motion": omit}
+    said = {
+        name: None if rng.random() < chance[name] else getattr(item, name)
+        for name in OBJECT_ATTRIBUTES
+    }
+    return Stated(**said)
+
+
+def _say(words: tuple[str, ...], rng: random.Random) -> str:
+    return words[0] if rng.random() < 0.6 else rng.choice(words)
+
+
+def _sentence(stated: tuple[Stated, ...], background: str | None, rng: random.Random) -> str:
+    scenery = "" if background is None else _scenery(background, rng)
+    form = rng.random()
+    if scenery and form < 0.15:
+        return f"{scenery}, {_clauses(stated, rng)}"
+    if scenery and form < 0.25 and len(stated) == 1 and stated[0].motion:
+        return f"{_noun_phrase(stated[0], rng)} {scenery}, {_motion(stated[0].motion, rng)}"
+    opening = rng.choice(OPENINGS) if form > 0.85 else ""
+    ending = f" {scenery}" if scenery else ""
+    return opening + _clauses(stated, rng, verb_is=not opening) + ending
+
+
+def _scenery(background: str, rng: random.Random) -> str:
+    colour = _say(BACKGROUND_WORDS[background], rng)
+    return f"{_say(PREPOSITIONS, rng)} a {colour} background"
+
+
+def _clauses(stated: tuple[Stated, ...], rng: random.Random, verb_is: bool = True) -> str:
+    # "is" makes a full sentence of every object that moves, or of none
+    link = "is " if verb_is and rng.random() < 0.15 else ""
+    clauses = []
+    for one in stated:
+        clause = _noun_phrase(one, rng)
+        if one.motion:
+            clause += f" {link}{_motion(one.motion, rng)}"
+        clauses.append(clause)
+    return " and ".join(clauses)
+
+
+def _noun_phrase(stated: Stated, rng: random.Random) -> str:
+    words = []
+    if stated.size:
+        words.append(_say(SIZE_WORDS[stated.size], rng))
+    if stated.colour:
+        words.append(_say(COLOUR_WORDS[stated.colour], rng))
+    words.append(_say(NOUNS[stated.shape], rng))
+    article = _say(ARTICLES, rng)
+    if article == "a" and words[0][0] in "aeiou":
+        article = "an"
+    return " ".join([article, *words])
+
+
+def _motion(motion: str, rng: random.Random) -> str:
+    if motion in STANDALONE_MOTIONS:
+        return _say(STANDALONE_MOTIONS[motion], rng)
+    return f"{_say(VERBS, rng)} {_say(DIRECTIONS[motion], rng)}"
