@@ -1,0 +1,200 @@
+"""Tokenizer: both file formats, transformers' own reading of them, and prompt cleaning."""
+
+import io
+import json
+import random
+import shutil
+
+import pytest
+import sentencepiece
+import transformers
+
+from wan.errors import WanError
+from wan.tokenizer import (
+    Tokenizer,
+    clean_prompt,
+    tokenizer_json_from_spiece,
+    write_tokenizer_folder,
+)
+
+NUM_SENTINELS = 5
+TEXTS = [
+    "a small red circle moving right on a gray background",
+    "A Red  Square,   and: a BLUE star!",
+    "  leading and trailing   ",
+    "",
+    " ",
+    "tab\tand\nnewline",
+    "full width ＡＢＣ１２３，。",
+    "ligature ﬁne, ½, №, ™, naïve café, e\u0301",
+    "一个红色的圆 движение 🙂🙂 ok",
+    "unknown ☃ between",
+    "quotes “curly” ‘single’ — dash… {braces} [x] $HOME a=b",
+    "literal </s> and <extra_id_0>, <pad><unk> x<extra_id_4>y <extra_id_9>",
+    "▁already spaced▁",
+    "x" * 300,
+]
+
+
+def train_spiece(**options) -> bytes:
+    rng = random.Random(0)
+    words = ["a", "one", "the", "red", "green", "blue", "small", "large", "circle", "square"]
+    words += ["moving", "left", "right", "up", "and", "on"]
+    sentences = [" ".join(rng.choices(words, k=9)) for _ in range(400)]
+    sentences += ["The quick brown fox, jumps: over (13) lazy dogs! café"] * 3
+    out = io.BytesIO()
+    settings = {
+        "model_type": "unigram",
+        "vocab_size": 90,
+        "pad_id": 0,
+        "eos_id": 1,
+        "bos_id": 2,
+        "unk_id": 3,
+        "normalization_rule_name": "nmt_nfkc",
+        "minloglevel": 2,
+        "hard_vocab_limit": False,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=out, **(settings | options)
+    )
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer_folder(train_spiece(), path, NUM_SENTINELS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def spiece_only(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("spiece")
+    for name in ("spiece.model", "tokenizer_config.json"):
+        shutil.copy(folder / name, path)
+    return path
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_both_files_and_transformers_give_the_same_ids(folder, spiece_only, text):
+    from_json = Tokenizer.from_folder(folder)(text)
+    assert from_json == Tokenizer.from_folder(spiece_only)(text)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    assert from_json.ids == reference(text).input_ids
+
+
+def test_transformers_pads_and_cuts_the_folder_as_the_pipelines_ask(folder):
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["a red circle", "", "one blue square and the red circle moving left"]
+    batch = reference(
+        texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt"
+    )
+    assert set(batch) == {"input_ids", "attention_mask"}
+    tokenizer = Tokenizer.from_folder(folder)
+    for text, ids, mask in zip(texts, batch.input_ids, batch.attention_mask, strict=True):
+        expected = tokenizer(text, 12).ids
+        assert ids.tolist() == expected + [0] * (12 - len(expected))
+        assert mask.sum() == len(expected)
+
+
+def test_both_files_give_the_same_ids_for_noise(folder, spiece_only):
+    rng = random.Random(1)
+    alphabet = "ab reds  cirl,.é★中 \t<>/s_▁"
+    one, other = Tokenizer.from_folder(folder), Tokenizer.from_folder(spiece_only)
+    for _ in range(500):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(40)))
+        assert one(text) == other(text), text
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc_cf", "identity"])
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_other_models_convert_too(tmp_path, rule, byte_fallback):
+    options = {"normalization_rule_name": rule, "byte_fallback": byte_fallback, "vocab_size": 340}
+    write_tokenizer_folder(train_spiece(**options), tmp_path / "a", 0)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "tokenizer.json").unlink()
+    one, other = Tokenizer.from_folder(tmp_path / "a"), Tokenizer.from_folder(tmp_path / "b")
+    for text in ["A Red circle", "ÉTÉ ☃ moving", "12 (13)!"]:
+        assert one(text) == other(text)
+    assert (3 in one("snow ☃").ids) is not byte_fallback
+
+
+def test_layout_of_the_ids(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer("").ids == [1]
+    assert tokenizer("☃").ids[-2:] == [3, 1]
+    last = tokenizer.vocab_size - 1
+    assert tokenizer("<extra_id_0>").ids == [last, 1]
+    assert tokenizer("<extra_id_4>").ids == [last - 4, 1]
+
+
+def test_truncation_keeps_the_end_token_and_is_reported(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    whole = tokenizer("a red circle and a blue square", 512)
+    n = whole.num_tokens_before_truncation
+    assert (len(whole.ids), whole.truncated) == (n, False)
+    assert tokenizer("a red circle and a blue square", n) == whole
+    cut = tokenizer("a red circle and a blue square", n - 1)
+    assert cut.ids == [*whole.ids[: n - 2], 1]
+    assert (cut.num_tokens_before_truncation, cut.truncated) == (n, True)
+    with pytest.raises(WanError, match="max_length=0"):
+        tokenizer("a", 0)
+
+
+def test_specials_elsewhere_are_refused_in_both_formats(folder, tmp_path):
+    (tmp_path / "spiece.model").write_bytes(train_spiece(unk_id=2, bos_id=3))
+    shutil.copy(folder / "tokenizer_config.json", tmp_path)
+    with pytest.raises(WanError, match="T5's own tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(WanError, match="T5's own tokenizer"):
+        tokenizer_json_from_spiece(tmp_path / "spiece.model", 0)
+
+
+def test_damaged_files_are_refused(folder, tmp_path):
+    with pytest.raises(WanError, match=r"no tokenizer\.json and no spiece\.model"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:900])
+    with pytest.raises(WanError, match="not JSON"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}}))
+    with pytest.raises(WanError, match="'BPE'"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes()[:1000])
+    with pytest.raises(WanError, match="tokenizer_config"):
+        Tokenizer.from_folder(tmp_path)
+    shutil.copy(folder / "tokenizer_config.json", tmp_path)
+    with pytest.raises(WanError, match="not a SentencePiece model"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(WanError, match="not a SentencePiece model"):
+        tokenizer_json_from_spiece(tmp_path / "spiece.model", 0)
+
+
+def test_bpe_models_are_refused(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(train_spiece(model_type="bpe"))
+    with pytest.raises(WanError, match="model type 2"):
+        tokenizer_json_from_spiece(tmp_path / "spiece.model", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  a \n\t b  ", "a b"),
+        ("a &amp;amp; b &lt;c&gt;", "a & b <c>"),
+        ("“curly” ‘quotes’", "\"curly\" 'quotes'"),
+        ("Ｆｕｌｌ，ｗｉｄｔｈ", "Full,width"),
+        ("schÃ¶n", "schön"),
+        ("ﬁne", "fine"),
+        ("e\u0301te\u0301", "été"),
+        ("a\r\nb", "a b"),
+        ("", ""),
+    ],
+)
+def test_clean_prompt(text, cleaned):
+    assert clean_prompt(text) == cleaned
+
+
+def test_clean_prompt_equals_the_pipelines():
+    wan = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan")
+    for text in [*TEXTS, "“a” &amp;amp; b", "Ｆｕｌｌ"]:
+        assert clean_prompt(text) == wan.prompt_clean(text)
