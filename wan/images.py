@@ -1,0 +1,228 @@
+"""An image for image-to-video: read it, bring it to a size, choose a size for it.
+
+H height, W width. An image is (3, H, W) float32 in [-1, 1]; it comes from 8-bit RGB, so every value
+is one of 256. Resizing goes through 8 bits as well, as the reference pipelines do: that keeps the
+first frame comparable with theirs to the bit.
+"""
+
+import math
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from wan.errors import WanError
+
+# Twice the largest common camera sensors; an image of this size takes about 200 MB as 8-bit RGB.
+MAX_PIXELS = 2**26
+# Named one by one, so that no exotic decoder (PostScript, FITS, ...) ever sees a downloaded file.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FIT_MODES = ("resize", "crop")
+# What Pillow's decoders raise on damaged files; it has no common base class of its own for them.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+
+def load_image(path: str | Path, background: tuple[int, int, int] | None = None) -> Tensor:
+    """Read one still image as (3, H, W) float32 in [-1, 1].
+
+    Args:
+        path: a PNG, JPEG, WebP, BMP, TIFF, PPM or single-frame GIF file.
+        background: RGB in 0..255 to put behind transparent pixels. Without it an image with
+            transparent pixels is refused: what lies behind them is the user's choice.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WanError: not an image, damaged, animated, too large, or in a colour space (CMYK, Lab, ...)
+            or sample format (32-bit) whose meaning in sRGB would be a guess.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"image {path}: no such file")
+    if not path.is_file():
+        raise WanError(f"image {path}: not a file; give one image file")
+    return _to_tensor(_decode(path), background, name=f"image {path}")
+
+
+def image_to_tensor(
+    image: Image.Image, background: tuple[int, int, int] | None = None, name: str = "image"
+) -> Tensor:
+    """A Pillow image as (3, H, W) float32 in [-1, 1]; the checks and meanings of `load_image`.
+
+    The EXIF orientation is applied, so that the picture stands as a viewer shows it. 16-bit samples
+    are rounded to 8 bits. An embedded colour profile is not applied (the references ignore it too).
+    """
+    _check_still(image, name)
+    return _to_tensor(ImageOps.exif_transpose(image), background, name)
+
+
+def _decode(path: Path) -> Image.Image:
+    """The upright image, in memory. Only Pillow works here, so only its errors are renamed."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns on part of its own size limit; ours is stricter, and raises.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                _check_still(image, f"image {path}")
+                return ImageOps.exif_transpose(image)
+    except WanError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise WanError(f"image {path}: {_too_large('more pixels than any photo')}") from error
+    except Image.UnidentifiedImageError as error:
+        raise WanError(
+            f"image {path}: not an image of a known format ({', '.join(FORMATS)}); "
+            "convert it to PNG or JPEG"
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise WanError(f"image {path}: damaged or unreadable ({error})") from error
+
+
+def _check_still(image: Image.Image, name: str) -> None:
+    """Refuse bombs and animations from the header alone, before pixels are decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise WanError(f"{name}: {_too_large(f'{image.width}x{image.height} pixels')}")
+    # MPO is how Pillow names a phone's JPEG that holds previews or depth maps after the photo.
+    num_frames = getattr(image, "n_frames", 1)
+    if num_frames > 1 and image.format != "MPO":
+        raise WanError(f"{name}: {num_frames} frames or pages; save the wanted one as PNG")
+
+
+def _to_tensor(image: Image.Image, background: tuple[int, int, int] | None, name: str) -> Tensor:
+    pixels = torch.from_numpy(np.array(_to_rgb(image, background, name)))  # (H, W, 3) uint8
+    return pixels.permute(2, 0, 1).float() / 255 * 2 - 1  # (3, H, W)
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None, name: str) -> Image.Image:
+    """An 8-bit RGB version of the image, or the reason why there is none."""
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return _flatten(image.convert("RGBA"), background, name)
+    if image.mode in ("1", "L", "P", "RGB", "RGBX", "YCbCr"):
+        return image.convert("RGB")
+    if image.mode.startswith("I;16"):
+        samples = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.rint(samples / 257).astype(np.uint8)).convert("RGB")
+    raise WanError(
+        f"{name}: colour mode {image.mode!r} has no exact meaning in sRGB here; "
+        "convert it to 8-bit RGB (for example to PNG) in an image editor"
+    )
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int] | None, name: str) -> Image.Image:
+    """An RGBA image over a plain background; a fully opaque one needs none."""
+    lowest, _ = image.getchannel("A").getextrema()
+    if lowest == 255:
+        return image.convert("RGB")
+    if background is None:
+        raise WanError(
+            f"{name}: has transparent pixels; say what lies behind them "
+            "(background=(255, 255, 255) for white) or save it without transparency"
+        )
+    if len(background) != 3 or not all(0 <= value <= 255 for value in background):
+        raise WanError(f"{name}: background={background}: need three numbers in 0..255")
+    behind = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(behind, image).convert("RGB")
+
+
+def _too_large(what: str) -> str:
+    return f"{what}; the limit is {MAX_PIXELS // 2**20} million pixels: scale it down first"
+
+
+def fit_image(image: Tensor, height: int, width: int, mode: str = "resize") -> Tensor:
+    """Bring an image to a size with Pillow's Lanczos filter: (3, H, W) -> (3, height, width).
+
+    Args:
+        image: (3, H, W) float in [-1, 1]; rounded to 8 bits first unless the size already fits.
+        height, width: pixels wanted.
+        mode: "resize" goes straight to the size, whatever the aspect ratio (diffusers);
+            "crop" scales until the size is covered and keeps the centre (the official code).
+
+    Raises:
+        WanError: another shape or range, a size below 1, an unknown mode, or an image so narrow
+            that covering the size would take more than MAX_PIXELS.
+    """
+    if mode not in FIT_MODES:
+        raise WanError(f"fit mode {mode!r}: choose one of {', '.join(FIT_MODES)}")
+    if height < 1 or width < 1:
+        raise WanError(f"image size {height}x{width}: both must be at least 1")
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise WanError(f"image of shape {tuple(image.shape)}: need (3, H, W)")
+    if not bool(((image >= -1) & (image <= 1)).all()):
+        raise WanError("image values outside [-1, 1] (or not finite): scale them to [-1, 1]")
+    if image.shape[1:] == (height, width):
+        return image.float()
+    pixels = ((image.float() + 1) * 127.5).round().to(torch.uint8)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    if mode == "crop":
+        picture = _cover(picture, height, width)
+    else:
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return image_to_tensor(picture).to(image.device)
+
+
+def _cover(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale until height x width is covered, then cut out the centre."""
+    scale = max(width / picture.width, height / picture.height)
+    covering = round(picture.width * scale), round(picture.height * scale)
+    if covering[0] * covering[1] > MAX_PIXELS:
+        raise WanError(
+            f"image of {picture.height}x{picture.width} is too narrow to cover {height}x{width}: "
+            "crop it nearer to that shape, or use mode='resize'"
+        )
+    picture = picture.resize(covering, Image.Resampling.LANCZOS)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def best_size(image_h: int, image_w: int, max_area: int, multiple: int) -> tuple[int, int]:
+    """The (height, width) for a video that keeps an image's aspect ratio within an area.
+
+    The ideal size has exactly `max_area` pixels and the image's aspect ratio. Two legal sizes near
+    it are tried, one by rounding the width down first and giving the rest to the height, one the
+    other way round; the one whose aspect ratio is closer wins, a tie goes to the second.
+    Source: Wan2.2, wan/textimage2video.py, which uses max_area 704 * 1280 and multiple 32.
+
+    Raises:
+        WanError: a size below 1, or an image so narrow that no legal size fits in the area.
+    """
+    if min(image_h, image_w, max_area, multiple) < 1:
+        raise WanError(
+            f"best size for an image of {image_h}x{image_w} in {max_area} pixels, multiples of "
+            f"{multiple}: all four must be at least 1"
+        )
+    aspect = image_w / image_h
+    ideal_w = math.sqrt(max_area * aspect)
+    ideal_h = max_area / ideal_w
+    width_first = int(ideal_w) // multiple * multiple
+    height_first = int(ideal_h) // multiple * multiple
+    candidates = []
+    if height_first > 0:
+        candidates.append((height_first, max_area // height_first // multiple * multiple))
+    if width_first > 0:
+        candidates.append((max_area // width_first // multiple * multiple, width_first))
+    candidates = [(height, width) for height, width in candidates if height > 0 and width > 0]
+    if not candidates:
+        raise WanError(
+            f"an image of {image_h}x{image_w} is too narrow: no size in multiples of {multiple} "
+            f"keeps its shape within {max_area} pixels; crop it"
+        )
+
+    def misfit(size: tuple[int, int]) -> float:
+        shape = size[1] / size[0]
+        return max(aspect / shape, shape / aspect)
+
+    return min(candidates, key=misfit)
