@@ -1,0 +1,71 @@
+"""Gaussian noise that depends on a sample's seed and on nothing else.
+
+Each sample has a CPU generator of its own, and every draw of that sample (the start, then one per
+re-noising step) continues its stream. So a video does not change with the batch it is in, with the
+device it runs on, or with the number of GPUs. Shapes: one sample is (C, T, H, W).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan.errors import WanError
+
+MAX_SEED = 2**32 - 1
+
+
+def sample_generators(seed: int | Sequence[int], batch: int) -> list[torch.Generator]:
+    """One seeded CPU generator per sample.
+
+    Args:
+        seed: sample j gets seed + j; or one seed for each sample.
+        batch: number of samples B.
+
+    Raises:
+        WanError: another number of seeds than samples, or a seed that is not a whole number from 0
+            to 2**32 - 1 (PyTorch's CPU generator reads 32 bits: larger seeds would silently repeat
+            the videos of smaller ones).
+    """
+    given: list[Any] = [seed] if not isinstance(seed, list | tuple) else list(seed)
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+            raise WanError(f"seed {value!r}: need a whole number from 0 to {MAX_SEED}")
+    seeds = [given[0] + j for j in range(batch)] if isinstance(seed, int) else given
+    if len(seeds) != batch:
+        raise WanError(f"{len(seeds)} seeds for {batch} videos: give one number, or one per video")
+    if max(seeds, default=0) > MAX_SEED:
+        raise WanError(f"seed {seed}: {batch} videos take seeds up to {max(seeds)} > {MAX_SEED}")
+    return [torch.Generator("cpu").manual_seed(value) for value in seeds]
+
+
+def draw_noise(
+    shape: Sequence[int], generators: Sequence[torch.Generator], frame_first: bool = False
+) -> Tensor:
+    """Standard normal noise, the next (C, T, H, W) numbers of every stream.
+
+    Args:
+        shape: (C, T, H, W) of one sample.
+        generators: one CPU generator per sample; each is advanced.
+        frame_first: draw in the order (T, C, H, W), as FastVideo does, so that its seeds give its
+            videos. False is the order of diffusers and of the official code.
+
+    Returns:
+        (B, C, T, H, W) float32 on the CPU.
+
+    Raises:
+        WanError: a generator of another device, whose numbers would depend on the hardware.
+    """
+    for generator in generators:
+        if generator.device.type != "cpu":
+            raise WanError(
+                f"generator on {generator.device}: its noise depends on the device; "
+                "use torch.Generator('cpu')"
+            )
+    channels, frames, height, width = shape
+    drawn = (frames, channels, height, width) if frame_first else (channels, frames, height, width)
+    noise = torch.stack(
+        [torch.randn(drawn, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+    )
+    return noise.transpose(1, 2).contiguous() if frame_first else noise
