@@ -1,0 +1,368 @@
+"""One safetensors file: check its header, map or read its tensors, write it.
+
+Layout: the header's length in 8 bytes, little-endian; a JSON header that maps each name to dtype,
+shape and data_offsets; the tensors' bytes without gaps. `read_header` checks all that can be known
+without reading a tensor, because damage that is trusted shows later as a wrong video or a crash far
+away. It refuses two things that the reference reader accepts: a JSON key that occurs twice, and a
+name that isn't made of plain ASCII words and dots.
+
+Source: the format's README (huggingface/safetensors).
+"""
+
+import json
+import math
+import mmap
+import os
+import re
+import shlex
+import stat
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from wan.errors import WanError
+
+# The format allows 100 MB. A whole Wan model in one file needs 150 kB; the small limit keeps a
+# hostile header from taking seconds and gigabytes to parse.
+MAX_HEADER_BYTES = 8 << 20
+MAX_TENSORS = 50_000
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")  # no slash, no "..", ASCII
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `start` and `end` are byte offsets from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A file whose header was found sound, as it was at that moment."""
+
+    path: Path
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    identity: tuple[int, int, int]  # inode, size, modification time: notices a replaced file
+
+    def open(self) -> BinaryIO:
+        """Open for reading the body.
+
+        Raises:
+            WanError: the file is not the one whose header was read.
+        """
+        file = self.path.open("rb")
+        if file_identity(os.fstat(file.fileno())) != self.identity:
+            file.close()
+            raise WanError(f"{self.path}: changed while it was being loaded; load it again")
+        return file
+
+
+def file_identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+# --- reading the header ---------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> SafetensorsFile:
+    """Check a file's header and return what it lists; no tensor is read.
+
+    Raises:
+        WanError: not a safetensors file (its real kind is named), damaged, or cut short.
+    """
+    path = Path(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise WanError(refuse_pickle(path))
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise WanError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            start = file.read(64)
+            length = header_length(path, start, status.st_size)
+            file.seek(8)
+            raw = file.read(length)
+    except OSError as error:
+        raise WanError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:
+        raise WanError(f"{path}: more than {MAX_TENSORS:,} tensors; no Wan checkpoint has so many")
+    header = parse_json(path, raw)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise WanError(f"{path}: __metadata__ must map strings to strings; {REFETCH}")
+    entries = {n: parse_entry(path, n, value, 8 + length) for n, value in header.items()}
+    check_offsets(path, entries, 8 + length, status.st_size)
+    return SafetensorsFile(path, entries, metadata, file_identity(status))
+
+
+REFETCH = "the file is damaged: fetch or write it again"
+
+
+def header_length(path: Path, start: bytes, size: int) -> int:
+    """The length the first 8 bytes give, or an error that names what the file really is."""
+    if size < 8:
+        raise WanError(f"{path}: {size} bytes, no safetensors file is that short: {CUT_SHORT}")
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] not in (b"{", b" ") or length > MAX_HEADER_BYTES:
+        kind = sniff(start)
+        if kind == PICKLE:
+            raise WanError(refuse_pickle(path))
+        if kind is not None:
+            raise WanError(f"{path}: not a safetensors file but {kind}")
+    if length > MAX_HEADER_BYTES:
+        raise WanError(
+            f"{path}: header of {length:,} bytes, over the limit of {MAX_HEADER_BYTES:,}; {REFETCH}"
+        )
+    if length < 2:
+        raise WanError(f"{path}: header of {length} bytes is no JSON object; {REFETCH}")
+    if 8 + length > size:
+        raise WanError(
+            f"{path}: {size:,} bytes, the header alone needs {8 + length:,}: {CUT_SHORT}"
+        )
+    return length
+
+
+CUT_SHORT = "cut short, probably an interrupted download; fetch it again"
+
+
+PICKLE = "a pickle (.pt, .pth, .bin)"
+
+
+def sniff(start: bytes) -> str | None:
+    """What a file that is no safetensors file begins like, with the way out; None if unknown."""
+    text = start.lstrip().lower()
+    if start.startswith(b"PK\x03\x04"):
+        return PICKLE
+    if start[0] == 0x80 and start[1] in (2, 3, 4, 5):
+        return PICKLE
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page: the download went to a login or error page; fetch the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: fetch the file behind it with `git lfs pull` or `hf download`"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file (quantised); use the float32, bfloat16 or float16 safetensors release"
+    if start.startswith(b"\x1f\x8b"):
+        return "a gzip archive: unpack it first"
+    if text.startswith((b"{", b"[")):
+        return "a JSON text, perhaps an index: give the folder or the weights themselves"
+    if not start.strip(b"\0"):
+        return "a run of zero bytes: space was reserved and never written; fetch it again"
+    return None
+
+
+def refuse_pickle(path: Path) -> str:
+    """The message for a pickle, with the command that makes a safetensors file of it."""
+    target = path.with_suffix(".safetensors")
+    if target == path:
+        target = path.with_name(f"{path.stem}-converted.safetensors")
+    program = (
+        "import sys, torch, safetensors.torch as s; "
+        "state = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+        "s.save_file({k: v.contiguous().clone() for k, v in state.items()}, sys.argv[2])"
+    )
+    command = f'python -c "{program}" {shlex.quote(str(path))} {shlex.quote(str(target))}'
+    return (
+        f"{path}: {PICKLE}. Opening one can run code, so only .safetensors files are read. "
+        f"Convert it once, in an environment kept apart: {command}"
+    )
+
+
+def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """A JSON object without repeated keys: a header, or an index of shards."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise WanError(f"{path}: the key {key!r} occurs twice; {REFETCH}")
+        return result
+
+    def no_constant(name: str) -> None:
+        raise WanError(f"{path}: {name} where JSON has numbers; {REFETCH}")
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
+    except WanError:
+        raise
+    except RecursionError as error:
+        raise WanError(f"{path}: its JSON is nested too deeply; {REFETCH}") from error
+    except ValueError as error:
+        raise WanError(f"{path}: not valid JSON ({error}); {REFETCH}") from error
+    if not isinstance(value, dict):
+        raise WanError(f"{path}: its JSON is not an object; {REFETCH}")
+    return value
+
+
+def parse_entry(path: Path, name: str, value: Any, body: int) -> TensorEntry:
+    """Check one header entry by itself; `body` is the offset at which tensors begin."""
+    if not TENSOR_NAME.fullmatch(name) or len(name) > 512:
+        raise WanError(
+            f"{path}: tensor name {ascii(name)[:80]}: only ASCII letters, digits, _ and - between "
+            "dots are allowed; this is no Wan checkpoint"
+        )
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise WanError(f"{path}: tensor {name} needs dtype, shape and data_offsets; {REFETCH}")
+    if value["dtype"] not in DTYPES:
+        raise WanError(
+            f"{path}: tensor {name} has dtype {value['dtype']!r}; readable: {', '.join(DTYPES)}"
+        )
+    dtype = DTYPES[value["dtype"]]
+    shape, offsets = value["shape"], value["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise WanError(
+                f"{path}: tensor {name}: shape {shape} and data_offsets {offsets} must be lists of "
+                f"whole numbers from 0 on; {REFETCH}"
+            )
+    if len(offsets) != 2 or len(shape) > 8:
+        raise WanError(f"{path}: tensor {name}: shape {shape}, data_offsets {offsets}; {REFETCH}")
+    start, end = offsets
+    needed = math.prod(shape) * dtype.itemsize
+    if end - start != needed:
+        raise WanError(
+            f"{path}: tensor {name} of shape {shape} and dtype {value['dtype']} needs {needed:,} "
+            f"bytes, its offsets {start}..{end} hold {end - start:,}; {REFETCH}"
+        )
+    return TensorEntry(dtype, tuple(shape), body + start, body + end)
+
+
+def check_offsets(path: Path, entries: dict[str, TensorEntry], body: int, size: int) -> None:
+    """The tensors must cover the file from the header to its last byte, once."""
+    end, previous = body, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end:
+            problem = "overlaps" if entry.start < end else "leaves a hole behind"
+            raise WanError(f"{path}: tensor {name} {problem} {previous}; {REFETCH}")
+        end, previous = entry.end, name
+    if size < end:
+        raise WanError(f"{path}: {size:,} bytes, the header promises {end:,}: {CUT_SHORT}")
+    if size > end:
+        raise WanError(
+            f"{path}: {size:,} bytes, {size - end:,} more than the header promises; {REFETCH}"
+        )
+
+
+# --- reading tensors ------------------------------------------------------------------------------
+
+
+def map_tensors(source: SafetensorsFile) -> dict[str, Tensor]:
+    """All tensors as views of the mapped file: no memory until touched, no copy ever.
+
+    The mapping is private: writing to a tensor changes memory, never the file. Truncating the file
+    while it is mapped kills the process that reads it (SIGBUS); replacing it by rename, as
+    `write_tensors` does, is harmless.
+    """
+    with source.open() as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, entry in source.tensors.items():
+        if entry.num_elements == 0:
+            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            continue
+        count = entry.end - entry.start
+        raw = torch.frombuffer(mapping, dtype=torch.uint8, count=count, offset=entry.start)
+        if raw.data_ptr() % entry.dtype.itemsize:
+            raw = raw.clone()  # some writers don't align the body
+        tensors[name] = raw.view(entry.dtype).view(entry.shape)
+    return tensors
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_bytes(file: BinaryIO, buffer: Tensor, offset: int) -> None:
+    """Fill a contiguous CPU tensor with the bytes from `offset` on; threads may share `file`.
+
+    Raises:
+        WanError: the file ends early.
+    """
+    view = raw_bytes(buffer)
+    done = 0
+    while done < len(view):
+        count = os.preadv(file.fileno(), [view[done:]], offset + done)
+        if count == 0:
+            raise WanError(f"{file.name}: ends at byte {offset + done:,}: {CUT_SHORT}")
+        done += count
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file beside `path`, then rename it there: complete or not at all.
+
+    Tensors may lie on any device and are copied out one at a time. Their order (wide dtypes first,
+    then by name) keeps every tensor aligned and makes equal content equal bytes. The file gets the
+    rights the umask leaves, so that a group can read it.
+
+    Raises:
+        WanError: a tensor of a dtype the format lacks.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise WanError(f"tensor {name}: {tensor.dtype} can't be written to a safetensors file")
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    raw += b" " * (-len(raw) % 8)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with beside.open("xb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            for name in names:
+                tensor = tensors[name].detach().cpu().contiguous()
+                file.write(raw_bytes(tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+        raise
