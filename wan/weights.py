@@ -75,17 +75,24 @@ def load_module(
         check_finite=check_finite,
         share_mapping=share_mapping,
     )
-    matrices = [stored[name].name for name in sorted(zero) if state[name].ndim > 1]
-    if matrices:
-        warnings.warn(
-            f"{checkpoint.path}: all zeros: {grouped(matrices)}; right only if they were made so and "
-            "never trained, otherwise the file was not written to its end",
-            stacklevel=2,
-        )
+    warn_of_zeros(checkpoint, [stored[name] for name in sorted(zero)])
     module.load_state_dict(state, assign=True)
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not left, f"buffers without a value: {left}"
     return module
+
+
+def warn_of_zeros(checkpoint: Checkpoint, zero: list[StoredTensor]) -> None:
+    """A file whose writer or download was killed can be whole in length and zero in content."""
+    matrices = [t for t in zero if len(t.entry.shape) > 1]
+    count = sum(t.entry.num_elements for t in matrices)
+    total = sum(t.entry.num_elements for t in checkpoint.tensors.values())
+    if count > 0.1 * total:  # a new network has some: modulation tables, last projections
+        warnings.warn(
+            f"{checkpoint.path}: {count / total:.0%} of the weights are matrices of zeros: "
+            f"{grouped(t.name for t in matrices)}; the file may not have been written to its end",
+            stacklevel=3,
+        )
 
 
 def load_state(checkpoint: Checkpoint, component: str) -> dict[str, Tensor]:
@@ -96,7 +103,9 @@ def load_state(checkpoint: Checkpoint, component: str) -> dict[str, Tensor]:
     """
     names = match_names(checkpoint, component)
     if names.unexpected:
-        raise WanError(f"{checkpoint.path}: unexpected {grouped(names.unexpected)}")
+        raise WanError(
+            f"{checkpoint.path}: {len(names.unexpected)} unexpected: {grouped(names.unexpected)}"
+        )
     mapped = checkpoint.map()
     return {ours: mapped[tensor.name] for ours, tensor in names.stored.items()}
 
@@ -166,20 +175,24 @@ def check_fit(
             shapes[tensor.name] = f"{entry.shape} for {tuple(wanted[ours].shape)}"
         if entry.dtype not in WEIGHT_DTYPES:
             dtypes[tensor.name] = str(entry.dtype).removeprefix("torch.")
-    problems = []
-    if missing:
-        problems.append(f"missing {grouped(missing)}")
-    if unexpected:
-        problems.append(f"unexpected {grouped(unexpected)}")
-    if shapes:
-        problems.append(f"wrong shape {grouped(shapes, shapes)}")
-    if dtypes:
-        problems.append(f"dtype that holds no plain weights {grouped(dtypes, dtypes)}")
-    if not problems:
-        return
     holds = describe(component, {name: t.entry.shape for name, t in names.stored.items()})
     asks = describe(component, {name: tuple(t.shape) for name, t in wanted.items()})
     hint = "" if holds == asks else f"holds {holds}, but config.json describes {asks}; "
+    limit = 12 if holds == asks else 4
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {grouped(missing, limit=limit)}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected: {grouped(unexpected, limit=limit)}")
+    if shapes:
+        problems.append(f"{len(shapes)} of another shape: {grouped(shapes, shapes, limit)}")
+    if dtypes:
+        problems.append(
+            f"{len(dtypes)} of a dtype that holds no plain weights: "
+            f"{grouped(dtypes, dtypes, limit)}"
+        )
+    if not problems:
+        return
     raise WanError(
         f"{checkpoint.path}: {hint}{'; '.join(problems)}. Weights and config.json must come from "
         "the same release"

@@ -1,0 +1,136 @@
+"""Are these the bytes that were published? sha256 of every file in a folder.
+
+Headers and lengths say that a file is well-formed, not that its content is right: a flipped bit, or
+a download that was filled up with zeros, passes every other check. Two sources of truth are read
+here: a `SHA256SUMS` file in the folder (in the format of `sha256sum`, which can check it as well),
+and the hub's own digests, which name the files in the blob store of its cache.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from wan.errors import WanError
+
+MANIFEST = "SHA256SUMS"
+LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(paths: Iterable[Path], threads: int | None = None) -> dict[Path, str]:
+    """sha256 of several files, hashed side by side."""
+    paths = list(paths)
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(paths, pool.map(sha256_file, paths), strict=True))
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """Every file below a folder but the manifest and hidden ones, by its path with slashes."""
+    found = {}
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            relative = (Path(root) / name).relative_to(folder).as_posix()
+            if not name.startswith(".") and relative != MANIFEST:
+                found[relative] = Path(root) / name
+    return found
+
+
+def write_manifest(folder: str | Path) -> Path:
+    """Hash every file below a folder into its `SHA256SUMS`, written beside and renamed."""
+    folder = Path(folder)
+    files = list_files(folder)
+    broken = [name for name, path in files.items() if not path.is_file()]
+    if broken:
+        raise WanError(f"{folder}: {', '.join(broken)}: not regular files, can't be hashed")
+    digests = hash_files(files.values())
+    beside = folder / f".{MANIFEST}.tmp"
+    beside.write_text("".join(f"{digests[path]}  {name}\n" for name, path in files.items()))
+    os.replace(beside, folder / MANIFEST)
+    return folder / MANIFEST
+
+
+def verify_manifest(folder: str | Path) -> int:
+    """Hold every file below a folder against its `SHA256SUMS`; returns the number of files.
+
+    Raises:
+        WanError: no manifest, or files that are missing, changed or not listed, all of them named.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise WanError(f"{folder}: has no {MANIFEST}; verify it against the hub's digests instead")
+    listed = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        match = LINE.fullmatch(line)
+        if match is None or match[2].startswith("/") or ".." in Path(match[2]).parts:
+            raise WanError(f"{path}: line {number} is not `<sha256>  <file below this folder>`")
+        listed[match[2]] = match[1]
+    files = {name: file for name, file in list_files(folder).items() if file.is_file()}
+    digests = hash_files(file for name, file in files.items() if name in listed)
+    problems = [f"{name} is missing" for name in listed if name not in files]
+    problems += [f"{name} is not listed" for name in files if name not in listed]
+    problems += [
+        f"{name} has other content"
+        for name, file in files.items()
+        if name in listed and digests[file] != listed[name]
+    ]
+    report(folder, problems)
+    return len(listed)
+
+
+def verify_hub_digests(folder: str | Path) -> int:
+    """Hold a snapshot in the hub's cache against the digests its blobs are named by.
+
+    Large files are named by their sha256, small ones by their git object id (sha1).
+
+    Returns:
+        The number of files.
+    Raises:
+        WanError: not such a snapshot, or files whose content is not what the hub has.
+    """
+    folder = Path(folder)
+    files = list_files(folder)
+    if not files:
+        raise WanError(f"{folder}: no files to verify")
+    blobs = {name: file.resolve().name for name, file in files.items()}
+    for name, file in files.items():
+        if not file.is_symlink() or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blobs[name]):
+            raise WanError(f"{file}: not a link into the hub cache's blobs; no digest to compare")
+    problems = [f"{name} is missing" for name, file in files.items() if not file.is_file()]
+    present = {name: file for name, file in files.items() if file.is_file()}
+    sha256 = hash_files(file for name, file in present.items() if len(blobs[name]) == 64)
+    problems += [
+        f"{name} has other content"
+        for name, file in present.items()
+        if (sha256[file] if file in sha256 else git_object_id(file)) != blobs[name]
+    ]
+    report(folder, problems)
+    return len(files)
+
+
+def verify_digests(folder: str | Path) -> int:
+    """Hold a folder against its manifest if it has one, else against the hub's digests."""
+    has_manifest = (Path(folder) / MANIFEST).is_file()
+    return verify_manifest(folder) if has_manifest else verify_hub_digests(folder)
+
+
+def git_object_id(path: Path) -> str:
+    """The id git gives a file's content."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def report(folder: Path, problems: list[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise WanError(f"{folder}: {'; '.join(problems[:8])}{more}; fetch these files again")
