@@ -1,0 +1,100 @@
+"""What a command's arguments look like, and the page that explains them (`--help`)."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import configs
+from configs.schema import walk_options
+
+CONFIG_FOLDER = Path(configs.__file__).parent
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A short name for a nested option; setting it sets the options in `clears` to null."""
+
+    key: str
+    clears: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """How the arguments of one command are read.
+
+    Attributes:
+        schema: the command's dataclass in configs/schema.py.
+        config_name: its YAML file in configs/, without the ending.
+        text_keys: options whose value is a text, always taken literally.
+        path_keys: options whose value is a path: literal too, except that `null` means none and
+            that a comma separates values in a sweep.
+        shortcuts: short names for nested options.
+    """
+
+    schema: type
+    config_name: str
+    text_keys: tuple[str, ...] = ("prompt", "negative_prompt")
+    path_keys: tuple[str, ...] = ()
+    shortcuts: Mapping[str, Shortcut] = field(default_factory=dict)
+
+
+def short_key(line: CommandLine, key: str) -> str:
+    """The name under which a person types an option."""
+    return next((short for short, s in line.shortcuts.items() if s.key == key), key)
+
+
+def option_names(schema: type) -> list[str]:
+    return [name for name, _, _ in walk_options(schema)]
+
+
+def preset_names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+
+
+def _type_name(kind: Any) -> str:
+    args = [a for a in get_args(kind) if a is not type(None)]
+    if getattr(kind, "__origin__", None) is list:
+        return "list of " + _type_name(args[0])
+    if args and getattr(kind, "__origin__", None) is None:  # X | None
+        return _type_name(args[0])
+    names = {str: "text", int: "integer", float: "number", bool: "true/false"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def help_text(line: CommandLine, description: str, flags: Mapping[str, str]) -> str:
+    """What a stranger needs: what it does, every option with its default, presets, flags."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_FOLDER)):
+        cfg = compose(line.config_name, return_hydra_config=True)
+    presets = {g: c for g, c in cfg.hydra.runtime.choices.items() if not g.startswith("hydra/")}
+    lines = [
+        description.strip(),
+        "",
+        "Options, written name=value [default, with the preset named below]:",
+    ]
+    for name, kind, item in walk_options(line.schema):
+        value = OmegaConf.select(cfg, name, default=_default(item))
+        shown = "none" if value is None else str(value)
+        shown = shown if len(shown) <= 40 else shown[:37] + "..."
+        left = f"  {short_key(line, name)}= {_type_name(kind)} [{shown}]"
+        lines.append(f"{left:<46}{item.metadata.get('help', '')}".rstrip())
+    for group, choice in sorted(presets.items()):
+        lines += ["", f"Presets, written {group}=name [{choice}]:"]
+        for name in preset_names(group):
+            lines.append(f"  {name:<20}{_first_comment(CONFIG_FOLDER / group / f'{name}.yaml')}")
+    lines += ["", "Flags:"] + [f"  {flag:<20}{text}" for flag, text in flags.items()]
+    return "\n".join(lines)
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _first_comment(path: Path) -> str:
+    for text in path.read_text(encoding="utf-8").splitlines():
+        if text.startswith("#") and "@package" not in text:
+            return text.lstrip("# ")
+    return ""
