@@ -28,6 +28,8 @@ class DiTConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise WanError(f"patch_size={self.patch_size}: need three numbers, for T, H and W")
         self.patch_size = (self.patch_size[0], self.patch_size[1], self.patch_size[2])
         axis_channels(self.attention_head_dim)
         if self.freq_dim % 2:
