@@ -1,13 +1,13 @@
 """The causal 3-D video autoencoder, both generations.
 
-Wan2.1: stride 4x8x8, 16 latent channels. Wan2.2: 2x2 pixel patches, parameter-free average-down and
-duplicate-up shortcuts around every level, stride 4x16x16, 48 latent channels. One structure, one set
-of names; `VAEConfig` says which.
+Wan2.1: stride 4x8x8, 16 latent channels. Wan2.2: 2x2 pixel patches, parameter-free average-down
+and duplicate-up shortcuts around every level, stride 4x16x16, 48 latent channels. One structure,
+one set of names; `VAEConfig` says which.
 
-Time is causal: frame 0 becomes latent 0 by itself, every later latent holds four frames. The network
-is a fixed function of the clip, so a clip may be coded in chunks of any length: the history that each
-causal layer needs lives in an explicit `StreamCache`, and no result depends on the chunking beyond
-the rounding of sums.
+Time is causal: frame 0 becomes latent 0 by itself, every later latent holds four frames. The
+network is a fixed function of the clip, so a clip may be coded in chunks of any length: the history
+that each causal layer needs lives in an explicit `StreamCache`, and no result depends on the
+chunking beyond the rounding of sums.
 
 Source: Wan2.2 `wan/modules/vae2_1.py`, `vae2_2.py`; diffusers `autoencoder_kl_wan.py`.
 Letters: B batch, C channels, F pixel frames, T latent frames (or frames inside the network), H W.
@@ -123,9 +123,9 @@ class VAEConfig:
 class StreamCache:
     """What one pass over a clip remembers from chunk to chunk.
 
-    `history[layer]` holds the last input frames a causal layer saw. `first` is true during the first
-    chunk, in which frame 0 skips the temporal resampling. Layers read and replace their own entry;
-    the autoencoder flips `first`. With `keep=False` (a clip in one chunk) nothing is stored.
+    `history[layer]` holds the last input frames a causal layer saw. `first` is true during the
+    first chunk, in which frame 0 skips the temporal resampling. Layers read and replace their own
+    entry; the autoencoder flips `first`. With `keep=False` (a clip in one chunk) nothing is stored.
     """
 
     def __init__(self, keep: bool = True) -> None:
@@ -324,7 +324,9 @@ class DecoderLevel(nn.Module):
         self.resnets = nn.ModuleList(
             ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(depth)
         )
-        up_dim = out_dim if shortcut else out_dim // 2  # Wan2.1 halves the width while it doubles H, W
+        up_dim = (
+            out_dim if shortcut else out_dim // 2
+        )  # Wan2.1 halves the width while it doubles H, W
         self.upsample = Upsample(out_dim, up_dim, temporal=time > 1) if space > 1 else None
 
     def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
@@ -404,8 +406,9 @@ def unpatchify(x: Tensor, size: int) -> Tensor:
 class WanVAE(nn.Module):
     """Video (B, 3, F, H, W) in [-1, 1] <-> normalised latents (B, z, T, h, w).
 
-    Computes in the dtype of its weights, norm statistics in float32. Latents are the posterior mean,
-    normalised per channel with `latents_mean` and `latents_std` in float32 on the way out and in.
+    Computes in the dtype of its weights, norm statistics in float32. Latents are the posterior
+    mean, normalised per channel with `latents_mean` and `latents_std` in float32 on the way out and
+    in.
     """
 
     FLOAT32_PARAMETERS: tuple[str, ...] = ()
@@ -493,7 +496,9 @@ class WanVAE(nn.Module):
         self.config.latent_frames(video.shape[2])
         height, width = video.shape[-2:]
         if height % stride or width % stride:
-            raise WanError(f"{height}x{width} pixels: height and width must be multiples of {stride}")
+            raise WanError(
+                f"{height}x{width} pixels: height and width must be multiples of {stride}"
+            )
 
 
 def split_stream(x: Tensor, size: int | None) -> list[Tensor]:
@@ -508,8 +513,8 @@ def decode_tiled(
 ) -> Tensor:
     """Decode in spatial tiles with linear cross-fades: less memory, not the same result.
 
-    Every tile sees zeros beyond its border and attends within itself, so seams can show; use it only
-    where the whole frame does not fit. Tiles of `tile` latents advance by `tile` - `overlap`.
+    Every tile sees zeros beyond its border and attends within itself, so seams can show; use it
+    only where the whole frame does not fit. Tiles of `tile` latents advance by `tile` - `overlap`.
     """
     if not 0 <= overlap < tile:
         raise WanError(f"tile={tile}, overlap={overlap}: need 0 <= overlap < tile")

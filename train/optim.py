@@ -1,0 +1,151 @@
+"""Optimisers, learning-rate schedules and weight averages."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wan.errors import WanError
+
+# Quintic Newton-Schulz coefficients: five rounds push all singular values of a matrix with unit
+# norm into about [0.7, 1.2]. Source: Jordan et al., Muon (2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:
+    """Nearly the closest semi-orthogonal matrix: (..., m, n) -> (..., m, n), in bfloat16."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrix.dtype)
+
+
+class Muon(Optimizer):
+    """Momentum whose update is orthogonalised, for matrices and convolution kernels.
+
+    A kernel (out, in, ...) is treated as the matrix (out, in * ...). The update is scaled by
+    0.2 sqrt(max(m, n)), which gives it the root mean square of an AdamW step, so that both
+    optimisers share one learning rate. (`torch.optim.Muon` takes two-dimensional weights only.)
+
+    Source: Jordan et al., Muon (2024); scale from Liu et al., arXiv:2502.16982.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("Muon.step takes no closure")
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                nesterov = weight.grad.lerp(state["momentum"], group["momentum"])
+                matrix = orthogonalize(nesterov.flatten(1))
+                scale = 0.2 * max(matrix.shape) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(matrix.view_as(weight), alpha=-group["lr"] * scale)
+
+
+def make_optimizers(
+    module: nn.Module,
+    name: str,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.01,
+) -> dict[str, Optimizer]:
+    """AdamW alone, or Muon for the hidden weights and AdamW for the rest.
+
+    With "muon", weights of two and more axes inside blocks and levels go to Muon; tables, norms,
+    biases and the first and last layers stay with AdamW, as the source advises. Decay touches the
+    matrices only.
+    """
+    if name not in ("adamw", "muon"):
+        raise WanError(f"optimizer={name!r}: must be adamw or muon")
+    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    matrices = {n: p for n, p in trainable.items() if p.ndim >= 2 and min(p.shape[:2]) > 1}
+    hidden = {
+        n: p
+        for n, p in matrices.items()
+        if name == "muon"
+        and ("blocks." in n or "levels." in n or "mid." in n)
+        and "relative_bias" not in n
+    }
+    groups = [
+        {"params": [p for n, p in matrices.items() if n not in hidden]},
+        {"params": [p for n, p in trainable.items() if n not in matrices], "weight_decay": 0.0},
+    ]
+    optimizers: dict[str, Optimizer] = {
+        "adamw": torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=lr, betas=betas, weight_decay=weight_decay
+        )
+    }
+    if hidden:
+        optimizers["muon"] = Muon(hidden.values(), lr=lr, weight_decay=weight_decay)
+    return optimizers
+
+
+def learning_rate(step: int, peak: float, steps: int, warmup: int, final: float = 0.1) -> float:
+    """Linear warm-up to `peak`, then a cosine down to `final` * peak at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def set_learning_rate(optimizers: dict[str, Optimizer], lr: float) -> None:
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+class EMA:
+    """An exponential moving average of a module's weights, in float32.
+
+    The decay ramps up as (1 + n) / (10 + n) until it reaches `decay`, so that the initial weights
+    don't dominate early averages.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.weights = {n: p.detach().float().clone() for n, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, weight in module.named_parameters():
+            self.weights[name].lerp_(weight.detach().float(), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for name, weight in module.named_parameters():
+            weight.copy_(self.weights[name])
+
+    def state_dict(self) -> dict:
+        return {"decay": self.decay, "updates": self.updates, "weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.decay, self.updates = state["decay"], state["updates"]
+        for name, weight in state["weights"].items():
+            self.weights[name].copy_(weight)

@@ -1,0 +1,195 @@
+"""Train the miniature's autoencoder: `python -m train.vae output_dir=runs/vae`.
+
+Most steps see crops around the objects of rendered clips, which are small and hold the hard pixels;
+the last ones see whole clips. There is no perceptual and no adversarial term: the world has flat
+colours and sharp edges, and an L1 with weight on the objects is enough for it.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.training import VAETrainConfig
+from infer.cli import run_command
+from train.loop import run_training, step_generator
+from train.optim import EMA, learning_rate, make_optimizers, set_learning_rate
+from train.state import TrainState
+from wan.keys import VAELevels
+from wan.miniature.world import render, sample_scene, scene_rng
+from wan.vae import StreamCache, VAEConfig, WanVAE
+from wan.weights import save_component
+
+
+def initialize(vae: WanVAE) -> None:
+    """Start every residual block as the identity, so that the shortcuts carry the first signal."""
+    for name, module in vae.named_modules():
+        if name.endswith(("conv2", "attention.proj")):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+
+
+def rendered_clips(count: int, seed: int) -> Tensor:
+    """`count` training clips (count, 3, F, H, W) in [-1, 1], a function of the seed."""
+    return render([sample_scene(scene_rng(seed, i), split="train") for i in range(count)])
+
+
+def foreground_mask(clips: Tensor) -> Tensor:
+    """1 where a pixel differs from its clip's background or borders one that does: (B,1,F,H,W)."""
+    background = clips[:, :, :1, :1, :1]  # objects never reach the corner
+    mask = ((clips - background).abs().amax(dim=1, keepdim=True) > 0.1).float()
+    return F.max_pool3d(mask, (1, 5, 5), stride=1, padding=(0, 2, 2))
+
+
+def crop_around_objects(
+    clips: Tensor, crops_per_clip: int, size: int, frames: int, generator: torch.Generator
+) -> Tensor:
+    """Windows that contain some of an object: (B, 3, F, H, W) -> (B * n, 3, frames, size, size)."""
+    mask = foreground_mask(clips)
+    out = []
+    for clip, where in zip(clips, mask, strict=True):
+        for _ in range(crops_per_clip):
+            start = int(torch.randint(clip.shape[1] - frames + 1, (), generator=generator))
+            inside = where[0, start + frames // 2].nonzero()
+            pick = inside[int(torch.randint(len(inside), (), generator=generator))]
+            jitter = torch.randint(-size // 2, size // 2 + 1, (2,), generator=generator)
+            corner = pick + jitter - size // 2
+            top = int(corner[0].clamp(0, clip.shape[2] - size))
+            left = int(corner[1].clamp(0, clip.shape[3] - size))
+            out.append(clip[:, start : start + frames, top : top + size, left : left + size])
+    return torch.stack(out)
+
+
+def reconstruction_loss(video: Tensor, target: Tensor, foreground: float) -> Tensor:
+    """L1 plus L2 with `foreground` times the weight on objects, plus L1 of spatial differences."""
+    weight = 1 + (foreground - 1) * foreground_mask(target)
+    error = video - target
+    pixels = (weight * (error.abs() + error.square())).sum() / (3 * weight.sum())
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return pixels + 0.5 * edges
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, var) || N(0, 1)), averaged over latent numbers."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+def make_train_step(vae: WanVAE, config: VAETrainConfig):
+    def train_step(state: TrainState) -> dict[str, float]:
+        generator = step_generator(config.seed, state.step)
+        whole = state.step >= config.loop.steps - config.whole_clip_steps
+        seed = config.seed * 1_000_003 + state.step
+        if whole:
+            clips = rendered_clips(config.whole_clip_batch, seed)
+        else:
+            clips = crop_around_objects(
+                rendered_clips(config.batch_size // config.crops_per_clip, seed),
+                config.crops_per_clip,
+                config.crop_size,
+                config.crop_frames,
+                generator,
+            )
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            mean, log_variance = vae.encode_moments(clips).float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-30, 20)
+            noise = torch.randn(mean.shape, generator=generator)
+            z = mean + (0.5 * log_variance).exp() * noise
+            video = vae.decode_chunk(z, StreamCache(keep=False)).float()
+        reconstruction = reconstruction_loss(video, clips, config.foreground_weight)
+        divergence = kl_divergence(mean, log_variance)
+        loss = reconstruction + config.kl_weight * divergence
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
+        set_learning_rate(
+            state.optimizers,
+            learning_rate(state.step, config.lr, config.loop.steps, config.warmup, 0.02),
+        )
+        for optimizer in state.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        state.averages["vae"].update(vae)
+        mse = (video.detach().clamp(-1, 1) - clips).square().mean()
+        return {
+            "loss": loss.item(),
+            "psnr": psnr(float(mse)),
+            "kl": divergence.item(),
+            "grad_norm": norm.item(),
+        }
+
+    return train_step
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error on the [-1, 1] scale."""
+    return float(10 * np.log10(4 / max(mse, 1e-12)))
+
+
+@torch.no_grad()
+def measure(vae: WanVAE, clips: Tensor) -> dict[str, float]:
+    """PSNR of whole-clip reconstructions, over all pixels and over the objects' pixels."""
+    with torch.autocast("cpu", torch.bfloat16):
+        video = torch.cat([vae.decode(vae.encode(clip[None]), None) for clip in clips]).float()
+    error = (video - clips).square()
+    mask = foreground_mask(clips).expand_as(error)
+    return {
+        "val_psnr": psnr(float(error.mean())),
+        "val_psnr_foreground": psnr(float((error * mask).sum() / mask.sum())),
+    }
+
+
+@torch.no_grad()
+def latent_statistics(vae: WanVAE, num_clips: int, seed: int) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of raw latents over freshly rendered clips."""
+    means = []
+    for start in range(0, num_clips, 8):
+        moments = vae.encode_moments(rendered_clips(8, seed + start))
+        means.append(moments.chunk(2, dim=1)[0].transpose(0, 1).flatten(1))
+    z = torch.cat(means, dim=1)
+    return z.mean(dim=1).tolist(), z.std(dim=1).tolist()
+
+
+def export(vae: WanVAE, folder: Path) -> None:
+    """Write the released layout: config.json and one safetensors file."""
+    shutil.rmtree(folder, ignore_errors=True)
+    save_component(
+        vae.state_dict(),
+        folder,
+        "vae",
+        vae_levels=VAELevels(vae.config.is_residual, vae.config.num_res_blocks),
+    )
+    (folder / "config.json").write_text(json.dumps(vae.config.to_json(), indent=2) + "\n")
+
+
+def train_vae(config: VAETrainConfig) -> None:
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    vae = WanVAE(VAEConfig(**config.vae))
+    initialize(vae)
+    optimizers = make_optimizers(vae, config.optimizer, config.lr)
+    state = TrainState({"vae": vae}, optimizers, {"vae": EMA(vae, config.ema_decay)})
+    validation = rendered_clips(config.validation_clips, seed=2**40)
+    averaged = WanVAE(vae.config)
+
+    def on_save(state: TrainState) -> dict[str, float]:
+        state.averages["vae"].copy_to(averaged)
+        return measure(averaged, validation)
+
+    run_training(state, make_train_step(vae, config), config.loop, folder, on_save)
+    state.averages["vae"].copy_to(averaged)
+    mean, std = latent_statistics(averaged, config.statistics_clips, seed=2**41)
+    averaged.config = replace(averaged.config, latents_mean=mean, latents_std=std)
+    export(averaged, folder / "vae")
+    measured = measure(averaged, validation)
+    (folder / "vae_report.json").write_text(json.dumps(measured, indent=2) + "\n")
+    print(measured)
+
+
+if __name__ == "__main__":
+    run_command(train_vae, VAETrainConfig, "vae")
