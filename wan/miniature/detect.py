@@ -16,7 +16,7 @@ renders, whose truth is known.
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,7 @@ class Score:
 
     attributes: dict[str, tuple[bool, ...]]
     joint: bool  # all of them
+    matches: tuple[DetectedObject | None, ...]  # the object found for each one in the caption
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
@@ -403,19 +404,23 @@ def score(detection: Detection, said: Caption) -> Score:
     """
     found: list[DetectedObject | None] = list(detection.objects)
     found += [None] * (len(said.objects) - len(found))
-    matches = [
-        [_right(one, item) for one, item in zip(said.objects, order, strict=True)]
-        for order in itertools.permutations(found, len(said.objects))
-    ]
-    best = max(matches, key=lambda match: sum(sum(right.values()) for right in match))
+    matches = max(
+        itertools.permutations(found, len(said.objects)),
+        key=lambda order: sum(sum(right.values()) for right in _compare(said, order)),
+    )
     attributes: dict[str, tuple[bool, ...]] = {"count": (detection.count == len(said.objects),)}
     if said.background is not None:
         attributes["background"] = (detection.background == said.background,)
     for name in OBJECT_ATTRIBUTES:
-        results = tuple(right[name] for right in best if name in right)
+        results = tuple(right[name] for right in _compare(said, matches) if name in right)
         if results:
             attributes[name] = results
-    return Score(attributes, all(all(results) for results in attributes.values()))
+    joint = all(all(results) for results in attributes.values())
+    return Score(attributes, joint, matches)
+
+
+def _compare(said: Caption, order: Sequence[DetectedObject | None]) -> list[dict[str, bool]]:
+    return [_right(stated, item) for stated, item in zip(said.objects, order, strict=True)]
 
 
 def _right(stated: Stated, item: DetectedObject | None) -> dict[str, bool]:
