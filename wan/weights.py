@@ -296,10 +296,12 @@ def save_component(
     layout: str = "diffusers",
     *,
     vae_levels: VAELevels | None = None,
+    prefix: str = "",
+    dtypes: Mapping[str, torch.dtype] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write a state dict with our names as a released component; bits and dtypes don't change.
+    """Write a state dict with our names as a released component; bits don't change.
 
     Every file is written beside its place and renamed; the index comes last. The folder is made if
     need be and may hold other things, but no weights of the same name: nobody could tell a
@@ -307,28 +309,36 @@ def save_component(
 
     Args:
         vae_levels: of the VAE's config, for a VAE.
+        prefix: put in front of every released name, as repacked files have it.
+        dtypes: to convert to, by our names; converted shard by shard. None keeps all.
     Returns:
         The weight files, and the index if there are several.
     Raises:
         WanError: not our names, weights already there, or too little space.
     """
     folder = Path(folder)
-    named = {released_name(component, layout, n, vae_levels): t for n, t in state.items()}
+    released = {n: prefix + released_name(component, layout, n, vae_levels) for n in state}
+    wanted = {released[n]: t.dtype if dtypes is None else dtypes[n] for n, t in state.items()}
+    named = {released[n]: t for n, t in state.items()}
     stem = file_stem(component, layout, vae_levels)
     folder.mkdir(parents=True, exist_ok=True)
     old = [f.name for f in folder.iterdir() if family(f.name) == stem]
     if old:
         raise WanError(f"{folder}: already holds {', '.join(sorted(old))}; choose an empty folder")
-    total = sum(tensor.nbytes for tensor in named.values())
+    total = sum(tensor.numel() * wanted[name].itemsize for name, tensor in named.items())
     free = shutil.disk_usage(folder).free
     if total > free:
         raise WanError(f"{folder}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
-    shards = split_shards(named, max_shard_bytes)
+    shards = split_shards(named, wanted, max_shard_bytes)
     names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, {"format": "pt", **(metadata or {})})
+        write_tensors(
+            folder / name,
+            {n: tensor.to(wanted[n]) for n, tensor in shard.items()},  # itself where it is so
+            {"format": "pt", **(metadata or {})},
+        )
     written = [folder / name for name in names]
     if len(shards) > 1:
         weight_map = {t: name for name, s in zip(names, shards, strict=True) for t in s}
@@ -350,14 +360,17 @@ def file_stem(component: str, layout: str, vae_levels: VAELevels | None) -> str:
     return "diffusion_pytorch_model"
 
 
-def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
-    """Consecutive tensors, at most `max_bytes` each unless one tensor alone is larger."""
+def split_shards(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], max_bytes: int
+) -> list[dict[str, Tensor]]:
+    """Consecutive tensors, at most `max_bytes` each as written, unless one alone is larger."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
+        nbytes = tensor.numel() * dtypes[name].itemsize
+        if shards[-1] and size + nbytes > max_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
-        size += tensor.nbytes
+        size += nbytes
     return shards
