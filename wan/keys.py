@@ -266,14 +266,14 @@ def detect_layout(component: str, names: Collection[str]) -> KeyLayout:
     prefix = common_prefix(names)
     bare = [name[len(prefix) :] for name in names]
     refuse_foreign(component, bare)
-    found = best_layout(component, bare)
-    if found is None:
-        others = [c for c in COMPONENTS if c != component and best_layout(c, bare) is not None]
-        hint = f"the names are those of a {others[0]}" if others else "no name is one of Wan's"
+    found = {c: best_layout(c, bare) for c in COMPONENTS}
+    likeliest = max(COMPONENTS, key=lambda c: (found[c].num_known, c == component))
+    if likeliest != component or not found[component].num_known:
+        known = found[likeliest].num_known
+        hint = f"the names are those of a {likeliest}" if known else "no name is one of Wan's"
         shown = ", ".join(sorted(names)[:3]) or "no tensors at all"
         raise WanError(f"not a {component} checkpoint: {hint} ({shown}, ...)")
-    layout, vae_levels = found
-    return KeyLayout(layout, prefix, vae_levels)
+    return KeyLayout(found[component].layout, prefix, found[component].vae_levels)
 
 
 def common_prefix(names: Collection[str]) -> str:
@@ -287,17 +287,24 @@ def common_prefix(names: Collection[str]) -> str:
     return prefix
 
 
-def best_layout(component: str, names: Collection[str]) -> tuple[str, VAELevels | None] | None:
-    """The layout that knows most of the names; None if neither knows a name that tells."""
-    best, best_count = None, 0
+class Match(NamedTuple):
+    """How many names of a checkpoint a layout knows. (Components share a few names.)"""
+
+    num_known: int
+    layout: str
+    vae_levels: VAELevels | None
+
+
+def best_layout(component: str, names: Collection[str]) -> Match:
+    """The layout of a component that knows most of the names."""
+    matches = []
     for layout in LAYOUTS:
         vae_levels = detect_vae_levels(layout, names) if component == "vae" else None
-        if component == "vae" and vae_levels is None:
-            continue
-        count = sum(our_name(component, layout, name, vae_levels) is not None for name in names)
-        if count > best_count:
-            best, best_count = (layout, vae_levels), count
-    return best
+        known = 0
+        if component != "vae" or vae_levels is not None:
+            known = sum(our_name(component, layout, n, vae_levels) is not None for n in names)
+        matches.append(Match(known, layout, vae_levels))
+    return max(matches, key=lambda match: match.num_known)
 
 
 def detect_vae_levels(layout: str, names: Collection[str]) -> VAELevels | None:
