@@ -178,3 +178,60 @@ class SampleConfig:
             raise WanError(f"fps={self.fps}: must be between 1 and 240")
         if not math.isfinite(self.lora_strength):
             raise WanError(f"lora_strength={self.lora_strength}: must be a number")
+
+
+@dataclass
+class EvaluateConfig:
+    """`python -m infer.evaluate`: captions of the miniature's world in, how many came true out."""
+
+    source: str = option(
+        "model",
+        "model, or a ceiling: renders (the truth itself), vae (the truth through the autoencoder)",
+    )
+    num_captions: int = option(512, "clips to make and read")
+    split: str = option("heldout", "heldout (combinations never trained on), train or any")
+    num_objects: int | None = option(1, "1 or 2; null draws 1 for seven scenes in ten")
+    omit: float = option(0.0, "chance that a caption leaves an attribute unsaid, as in training")
+    seed: int = option(0, "chooses captions and noise; caption i gets noise seed + i")
+    batch_size: int = option(16, "clips at a time; changes no clip")
+
+    checkpoint: str = option("", "a folder or a hub id (owner/name), instead of the preset's own")
+    revision: str | None = option(None, "hub commit, branch or tag")
+    pipeline: str = option("base", "base (many steps, guidance) or few_step (distilled student)")
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=50))
+    guidance_scale: float = option(5.0, "weight of the prompt against the negative prompt; 1 = off")
+    negative_prompt: str | None = option(None, "what videos should not show")
+    allow_off_recipe: bool = option(
+        False, "let a few-step student use settings that it was not trained for"
+    )
+    max_sequence_length: int = option(512, "prompt tokens that the text encoder reads")
+    height: int = option(128, "pixels; the world is square")
+    width: int = option(128, "pixels")
+    num_frames: int = option(17, "4k + 1; at least 9, so that a circling object gets half round")
+    fps: float = option(8.0, "of the preset; everything is measured per frame")
+    device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
+    dtype: str = option("float32", "of the matrix products: " + ", ".join(DTYPES))
+    attention: str = option("sdpa", "sdpa, math or sliced; all exact")
+
+    output: str | None = option(None, "also write every number and every clip's to this JSON file")
+    sheet: str | None = option(None, "also write a PNG of clips that are not what was asked for")
+
+    def __post_init__(self) -> None:
+        check_choice("source", self.source, ("model", "renders", "vae"))
+        check_choice("split", self.split, ("heldout", "train", "any"))
+        check_choice("pipeline", self.pipeline, ("base", "few_step"))
+        check_choice("dtype", self.dtype, DTYPES)
+        check_device("device", self.device)
+        check_seed("seed", self.seed)
+        check_at_least("num_captions", self.num_captions, 1)
+        check_seed("seed + num_captions - 1", self.seed + self.num_captions - 1)
+        check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("guidance_scale", self.guidance_scale, 0)
+        check_at_least("num_frames", self.num_frames, 9)
+        check_at_least("height", self.height, 64)
+        if self.num_objects not in (None, 1, 2):
+            raise WanError(f"num_objects={self.num_objects}: the world shows 1 or 2; null draws")
+        if not 0 <= self.omit <= 1:
+            raise WanError(f"omit={self.omit}: a probability, from 0 to 1")
+        if self.height != self.width:
+            raise WanError(f"height={self.height}, width={self.width}: the world is square")

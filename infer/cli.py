@@ -28,7 +28,9 @@ from infer.command_line import (
     CommandLine,
     help_text,
     option_names,
+    preset_groups,
     preset_names,
+    read_yaml,
     short_key,
 )
 from wan.errors import WanError
@@ -178,8 +180,7 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
     overrides = [_parse(token, line) for token in tokens]
     _check_once([line_key(line, o.key_or_group) for o in overrides] + list(texts), line)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_FOLDER)):
-        defaults = compose(line.config_name, return_hydra_config=True)
-        groups = {g for g in defaults.hydra.runtime.choices if not g.startswith("hydra/")}
+        groups = preset_groups(line.config_name)
         runs = []
         for point in _points(overrides, sweep):
             title = ", ".join(f"{o.key_or_group}={v}" for o, v in point if o.is_sweep_override())
@@ -278,7 +279,7 @@ def _points(overrides: list[Override], sweep: bool) -> Iterator[list[tuple[Overr
 def _compose_run(
     line: CommandLine,
     point: list[tuple[Override, str]],
-    groups: set[str],
+    groups: Sequence[str],
     texts: dict[str, str | None],
     title: str,
 ) -> Run[Any]:
@@ -311,7 +312,7 @@ def _check_preset(group: str, name: str) -> None:
         raise WanError(f"{group}={name}: no such preset; choose one of {', '.join(known)}")
 
 
-def _read(line: CommandLine, groups: set[str], cfg: DictConfig) -> Any:
+def _read(line: CommandLine, groups: Sequence[str], cfg: DictConfig) -> Any:
     """`read_config` with OmegaConf's errors in a person's words."""
     try:
         return read_config(line.schema, cfg)
@@ -359,8 +360,7 @@ def _names_in(group: str, choice: str) -> Iterator[str]:
     """The options that a preset file sets, with those of the files that it builds on."""
     path = CONFIG_FOLDER / group / f"{choice}.yaml"
     prefix = "" if "@package _global_" in path.read_text(encoding="utf-8") else f"{group}."
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(content, dict)
+    content = read_yaml(path)
     for base in content.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
             yield from _names_in(group, base)

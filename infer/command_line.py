@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -51,6 +52,16 @@ def option_names(schema: type) -> list[str]:
     return [name for name, _, _ in walk_options(schema)]
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def preset_groups(config_name: str) -> list[str]:
+    """The groups that a command chooses presets from: the `group: preset` lines of its defaults."""
+    defaults = read_yaml(CONFIG_FOLDER / f"{config_name}.yaml").get("defaults", [])
+    return [group for entry in defaults if isinstance(entry, dict) for group in entry]
+
+
 def preset_names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
 
@@ -69,7 +80,7 @@ def help_text(line: CommandLine, description: str, flags: Mapping[str, str]) -> 
     """What a stranger needs: what it does, every option with its default, presets, flags."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_FOLDER)):
         cfg = compose(line.config_name, return_hydra_config=True)
-    presets = {g: c for g, c in cfg.hydra.runtime.choices.items() if not g.startswith("hydra/")}
+    presets = {group: cfg.hydra.runtime.choices[group] for group in preset_groups(line.config_name)}
     lines = [
         description.strip(),
         "",

@@ -1,0 +1,303 @@
+"""The front door: any text arrives as typed, any mistake is one line and exit code 2."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.schema import SampleConfig, SamplerConfig, option
+from infer.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
+from infer.command_line import CommandLine, Shortcut, help_text
+from wan.errors import WanError
+
+SAMPLE = CommandLine(
+    SampleConfig,
+    "sample",
+    path_keys=("image", "output_dir", "lora"),
+    shortcuts={
+        "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),
+        "timesteps": Shortcut("sampler.timesteps", clears=("sampler.steps",)),
+        "shift": Shortcut("sampler.shift"),
+    },
+)
+
+TEXTS = [
+    "A cat, running",
+    "time: 5 o'clock",
+    'she said "go" and went',
+    "'",
+    '"',
+    "[a, b]",
+    "{a: b}",
+    "(",
+    "range(3)",
+    "choice(a,b)",
+    "a=b=c",
+    "=",
+    "$HOME and $5",
+    "${oc.env:HOME}",
+    "${",
+    "${x",
+    "\\${x} \\ \\\\",
+    "42",
+    "1e3",
+    "null",
+    "true",
+    "~",
+    "  two  spaces  ",
+    "two\nlines\r\nand\ttabs",
+    "一只猫，在跑",
+    "قطة تركض",
+    "👩‍👩‍👧 family\u200b",
+    "100% & more; #1!",
+    "--help",
+    "-m",
+    "a/b\\c:*?<>|",
+    "x" * 20_000,
+]
+
+
+def one(*tokens: str):
+    (run,) = compose_runs(SAMPLE, tokens)
+    return run
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_arrives_exactly_as_typed(text):
+    config = one(f"prompt={text}", f"negative_prompt={text}").config
+    assert (config.prompt, config.negative_prompt) == (text, text)
+
+
+@pytest.mark.parametrize("text", ["A cat, running", "range(3)", "${oc.env:HOME}", "[a, b]"])
+def test_a_prompt_is_a_single_text_in_a_sweep(text):
+    runs = compose_runs(SAMPLE, [f"prompt={text}", "seed=1,2", "steps=4,8"], sweep=True)
+    assert [run.config.prompt for run in runs] == [text] * 4
+    assert [(r.config.seed, r.config.sampler.steps) for r in runs] == [
+        (1, 4),
+        (1, 8),
+        (2, 4),
+        (2, 8),
+    ]
+    assert runs[1].title == "seed=1, steps=8"
+
+
+def test_a_text_survives_a_real_shell_and_process(tmp_path):
+    script = tmp_path / "echo.py"
+    script.write_text(
+        "import json\n"
+        "from configs.schema import SampleConfig\n"
+        "from infer.cli import run_command\n"
+        "def main(config):\n"
+        "    print(json.dumps(config.prompt))\n"
+        "run_command(main, SampleConfig, 'sample')\n"
+    )
+    text = 'it\'s ${oc.env:HOME}, [1] {2}: "x" = 猫 😀\nnew line'
+    done = subprocess.run(
+        [sys.executable, script, f"prompt={text}"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == text
+
+
+def test_paths_are_literal_and_null_means_none():
+    config = one("output_dir=My (x), y=z ${oc.env:HOME}", "image=null", "lora=a[1].safetensors")
+    assert config.config.output_dir == "My (x), y=z ${oc.env:HOME}"
+    assert config.config.image is None
+    assert config.config.lora == "a[1].safetensors"
+
+
+def test_paths_can_be_swept():
+    runs = compose_runs(SAMPLE, ["output_dir=a,b"], sweep=True)
+    assert [run.config.output_dir for run in runs] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["prompt="], ["prompt= is empty", 'prompt="a red circle"']),
+        (["prompt=   "], ["prompt= is empty"]),
+        (["prompt=a", "red", "circle"], ["'red'", "quotes", 'prompt="a red']),
+        (["red"], ["'red'", "name=value"]),
+        (["prompt=a\udcff"], ["UTF-8"]),
+        (["prompt=a", "prompt=b"], ["prompt= is given twice"]),
+        (["prompt=a", "prompt_file=b"], ["only one"]),
+        (["stps=3"], ["stps=", "did you mean steps="]),
+        (["modle=mini"], ["did you mean model="]),
+        (["sampler.stepz=3"], ["did you mean sampler.steps="]),
+        (["num_inference_steps=3"], ["here it is called steps="]),
+        (["zzzzzz=3"], ["unknown option zzzzzz=", "--help"]),
+        (["model=minii"], ["model=minii", "mini", "fastwan_ti2v_5b"]),
+        (["sampler=3"], ["sampler=3", "dmd3"]),
+        (["steps=three"], ["steps=", "three", "Integer"]),
+        (["steps=0"], ["steps=0", "between 1 and 1000"]),
+        (["steps=1001"], ["steps=1001"]),
+        (["steps=4", "timesteps=[1000,500]"], ["steps= and timesteps=", "only one"]),
+        (["steps=4", "sampler.steps=4"], ["steps= is given twice"]),
+        (["steps=4,8"], ["steps=4,8", "-m"]),
+        (["timesteps=[]"], ["timesteps=[]"]),
+        (["timesteps=[500,1000]"], ["must go down", "[1000.0, 500.0]"]),
+        (["timesteps=[1000,1000]"], ["must go down"]),
+        (["timesteps=[1001]"], ["up to 1000"]),
+        (["timesteps=[nan]"], ["up to 1000"]),
+        (["timesteps=[1000,0]"], ["above 0"]),
+        (["timesteps=[a]"], ["timesteps", "Float"]),
+        (["seed=-1"], ["seed=-1", "from 0"]),
+        (["seed=9223372036854775808"], ["2**63 - 1"]),
+        (["seed=9223372036854775807", "num_videos=2"], ["seed + num_videos - 1"]),
+        (["seed=abc"], ["seed=", "Integer"]),
+        (["seed=1.5"], ["seed=", "Integer"]),
+        (["seed=1", "seed=2"], ["seed= is given twice"]),
+        (["height=0"], ["height=0", "at least 1"]),
+        (["height={"], ["height=", "cannot read '{'"]),
+        (["fps=0"], ["fps=0", "between 1 and 240"]),
+        (["fps=nan"], ["fps=nan"]),
+        (["guidance_scale=-1"], ["guidance_scale=-1"]),
+        (["guidance_scale=nan"], ["guidance_scale=nan"]),
+        (["shift=0"], ["shift=0", "above 0"]),
+        (["device=gpu"], ["device=gpu", "cuda"]),
+        (["dtype=float8"], ["dtype=float8", "bfloat16"]),
+        (["pipeline=fast"], ["pipeline=fast", "few_step"]),
+        (["offload=maybe"], ["offload=", "bool"]),
+        (["checkpoint="], ["checkpoint= is empty"]),
+        (["~seed"], ["'~seed'"]),
+        (["~seed=1"], ["cannot be removed"]),
+        (["hydra.run.dir=x"], ["output_dir="]),
+    ],
+)
+def test_mistakes_are_one_line_with_the_way_out(tokens, words, capsys):
+    def main(run):
+        raise AssertionError("must not run")
+
+    assert execute(main, SAMPLE, "", tokens) == USER_ERROR
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--steps=4", "without dashes: steps="), ("--nonsense", "--multirun"), ("-x", "--help")],
+)
+def test_unknown_flags_are_refused(flag, words, capsys):
+    assert execute(lambda run: 0, SAMPLE, "", [flag]) == USER_ERROR
+    assert words in capsys.readouterr().err
+
+
+def test_a_bad_point_stops_a_sweep_before_it_starts(capsys):
+    ran = []
+    code = execute(lambda run: ran.append(run), SAMPLE, "", ["-m", "steps=4,0", "prompt=x"])
+    assert code == USER_ERROR
+    assert not ran
+
+
+def test_a_failing_point_does_not_stop_the_others():
+    seen = []
+
+    def main(run):
+        seen.append(run.config.seed)
+        if run.config.seed == 1:
+            raise WanError("no")
+        return 0
+
+    assert execute(main, SAMPLE, "", ["-m", "seed=0,1,2", "prompt=x"]) == USER_ERROR
+    assert seen == [0, 1, 2]
+
+
+def test_ctrl_c_ends_a_sweep_with_130(capsys):
+    seen = []
+
+    def main(run):
+        seen.append(run.config.seed)
+        raise KeyboardInterrupt
+
+    assert execute(main, SAMPLE, "", ["-m", "seed=0,1", "prompt=x"]) == INTERRUPTED
+    assert seen == [0]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_read_are_user_errors(capsys):
+    def main(run):
+        Path("/nonexistent/file").read_text()
+
+    assert execute(main, SAMPLE, "", ["prompt=x"]) == USER_ERROR
+    assert capsys.readouterr().err == "error: /nonexistent/file: No such file or directory\n"
+
+
+def test_our_own_bugs_keep_their_traceback():
+    def main(run):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        execute(main, SAMPLE, "", ["prompt=x"])
+
+
+def test_traceback_flag_shows_where_an_error_was_raised():
+    with pytest.raises(WanError):
+        execute(lambda run: 0, SAMPLE, "", ["steps=0", "--traceback"])
+
+
+def test_steps_and_timesteps_replace_each_other():
+    assert one("sampler=dmd3", "sampler.name=euler", "steps=4").config.sampler == SamplerConfig(
+        "euler", steps=4, timesteps=None, shift=3.0
+    )
+    sampler = one("timesteps=[1000,600.5]", "sampler.name=few_step").config.sampler
+    assert (sampler.steps, sampler.timesteps) == (None, [1000.0, 600.5])
+
+
+def test_each_value_knows_where_it_comes_from():
+    sources = one("prompt=x", "model=wan22_t2v_a14b", "steps=7").sources
+    assert sources["prompt"] == "command line"
+    assert sources["sampler.steps"] == "command line"
+    assert sources["sampler.shift"] == "model=wan22_t2v_a14b"
+    assert sources["sampler.name"] == "sampler=unipc40"
+    assert sources["dtype"] == "model=wan22_t2v_a14b"  # through the file shared by all releases
+    assert sources["seed"] == "default"
+
+
+def test_help_explains_every_option(capsys):
+    assert execute(lambda run: 0, SAMPLE, "What it does.", ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("What it does.")
+    for words in ("prompt=", "steps=", "fastwan_ti2v_5b", "dmd3", "--multirun", "nearest legal"):
+        assert words in text
+
+
+def test_cfg_prints_the_settings_and_stops(capsys):
+    def main(run):
+        raise AssertionError("must not run")
+
+    assert execute(main, SAMPLE, "", ["prompt=${a: 猫", "seed=3", "--cfg"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["prompt"], shown["seed"]) == ("${a: 猫", 3)
+
+
+def test_a_schema_without_texts_or_presets_works_too(tmp_path, monkeypatch):
+    @dataclass
+    class Inner:
+        caption: str = option("", "a nested text")
+
+    @dataclass
+    class Other:
+        seed: int = option(0, "a number")
+        inner: Inner = field(default_factory=Inner)
+        sizes: list[int] = option([1, 2], "a list")
+
+    (tmp_path / "other.yaml").write_text("sizes: [1, 2]\n")
+    monkeypatch.setattr("infer.cli.CONFIG_FOLDER", tmp_path)
+    monkeypatch.setattr("infer.command_line.CONFIG_FOLDER", tmp_path)
+    line = CommandLine(Other, "other", text_keys=("prompt", "inner.caption"))
+    with pytest.raises(WanError, match="unknown option prompt="):
+        compose_runs(line, ["prompt=x"])
+    (run,) = compose_runs(line, ["inner.caption=${a}, b", "sizes=[3]"])
+    assert run.config == Other(0, Inner("${a}, b"), [3])
+    assert "[1, 2]" in help_text(line, "", {})

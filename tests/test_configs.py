@@ -1,0 +1,91 @@
+"""Every preset composes into checked settings, and says what it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import configs
+from configs.schema import SampleConfig, SamplerConfig, option, walk_options
+from infer.cli import compose_runs
+from infer.command_line import CommandLine, preset_names
+from wan.errors import WanError
+
+LINE = CommandLine(SampleConfig, "sample")
+
+
+def settings(*tokens: str) -> SampleConfig:
+    (run,) = compose_runs(LINE, tokens)
+    return run.config
+
+
+@pytest.mark.parametrize("model", preset_names("model"))
+def test_model_presets_compose(model):
+    config = settings(f"model={model}")
+    assert isinstance(config.sampler, SamplerConfig)
+    assert (config.num_frames - 1) % 4 == 0
+    stride = 32 if "5b" in model or model == "mini" else 16
+    assert config.height % stride == 0
+    assert config.width % stride == 0
+
+
+@pytest.mark.parametrize("sampler", preset_names("sampler"))
+def test_sampler_presets_compose(sampler):
+    config = settings(f"sampler={sampler}")
+    assert (config.sampler.steps is None) == (sampler == "dmd3")
+
+
+@pytest.mark.parametrize("group", ["model", "sampler"])
+def test_presets_explain_themselves_in_their_first_comment(group):
+    for name in preset_names(group):
+        lines = (Path(configs.__file__).parent / group / f"{name}.yaml").read_text().splitlines()
+        comments = [line for line in lines[:2] if line.startswith("# ") and "@package" not in line]
+        assert comments, name
+
+
+def test_yaml_names_no_python_code():
+    for path in Path(configs.__file__).parent.rglob("*.yaml"):
+        assert "_target_" not in path.read_text(), path
+
+
+def test_the_released_recipes():
+    """Numbers of the official code, and of the FastWan students' distillation."""
+    fast = settings("model=fastwan_ti2v_5b")
+    assert fast.sampler == SamplerConfig("few_step", None, [1000.0, 757.0, 522.0], 5.0)
+    assert (fast.pipeline, fast.guidance_scale, fast.negative_prompt) == ("few_step", 1.0, None)
+    five = settings("model=wan22_ti2v_5b")
+    assert five.sampler == SamplerConfig("unipc", 50, None, 5.0)
+    assert (five.height, five.width, five.num_frames, five.fps) == (704, 1280, 121, 24)
+    big = settings("model=wan22_t2v_a14b")
+    assert big.sampler == SamplerConfig("unipc", 40, None, 12.0)
+    assert (big.guidance_scale, big.guidance_scale_2) == (4.0, 3.0)
+    small = settings("model=wan21_t2v_1_3b")
+    assert (small.sampler.shift, small.height, small.width, small.fps) == (3.0, 480, 832, 16)
+
+
+def test_a_model_preset_keeps_its_shift_under_another_sampler():
+    config = settings("model=wan22_t2v_a14b", "sampler=euler50")
+    assert config.sampler == SamplerConfig("euler", 50, None, 12.0)
+
+
+def test_every_option_has_a_help_line():
+    for name, _, item in walk_options(SampleConfig):
+        assert item.metadata.get("help"), name
+
+
+def test_options_share_no_list_between_configs():
+    field = option([1], "a list")
+    assert field.default_factory() is not field.default_factory()
+
+
+def test_sampler_needs_exactly_one_of_steps_and_timesteps():
+    with pytest.raises(WanError, match="exactly one"):
+        SamplerConfig("euler")
+    with pytest.raises(WanError, match="exactly one"):
+        SamplerConfig("euler", steps=3, timesteps=[1000.0])
+
+
+def test_settings_are_plain_data():
+    from dataclasses import asdict
+
+    json.dumps(asdict(settings("prompt=${x}")))
