@@ -1,0 +1,168 @@
+"""An evaluation counts what it should, and its ceilings are where they are known to be."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs.schema import EvaluateConfig
+from infer.cli import compose_runs, execute
+from infer.evaluate import (
+    LINE,
+    draw_examples,
+    evaluate,
+    main,
+    render_truth,
+    summarise,
+    table,
+    wilson_interval,
+)
+from wan.errors import WanError
+from wan.miniature.world import HELD_OUT
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(*tokens: str) -> EvaluateConfig:
+    (run,) = compose_runs(LINE, tokens)
+    return run.config
+
+
+SMALL = ("source=renders", "num_captions=6", "batch_size=4")
+
+
+def test_captions_are_held_out_fixed_and_do_not_depend_on_their_number():
+    few = draw_examples(settings("num_captions=5"))
+    many = draw_examples(settings("num_captions=9"))
+    assert many[:5] == few
+    assert [example.seed for example in few] == [0, 1, 2, 3, 4]
+    assert all(example.scene.objects[0].triple in HELD_OUT for example in many)
+    assert draw_examples(settings("num_captions=5", "seed=1")) != few
+    for example in draw_examples(settings("num_captions=5", "split=train", "num_objects=2")):
+        assert len(example.said.objects) == 2
+        assert not {one.triple for one in example.scene.objects} & HELD_OUT
+
+
+def test_every_attribute_is_stated_unless_omission_is_asked_for():
+    full = draw_examples(settings("num_captions=30"))
+    assert all(None not in vars(example.said.objects[0]).values() for example in full)
+    sparse = draw_examples(settings("num_captions=30", "omit=1"))
+    assert all(example.said.objects[0].motion is None for example in sparse)
+
+
+def test_the_truth_scores_full_marks_and_a_shifted_truth_does_not():
+    examples = draw_examples(settings(*SMALL))
+    config = settings(*SMALL)
+    truth = [result for result, _ in evaluate(examples, render_truth(config), 4)]
+    summary = summarise(truth)
+    assert summary["joint"]["right"] == summary["joint"]["total"] == 6
+    assert {name: share["total"] for name, share in summary["attributes"].items()} == dict.fromkeys(
+        ("count", "background", "shape", "colour", "size", "motion"), 6
+    )
+    assert summary["measures"]["motion_ratio"] == pytest.approx(1, abs=0.12)
+
+    scenes = [example.scene for example in examples]
+    shifted = [
+        replace(example, scene=scene)
+        for example, scene in zip(examples, scenes[1:] + scenes[:1], strict=True)
+    ]
+    wrong = summarise([result for result, _ in evaluate(shifted, render_truth(config), 4)])
+    assert wrong["joint"]["accuracy"] < 0.5
+    assert wrong["joint"]["accuracy"] <= min(
+        share["accuracy"] for share in wrong["attributes"].values()
+    )
+
+
+def test_failed_clips_count_as_failures():
+    examples = draw_examples(settings(*SMALL))
+
+    def black(batch):
+        return torch.full((len(batch), 3, 17, 128, 128), -1.0)
+
+    def broken(batch):
+        video = render_truth(settings(*SMALL))(batch)
+        video[:, 0, 3, 5, 5] = float("nan")
+        return video
+
+    for source in (black, broken):
+        summary = summarise([result for result, _ in evaluate(examples, source, 4)])
+        assert summary["joint"]["right"] == 0
+        assert summary["attributes"]["shape"] == {
+            "accuracy": 0.0,
+            "right": 0,
+            "total": 6,
+            "interval": wilson_interval(0, 6),
+        }
+        stated = [row for row in summary["confusion"]["shape"].values() if sum(row.values())]
+        assert sum(row["none"] for row in stated) == 6
+        assert summary["measures"]["shape_iou"] is None
+        assert "all that was stated" in table(summary)
+
+
+def test_confusions_add_up_to_the_accuracies():
+    examples = draw_examples(settings(*SMALL, "num_objects=2"))
+    results = [r for r, _ in evaluate(examples, render_truth(settings(*SMALL)), 4)]
+    summary = summarise(results)
+    for name in ("shape", "colour", "size", "motion"):
+        rows = summary["confusion"][name]
+        assert sum(sum(row.values()) for row in rows.values()) == 12
+        diagonal = sum(row[value] for value, row in rows.items())
+        assert diagonal == summary["attributes"][name]["right"]
+
+
+@pytest.mark.parametrize(("right", "total"), [(435, 512), (1, 3), (9, 10), (511, 512)])
+def test_the_bounds_of_a_wilson_interval_are_196_of_their_own_deviations_away(right, total):
+    for bound in wilson_interval(right, total):
+        z = abs(right / total - bound) / (bound * (1 - bound) / total) ** 0.5
+        assert z == pytest.approx(1.959964, rel=1e-6)
+
+
+def test_wilson_intervals_stay_within_0_and_1():
+    z2 = 1.959964**2
+    assert wilson_interval(0, 10) == pytest.approx((0, z2 / (10 + z2)))
+    assert wilson_interval(10, 10) == pytest.approx((10 / (10 + z2), 1))
+
+
+def test_the_command_writes_its_record(tmp_path, capsys):
+    output, sheet = tmp_path / "new" / "numbers.json", tmp_path / "sheet.png"
+    arguments = [*SMALL, f"output={output}", f"sheet={sheet}"]
+    assert execute(main, LINE, "", arguments) == 0
+    printed = capsys.readouterr().out
+    assert "all that was stated" in printed
+    record = json.loads(output.read_text())
+    assert record["summary"]["joint"]["total"] == 6
+    assert record["config"]["source"] == "renders"
+    assert len(record["clips"]) == 6
+    clip = record["clips"][0]
+    assert clip["joint"] is True
+    assert clip["seen"]["objects"][0]["shape"] == clip["stated"]["objects"][0]["shape"]
+    assert not sheet.exists()  # nothing failed
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("source=groundtruth", "model, renders, vae"),
+        ("split=test", "heldout, train, any"),
+        ("num_objects=3", "1 or 2"),
+        ("omit=2", "from 0 to 1"),
+        ("height=96", "square"),
+        ("num_frames=5", "at least 9"),
+        ("num_captions=0", "at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(token, message):
+    with pytest.raises(WanError, match=message):
+        settings(token)
+
+
+def test_a_bad_output_is_refused_before_anything_runs(tmp_path, capsys):
+    assert execute(main, LINE, "", [*SMALL, f"output={tmp_path}"]) == 2
+    assert "is a folder" in capsys.readouterr().err
