@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from wan.video import read_video
 
 from wan.errors import WanError
 from wan.miniature.captions import caption
@@ -123,6 +122,8 @@ def folder_cache(
 
 def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float) -> Tensor:
     """The first `num_frames` frames: (3, F, height, width) in [-1, 1]."""
+    from wan.video import read_video
+
     frames, info = read_video(path)  # (F, H, W, 3) uint8
     if abs(float(info.fps) - fps) > 0.01 * fps:
         raise WanError(f"{path}: {float(info.fps):g} fps, data.fps={fps:g}; re-time the clip first")

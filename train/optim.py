@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[override]
+    def step(self, closure=None):
         if closure is not None:
             raise ValueError("Muon.step takes no closure")
         for group in self.param_groups:
@@ -90,7 +91,7 @@ def make_optimizers(
         and ("blocks." in n or "levels." in n or "mid." in n)
         and "relative_bias" not in n
     }
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for n, p in matrices.items() if n not in hidden]},
         {"params": [p for n, p in trainable.items() if n not in matrices], "weight_decay": 0.0},
     ]

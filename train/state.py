@@ -23,10 +23,11 @@ class TrainState:
     step: int = 0
 
     def to_tree(self) -> dict[str, Any]:
-        parts = {"modules": self.modules, "optimizers": self.optimizers, "averages": self.averages}
         return {
             "step": self.step,
-            **{name: {k: v.state_dict() for k, v in part.items()} for name, part in parts.items()},
+            "modules": {k: v.state_dict() for k, v in self.modules.items()},
+            "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
+            "averages": {k: v.state_dict() for k, v in self.averages.items()},
         }
 
     def load_tree(self, tree: dict[str, Any]) -> None:

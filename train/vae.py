@@ -182,9 +182,11 @@ def train_vae(config: VAETrainConfig) -> None:
         return measure(averaged, validation)
 
     run_training(state, make_train_step(vae, config), config.loop, folder, on_save)
+    if state.step < config.loop.steps:
+        return  # stopped on request; the same command goes on
     state.averages["vae"].copy_to(averaged)
     mean, std = latent_statistics(averaged, config.statistics_clips, seed=2**41)
-    averaged.config = replace(averaged.config, latents_mean=mean, latents_std=std)
+    averaged.config = replace(averaged.config, latents_mean=tuple(mean), latents_std=tuple(std))
     export(averaged, folder / "vae")
     measured = measure(averaged, validation)
     (folder / "vae_report.json").write_text(json.dumps(measured, indent=2) + "\n")

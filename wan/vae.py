@@ -55,6 +55,8 @@ class VAEConfig:
                 raise WanError(
                     f"{name} has {len(getattr(self, name))} numbers, z_dim is {self.z_dim}"
                 )
+        if self.is_residual:
+            self._check_shortcuts()
         pixels = 3 * (self.patch_size or 1) ** 2
         if (self.in_channels, self.out_channels) != (pixels, pixels):
             raise WanError(
@@ -62,15 +64,36 @@ class VAEConfig:
                 f"patch_size={self.patch_size} makes {pixels} channels of an RGB frame"
             )
 
+    def _check_shortcuts(self) -> None:
+        """Shortcuts without parameters group or repeat channels, so widths must divide."""
+        times = [2 if t else 1 for t in self.temperal_downsample] + [1]
+        spaces = [2] * len(self.temperal_downsample) + [1]
+        down, up = (1, *self.dim_mult), (self.dim_mult[-1], *reversed(self.dim_mult))
+        cells = [t * s * s for t, s in zip(times, spaces, strict=True)]
+        for wide, narrow, cell in zip(down[:-1], down[1:], cells, strict=True):
+            if wide * cell % narrow:
+                raise WanError(
+                    f"dim_mult={self.dim_mult}: the average-down shortcut cannot make {narrow} of "
+                    f"{wide} x {cell} channels"
+                )
+        cells = [t * s * s for t, s in zip([*reversed(times[:-1]), 1], spaces, strict=True)]
+        for wide, narrow, cell in zip(up[:-1], up[1:], cells, strict=True):
+            if cell > 1 and narrow * cell % wide:
+                raise WanError(
+                    f"dim_mult={self.dim_mult}: the duplicate-up shortcut cannot make {narrow} x "
+                    f"{cell} channels of {wide}"
+                )
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "VAEConfig":
         """Read a released `config.json`; a setting we would have to ignore is an error."""
         known = {f.name for f in fields(cls)}
-        expected = {  # fields that follow from the others, or that only training used
+        expected: dict[
+            str, tuple[Any, ...] | None
+        ] = {  # fields that follow from the others, or that only training used
             "attn_scales": ([],),
             "dropout": (0.0,),
             "clip_output": (False, True),  # decoding always clamps, as both references do
-            "latents_mean": None,
             "scale_factor_spatial": None,
             "scale_factor_temporal": None,
         }
@@ -82,7 +105,7 @@ class VAEConfig:
                 continue
             elif name not in expected:
                 raise WanError(f"vae config.json: unknown setting {name}={value!r}")
-            elif expected[name] is not None and value not in expected[name]:
+            elif (allowed := expected[name]) is not None and value not in allowed:
                 raise WanError(f"vae config.json: {name}={value!r} is not supported")
         return cls(**settings)
 
@@ -142,8 +165,8 @@ class StreamCache:
 class CausalConv3d(nn.Conv3d):
     """Convolution that sees the past only: zeros or history in front, nothing behind."""
 
-    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
-        """(B, C, T, H, W) -> (B, C', T', H', W'); the time stride must divide the chunk."""
+    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:  # type: ignore[override]
+        """(B, C, T, H, W) -> (B, C', T, H', W')."""
         past = self.kernel_size[0] - 1
         if past:
             history = cache.history.get(self)
@@ -411,7 +434,8 @@ class WanVAE(nn.Module):
     in.
     """
 
-    FLOAT32_PARAMETERS: tuple[str, ...] = ()
+    # An image encoded in bfloat16 visibly moves the video that starts from it; decoding is robust.
+    FLOAT32_PARAMETERS: tuple[str, ...] = (r"^encoder\.", r"^quant_conv\.")
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -478,7 +502,7 @@ class WanVAE(nn.Module):
         if chunk_latents is not None and chunk_latents < 1:
             raise WanError(f"chunk_latents={chunk_latents}: must be at least 1")
         mean, std = self.latent_statistics(latents.device)
-        z = (latents.float() * std + mean).to(self.dtype)
+        z = (latents.float() * std + mean).to(self.post_quant_conv.weight.dtype)
         cache = StreamCache(keep=chunk_latents is not None)
         for chunk in split_stream(z, chunk_latents):
             yield self.decode_chunk(chunk, cache).clamp(-1, 1)

@@ -1,0 +1,177 @@
+"""The autoencoder: what the maths promises. Equality with diffusers stands in test_parity.py too."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from wan.errors import WanError
+from wan.keys import VAELevels, released_name
+from wan.vae import VAEConfig, WanVAE, blend_ramp, decode_tiled, patchify, unpatchify
+
+WAN22 = VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=6)
+WAN22.latents_mean, WAN22.latents_std = (0.1,) * 6, (1.3,) * 6
+WAN21 = VAEConfig(
+    base_dim=8,
+    decoder_base_dim=None,
+    z_dim=4,
+    is_residual=False,
+    patch_size=None,
+    in_channels=3,
+    out_channels=3,
+)
+GENERATIONS = pytest.mark.parametrize("config", [WAN22, WAN21], ids=["2.2", "2.1"])
+# Sums in another order: values near 1, float32
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def build(config: VAEConfig) -> WanVAE:
+    torch.manual_seed(0)
+    return WanVAE(config).eval()
+
+
+def clip(config: VAEConfig, frames: int = 17) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    side = 2 * config.spatial_stride
+    return torch.rand(1, 3, frames, side, side, generator=generator) * 2 - 1
+
+
+@GENERATIONS
+@torch.no_grad()
+def test_encode_and_decode_equal_diffusers(config):
+    vae = build(config)
+    settings = {
+        k: v for k, v in config.to_json().items() if k not in ("_class_name", "clip_output")
+    }
+    if not config.latents_mean:
+        settings |= {"latents_mean": [0.0] * config.z_dim, "latents_std": [1.0] * config.z_dim}
+    oracle = AutoencoderKLWan(**settings).eval()
+    levels = VAELevels(config.is_residual, config.num_res_blocks)
+    oracle.load_state_dict(
+        {released_name("vae", "diffusers", k, levels): v for k, v in vae.state_dict().items()}
+    )
+    video = clip(config)
+    mean, std = vae.latent_statistics(video.device)
+    latents = (oracle.encode(video).latent_dist.mode() - mean) / std
+    torch.testing.assert_close(vae.encode(video), latents, **ROUNDING)
+    torch.testing.assert_close(
+        vae.decode(latents), oracle.decode(latents * std + mean).sample, **ROUNDING
+    )
+
+
+@GENERATIONS
+@pytest.mark.parametrize("chunk", [4, 8, 16])
+@torch.no_grad()
+def test_encoding_does_not_depend_on_the_chunks(config, chunk):
+    vae, video = build(config), clip(config)
+    torch.testing.assert_close(vae.encode(video, chunk), vae.encode(video), **ROUNDING)
+
+
+@GENERATIONS
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+@torch.no_grad()
+def test_decoding_does_not_depend_on_the_chunks(config, chunk):
+    vae = build(config)
+    latents = torch.randn(1, config.z_dim, 5, 2, 2, generator=torch.Generator().manual_seed(2))
+    whole = vae.decode(latents, None)
+    assert whole.shape[2] == 17
+    torch.testing.assert_close(vae.decode(latents, chunk), whole, **ROUNDING)
+
+
+@GENERATIONS
+@torch.no_grad()
+def test_a_later_latent_never_changes_an_earlier_frame(config):
+    vae = build(config)
+    latents = torch.randn(1, config.z_dim, 4, 2, 2, generator=torch.Generator().manual_seed(3))
+    changed = latents.clone()
+    changed[:, :, -1] += 1
+    before, after = vae.decode(latents, 1), vae.decode(changed, 1)
+    assert torch.equal(before[:, :, :9], after[:, :, :9])
+    assert not torch.equal(before[:, :, 9:], after[:, :, 9:])
+
+
+@GENERATIONS
+def test_whole_clip_training_pass_reaches_every_parameter(config):
+    vae = build(config)
+    moments = vae.encode_moments(clip(config))
+    vae.decode(moments.chunk(2, dim=1)[0], None).square().sum().backward()
+    idle = [n for n, p in vae.named_parameters() if p.grad is None]
+    assert idle == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_patches_put_columns_before_rows(size):
+    video = torch.arange(2 * 3 * 2 * 8 * 8).reshape(2, 3, 2, 8, 8)
+    patches = patchify(video, size)
+    assert torch.equal(unpatchify(patches, size), video)
+    if size == 2:  # channel = colour * 4 + column * 2 + row
+        assert torch.equal(patches[:, 1], video[:, 0, :, 1::2, 0::2])
+        assert torch.equal(patches[:, 2], video[:, 0, :, 0::2, 1::2])
+
+
+def test_stride_follows_from_the_config():
+    assert (WAN22.spatial_stride, WAN22.temporal_stride) == (16, 4)
+    assert (WAN21.spatial_stride, WAN21.temporal_stride) == (8, 4)
+
+
+@torch.no_grad()
+def test_tiles_that_cover_everything_give_the_plain_result():
+    vae = build(WAN22)
+    latents = torch.randn(1, 6, 2, 4, 4, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(decode_tiled(vae, latents, tile=4, overlap=1), vae.decode(latents))
+
+
+@torch.no_grad()
+def test_tiles_keep_the_frame_and_agree_away_from_seams():
+    vae = build(WAN22)
+    latents = torch.randn(1, 6, 1, 4, 10, generator=torch.Generator().manual_seed(5))
+    tiled = decode_tiled(vae, latents, tile=6, overlap=2)
+    assert tiled.shape == vae.decode(latents).shape
+    ramp = blend_ramp(8, 3)
+    assert ramp.min() > 0
+    assert ramp.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperal_downsample": (True,)}, "1 entries for 4 levels"),
+        ({"in_channels": 3}, "patch_size=2 makes 12 channels"),
+        ({"latents_mean": (0.0,)}, "z_dim is 48"),
+        ({"dim_mult": (1, 2, 4, 8)}, "average-down shortcut"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(WanError, match=message):
+        VAEConfig(**change)
+
+
+def test_unknown_or_unsupported_settings_are_refused():
+    values = WAN22.to_json()
+    assert VAEConfig.from_json(values) == WAN22
+    with pytest.raises(WanError, match="unknown setting colour"):
+        VAEConfig.from_json({**values, "colour": 1})
+    with pytest.raises(WanError, match="attn_scales"):
+        VAEConfig.from_json({**values, "attn_scales": [0.5]})
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 16, 32, 32), "nearest are 13 and 17"),
+        ((1, 3, 17, 30, 32), "multiples of 16"),
+        ((1, 4, 17, 32, 32), "need \\(B, 3, F, H, W\\)"),
+    ],
+)
+def test_clips_the_strides_do_not_divide_are_refused(shape, message):
+    with pytest.raises(WanError, match=message):
+        build(WAN22).encode(torch.zeros(shape))
+
+
+def test_latents_and_chunks_out_of_range_are_refused():
+    vae = build(WAN22)
+    with pytest.raises(WanError, match="need \\(B, 6"):
+        vae.decode(torch.zeros(1, 5, 2, 2, 2))
+    with pytest.raises(WanError, match="chunk_latents=0"):
+        vae.decode(torch.zeros(1, 6, 2, 2, 2), 0)
+    with pytest.raises(WanError, match="multiple of 4"):
+        vae.encode(clip(WAN22), 3)
