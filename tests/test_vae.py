@@ -1,4 +1,4 @@
-"""The autoencoder: what the maths promises. Equality with diffusers stands in test_parity.py too."""
+"""The autoencoder: what the maths promises, and equality with diffusers."""
 
 import pytest
 import torch

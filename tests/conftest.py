@@ -1,0 +1,15 @@
+"""Shared by all tests: one CPU thread, and no GPU tests where there is no GPU."""
+
+import pytest
+import torch
+
+# The models are tiny: threads would wait for each other longer than they compute.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
