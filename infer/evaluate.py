@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.schema import EvaluateConfig
+from configs.evaluation import EvaluateConfig
 from infer.cli import Run, run_jobs
 from infer.command_line import CommandLine, Shortcut
 from wan.checkpoint import open_checkpoint
@@ -40,7 +40,8 @@ from wan.miniature.world import (
     render,
     sample_scene,
 )
-from wan.pipeline import WanDMDPipeline, WanPipeline, WanPipelineOutput
+from wan.pipeline import PIPELINES, WanPipelineOutput
+from wan.pipeline_config import read_index
 from wan.placement import resolve_device
 from wan.tokenizer import read_json_object
 from wan.vae import VAEConfig, WanVAE
@@ -233,7 +234,7 @@ def render_truth(config: EvaluateConfig) -> VideoSource:
 
 def reconstruct_truth(config: EvaluateConfig) -> VideoSource:
     """The same, encoded and decoded; needs only the vae/ folder of the checkpoint."""
-    folder = resolve_model(_checkpoint(config), config.revision) / "vae"
+    folder = _folder(config) / "vae"
     vae_config = VAEConfig.from_json(read_json_object(folder / "config.json"))
     device = _device(config)
     vae = load_module(lambda: WanVAE(vae_config), open_checkpoint(folder), "vae", device=device)
@@ -248,12 +249,13 @@ def reconstruct_truth(config: EvaluateConfig) -> VideoSource:
 
 def generate(config: EvaluateConfig) -> VideoSource:
     """What the model makes of the captions."""
-    pipeline = {"base": WanPipeline, "few_step": WanDMDPipeline}[config.pipeline].from_pretrained(
-        _checkpoint(config),
-        dtype=getattr(torch, config.dtype),
-        device=_device(config),
-        attention=config.attention,
-        revision=config.revision,
+    folder = _folder(config)
+    device = _device(config)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    pipeline = PIPELINES[read_index(folder)["_class_name"]].from_pretrained(
+        folder, dtype=getattr(torch, dtype), device=device, attention=config.attention
     )
 
     def make(batch: Sequence[Example]) -> Tensor:
@@ -270,7 +272,7 @@ def generate(config: EvaluateConfig) -> VideoSource:
             guidance_scale=config.guidance_scale,
             seed=[example.seed for example in batch],
             max_sequence_length=config.max_sequence_length,
-            allow_untrained=config.allow_off_recipe,
+            allow_untrained=config.allow_untrained,
             output_type="pt",
         )
         assert isinstance(made, WanPipelineOutput)
@@ -279,8 +281,9 @@ def generate(config: EvaluateConfig) -> VideoSource:
     return make
 
 
-def _checkpoint(config: EvaluateConfig) -> str | Path:
-    return WEIGHTS if config.checkpoint == BUILTIN else config.checkpoint
+def _folder(config: EvaluateConfig) -> Path:
+    name = WEIGHTS if config.checkpoint == BUILTIN else config.checkpoint
+    return resolve_model(name, config.revision)
 
 
 def _device(config: EvaluateConfig) -> torch.device:

@@ -5,14 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from test_pipeline import build, write_tokenizer
 
-from configs.schema import EvaluateConfig
+from configs.evaluation import EvaluateConfig
 from infer.cli import compose_runs, execute
 from infer.evaluate import (
     LINE,
     draw_examples,
     evaluate,
+    generate,
     main,
+    reconstruct_truth,
     render_truth,
     summarise,
     table,
@@ -35,6 +39,7 @@ def settings(*tokens: str) -> EvaluateConfig:
     return run.config
 
 
+READ = "max_sequence_length=48"
 SMALL = ("source=renders", "num_captions=6", "batch_size=4")
 
 
@@ -144,6 +149,55 @@ def test_the_command_writes_its_record(tmp_path, capsys):
     assert clip["joint"] is True
     assert clip["seen"]["objects"][0]["shape"] == clip["stated"]["objects"][0]["shape"]
     assert not sheet.exists()  # nothing failed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model with random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    write_tokenizer(folder / "tokenizer")
+    build(folder / "tokenizer").save_pretrained(folder / "whole")
+    return folder / "whole"
+
+
+def tiny(model, *tokens: str) -> list[str]:
+    size = ("height=64", "width=64", "num_frames=9")
+    return [f"checkpoint={model}", "steps=2", "num_captions=3", READ, *size, *tokens]
+
+
+def test_a_model_gets_every_caption_with_its_own_seed(model):
+    config = settings(*tiny(model))
+    examples = draw_examples(config)
+    make = generate(config)
+    videos = make(examples)
+    assert videos.shape == (3, 3, 9, 64, 64)
+    assert videos.min() >= -1
+    assert videos.max() <= 1
+    assert torch.equal(make(examples[1:2]), videos[1:2])
+    assert not torch.equal(make([replace(examples[1], seed=9)]), videos[1:2])
+    assert not torch.equal(make([replace(examples[1], said=examples[0].said)]), videos[1:2])
+
+
+def test_reconstructions_need_only_the_autoencoder(model, tmp_path):
+    (tmp_path / "vae").symlink_to(model / "vae")
+    config = settings(*tiny(tmp_path, "source=vae"))
+    videos = reconstruct_truth(config)(draw_examples(config))
+    assert videos.shape == (3, 3, 9, 64, 64)
+
+
+def test_the_command_scores_an_untrained_model_and_shows_its_clips(model, tmp_path, capsys):
+    output, sheet = tmp_path / "numbers.json", tmp_path / "sheet.png"
+    assert execute(main, LINE, "", tiny(model, f"output={output}", f"sheet={sheet}")) == 0
+    assert json.loads(output.read_text())["summary"]["joint"]["right"] == 0
+    with Image.open(sheet) as image:
+        assert image.size == (5 * 64, 3 * 64)
+
+
+def test_a_missing_model_is_one_line(tmp_path, capsys):
+    for source in ("model", "vae"):
+        arguments = tiny(tmp_path / "none", f"source={source}")
+        assert execute(main, LINE, "", arguments) == 2
+        assert "no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

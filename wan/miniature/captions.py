@@ -1,10 +1,13 @@
 """Sentences about scenes: a small grammar with synonyms, and attributes that may go unsaid.
 
-    sentence   = clause [", " motion] [" " background]  |  background ", " clause ...
-    clause     = noun phrase [" " motion] [" and " noun phrase [" " motion]]
-    noun phrase = (a|one|the) [size] [colour] noun
+    sentence    = [opening] clauses [background] | background "," clauses
+                | noun phrase background "," motion
+    clauses     = clause | clause "and" clause
+    clause      = noun phrase ["is"] [motion]
+    noun phrase = article [size] [colour] noun
 
-A caption carries what it states beside its text, so that a model is scored only on what was asked.
+"a small red circle moving right on a gray background" is one. A caption carries what it states
+beside its text, so that a model is scored only on what was asked of it.
 """
 
 import random
