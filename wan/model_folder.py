@@ -1,0 +1,94 @@
+"""Networks from a released folder, and back into one."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wan.checkpoint import open_checkpoint
+from wan.dit import WanDiT
+from wan.errors import WanError
+from wan.keys import VAELevels
+from wan.pipeline_config import PipelineConfig, write_configs
+from wan.pipeline_io import OnProgress, report
+from wan.umt5 import UMT5Encoder
+from wan.vae import WanVAE
+from wan.weights import load_module, save_component
+
+
+def load_modules(
+    folder: Path,
+    config: PipelineConfig,
+    overrides: Mapping[str, Path],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Every network of a pipeline, in evaluation mode, by the name of its folder.
+
+    Args:
+        overrides: part -> a file or folder to take instead of `folder / part`.
+
+    Raises:
+        WanError: weights that are missing, damaged or of another model.
+    """
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "transformer": lambda: WanDiT(config.transformer, attention),
+        "transformer_2": lambda: WanDiT(config.transformer, attention),
+        "vae": lambda: WanVAE(config.vae),
+        "text_encoder": lambda: UMT5Encoder(config.text_encoder),
+    }
+    modules = {}
+    for done, part in enumerate(config.components):
+        report(on_progress, "load", done, len(config.components))
+        checkpoint = open_checkpoint(overrides.get(part, folder / part))
+        module = load_module(
+            builders[part], checkpoint, weight_kind(part), dtype=dtype, device=device
+        )
+        modules[part] = module.eval()
+    report(on_progress, "load", len(config.components), len(config.components))
+    return modules
+
+
+def save_modules(
+    folder: Path,
+    config: PipelineConfig,
+    modules: Mapping[str, nn.Module],
+    tokenizer_folder: Path | None,
+) -> None:
+    """Write the released layout, beside its place first and renamed at the end.
+
+    Raises:
+        WanError: the folder holds something already, or the tokenizer's files are unknown.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WanError(f"{folder}: exists already; choose a new folder")
+    if tokenizer_folder is None:
+        raise WanError("saving copies the tokenizer's files: give the pipeline tokenizer_folder")
+    beside = folder.with_name(f".{folder.name}.tmp")
+    if beside.exists():
+        shutil.rmtree(beside)
+    write_configs(config, beside)
+    shutil.copytree(tokenizer_folder, beside / "tokenizer")
+    levels = VAELevels(config.vae.is_residual, config.vae.num_res_blocks)
+    for part, module in modules.items():
+        kind = weight_kind(part)
+        save_component(
+            module.state_dict(),
+            beside / part,
+            kind,
+            vae_levels=levels if kind == "vae" else None,
+        )
+    if folder.exists():
+        folder.rmdir()
+    beside.rename(folder)
+
+
+def weight_kind(part: str) -> str:
+    """The name under which `wan.keys` knows the tensors of a folder."""
+    return "transformer" if part == "transformer_2" else part

@@ -1,0 +1,631 @@
+"""Load once, then prompt -> video.
+
+`WanPipeline` runs base models, `WanDMDPipeline` few-step students; both are read from the released
+folder layout and called with diffusers' argument names. Samples of a batch go through every network
+one by one and have noise of their own, so a video is the same in any batch.
+
+B videos, C T h w latent sizes, F frames, H W pixels, S text positions.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from wan.attention import build_attention
+from wan.denoiser import Denoiser, Expert
+from wan.dit import WanDiT
+from wan.errors import WanError
+from wan.hub import resolve_model
+from wan.images import fit_image
+from wan.model_folder import load_modules, save_modules
+from wan.noise import draw_noise
+from wan.pipeline_config import BASE, FEW_STEP, PipelineConfig, read_pipeline_config
+from wan.pipeline_io import (
+    CALLBACK_TENSORS,
+    OUTPUT_TYPES,
+    Generators,
+    ImageInput,
+    OnProgress,
+    StepCallback,
+    WanPipelineOutput,
+    check_names,
+    finished_frames,
+    image_pixels,
+    negative_list,
+    noise_streams,
+    prompt_list,
+    report,
+)
+from wan.placement import OFFLOAD, ExpertSlot, resolve_device, visiting
+from wan.samplers import build_sampler
+from wan.sampling_plan import SamplingPlan, SamplingRequest, plan_sampling
+from wan.schedule import FEW_STEP_TIMESTEPS, Schedule
+from wan.tokenizer import Tokenizer
+from wan.umt5 import UMT5Encoder, encode_text
+from wan.vae import WanVAE
+
+MAX_CACHED_PROMPTS = 64
+
+P = TypeVar("P", bound="WanPipeline")
+
+
+class _Interrupted(Exception):
+    """Leaves a sampler from inside its hook, with the state reached."""
+
+    def __init__(self, latents: Tensor) -> None:
+        self.latents = latents
+
+
+class WanPipeline:
+    """A base model: text (and for TI2V an image) to video, with guidance.
+
+    Use `from_pretrained`; the constructor takes parts that are loaded already.
+
+    Attributes:
+        last_timings: seconds per stage of the last call: encode_text, encode_image, denoise,
+            decode.
+        interrupt: set it from a callback to stop after the step at hand and decode what is there.
+    """
+
+    CLASS_NAME: ClassVar[str] = BASE
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        *,
+        tokenizer: Tokenizer,
+        text_encoder: UMT5Encoder,
+        transformer: WanDiT,
+        vae: WanVAE,
+        transformer_2: WanDiT | None = None,
+        device: str | torch.device = "cpu",
+        offload: str = "none",
+        tokenizer_folder: Path | None = None,
+        safety_checker: Callable[[Tensor], bool] | None = None,
+    ) -> None:
+        """Put a pipeline together.
+
+        Args:
+            config: its settings; must describe the given modules.
+            device: where to compute. With offload "stage" modules stay where they are and visit
+                the device for their stage only.
+            tokenizer_folder: the files that `save_pretrained` copies.
+            safety_checker: called with the (F, 3, H, W) frames of a video in [0, 1]; returns True
+                if they must not be shown.
+        """
+        if config.class_name != self.CLASS_NAME:
+            raise WanError(f"a {config.class_name} model: use wan.{config.class_name} for it")
+        check_names("offload", [offload], OFFLOAD)
+        if (transformer_2 is None) != (config.boundary_ratio is None):
+            raise WanError("transformer_2 and boundary_ratio: two experts need both, one neither")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.transformer = transformer
+        self.transformer_2 = transformer_2
+        self.vae = vae
+        self.offload = offload
+        self.tokenizer_folder = tokenizer_folder
+        self.safety_checker = safety_checker
+        self.interrupt = False
+        self.last_timings: dict[str, float] = {}
+        self._prompt_cache: dict[tuple[str, int], Tensor] = {}
+        self.to(device)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by the names of their folders."""
+        modules: dict[str, nn.Module] = {"transformer": self.transformer}
+        if self.transformer_2 is not None:
+            modules["transformer_2"] = self.transformer_2
+        return modules | {"vae": self.vae, "text_encoder": self.text_encoder}
+
+    def to(self: P, device: str | torch.device) -> P:
+        """Compute on another device from now on; the weights move unless they are offloaded."""
+        self.device = resolve_device(device)
+        if self.offload == "none":
+            for module in self.modules.values():
+                module.to(self.device)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls: type[P],
+        name: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        attention: str = "sdpa",
+        offload: str = "none",
+        revision: str | None = None,
+        offline: bool = False,
+        transformer: str | Path | None = None,
+        transformer_2: str | Path | None = None,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        safety_checker: Callable[[Tensor], bool] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> P:
+        """Load a model.
+
+        Args:
+            name: a folder in the released layout, or a hub id.
+            dtype: of the weights; each module keeps in float32 what it declares.
+            device, offload: see the constructor.
+            attention: a name in `wan.attention.ATTENTION`; all are exact.
+            revision, offline: of a hub id, see `wan.hub.resolve_model`.
+            transformer, transformer_2, vae, text_encoder: a folder or file with other weights for
+                that part; a config.json beside them counts. With another transformer, either
+                pipeline class takes the rest from a folder of the other class.
+            on_progress: called as ("load", parts loaded, parts).
+
+        Raises:
+            WanError: anything wrong with the files or the choices; settings before weights.
+        """
+        build_attention(attention)
+        check_names("offload", [offload], OFFLOAD)
+        target = resolve_device(device)
+        folder = resolve_model(name, revision, offline)
+        parts = {
+            "transformer": transformer,
+            "transformer_2": transformer_2,
+            "vae": vae,
+            "text_encoder": text_encoder,
+        }
+        overrides = {part: Path(path) for part, path in parts.items() if path is not None}
+        config = cls._adopt(folder, read_pipeline_config(folder, overrides), overrides)
+        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+        modules = load_modules(
+            folder,
+            config,
+            overrides,
+            dtype=dtype,
+            device=target if offload == "none" else torch.device("cpu"),
+            attention=attention,
+            on_progress=on_progress,
+        )
+        return cls(
+            config,
+            tokenizer=tokenizer,
+            device=target,
+            offload=offload,
+            tokenizer_folder=folder / "tokenizer",
+            safety_checker=safety_checker,
+            **modules,
+        )
+
+    @classmethod
+    def _adopt(
+        cls, folder: Path, config: PipelineConfig, overrides: dict[str, Path]
+    ) -> PipelineConfig:
+        """The folder's settings for this class, if the folder may be run as this class."""
+        if "transformer_2" in overrides and config.boundary_ratio is None:
+            raise WanError("transformer_2: this model has one network, not two experts")
+        if config.class_name == cls.CLASS_NAME:
+            return config
+        if "transformer" not in overrides:
+            raise WanError(
+                f"{folder}: its model_index.json says {config.class_name}; load it with "
+                f"wan.{config.class_name}.from_pretrained"
+            )
+        timesteps = FEW_STEP_TIMESTEPS if cls.CLASS_NAME == FEW_STEP else None
+        return replace(config, class_name=cls.CLASS_NAME, timesteps=timesteps)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the released layout, which diffusers' WanPipeline loads too; dtypes are kept.
+
+        Raises:
+            WanError: the folder holds something already, or the tokenizer's files are unknown.
+        """
+        save_modules(Path(folder), self.config, self.modules, self.tokenizer_folder)
+
+    # --- the call ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        image: ImageInput | list[ImageInput] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        sampler: str | None = None,
+        shift: float | None = None,
+        schedule: Schedule | None = None,
+        deterministic: bool = False,
+        frame_first_noise: bool = False,
+        allow_untrained: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> WanPipelineOutput | tuple[Any]:
+        """Make videos. None means the model's own default.
+
+        Args:
+            prompt: one or more texts; or `prompt_embeds` (B, S, text_dim) from `encode_prompt`.
+            negative_prompt: one for all, or one per prompt; "" if guidance is on and none given.
+            image: first frame, one for all or one per prompt; resized to height x width. Tensors
+                are (3, H, W) in [-1, 1].
+            height, width, num_frames: pixels and frames; illegal ones are refused.
+            num_inference_steps, timesteps, schedule: number of steps, or the timesteps themselves,
+                or a whole schedule; one of them.
+            guidance_scale, guidance_scale_2: 1 is off; the second is the low-noise expert's.
+            num_videos_per_prompt: videos of a prompt follow each other in the result.
+            generator: a CPU generator, or one per video, for the noise.
+            latents: (B, C, T, h, w), the noise to start from.
+            output_type: "np", "pt", "pil" or "latent"; see `WanPipelineOutput`.
+            return_dict: False returns (frames,).
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step,
+                with the tensors named in `callback_on_step_end_tensor_inputs`; may return a dict
+                with tensors to go on with.
+            max_sequence_length: rows of text the model reads.
+            seed: instead of generators: video j gets seed + j; or one seed per video. With neither,
+                a seed is drawn from PyTorch's global generator and returned.
+            sampler: a name in `wan.samplers.SAMPLERS`.
+            shift: of the schedule.
+            deterministic: few-step sampling puts back predicted noise instead of fresh noise.
+            frame_first_noise: draw noise in FastVideo's order (see `wan.noise.draw_noise`).
+            allow_untrained: let a few-step student do what it was not trained for.
+            on_progress: called as (stage, done, total), stages "encode", "denoise", "decode".
+
+        Raises:
+            WanError: whatever a caller can get wrong, before anything is computed.
+            FloatingPointError: latents became infinite or NaN; names the step.
+        """
+        plan = self.plan(
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            schedule=schedule,
+            sampler=sampler,
+            shift=shift,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
+            negative_prompt=negative_prompt is not None or negative_prompt_embeds is not None,
+            image=image is not None,
+            allow_untrained=allow_untrained,
+        )
+        check_names("output_type", [output_type], OUTPUT_TYPES)
+        check_names(
+            "callback_on_step_end_tensor_inputs",
+            callback_on_step_end_tensor_inputs,
+            CALLBACK_TENSORS,
+        )
+        if output_type == "latent" and self.safety_checker is not None:
+            raise WanError("output_type='latent' has no frames for the safety checker to see")
+        height, width, num_frames = self._size(height, width, num_frames, latents)
+        if image is not None and num_frames == 1:
+            raise WanError("image with num_frames=1: the only frame would be the image itself")
+        if num_videos_per_prompt < 1:
+            raise WanError(f"num_videos_per_prompt={num_videos_per_prompt}: need at least 1")
+        prompts = prompt_list(prompt, prompt_embeds)
+        count = len(prompts if prompts is not None else cast(Tensor, prompt_embeds))
+        batch = count * num_videos_per_prompt
+        generators, seeds = noise_streams(seed, generator, batch)
+        x = self.prepare_latents(
+            batch, height, width, num_frames, generators, latents, frame_first_noise
+        )
+        self.interrupt = False
+        self.last_timings = {}
+
+        with self._timed("encode_text"):
+            context, negative = self.encode_prompt(
+                prompts,
+                negative_prompt,
+                plan.guided,
+                num_videos_per_prompt,
+                prompt_embeds,
+                negative_prompt_embeds,
+                max_sequence_length,
+                on_progress,
+            )
+        image_latents = None
+        if image is not None:
+            with self._timed("encode_image"):
+                image_latents = self.encode_image(image, height, width, batch)
+        options: dict[str, Any] = {}
+        if plan.sampler == "few_step":
+            options["deterministic"] = deterministic
+            options["renoise"] = lambda i: draw_noise(x.shape[1:], generators, frame_first_noise)
+        elif deterministic:
+            raise WanError(f"deterministic: sampler {plan.sampler} adds no noise; for few_step")
+        with self._timed("denoise"):
+            denoiser, slot = self._denoiser(plan, context, negative, image_latents)
+            on_step = self._step_hook(
+                denoiser,
+                len(plan.schedule),
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                on_progress,
+            )
+            sample = build_sampler(plan.sampler)
+            report(on_progress, "denoise", 0, len(plan.schedule))
+            try:
+                x = sample(denoiser, x, plan.schedule, on_step=on_step, **options)
+            except _Interrupted as stopped:
+                x = stopped.latents
+            finally:
+                slot.close()
+            x = denoiser.impose_image(x)
+
+        output = WanPipelineOutput(x, plan, seeds)
+        if output_type != "latent":
+            with self._timed("decode"):
+                video = self.decode_latents(x, on_progress)
+            output.frames, output.nsfw_content_detected = finished_frames(
+                video, output_type, self.safety_checker
+            )
+        return output if return_dict else (output.frames,)
+
+    def plan(self, **request: Any) -> SamplingPlan:
+        """Sampler, schedule and guidance of a call; arguments as for `SamplingRequest`."""
+        return plan_sampling(self.config, SamplingRequest(**request))
+
+    # --- the stages, each usable alone ------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Texts to what the DiT reads: two (B, S, text_dim), zero after each prompt's end.
+
+        The second is None without guidance. Encoded prompts are remembered.
+
+        Raises:
+            WanError: a text and its embedding both given, or neither; counts that don't match.
+        """
+        length = max_sequence_length or self.config.defaults.max_sequence_length
+        prompts = prompt_list(prompt, prompt_embeds)
+        count = len(prompts if prompts is not None else cast(Tensor, prompt_embeds))
+        negatives = None
+        if do_classifier_free_guidance:
+            negatives = negative_list(negative_prompt, negative_prompt_embeds, count)
+        encoded = self._encode([*(prompts or []), *(negatives or [])], length, on_progress)
+
+        def context_of(texts: list[str] | None, given: Tensor | None) -> Tensor:
+            if texts is not None:
+                given = torch.stack([encoded[text] for text in texts])
+            assert given is not None
+            text_dim = self.config.transformer.text_dim
+            if given.ndim != 3 or len(given) != count or given.shape[-1] != text_dim:
+                raise WanError(
+                    f"embeddings {tuple(given.shape)} for {count} prompts: need (B, S, {text_dim})"
+                )
+            return given.to(self.device).repeat_interleave(num_videos_per_prompt, dim=0)
+
+        context = context_of(prompts, prompt_embeds)
+        if not do_classifier_free_guidance:
+            return context, None
+        return context, context_of(negatives, negative_prompt_embeds)
+
+    def _encode(
+        self, texts: list[str], length: int, on_progress: OnProgress | None
+    ) -> dict[str, Tensor]:
+        """(S, text_dim) of each text, on the CPU: remembered ones, the others computed now."""
+        known = self._prompt_cache
+        missing = [text for text in dict.fromkeys(texts) if (text, length) not in known]
+        if missing:
+            with self._on_device(self.text_encoder):
+                for done, text in enumerate(missing):
+                    report(on_progress, "encode", done, len(missing))
+                    context = encode_text(self.text_encoder, self.tokenizer, [text], length)
+                    known[text, length] = context[0].cpu()
+            report(on_progress, "encode", len(missing), len(missing))
+        encoded = {text: known[text, length] for text in texts}
+        for oldest in list(known)[: max(0, len(known) - MAX_CACHED_PROMPTS)]:
+            del known[oldest]
+        return encoded
+
+    @torch.no_grad()
+    def encode_image(
+        self, image: ImageInput | list[ImageInput], height: int, width: int, batch: int = 1
+    ) -> Tensor:
+        """Normalised latents of first frames: (B, C, 1, h, w) float32 on the device.
+
+        Raises:
+            WanError: not an image, or a number of images that B is not a multiple of.
+        """
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if not images or batch % len(images):
+            raise WanError(f"{len(images)} images for {batch} videos: give one, or one per prompt")
+        pixels = [fit_image(image_pixels(one), height, width) for one in images]
+        with self._on_device(self.vae):
+            latents = [self.vae.encode(p[None, :, None].to(self.device)) for p in pixels]
+        return torch.cat(latents).repeat_interleave(batch // len(images), dim=0)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        num_frames: int,
+        generators: Sequence[torch.Generator] = (),
+        latents: Tensor | None = None,
+        frame_first: bool = False,
+    ) -> Tensor:
+        """The noise to start from: (B, C, T, h, w) float32 on the device.
+
+        Args:
+            generators: one CPU generator per video; see `wan.noise`.
+            latents: take this instead of drawing.
+
+        Raises:
+            WanError: an illegal size, or latents of another shape.
+        """
+        shape = self.config.latent_shape(height, width, num_frames)
+        if latents is None:
+            latents = draw_noise(shape, generators, frame_first)
+        if tuple(latents.shape) != (batch_size, *shape):
+            raise WanError(
+                f"latents {tuple(latents.shape)}: {batch_size} videos of {num_frames} frames at "
+                f"{height}x{width} need {(batch_size, *shape)}"
+            )
+        return latents.to(device=self.device, dtype=torch.float32)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, on_progress: OnProgress | None = None) -> Tensor:
+        """Normalised latents (B, C, T, h, w) -> video (B, 3, F, H, W) in [-1, 1], on the CPU."""
+        total = len(latents) * latents.shape[2]
+        videos, done = [], 0
+        report(on_progress, "decode", 0, total)
+        with self._on_device(self.vae):
+            for one in latents.to(self.device).split(1):
+                chunks = []
+                for chunk in self.vae.decode_stream(one):
+                    chunks.append(chunk.float().cpu())
+                    done += -(-chunk.shape[2] // self.vae.config.temporal_stride)
+                    report(on_progress, "decode", done, total)
+                videos.append(torch.cat(chunks, dim=2))
+        return torch.cat(videos)
+
+    # --- helpers ----------------------------------------------------------------------------------
+
+    def _denoiser(
+        self,
+        plan: SamplingPlan,
+        context: Tensor,
+        negative: Tensor | None,
+        image_latents: Tensor | None,
+    ) -> tuple[Denoiser, ExpertSlot]:
+        """The velocity function of a call, and where its experts visit the device."""
+        slot = ExpertSlot(self.device)
+
+        def before_expert(network: Any) -> None:
+            if self.offload == "stage":
+                slot.bring(network)
+
+        low_noise = None
+        if self.transformer_2 is not None:
+            low_noise = Expert(self.transformer_2, plan.guidance_scale_2)
+        denoiser = Denoiser(
+            Expert(self.transformer, plan.guidance_scale),
+            context,
+            negative,
+            low_noise,
+            self.config.boundary_ratio,
+            image_latents,
+            before_expert,
+        )
+        return denoiser, slot
+
+    def _step_hook(
+        self,
+        denoiser: Denoiser,
+        steps: int,
+        callback: StepCallback | None,
+        names: Sequence[str],
+        on_progress: OnProgress | None,
+    ) -> Callable[[int, float, float, Tensor], Tensor | None]:
+        """What happens after each step: a check, the caller's callback, progress, interruption."""
+
+        def on_step(i: int, timestep: float, sigma: float, x: Tensor) -> Tensor | None:
+            if not bool(x.isfinite().all()):
+                raise FloatingPointError(
+                    f"latents are not finite after step {i + 1} of {steps} (timestep {timestep:g})"
+                )
+            replaced = None
+            if callback is not None:
+                replaced = self._call_back(callback, names, denoiser, i, timestep, x)
+            report(on_progress, "denoise", i + 1, steps)
+            if self.interrupt:
+                raise _Interrupted(x if replaced is None else replaced)
+            return replaced
+
+        return on_step
+
+    def _call_back(
+        self,
+        callback: StepCallback,
+        names: Sequence[str],
+        denoiser: Denoiser,
+        i: int,
+        timestep: float,
+        x: Tensor,
+    ) -> Tensor | None:
+        """Show a step to the caller's function and take what it wants changed."""
+        tensors: dict[str, Tensor | None] = {
+            "latents": x,
+            "prompt_embeds": denoiser.context,
+            "negative_prompt_embeds": denoiser.negative_context,
+        }
+        # An integer where it is one, which is the dtype that callbacks written for diffusers know.
+        t = torch.tensor(int(timestep) if timestep == int(timestep) else timestep)
+        changed = callback(self, i, t, {name: tensors[name] for name in names}) or {}
+        check_names("the callback's return", list(changed), CALLBACK_TENSORS)
+        if "prompt_embeds" in changed or "negative_prompt_embeds" in changed:
+            denoiser.set_context(
+                changed.get("prompt_embeds", denoiser.context),
+                changed.get("negative_prompt_embeds", denoiser.negative_context),
+            )
+        return changed.get("latents")
+
+    def _size(
+        self, height: int | None, width: int | None, num_frames: int | None, latents: Tensor | None
+    ) -> tuple[int, int, int]:
+        """Legal height, width and frames: as asked for, else of the latents, else the default."""
+        defaults, vae = self.config.defaults, self.config.vae
+        fallback = (defaults.height, defaults.width, defaults.num_frames)
+        if latents is not None and latents.ndim == 5:
+            frames, h, w = latents.shape[2:]
+            stride = vae.spatial_stride
+            fallback = (h * stride, w * stride, (frames - 1) * vae.temporal_stride + 1)
+        size = (
+            fallback[0] if height is None else height,
+            fallback[1] if width is None else width,
+            fallback[2] if num_frames is None else num_frames,
+        )
+        self.config.latent_shape(*size)
+        return size
+
+    def _on_device(self, module: nn.Module) -> AbstractContextManager[None]:
+        return visiting(module, self.device) if self.offload == "stage" else nullcontext()
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Time a stage; GPU work that was only queued counts too."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.last_timings[name] = time.perf_counter() - start
+
+
+class WanDMDPipeline(WanPipeline):
+    """A few-step student: three network evaluations, no guidance.
+
+    Refuses what it was not trained for (other steps, guidance, negative prompts, images) unless
+    called with `allow_untrained=True`.
+    """
+
+    CLASS_NAME = FEW_STEP
+
+
+PIPELINES: dict[str, type[WanPipeline]] = {BASE: WanPipeline, FEW_STEP: WanDMDPipeline}

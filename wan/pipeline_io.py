@@ -1,0 +1,139 @@
+"""What goes into a pipeline's call and what comes out, checked and brought to one form."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wan.errors import WanError
+from wan.images import image_to_tensor, load_image
+from wan.noise import MAX_SEED, sample_generators
+from wan.sampling_plan import SamplingPlan
+
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+ImageInput = Image.Image | Tensor | str | Path
+Generators = torch.Generator | Sequence[torch.Generator]
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+# (pipeline, step, timestep, tensors by name) -> tensors to go on with, by name
+StepCallback = Callable[..., dict[str, Tensor] | None]
+
+
+@dataclass
+class WanPipelineOutput:
+    """What a call returns.
+
+    Attributes:
+        frames: "np" (B, F, H, W, 3) and "pt" (B, F, 3, H, W) float32 in [0, 1]; "pil" a list of
+            lists of images; "latent" (B, C, T, h, w) float32, normalised.
+        plan: the sampler, schedule and guidance that were used.
+        seeds: of each video; None if the caller gave generators.
+        nsfw_content_detected: per video, if there is a safety checker: True means blacked out.
+    """
+
+    frames: Any
+    plan: SamplingPlan
+    seeds: list[int] | None = None
+    nsfw_content_detected: list[bool] | None = None
+
+
+def report(on_progress: OnProgress | None, stage: str, done: int, total: int) -> None:
+    """Tell whoever listens."""
+    if on_progress is not None:
+        on_progress(stage, done, total)
+
+
+def prompt_list(prompt: str | list[str] | None, embeds: Tensor | None) -> list[str] | None:
+    """The prompts, or None if embeddings stand in for them."""
+    if (prompt is None) == (embeds is None):
+        raise WanError("prompt and prompt_embeds: give one of them, and only one")
+    if prompt is None:
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(isinstance(text, str) for text in prompts):
+        raise WanError(f"prompt={prompt!r}: need a text or a list of texts")
+    return prompts
+
+
+def negative_list(
+    negative: str | list[str] | None, embeds: Tensor | None, count: int
+) -> list[str] | None:
+    """One negative prompt per prompt, or None if embeddings stand in for them."""
+    if embeds is not None:
+        if negative is not None:
+            raise WanError("negative_prompt and negative_prompt_embeds: give only one of them")
+        return None
+    negatives = list(negative) if isinstance(negative, list | tuple) else [negative or ""] * count
+    if len(negatives) != count or not all(isinstance(text, str) for text in negatives):
+        raise WanError(f"{len(negatives)} negative prompts for {count} prompts: one, or one each")
+    return negatives
+
+
+def noise_streams(
+    seed: int | Sequence[int] | None, generator: Generators | None, batch: int
+) -> tuple[list[torch.Generator], list[int] | None]:
+    """One generator per video, and the seeds if they are known.
+
+    A single generator is drawn from video after video, which gives the numbers of one draw for the
+    whole batch. With neither given, a seed comes from PyTorch's global generator.
+    """
+    if generator is not None:
+        if seed is not None:
+            raise WanError("seed and generator: both decide the noise; give one of them")
+        one = isinstance(generator, torch.Generator)
+        generators: list[Any] = [generator] * batch if one else list(generator)  # type: ignore[arg-type]
+        if len(generators) != batch:
+            raise WanError(f"{len(generators)} generators for {batch} videos: one, or one each")
+        return generators, None
+    if seed is None:
+        seed = int(torch.randint(MAX_SEED - batch, ()))
+    streams = sample_generators(seed, batch)
+    return streams, [stream.initial_seed() for stream in streams]
+
+
+def image_pixels(image: Any) -> Tensor:
+    """An image in any accepted form as (3, H, W) float in [-1, 1]."""
+    if isinstance(image, str | Path):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        return image_to_tensor(image)
+    if isinstance(image, Tensor):
+        return image
+    raise WanError(f"image of type {type(image).__name__}: need a PIL image, a tensor or a path")
+
+
+def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse names that are not known, with those that are."""
+    if unknown := [name for name in names if name not in known]:
+        raise WanError(f"{what}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def finished_frames(
+    video: Tensor, output_type: str, safety_checker: Callable[[Tensor], bool] | None
+) -> tuple[Any, list[bool] | None]:
+    """A video as the caller wants it, and the checker's verdicts.
+
+    Args:
+        video: (B, 3, F, H, W) in [-1, 1].
+        output_type: "pt", "np" or "pil".
+        safety_checker: sees the (F, 3, H, W) frames of each video; a video it returns True for
+            comes out black.
+    """
+    frames = (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)  # (B, F, 3, H, W)
+    flags = None
+    if safety_checker is not None:
+        flags = [bool(safety_checker(one)) for one in frames]
+        frames = frames * ~torch.tensor(flags).view(-1, 1, 1, 1, 1)
+    if output_type == "pt":
+        return frames.contiguous(), flags
+    array = frames.permute(0, 1, 3, 4, 2).contiguous().numpy()  # (B, F, H, W, 3)
+    if output_type == "np":
+        return array, flags
+    pixels = (array * 255).round().astype(np.uint8)
+    return [[Image.fromarray(frame) for frame in one] for one in pixels], flags
