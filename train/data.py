@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from wan.errors import WanError
 from wan.miniature.captions import caption
 from wan.miniature.world import render, sample_scene, scene_rng
 from wan.vae import WanVAE
+from wan.video import read_video
 
 SHARD = 512  # clips per file
 
@@ -57,17 +59,11 @@ class LatentCache:
         return self.latents[indices].float(), captions
 
 
-_ORDERS: dict[tuple[int, int, int], list[int]] = {}
-
-
+@lru_cache(maxsize=2)
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     """The order of an epoch."""
-    key = (count, seed, epoch)
-    if key not in _ORDERS:
-        _ORDERS.clear() if len(_ORDERS) > 2 else None
-        order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _ORDERS[key] = torch.randperm(count, generator=order).tolist()
-    return _ORDERS[key]
+    order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=order).tolist()
 
 
 def world_cache(vae: WanVAE, root: Path, num_clips: int, seed: int) -> LatentCache:
@@ -122,11 +118,9 @@ def folder_cache(
 
 def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float) -> Tensor:
     """The first `num_frames` frames: (3, F, height, width) in [-1, 1]."""
-    from wan.video import read_video
-
     frames, info = read_video(path)  # (F, H, W, 3) uint8
-    if abs(float(info.fps) - fps) > 0.01 * fps:
-        raise WanError(f"{path}: {float(info.fps):g} fps, data.fps={fps:g}; re-time the clip first")
+    if abs(info.fps - fps) > 0.01 * fps:
+        raise WanError(f"{path}: {info.fps:g} fps, data.fps={fps:g}; re-time the clip first")
     if len(frames) < num_frames:
         raise WanError(f"{path}: {len(frames)} frames, data.num_frames={num_frames} are needed")
     video = torch.as_tensor(frames[:num_frames]).permute(0, 3, 1, 2).float() / 127.5 - 1
