@@ -1,17 +1,21 @@
 """Every preset composes into checked settings, and says what it is."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import configs
-from configs.schema import SampleConfig, SamplerConfig, option, walk_options
+from configs.schema import MAX_SEED, SampleConfig, SamplerConfig, option, walk_options
 from infer.cli import compose_runs
-from infer.command_line import CommandLine, preset_names
+from infer.command_line import CommandLine, Shortcut, preset_names
+from wan import noise
 from wan.errors import WanError
 
-LINE = CommandLine(SampleConfig, "sample")
+LINE = CommandLine(
+    SampleConfig, "sample", shortcuts={"steps": Shortcut("sampler.steps", ("sampler.timesteps",))}
+)
 
 
 def settings(*tokens: str) -> SampleConfig:
@@ -23,16 +27,16 @@ def settings(*tokens: str) -> SampleConfig:
 def test_model_presets_compose(model):
     config = settings(f"model={model}")
     assert isinstance(config.sampler, SamplerConfig)
-    assert (config.num_frames - 1) % 4 == 0
-    stride = 32 if "5b" in model or model == "mini" else 16
-    assert config.height % stride == 0
-    assert config.width % stride == 0
+    if model != "mini":  # its own folder says all this
+        stride = 32 if "5b" in model else 16
+        assert (config.num_frames - 1) % 4 == 0
+        assert config.height % stride == config.width % stride == 0
 
 
 @pytest.mark.parametrize("sampler", preset_names("sampler"))
 def test_sampler_presets_compose(sampler):
     config = settings(f"sampler={sampler}")
-    assert (config.sampler.steps is None) == (sampler == "dmd3")
+    assert config.sampler.name in (None, "unipc", "euler", "few_step")
 
 
 @pytest.mark.parametrize("group", ["model", "sampler"])
@@ -51,8 +55,8 @@ def test_yaml_names_no_python_code():
 def test_the_released_recipes():
     """Numbers of the official code, and of the FastWan students' distillation."""
     fast = settings("model=fastwan_ti2v_5b")
-    assert fast.sampler == SamplerConfig("few_step", None, [1000.0, 757.0, 522.0], 5.0)
-    assert (fast.pipeline, fast.guidance_scale, fast.negative_prompt) == ("few_step", 1.0, None)
+    assert fast.sampler == SamplerConfig("few_step", None, [1000.0, 757.0, 522.0])
+    assert (fast.guidance_scale, fast.negative_prompt) == (1.0, None)
     five = settings("model=wan22_ti2v_5b")
     assert five.sampler == SamplerConfig("unipc", 50, None, 5.0)
     assert (five.height, five.width, five.num_frames, five.fps) == (704, 1280, 121, 24)
@@ -64,7 +68,7 @@ def test_the_released_recipes():
 
 
 def test_a_model_preset_keeps_its_shift_under_another_sampler():
-    config = settings("model=wan22_t2v_a14b", "sampler=euler50")
+    config = settings("model=wan22_t2v_a14b", "sampler=euler", "steps=50")
     assert config.sampler == SamplerConfig("euler", 50, None, 12.0)
 
 
@@ -78,14 +82,15 @@ def test_options_share_no_list_between_configs():
     assert field.default_factory() is not field.default_factory()
 
 
-def test_sampler_needs_exactly_one_of_steps_and_timesteps():
-    with pytest.raises(WanError, match="exactly one"):
-        SamplerConfig("euler")
-    with pytest.raises(WanError, match="exactly one"):
+def test_sampler_takes_at_most_one_of_steps_and_timesteps():
+    with pytest.raises(WanError, match="only one"):
         SamplerConfig("euler", steps=3, timesteps=[1000.0])
+    assert SamplerConfig().steps is None
+
+
+def test_seeds_are_those_of_the_noise():
+    assert MAX_SEED == noise.MAX_SEED
 
 
 def test_settings_are_plain_data():
-    from dataclasses import asdict
-
     json.dumps(asdict(settings("prompt=${x}")))

@@ -1,0 +1,167 @@
+"""Videos on disk hold the frames, size, rate and colours that were given."""
+
+import numpy as np
+import pytest
+import torch
+
+from wan.errors import WanError
+from wan.video import (
+    contact_sheet,
+    flaw,
+    frame_rate,
+    read_video,
+    to_uint8,
+    write_video,
+)
+
+
+def moving_square(count=9, height=64, width=96):
+    frames = np.full((count, height, width, 3), (40, 90, 160), np.uint8)
+    for i in range(count):
+        frames[i, 16:40, 4 * i : 4 * i + 24] = (220, 60, 30)
+    return frames
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("fps", [8, 23.976, 24])
+def test_a_file_holds_what_was_written(tmp_path, count, fps):
+    frames = moving_square(count)
+    info = write_video(tmp_path / "a.mp4", frames, fps, {"title": "x", "comment": "y"})
+    read, again = read_video(tmp_path / "a.mp4")
+    assert again == info
+    assert read.shape == frames.shape
+    assert (info.declared_frames, info.decoded_frames) == (count, count)
+    assert abs(info.fps - fps) < 1e-3
+    assert (info.codec, info.pixel_format) == ("h264", "yuv420p")
+    assert (info.metadata["title"], info.metadata["comment"]) == ("x", "y")
+
+
+def test_colours_survive(tmp_path):
+    """Wrong matrix or range shifts flat colours by 5 to 20 levels; crf 17 by 3 at most."""
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128), (255, 255, 255), (0, 0, 0)]
+    frames = np.stack([np.full((32, 32, 3), c, np.uint8) for c in colours])
+    write_video(tmp_path / "a.mp4", frames, 8)
+    read, _ = read_video(tmp_path / "a.mp4")
+    error = np.abs(read[:, 8:24, 8:24].astype(int) - frames[:, 8:24, 8:24])
+    assert error.max() <= 4
+
+
+def test_colours_are_tagged_as_bt709(tmp_path):
+    import av
+
+    write_video(tmp_path / "a.mp4", moving_square(), 8)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        tags = (context.colorspace, context.color_primaries, context.color_trc)
+        assert [int(t) for t in tags] == [1, 1, 1]
+        assert int(context.color_range) == 1  # limited
+
+
+@pytest.mark.parametrize(
+    "text", ["a, b: 'c' \"d\" = ${x} 猫 😀", "two\nlines", "\\;#=\n;", "x" * 3000]
+)
+def test_metadata_texts_survive(tmp_path, text):
+    write_video(tmp_path / "a.mp4", moving_square(2), 8, {"title": text})
+    assert read_video(tmp_path / "a.mp4")[1].metadata["title"] == text
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((1, 63, 64, 3), "even"), ((1, 64, 63, 3), "even"), ((0, 64, 64, 3), "at least one")],
+)
+def test_sizes_that_would_be_changed_are_refused(tmp_path, shape, words):
+    with pytest.raises(WanError, match=words):
+        write_video(tmp_path / "a.mp4", np.zeros(shape, np.uint8), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_dtypes_names_and_rates_are_refused(tmp_path):
+    with pytest.raises(WanError, match="uint8"):
+        write_video(tmp_path / "a.mp4", np.zeros((1, 8, 8, 3), np.float32), 8)
+    with pytest.raises(WanError, match=r"\.mp4"):
+        write_video(tmp_path / "a.avi", moving_square(1), 8)
+    for fps in (0, -1, float("nan"), 241):
+        with pytest.raises(WanError, match="fps"):
+            write_video(tmp_path / "a.mp4", moving_square(1), fps)
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    write_video(path, moving_square(3), 8)
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wan.video._encode", full)
+    with pytest.raises(OSError, match="No space"):
+        write_video(path, moving_square(5), 8)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_file_that_reads_back_shorter_is_an_error(tmp_path, monkeypatch):
+    import wan.video
+
+    encode = wan.video._encode
+    monkeypatch.setattr(
+        wan.video, "_encode", lambda path, frames, *rest: encode(path, frames[:-1], *rest)
+    )
+    with pytest.raises(OSError, match="reads back"):
+        write_video(tmp_path / "a.mp4", moving_square(5), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unreadable_videos_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"b\.mp4"):
+        read_video(tmp_path / "b.mp4")
+    (tmp_path / "c.mp4").write_bytes(b"not a video at all" * 100)
+    with pytest.raises(WanError, match=r"c\.mp4"):
+        read_video(tmp_path / "c.mp4")
+    (tmp_path / "d.mp4").write_bytes(b"")
+    with pytest.raises(WanError, match=r"d\.mp4"):
+        read_video(tmp_path / "d.mp4")
+    write_video(tmp_path / "e.mp4", moving_square(5), 8)
+    with pytest.raises(WanError, match="more than 4"):
+        read_video(tmp_path / "e.mp4", max_frames=4)
+
+
+def test_exact_rates():
+    assert str(frame_rate(23.976)) == "24000/1001"
+    assert str(frame_rate(29.97)) == "30000/1001"
+    assert [str(frame_rate(f)) for f in (8, 24, 12.5)] == ["8", "24", "25/2"]
+
+
+def test_floats_become_the_nearest_level():
+    video = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0]).view(1, 1, 1, 6).expand(3, 1, 1, 6)
+    assert to_uint8(video)[0, 0, :, 0].tolist() == [0, 0, 128, 191, 255, 255]
+
+
+def test_not_finite_floats_are_refused():
+    video = torch.zeros(3, 1, 2, 2)
+    video[0, 0, 0, 0] = float("nan")
+    with pytest.raises(WanError, match="1 of 12 values"):
+        to_uint8(video)
+    with pytest.raises(WanError, match="shape"):
+        to_uint8(torch.zeros(1, 3, 1, 2, 2))
+
+
+def test_contact_sheet_shows_first_to_last():
+    frames = np.stack([np.full((10, 20, 3), 10 * i, np.uint8) for i in range(17)])
+    sheet = np.asarray(contact_sheet(frames, max_frames=4))
+    assert sheet.shape == (2 * 14 + 4, 2 * 24 + 4, 3)
+    assert [sheet[9, 9, 0], sheet[9, 33, 0], sheet[23, 9, 0], sheet[23, 33, 0]] == [0, 50, 110, 160]
+    wide = contact_sheet(np.zeros((2, 50, 1000, 3), np.uint8), max_width=100)
+    assert wide.size == (2 * 104 + 4, 5 + 8)
+    assert contact_sheet(frames[:1]).size == (28, 18)
+
+
+def test_flaws_are_black_and_constant_videos_only():
+    frames = moving_square()
+    assert flaw(frames) is None
+    assert flaw(np.repeat(frames[:1], 9, axis=0)) is None  # standing still
+    assert "black" in flaw(frames // 32)
+    assert "same colour" in flaw(np.full((3, 8, 8, 3), 90, np.uint8))
+    dark = np.zeros((3, 64, 64, 3), np.uint8)
+    dark[:, 30:32, 30:32, 0] = 200
+    assert flaw(dark) is None  # a small object in the dark

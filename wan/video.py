@@ -1,0 +1,245 @@
+"""Frames <-> mp4, and a sheet of frames as PNG.
+
+F frames, H height, W width. Frames are (F, H, W, 3) uint8 RGB; a video as the models see it is
+(3, F, H, W) float in [-1, 1].
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from wan.errors import WanError
+
+Frames = NDArray[np.uint8]
+
+BT709, UNSPECIFIED = 1, 2  # numbers in H.264's colour fields
+CRF = 17  # visually lossless; 0 would be lossless, 23 is x264's own choice
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file says about itself, and what was found in it.
+
+    Attributes:
+        declared_frames: the number in the container's header; 0 if it has none.
+        decoded_frames: how many frames came out.
+        fps: frames per second.
+        metadata: the container's text fields.
+    """
+
+    height: int
+    width: int
+    declared_frames: int
+    decoded_frames: int
+    fps: float
+    codec: str
+    pixel_format: str
+    metadata: dict[str, str]
+
+
+def to_uint8(video: Tensor) -> Frames:
+    """(3, F, H, W) float in [-1, 1] -> (F, H, W, 3) uint8, rounded to the nearest.
+
+    Raises:
+        WanError: another shape, or values that are not finite. Values outside are clamped.
+    """
+    if video.ndim != 4 or video.shape[0] != 3:
+        raise WanError(f"video of shape {tuple(video.shape)}: need (3, F, H, W)")
+    if not bool(video.isfinite().all()):
+        bad = int((~video.isfinite()).sum())
+        raise WanError(f"video: {bad} of {video.numel()} values are not finite")
+    levels = ((video.float().clamp(-1, 1) + 1) * 127.5).round()
+    return levels.byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def write_video(
+    path: str | Path, frames: Frames, fps: float, metadata: Mapping[str, str] | None = None
+) -> VideoInfo:
+    """Write H.264 in mp4, read it back, and only then give it its name.
+
+    4:2:0 with bt709 matrix and tags, so that players show the colours that were given; frames keep
+    their size. The file is written beside its place and renamed once it has been decoded again and
+    its frames counted, so a file under its final name is complete.
+
+    Args:
+        path: ends in .mp4; replaced if it exists.
+        frames: (F, H, W, 3) uint8. 4:2:0 stores one colour for 2x2 pixels: H and W must be even.
+        fps: frames per second; 23.976 and the like become their exact fraction (24000/1001).
+        metadata: text fields, e.g. title and comment.
+
+    Raises:
+        WanError: a shape, dtype, size or rate that can't be written.
+        OSError: the file can't be written, or does not read back as it should.
+    """
+    path = Path(path)
+    _check_frames(frames)
+    if path.suffix != ".mp4":
+        raise WanError(f"{path}: the name of a video must end in .mp4")
+    rate = frame_rate(fps)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        _encode(partial, frames, rate, metadata or {})
+        info = _inspect(partial)
+        expected = (*frames.shape[:3], float(rate))
+        found = (info.decoded_frames, info.height, info.width, info.fps)
+        if found != expected or info.declared_frames != info.decoded_frames:
+            raise OSError(
+                f"{path}: reads back as frames, height, width, fps {found} (its header says "
+                f"{info.declared_frames} frames) instead of {expected}; is the disk full?"
+            )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return info
+
+
+def frame_rate(fps: float) -> Fraction:
+    """The exact rate that a decimal stands for.
+
+    Raises:
+        WanError: not a number between 1 and 240.
+    """
+    if not (math.isfinite(fps) and 1 <= fps <= 240):
+        raise WanError(f"fps={fps}: must be between 1 and 240")
+    ntsc = Fraction(round(fps) * 1000, 1001)
+    return ntsc if abs(float(ntsc) - fps) < 0.004 else Fraction(fps).limit_denominator(1000)
+
+
+def _check_frames(frames: Frames) -> None:
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+        raise WanError(f"frames {frames.shape} {frames.dtype}: need (F, H, W, 3) uint8")
+    count, height, width, _ = frames.shape
+    if count < 1 or height < 2 or width < 2 or height % 2 or width % 2:
+        raise WanError(
+            f"{count} frames of {height}x{width}: need at least one, of even height and width "
+            "(4:2:0 video stores colour for 2x2 pixels)"
+        )
+
+
+def _encode(path: Path, frames: Frames, rate: Fraction, metadata: Mapping[str, str]) -> None:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        container.metadata.update(metadata)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = ColorRange.MPEG
+        for array in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            frame = frame.reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+    """A file with a video stream; what the decoder finds wrong with it becomes a WanError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"video {path}: no such file")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise WanError(f"video {path}: has no pictures in it")
+            yield container
+    except av.FFmpegError as error:
+        raise WanError(f"video {path}: damaged or not a video ({error.strerror})") from error
+
+
+def _inspect(path: Path) -> VideoInfo:
+    with _opened(path) as container:
+        count = sum(1 for _ in container.decode(video=0))
+        return _info(container, count)
+
+
+def _info(container: av.container.InputContainer, count: int) -> VideoInfo:
+    stream = container.streams.video[0]
+    return VideoInfo(
+        height=stream.height,
+        width=stream.width,
+        declared_frames=stream.frames,
+        decoded_frames=count,
+        fps=float(stream.average_rate or 0),
+        codec=stream.codec_context.name,
+        pixel_format=str(stream.pix_fmt),
+        metadata=dict(container.metadata),
+    )
+
+
+def read_video(path: str | Path, max_frames: int = 10_000) -> tuple[Frames, VideoInfo]:
+    """All frames of a file as (F, H, W, 3) uint8 RGB, and what the file says about itself.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WanError: not a video, damaged, without frames, or with more than `max_frames`.
+    """
+    path = Path(path)
+    arrays: list[Frames] = []
+    with _opened(path) as container:
+        for frame in container.decode(video=0):
+            if len(arrays) == max_frames:
+                raise WanError(f"video {path}: more than {max_frames} frames; cut it first")
+            # Untagged files are read as bt709; other tags are the decoder's to follow.
+            untagged = int(frame.colorspace) in (BT709, UNSPECIFIED)
+            source = Colorspace.ITU709 if untagged else None
+            arrays.append(np.asarray(frame.to_ndarray(format="rgb24", src_colorspace=source)))
+        info = _info(container, len(arrays))
+    if not arrays:
+        raise WanError(f"video {path}: no frame in it could be decoded")
+    return np.stack(arrays), info
+
+
+def contact_sheet(frames: Frames, max_frames: int = 12, max_width: int = 320) -> Image.Image:
+    """Frames from first to last, evenly spaced, side by side in rows, as one picture.
+
+    Args:
+        frames: (F, H, W, 3) uint8.
+        max_frames: how many of them at most.
+        max_width: wider frames are scaled down to this.
+    """
+    count = min(len(frames), max_frames)
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    pictures = [Image.fromarray(frames[i]) for i in chosen]
+    width, height = pictures[0].size
+    if width > max_width:
+        height = max(1, round(height * max_width / width))
+        width = max_width
+        pictures = [p.resize((width, height), Image.Resampling.LANCZOS) for p in pictures]
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    gap = 4
+    size = (columns * (width + gap) + gap, rows * (height + gap) + gap)
+    sheet = Image.new("RGB", size, (32, 32, 32))
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, columns)
+        sheet.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def flaw(frames: Frames) -> str | None:
+    """What is plainly wrong with a result, in words; None for one with a picture in it.
+
+    Black means that no value is above 16 of 255; constant, that every pixel of every frame has the
+    same colour up to 2 levels. A video that stands still is no flaw.
+    """
+    lowest, highest = frames.min(axis=(0, 1, 2)), frames.max(axis=(0, 1, 2))
+    if highest.max() <= 16:
+        return "every frame is black"
+    if (highest.astype(int) - lowest).max() <= 2:
+        return f"every pixel has the same colour {tuple(int(v) for v in highest)}"
+    return None
