@@ -42,13 +42,15 @@ class ContextCache:
     bias: Tensor | None = None
 
 
-def linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+class Float32Linear(nn.Linear):
     """A linear layer in float32, also where autocast is on or its weights were cast.
 
     The one place that touches autocast: a timestep rounded to bfloat16 is another timestep.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
@@ -132,11 +134,11 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, freq_dim: int, width: int) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(freq_dim, width)
-        self.out_proj = nn.Linear(width, width)
+        self.in_proj = Float32Linear(freq_dim, width)
+        self.out_proj = Float32Linear(width, width)
 
     def forward(self, sinusoid: Tensor) -> Tensor:
-        return linear_float32(self.out_proj, F.silu(linear_float32(self.in_proj, sinusoid)))
+        return self.out_proj(F.silu(self.in_proj(sinusoid)))
 
 
 class TextEmbedding(nn.Module):
@@ -260,13 +262,14 @@ class Head(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.modulation = nn.Parameter(torch.zeros(1, 2, config.width))
-        self.proj = nn.Linear(config.width, config.out_channels * math.prod(config.patch_size))
+        width = config.width
+        self.modulation = nn.Parameter(torch.zeros(1, 2, width))
+        self.proj = Float32Linear(width, config.out_channels * math.prod(config.patch_size))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`time` (B, G, D) is the embedding before the blocks' projection."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unbind(2)
-        return linear_float32(self.proj, modulate(layer_norm(x, self.eps), shift, scale))
+        return self.proj(modulate(layer_norm(x, self.eps), shift, scale))
 
 
 class WanDiT(nn.Module):
@@ -299,7 +302,7 @@ class WanDiT(nn.Module):
         width = config.width
         self.patch_embedding = PatchEmbedding(config.in_channels, width, config.patch_size)
         self.time_embedding = TimeEmbedding(config.freq_dim, width)
-        self.time_modulation = nn.Linear(width, 6 * width)
+        self.time_modulation = Float32Linear(width, 6 * width)
         self.text_embedding = TextEmbedding(config.text_dim, width)
         self.blocks = nn.ModuleList(Block(config, function) for _ in range(config.num_layers))
         self.head = Head(config)
@@ -331,8 +334,7 @@ class WanDiT(nn.Module):
         x = self.patch_embedding(latents)  # (B, L, D)
         rope = rope_table(grid, self.config.attention_head_dim, device=x.device)
         time = self.time_embedding(timestep_sinusoid(groups, self.config.freq_dim))  # (B, G, D)
-        modulation = linear_float32(self.time_modulation, F.silu(time))
-        modulation = modulation.unflatten(-1, (6, -1))  # (B, G, 6, D)
+        modulation = self.time_modulation(F.silu(time)).unflatten(-1, (6, -1))  # (B, G, 6, D)
 
         for block, text in zip(self.blocks, context.per_block, strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():

@@ -148,8 +148,6 @@ DEFAULT_TARGETS = (
     r"blocks\.\d+\.(self|cross)_attention\.(query|key|value|out)",
     r"blocks\.\d+\.ffn\.(up|down)",
 )
-# The DiT multiplies by these weights itself, in float32, and would pass over a pair beside them.
-WITHOUT_PAIR = re.compile(r"time_embedding\.\w+|time_modulation|head\.proj")
 
 
 class LoRALinear(nn.Linear):
@@ -219,8 +217,6 @@ def add_lora(
         if type(layers[name]) is not nn.Linear:
             kind = type(layers[name]).__name__
             raise WanError(f"LoRA target {name}: is a {kind}, only plain linear layers take a LoRA")
-        if WITHOUT_PAIR.fullmatch(name):
-            raise WanError(f"LoRA target {name}: runs in float32 by its weight alone; leave it out")
     module.requires_grad_(False)
     for name in chosen:
         layer = layers[name]
