@@ -1,0 +1,124 @@
+"""Settings of the video autoencoder, and what sizes follow from them."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from wan.errors import WanError
+
+
+@dataclass
+class VAEConfig:
+    """Settings of the autoencoder, under the names of the released `vae/config.json`."""
+
+    base_dim: int = 160
+    decoder_base_dim: int | None = 256
+    z_dim: int = 48
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)  # the released spelling
+    is_residual: bool = True
+    in_channels: int = 12
+    out_channels: int = 12
+    patch_size: int | None = 2
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
+            setattr(self, name, tuple(getattr(self, name)))
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise WanError(
+                f"temperal_downsample has {len(self.temperal_downsample)} entries for "
+                f"{len(self.dim_mult)} levels: one fewer than dim_mult is needed"
+            )
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) not in (0, self.z_dim):
+                raise WanError(
+                    f"{name} has {len(getattr(self, name))} numbers, z_dim is {self.z_dim}"
+                )
+        if self.is_residual:
+            self._check_shortcuts()
+        pixels = 3 * (self.patch_size or 1) ** 2
+        if (self.in_channels, self.out_channels) != (pixels, pixels):
+            raise WanError(
+                f"in_channels={self.in_channels}, out_channels={self.out_channels}: "
+                f"patch_size={self.patch_size} makes {pixels} channels of an RGB frame"
+            )
+
+    def _check_shortcuts(self) -> None:
+        """Shortcuts without parameters group or repeat channels, so widths must divide."""
+        times = [2 if t else 1 for t in self.temperal_downsample] + [1]
+        spaces = [2] * len(self.temperal_downsample) + [1]
+        down, up = (1, *self.dim_mult), (self.dim_mult[-1], *reversed(self.dim_mult))
+        cells = [t * s * s for t, s in zip(times, spaces, strict=True)]
+        for wide, narrow, cell in zip(down[:-1], down[1:], cells, strict=True):
+            if wide * cell % narrow:
+                raise WanError(
+                    f"dim_mult={self.dim_mult}: the average-down shortcut cannot make {narrow} of "
+                    f"{wide} x {cell} channels"
+                )
+        cells = [t * s * s for t, s in zip([*reversed(times[:-1]), 1], spaces, strict=True)]
+        for wide, narrow, cell in zip(up[:-1], up[1:], cells, strict=True):
+            if cell > 1 and narrow * cell % wide:
+                raise WanError(
+                    f"dim_mult={self.dim_mult}: the duplicate-up shortcut cannot make {narrow} x "
+                    f"{cell} channels of {wide}"
+                )
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "VAEConfig":
+        """Read a released `config.json`; a setting we would have to ignore is an error."""
+        known = {f.name for f in fields(cls)}
+        expected: dict[
+            str, tuple[Any, ...] | None
+        ] = {  # fields that follow from the others, or that only training used
+            "attn_scales": ([],),
+            "dropout": (0.0,),
+            "clip_output": (False, True),  # decoding always clamps, as both references do
+            "scale_factor_spatial": None,
+            "scale_factor_temporal": None,
+        }
+        settings = {}
+        for name, value in values.items():
+            if name in known:
+                settings[name] = value
+            elif name.startswith("_"):
+                continue
+            elif name not in expected:
+                raise WanError(f"vae config.json: unknown setting {name}={value!r}")
+            elif (allowed := expected[name]) is not None and value not in allowed:
+                raise WanError(f"vae config.json: {name}={value!r} is not supported")
+        return cls(**settings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The released `config.json` of this autoencoder."""
+        return {
+            "_class_name": "AutoencoderKLWan",
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()},
+            "attn_scales": [],
+            "dropout": 0.0,
+            "clip_output": False,
+            "scale_factor_spatial": self.spatial_stride,
+            "scale_factor_temporal": self.temporal_stride,
+        }
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent along height and width."""
+        return (self.patch_size or 1) * 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Frames per latent after the first."""
+        return 2 ** sum(self.temperal_downsample)
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames T of a clip of `num_frames` = stride * (T - 1) + 1 frames."""
+        stride = self.temporal_stride
+        if num_frames < 1 or (num_frames - 1) % stride:
+            low = max(1, num_frames - (num_frames - 1) % stride)
+            raise WanError(
+                f"num_frames={num_frames}: the VAE takes {stride}k + 1 frames; "
+                f"nearest are {low} and {low + stride}"
+            )
+        return (num_frames - 1) // stride + 1

@@ -1,0 +1,233 @@
+"""Layers of the causal autoencoder, and the cache that lets them work on a clip in chunks.
+
+Everything but frame 0 is causal and the same at all times: a layer that looks back keeps the last
+frames it saw. Frame 0 is special in the temporal resampling alone, which it skips.
+
+Source: Wan2.2 `wan/modules/vae2_1.py`, `vae2_2.py`; diffusers `autoencoder_kl_wan.py`.
+Letters: B batch, C channels, T H W frames, rows and columns inside the network.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class StreamCache:
+    """What one pass over a clip remembers from chunk to chunk.
+
+    `history[layer]` holds the last input frames a causal layer saw. `first` is true during the
+    first chunk, in which frame 0 skips the temporal resampling. Layers read and replace their own
+    entry; the autoencoder flips `first`. With `keep=False` (a clip in one chunk) nothing is stored.
+    """
+
+    def __init__(self, keep: bool = True) -> None:
+        self.first = True
+        self.keep = keep
+        self.history: dict[nn.Module, Tensor] = {}
+
+    def remember(self, layer: nn.Module, frames: Tensor) -> None:
+        """Store a copy, so that a whole activation is not kept alive by its last two frames."""
+        if self.keep:
+            self.history[layer] = frames.clone()
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution that sees the past only: zeros or history in front, nothing behind."""
+
+    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:  # type: ignore[override]
+        """(B, C, T, H, W) -> (B, C', T, H', W')."""
+        past = self.kernel_size[0] - 1
+        if past:
+            history = cache.history.get(self)
+            if history is None:
+                history = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
+            x = torch.cat([history, x], dim=2)
+            cache.remember(self, x[:, :, -past:])
+        return super().forward(x)
+
+
+def causal_conv(in_dim: int, out_dim: int, kernel: int) -> CausalConv3d:
+    """A cubic causal kernel that keeps the frame size."""
+    return CausalConv3d(in_dim, out_dim, kernel, padding=(0, kernel // 2, kernel // 2))
+
+
+class RMSNorm(nn.Module):
+    """x / ||x||_2 * sqrt(C) * gamma over channels; statistics in float32."""
+
+    def __init__(self, dim: int, axes: int = 3) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = F.normalize(x.float(), dim=1, eps=1e-12).to(x.dtype)
+        return normal * (self.gamma * self.scale)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, twice, plus the input (1x1x1 projection where the width changes)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(in_dim)
+        self.conv1 = causal_conv(in_dim, out_dim, 3)
+        self.norm2 = RMSNorm(out_dim)
+        self.conv2 = causal_conv(out_dim, out_dim, 3)
+        self.shortcut = causal_conv(in_dim, out_dim, 1) if in_dim != out_dim else None
+
+    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
+        skip = x if self.shortcut is None else self.shortcut(x, cache)
+        x = self.conv1(F.silu(self.norm1(x)), cache)
+        x = self.conv2(F.silu(self.norm2(x)), cache)
+        return x + skip
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention over the positions of each frame by itself."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, axes=2)
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        q, k, v = rearrange(
+            self.qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = rearrange(mixed, "n 1 (h w) c -> n c h w", h=x.shape[-2])
+        return x + rearrange(self.proj(mixed), "(b t) c h w -> b c t h w", b=len(x))
+
+
+class MidBlock(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.resnet_in = ResidualBlock(dim, dim)
+        self.attention = FrameAttention(dim)
+        self.resnet_out = ResidualBlock(dim, dim)
+
+    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
+        return self.resnet_out(self.attention(self.resnet_in(x, cache)), cache)
+
+
+class Downsample(nn.Module):
+    """Halve height and width; with `temporal`, also halve the frames after the first."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
+        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        frames = self.conv(F.pad(frames, (0, 1, 0, 1)))  # the released models pad right and below
+        x = rearrange(frames, "(b t) c h w -> b c t h w", b=len(x))
+        if self.time_conv is None:
+            return x
+        # Outputs centre on frames 1, 3, 5, ...: each sees its frame and one to either side. Frame 0
+        # passes through and then serves as the left neighbour of frame 1.
+        window = x if cache.first else torch.cat([cache.history[self], x], dim=2)
+        cache.remember(self, x[:, :, -1:])
+        if window.shape[2] < 3:
+            return x
+        pairs = self.time_conv(window)
+        return torch.cat([x[:, :, :1], pairs], dim=2) if cache.first else pairs
+
+
+class Upsample(nn.Module):
+    """Double height and width; with `temporal`, also double the frames after the first."""
+
+    def __init__(self, dim: int, out_dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, padding=1)
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
+        if self.time_conv is not None:
+            # Frame 0 stays one frame and never enters the history of time_conv.
+            alone, rest = x.split([1, x.shape[2] - 1], dim=2) if cache.first else (None, x)
+            if rest.shape[2]:
+                rest = self.time_conv(rest, cache)
+                rest = rearrange(rest, "b (two c) t h w -> b c (t two) h w", two=2)
+            x = rest if alone is None else torch.cat([alone, rest], dim=2)
+        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        frames = self.conv(F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
+        return rearrange(frames, "(b t) c h w -> b c t h w", b=len(x))
+
+
+def average_down(x: Tensor, out_dim: int, time: int, space: int, cache: StreamCache) -> Tensor:
+    """Fold `time` x `space` x `space` cells into channels, then average groups down to `out_dim`.
+
+    (B, C, T, H, W) -> (B, out_dim, T / time, H / space, W / space). The first chunk, whose frame 0
+    stands alone, is filled up with a zero frame in front.
+    """
+    if cache.first and time > 1:
+        x = F.pad(x, (0, 0, 0, 0, time - 1, 0))
+    x = rearrange(x, "b c (t i) (h j) (w k) -> b (c i j k) t h w", i=time, j=space, k=space)
+    return x.unflatten(1, (out_dim, -1)).mean(dim=2)
+
+
+def duplicate_up(x: Tensor, out_dim: int, time: int, space: int, cache: StreamCache) -> Tensor:
+    """Repeat channels and unfold them into `time` x `space` x `space` cells: the inverse layout.
+
+    (B, C, T, H, W) -> (B, out_dim, time T, space H, space W), less the first `time` - 1 frames of a
+    clip.
+    """
+    x = x.repeat_interleave(out_dim * time * space * space // x.shape[1], dim=1)
+    x = rearrange(x, "b (c i j k) t h w -> b c (t i) (h j) (w k)", i=time, j=space, k=space)
+    return x[:, :, time - 1 :] if cache.first else x
+
+
+class EncoderLevel(nn.Module):
+    """Residual blocks, then down-sampling; Wan2.2 adds the averaging shortcut around both."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, depth: int, space: int, time: int, shortcut: bool
+    ) -> None:
+        super().__init__()
+        self.out_dim, self.space, self.time, self.has_shortcut = out_dim, space, time, shortcut
+        self.resnets = nn.ModuleList(
+            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(depth)
+        )
+        self.downsample = Downsample(out_dim, temporal=time > 1) if space > 1 else None
+
+    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
+        y = x
+        for resnet in self.resnets:
+            y = resnet(y, cache)
+        if self.downsample is not None:
+            y = self.downsample(y, cache)
+        if self.has_shortcut:
+            y = y + average_down(x, self.out_dim, self.time, self.space, cache)
+        return y
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks, then up-sampling; Wan2.2 adds the duplicating shortcut around both."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, depth: int, space: int, time: int, shortcut: bool
+    ) -> None:
+        super().__init__()
+        self.out_dim, self.space, self.time = out_dim, space, time
+        self.has_shortcut = shortcut and space > 1
+        self.resnets = nn.ModuleList(
+            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(depth)
+        )
+        up_dim = (
+            out_dim if shortcut else out_dim // 2
+        )  # Wan2.1 halves the width while it doubles H, W
+        self.upsample = Upsample(out_dim, up_dim, temporal=time > 1) if space > 1 else None
+
+    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
+        y = x
+        for resnet in self.resnets:
+            y = resnet(y, cache)
+        if self.upsample is not None:
+            y = self.upsample(y, cache)
+        if self.has_shortcut:
+            y = y + duplicate_up(x, self.out_dim, self.time, self.space, cache)
+        return y
