@@ -236,7 +236,7 @@ def parse_entry(path: Path, name: str, value: Any, body: int) -> TensorEntry:
         )
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise WanError(f"{path}: tensor {name} needs dtype, shape and data_offsets; {REFETCH}")
-    if value["dtype"] not in DTYPES:
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
         raise WanError(
             f"{path}: tensor {name} has dtype {value['dtype']!r}; readable: {', '.join(DTYPES)}"
         )

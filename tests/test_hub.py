@@ -1,0 +1,68 @@
+"""Models by name: folders first, then the hub's cache; never a silent guess."""
+
+import pytest
+
+import wan.hub
+from wan.errors import WanError
+from wan.hub import PATTERNS, resolve_model
+
+
+def test_a_folder_wins(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("owner/name").samefile(tmp_path / "owner" / "name")
+    assert resolve_model(tmp_path) == tmp_path
+    with pytest.raises(WanError, match="revision=main is for models on the hub"):
+        resolve_model("owner/name", revision="main")
+
+
+def test_what_is_neither_folder_nor_id(tmp_path):
+    for name in ("nonsense", "/no/such/folder", "./a/b", "a/b/c", "owner/name with space"):
+        with pytest.raises(WanError, match="no such folder, and not a hub id"):
+            resolve_model(name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WanError, match="give the folder that holds model_index"):
+        resolve_model(tmp_path / "file")
+
+
+def test_offline_and_not_in_the_cache_says_how_to_fetch(tmp_path, monkeypatch):
+    real = wan.hub.snapshot_download
+
+    def in_empty_cache(name, **options):
+        return real(name, cache_dir=tmp_path, **options)
+
+    monkeypatch.setattr(wan.hub, "snapshot_download", in_empty_cache)
+    with pytest.raises(WanError) as caught:
+        resolve_model("Wan-AI/Some-Model", revision="abc", offline=True)
+    message = str(caught.value)
+    assert "Wan-AI/Some-Model: no such folder, and offline, and not in the hub's cache" in message
+    assert "hf download Wan-AI/Some-Model --revision abc --include '*.safetensors'" in message
+
+
+def test_offline_finds_what_the_cache_has(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text("{}")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    real = wan.hub.snapshot_download
+    monkeypatch.setattr(
+        wan.hub, "snapshot_download", lambda name, **kw: real(name, cache_dir=tmp_path, **kw)
+    )
+    assert resolve_model("owner/name", offline=True).samefile(snapshot)
+
+
+def test_a_network_failure_is_one_clear_error_and_only_weights_are_asked_for(monkeypatch):
+    asked = {}
+
+    def no_network(name, **options):
+        asked.update(options)
+        raise ConnectionError("Name or service not known\nlong trace")
+
+    monkeypatch.setattr(wan.hub, "snapshot_download", no_network)
+    with pytest.raises(WanError) as caught:
+        resolve_model("owner/name")
+    assert asked["allow_patterns"] == list(PATTERNS)
+    assert "(ConnectionError: Name or service not known)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not any(pattern.endswith((".bin", ".pth", ".py")) for pattern in PATTERNS)
