@@ -611,7 +611,7 @@ def change_json(path, **changes) -> None:
         (("model_index.json", {"_class_name": "FluxPipeline"}), "WanPipeline, WanDMDPipeline"),
         (("model_index.json", {"_class_name": "WanDMDPipeline"}), "wan.WanDMDPipeline.from_pre"),
         (("model_index.json", {"boundary_ratio": 0.9}), "two experts need both"),
-        (("model_index.json", {"sampling_defaults": {"hight": 3}}), "hight"),
+        (("sampling_defaults.json", {"hight": 3}), "hight"),
         (("scheduler/scheduler_config.json", {"flow_shift": "delete"}), "flow_shift"),
         (("transformer/config.json", {"in_channels": 36}), "36 input"),
         (("transformer/config.json", {"text_dim": 4096}), "width 4096"),

@@ -32,7 +32,6 @@ from wan.pipeline_io import (
     Generators,
     ImageInput,
     OnProgress,
-    StepCallback,
     WanPipelineOutput,
     check_names,
     finished_frames,
@@ -46,6 +45,7 @@ from wan.placement import OFFLOAD, ExpertSlot, resolve_device, visiting
 from wan.samplers import build_sampler
 from wan.sampling_plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.schedule import FEW_STEP_TIMESTEPS, Schedule
+from wan.step_hook import Interrupted, StepCallback, StepHook
 from wan.tokenizer import Tokenizer
 from wan.umt5 import UMT5Encoder, encode_text
 from wan.vae import WanVAE
@@ -53,13 +53,6 @@ from wan.vae import WanVAE
 MAX_CACHED_PROMPTS = 64
 
 P = TypeVar("P", bound="WanPipeline")
-
-
-class _Interrupted(Exception):
-    """Leaves a sampler from inside its hook, with the state reached."""
-
-    def __init__(self, latents: Tensor) -> None:
-        self.latents = latents
 
 
 class WanPipeline:
@@ -351,7 +344,8 @@ class WanPipeline:
             raise WanError(f"deterministic: sampler {plan.sampler} adds no noise; for few_step")
         with self._timed("denoise"):
             denoiser, slot = self._denoiser(plan, context, negative, image_latents)
-            on_step = self._step_hook(
+            on_step = StepHook(
+                self,
                 denoiser,
                 len(plan.schedule),
                 callback_on_step_end,
@@ -362,7 +356,7 @@ class WanPipeline:
             report(on_progress, "denoise", 0, len(plan.schedule))
             try:
                 x = sample(denoiser, x, plan.schedule, on_step=on_step, **options)
-            except _Interrupted as stopped:
+            except Interrupted as stopped:
                 x = stopped.latents
             finally:
                 slot.close()
@@ -535,57 +529,6 @@ class WanPipeline:
             before_expert,
         )
         return denoiser, slot
-
-    def _step_hook(
-        self,
-        denoiser: Denoiser,
-        steps: int,
-        callback: StepCallback | None,
-        names: Sequence[str],
-        on_progress: OnProgress | None,
-    ) -> Callable[[int, float, float, Tensor], Tensor | None]:
-        """What happens after each step: a check, the caller's callback, progress, interruption."""
-
-        def on_step(i: int, timestep: float, sigma: float, x: Tensor) -> Tensor | None:
-            if not bool(x.isfinite().all()):
-                raise FloatingPointError(
-                    f"latents are not finite after step {i + 1} of {steps} (timestep {timestep:g})"
-                )
-            replaced = None
-            if callback is not None:
-                replaced = self._call_back(callback, names, denoiser, i, timestep, x)
-            report(on_progress, "denoise", i + 1, steps)
-            if self.interrupt:
-                raise _Interrupted(x if replaced is None else replaced)
-            return replaced
-
-        return on_step
-
-    def _call_back(
-        self,
-        callback: StepCallback,
-        names: Sequence[str],
-        denoiser: Denoiser,
-        i: int,
-        timestep: float,
-        x: Tensor,
-    ) -> Tensor | None:
-        """Show a step to the caller's function and take what it wants changed."""
-        tensors: dict[str, Tensor | None] = {
-            "latents": x,
-            "prompt_embeds": denoiser.context,
-            "negative_prompt_embeds": denoiser.negative_context,
-        }
-        # An integer where it is one, which is the dtype that callbacks written for diffusers know.
-        t = torch.tensor(int(timestep) if timestep == int(timestep) else timestep)
-        changed = callback(self, i, t, {name: tensors[name] for name in names}) or {}
-        check_names("the callback's return", list(changed), CALLBACK_TENSORS)
-        if "prompt_embeds" in changed or "negative_prompt_embeds" in changed:
-            denoiser.set_context(
-                changed.get("prompt_embeds", denoiser.context),
-                changed.get("negative_prompt_embeds", denoiser.negative_context),
-            )
-        return changed.get("latents")
 
     def _size(
         self, height: int | None, width: int | None, num_frames: int | None, latents: Tensor | None

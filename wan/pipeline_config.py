@@ -4,9 +4,10 @@
     scheduler/scheduler_config.json     the shift
     transformer/ [transformer_2/] vae/ text_encoder/     config.json each, and weights
     tokenizer/
+    sampling_defaults.json              this project's own, optional: `SamplingDefaults`
 
-Two entries of model_index.json are this project's own, both optional and ignored by diffusers:
-`timesteps`, the list a few-step student was trained on, and `sampling_defaults`.
+A student's model_index.json may say `timesteps`, the list it was trained on; without it, it is that
+of the released students.
 """
 
 import json
@@ -23,6 +24,7 @@ from wan.umt5 import UMT5Config
 from wan.vae import VAEConfig
 
 BASE, FEW_STEP = PIPELINE_CLASSES = ("WanPipeline", "WanDMDPipeline")
+DEFAULTS_FILE = "sampling_defaults.json"
 DEFAULT_SHIFT = 5.0
 LIBRARIES = {  # component -> [library, class] in model_index.json
     "transformer": ["diffusers", "WanTransformer3DModel"],
@@ -174,7 +176,7 @@ def read_pipeline_config(
         expand_timesteps=bool(index.get("expand_timesteps", False)),
         shift=read_shift(folder),
         timesteps=timesteps,
-        defaults=read_defaults(index.get("sampling_defaults", {}), vae, boundary is not None),
+        defaults=read_defaults(folder, vae, boundary is not None),
     )
 
 
@@ -219,7 +221,7 @@ def read_shift(folder: Path) -> float:
     return float(shift)
 
 
-def read_defaults(own: Mapping[str, Any], vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
+def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
     """The folder's own defaults; those of the official code where it has none.
 
     Source: Wan2.2 `wan/configs`: the VAE's stride tells TI2V-5B from the others, which diffusers
@@ -232,12 +234,13 @@ def read_defaults(own: Mapping[str, Any], vae: VAEConfig, two_experts: bool) -> 
         defaults = replace(
             defaults, num_inference_steps=40, guidance_scale=4.0, guidance_scale_2=3.0
         )
+    path = folder / DEFAULTS_FILE
+    if not path.is_file():
+        return defaults
+    own = read_json_object(path)
     known = [field.name for field in fields(SamplingDefaults)]
     if unknown := sorted(set(own) - set(known)):
-        raise WanError(
-            f"model_index.json: sampling_defaults has unknown {', '.join(unknown)}; known are "
-            f"{', '.join(known)}"
-        )
+        raise WanError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     return replace(defaults, **own)
 
 
@@ -253,10 +256,10 @@ def model_index_json(config: PipelineConfig) -> dict[str, Any]:
         "expand_timesteps": config.expand_timesteps,
         **LIBRARIES,
         "transformer_2": LIBRARIES["transformer"] if config.boundary_ratio else [None, None],
-        "sampling_defaults": asdict(config.defaults),
     }
-    if config.timesteps is not None:
-        index["timesteps"] = list(config.timesteps)
+    # Left out where it goes without saying: other readers take a list for a [library, class] pair.
+    if config.timesteps not in (None, FEW_STEP_TIMESTEPS):
+        index["timesteps"] = list(config.timesteps or ())
     return index
 
 
@@ -281,11 +284,12 @@ def scheduler_json(shift: float) -> dict[str, Any]:
 
 
 def write_configs(config: PipelineConfig, folder: Path) -> None:
-    """Write model_index.json, the scheduler's and every component's config.json."""
+    """Write model_index.json, the sampling defaults, the scheduler's and every part's settings."""
     transformers = TWO_EXPERTS if config.boundary_ratio is not None else TWO_EXPERTS[:1]
     objects = {
         "model_index.json": model_index_json(config),
         "scheduler/scheduler_config.json": scheduler_json(config.shift),
+        DEFAULTS_FILE: asdict(config.defaults),
         "vae/config.json": config.vae.to_json(),
         "text_encoder/config.json": config.text_encoder.to_json(),
         **{f"{name}/config.json": config.transformer.to_json() for name in transformers},

@@ -21,8 +21,6 @@ CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 ImageInput = Image.Image | Tensor | str | Path
 Generators = torch.Generator | Sequence[torch.Generator]
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
-# (pipeline, step, timestep, tensors by name) -> tensors to go on with, by name
-StepCallback = Callable[..., dict[str, Tensor] | None]
 
 
 @dataclass
