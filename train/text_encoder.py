@@ -1,0 +1,441 @@
+"""Train the miniature's tokenizer and text encoder: `python -m train.text_encoder`.
+
+The encoder learns to say, at every one of its tokens, what the whole caption states: so a small DiT
+finds each attribute whichever token it looks at. Captions are disturbed on the way (other words,
+missing words, filler, another order), because people don't type a grammar's sentences.
+"""
+
+import io
+import json
+import random
+import re
+import shutil
+import string
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.training import TextEncoderTrainConfig
+from infer.cli import run_command
+from train.loop import run_training, step_generator
+from train.optim import learning_rate, make_optimizers, set_learning_rate
+from train.state import TrainState
+from wan.errors import WanError
+from wan.miniature.captions import caption, label_classes
+from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
+from wan.tokenizer import PAD_ID, Tokenizer, write_tokenizer_folder
+from wan.umt5 import UMT5Config, UMT5Encoder
+from wan.weights import save_component
+
+# B captions, S text positions, D width, V vocabulary, K labels of a caption
+
+CLASSES = label_classes()
+IGNORED = -100  # a label that a text does not have
+NUM_SENTINELS = 1  # <extra_id_0> stands for a masked token
+ATTRIBUTE_GATE, BINDING_GATE = 0.995, 0.99
+
+# Words beyond the grammar. A key is replaced where it stands as whole words; "circle" and its like
+# are no keys, because "moving in a circle" has nothing to do with the shape.
+MORE_WORDS = {
+    "disc": ("disk", "ball", "dot", "round shape"),
+    "box": ("block", "rectangle"),
+    "red": ("crimson", "scarlet"),
+    "green": ("emerald", "lime"),
+    "blue": ("navy", "azure"),
+    "yellow": ("golden", "gold"),
+    "purple": ("violet", "fuchsia"),
+    "turquoise": ("aqua", "teal"),
+    "little": ("mini", "miniature"),
+    "big": ("huge", "giant", "enormous"),
+    "drifting": ("floating", "gliding"),
+    "sliding": ("heading", "rolling"),
+    "travelling": ("flying", "running", "that moves", "which goes"),
+    "moving up": ("rising", "ascending", "moving to the top"),
+    "moving down": ("falling", "descending", "sinking", "moving to the bottom"),
+    "moving left": ("moving from right to left", "moving towards the left"),
+    "moving right": ("moving from left to right", "moving towards the right"),
+    "staying still": ("motionless", "stationary", "at rest", "standing", "that does not move"),
+    "circling": ("orbiting", "looping", "moving around in circles"),
+    "over": ("with", "in", "before"),
+    "a video of": ("an animation of", "show me", "video of", "i want to see", "draw"),
+    "background": ("backdrop", "wall"),
+}
+FILLERS = (
+    *("very", "bright", "simple", "flat", "nice", "plain", "solid", "colored", "beautiful"),
+    *("slowly", "quickly", "smoothly", "please", "just", "here", "now", "then", "also"),
+    *("single", "scene", "picture", "of", "animated", "style", "screen", "cartoon"),
+)
+FUNCTION_WORDS = {"a", "an", "one", "the", "is", "on", "over", "against", "background"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and its class index for every entry of `CLASSES`."""
+
+    text: str
+    labels: tuple[int, ...]
+
+
+def draw_example(rng: random.Random, split: str, disturbed: bool, num_objects: int) -> Example:
+    """One caption of a scene of a split; `disturbed` says it in a less orderly way."""
+    # Nobody sees the scene, so one frame is enough for the objects to keep inside and apart.
+    said = caption(sample_scene(rng, split, num_objects, num_frames=1), rng)
+    labels = said.labels()
+    if not disturbed:
+        return Example(said.text, tuple(labels[name] for name in CLASSES))
+    free_order = len(said.objects) == 1 and said.objects[0].motion not in ("circling", "still")
+    return Example(disturb(said.text, rng, free_order), tuple(labels[name] for name in CLASSES))
+
+
+def empty_example(rng: random.Random) -> Example:
+    """A text that states nothing: "" or filler."""
+    words = [_filler(rng) for _ in range(rng.choice((0, 0, 1, 3, 8)))]
+    labels = tuple(IGNORED if n == "count" else len(c) - 1 for n, c in CLASSES.items())
+    return Example(" ".join(words), labels)
+
+
+def disturb(text: str, rng: random.Random, free_order: bool) -> str:
+    """Say the same with other words, fewer words, more words, or in another order.
+
+    Args:
+        free_order: any order of the words means the same (one object, whose motion is one word).
+    """
+    if rng.random() < 0.7:
+        for phrase, others in MORE_WORDS.items():
+            if rng.random() < 0.6:
+                text = re.sub(rf"\b{phrase}\b", rng.choice(others), text)
+    words = text.split()
+    if rng.random() < 0.3:
+        words = [w for w in words if w not in FUNCTION_WORDS or rng.random() < 0.4]
+    if free_order and rng.random() < 0.3 and not {"from", "towards"} & set(words):
+        rng.shuffle(words)
+    if rng.random() < 0.3:
+        for _ in range(rng.randint(1, 3)):
+            words.insert(rng.randint(0, len(words)), _filler(rng))
+    if rng.random() < 0.1:
+        return " ".join(words).upper()
+    return " ".join(words)
+
+
+def _filler(rng: random.Random) -> str:
+    if rng.random() < 0.6:
+        return rng.choice(FILLERS)
+    return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 7)))
+
+
+def draw_examples(
+    seed: int,
+    stream: str,
+    count: int,
+    disturbed: float,
+    split: str = "train",
+    two_objects: float = 0.3,
+) -> list[Example]:
+    """`count` examples of a named stream of random captions, a function of the arguments.
+
+    Args:
+        disturbed, two_objects: shares of such captions.
+    """
+    rng = random.Random(f"{seed}/{stream}")
+    return [
+        draw_example(rng, split, rng.random() < disturbed, 1 + (rng.random() < two_objects))
+        for _ in range(count)
+    ]
+
+
+# Tokenizer -----------------------------------------------------------------------------------
+
+
+def train_spiece(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece unigram model with UMT5's layout of ids; one unknown character is <unk>.
+
+    Text is folded to lower case by the model's own normalisation table. All printable ASCII
+    characters are pieces, whatever the texts hold.
+    """
+    out = io.BytesIO()
+    characters = "".join(c for c in map(chr, range(33, 127)) if not c.isupper())
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=out,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,  # a limit: few words may need fewer pieces
+        required_chars=characters,
+        normalization_rule_name="nmt_nfkc_cf",
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        num_threads=1,  # the same pieces on every machine
+        minloglevel=2,
+    )
+    return out.getvalue()
+
+
+def make_tokenizer(config: TextEncoderTrainConfig, folder: Path) -> Tokenizer:
+    """Train the tokenizer on captions and write its folder; read it if it is there already."""
+    if not (folder / "tokenizer_config.json").is_file():
+        examples = draw_examples(config.seed, "tokenizer", config.tokenizer_captions, 0.7)
+        spiece = train_spiece((example.text for example in examples), config.vocab_size)
+        write_tokenizer_folder(spiece, folder, NUM_SENTINELS)
+    return Tokenizer.from_folder(folder)
+
+
+# Model ---------------------------------------------------------------------------------------
+
+
+def initialize(encoder: UMT5Encoder) -> None:
+    """T5's initialisation, but with position biases that tell before from after.
+
+    Every matrix keeps the variance of its input, scores start at 1. Heads look in turn at earlier
+    tokens, at later ones, at neighbours and everywhere: from T5's tiny random biases the order of
+    the words (which adjective belongs to which object) takes most of the training to be noticed.
+    """
+    config = encoder.config
+    half = config.relative_attention_num_buckets // 2  # keys before the query, then keys after it
+    even, low, distance = torch.zeros(half), torch.full((half,), -4.0), torch.arange(half).float()
+    looks = torch.stack(
+        [
+            torch.cat([even, low]),
+            torch.cat([low, even]),
+            torch.cat([-distance, -distance]),
+            torch.cat([even, even]),
+        ],
+        dim=1,
+    )
+    nn.init.normal_(encoder.token_embedding.weight)
+    for name, weight in encoder.named_parameters():
+        if name.endswith("query.weight"):
+            nn.init.normal_(weight, std=(config.d_model * config.d_kv) ** -0.5)
+        elif name.endswith("relative_bias.weight"):
+            weight.data.copy_(looks[:, torch.arange(config.num_heads) % 4])
+        elif weight.ndim == 2 and not name.startswith("token_embedding"):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    # The final norm's weight stays 1: every token leaves the encoder with unit mean square.
+    encoder.final_norm.weight.requires_grad_(False)
+
+
+class Heads(nn.Module):
+    """What the encoder is asked while it trains; not part of the model that ships."""
+
+    def __init__(self, config: UMT5Config) -> None:
+        super().__init__()
+        self.labels = nn.Linear(config.d_model, sum(map(len, CLASSES.values())))
+        self.words = nn.Linear(config.d_model, config.vocab_size)
+
+
+def pad_ids(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids (B, S) and the mask of real tokens (B, S)."""
+    lengths = torch.tensor([len(one) for one in ids])
+    padded = torch.full((len(ids), int(lengths.max())), PAD_ID)
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    padded[mask] = torch.tensor([i for one in ids for i in one])
+    return padded, mask
+
+
+def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropies of all labels: (..., sum of classes), (..., K) -> (K,)."""
+    parts = logits.flatten(0, -2).split([len(c) for c in CLASSES.values()], dim=-1)
+    columns = labels.flatten(0, -2).unbind(-1)
+    losses = [
+        F.cross_entropy(p, c, ignore_index=IGNORED) for p, c in zip(parts, columns, strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def label_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which labels the largest logit gets right: (B, K) bool; an ignored label counts as right."""
+    parts = logits.split([len(c) for c in CLASSES.values()], dim=-1)
+    guesses = torch.stack([part.argmax(-1) for part in parts], dim=-1)
+    return (guesses == labels) | (labels == IGNORED)
+
+
+def make_train_step(
+    encoder: UMT5Encoder, heads: Heads, tokenizer: Tokenizer, config: TextEncoderTrainConfig
+) -> Callable[[TrainState], dict[str, float]]:
+    """One step: labels from every token of whole captions, hidden words from masked ones."""
+    mask_id = tokenizer("<extra_id_0>").ids[0]
+    num_masked = config.batch_size // 4
+    parameters = [*encoder.parameters(), *heads.parameters()]
+
+    def train_step(state: TrainState) -> dict[str, float]:
+        generator = step_generator(config.seed, state.step)
+        rng = random.Random(f"{config.seed}/step/{state.step}")
+        name = f"step/{state.step}"
+        examples = draw_examples(config.seed, name, config.batch_size, 0.5, two_objects=0.5)
+        for row in range(0, config.batch_size, 32):
+            examples[row] = empty_example(rng)
+        ids, mask = pad_ids([tokenizer(example.text).ids for example in examples])
+        labels = torch.tensor([example.labels for example in examples])  # (B, K)
+        # Rows with hidden words can't know all labels, so they only guess the words.
+        hidden = (torch.rand(ids.shape, generator=generator) < 0.2) & mask
+        hidden[num_masked:] = False
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            states = encoder(ids.masked_fill(hidden, mask_id), mask)
+            label_logits = heads.labels(states[num_masked:])
+            word_logits = heads.words(states[hidden])
+        told = mask[num_masked:]
+        per_token = labels[num_masked:, None].expand(*told.shape, -1)
+        label_loss = label_losses(label_logits[told].float(), per_token[told]).mean()
+        word_loss = F.cross_entropy(word_logits.float(), ids[hidden])
+        loss = label_loss + config.word_weight * word_loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
+        set_learning_rate(state.optimizers, lr)
+        for optimizer in state.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return {
+            "loss": loss.item(),
+            "label_loss": label_loss.item(),
+            "word_loss": word_loss.item(),
+            "grad_norm": norm.item(),
+        }
+
+    return train_step
+
+
+# Gates ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_examples(
+    encoder: UMT5Encoder, tokenizer: Tokenizer, examples: list[Example]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Token states (b, S, D), mask (b, S) and labels (b, K) of examples, in batches."""
+    for start in range(0, len(examples), 250):
+        batch = examples[start : start + 250]
+        ids, mask = pad_ids([tokenizer(example.text).ids for example in batch])
+        yield encoder(ids, mask), mask, torch.tensor([example.labels for example in batch])
+
+
+def pooled_states(encoder, tokenizer, examples, pooling: str) -> tuple[Tensor, Tensor]:
+    """One vector per caption, (B, D), and labels (B, K).
+
+    pooling: "mean" of the tokens, or "token": one token of the caption, each in turn.
+    """
+    vectors, labels = [], []
+    for states, mask, batch_labels in encode_examples(encoder, tokenizer, examples):
+        if pooling == "mean":
+            vectors.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        else:
+            row = torch.arange(len(states))
+            vectors.append(states[row, row % mask.sum(1)])
+        labels.append(batch_labels)
+    return torch.cat(vectors), torch.cat(labels)
+
+
+def fit_probe(vectors: Tensor, labels: Tensor, steps: int = 300) -> nn.Linear:
+    """A linear classifier of every label on frozen vectors: (B, D), (B, K)."""
+    probe = nn.Linear(vectors.shape[1], sum(map(len, CLASSES.values())))
+    nn.init.zeros_(probe.weight)
+    nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.Adam(probe.parameters(), lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        label_losses(probe(vectors), labels).sum().backward()
+        optimizer.step()
+    return probe
+
+
+def measure_gates(
+    encoder: UMT5Encoder, tokenizer: Tokenizer, config: TextEncoderTrainConfig
+) -> dict[str, float]:
+    """Accuracy of linear probes on captions that training never drew.
+
+    For the mean of the tokens and for single tokens: `attributes`, the worst label's accuracy on
+    captions of unseen combinations; `binding`, all labels of both objects right, on two-object
+    captions; `disturbed`, the worst label on disturbed captions.
+    """
+    n = config.probe_captions
+    sets = {
+        "attributes": draw_examples(config.seed, "gate", n, 0.0, split="heldout"),
+        "binding": draw_examples(config.seed, "binding", n, 0.0, split="heldout", two_objects=1.0),
+        "disturbed": draw_examples(config.seed, "disturbed", n, 1.0, split="any"),
+    }
+    fit_on = draw_examples(config.seed, "probe", 2 * n, 0.5)
+    slots = [i for i, name in enumerate(CLASSES) if name[:-2] in OBJECT_ATTRIBUTES]
+    measured = {}
+    for pooling in ("mean", "token"):
+        probe = fit_probe(*pooled_states(encoder, tokenizer, fit_on, pooling))
+        for name, examples in sets.items():
+            vectors, labels = pooled_states(encoder, tokenizer, examples, pooling)
+            hits = label_hits(probe(vectors), labels)
+            rate = hits[:, slots].all(1).float() if name == "binding" else hits.float().mean(0)
+            measured[f"{name}_{pooling}"] = float(rate.mean() if name == "binding" else rate.min())
+    return measured
+
+
+def output_statistics(encoder, tokenizer, examples: list[Example]) -> dict[str, float]:
+    """Mean square of the encoder's outputs, and the share of it that is the same in all tokens."""
+    states = torch.cat([s[m] for s, m, _ in encode_examples(encoder, tokenizer, examples)])
+    return {
+        "output_mean_square": float(states.square().mean()),
+        "output_constant_share": float(states.mean(0).square().mean() / states.square().mean()),
+    }
+
+
+def write_encoder(encoder: UMT5Encoder, folder: Path) -> None:
+    """Replace `folder` by the encoder in the released layout."""
+    shutil.rmtree(folder, ignore_errors=True)
+    save_component(encoder.state_dict(), folder, "text_encoder")
+    text = json.dumps(encoder.config.to_json(), indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def passed(measured: dict[str, float]) -> bool:
+    """Whether both gates hold for the pooled and for the single tokens."""
+    return all(
+        measured[f"attributes_{pooling}"] >= ATTRIBUTE_GATE
+        and measured[f"binding_{pooling}"] >= BINDING_GATE
+        for pooling in ("mean", "token")
+    )
+
+
+def train_text_encoder(config: TextEncoderTrainConfig) -> None:
+    """Train both parts, measure the gates, and write `tokenizer/` and `text_encoder/`.
+
+    Raises:
+        WanError: a gate was missed; the report and the weights are written all the same.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    tokenizer = make_tokenizer(config, folder / "tokenizer")
+    encoder = UMT5Encoder(UMT5Config(vocab_size=tokenizer.vocab_size, **config.encoder))
+    initialize(encoder)
+    heads = Heads(encoder.config)
+    both = nn.ModuleDict({"encoder": encoder, "heads": heads})
+    state = TrainState({"both": both}, make_optimizers(both, config.optimizer, config.lr))
+
+    def on_save(state: TrainState) -> dict[str, float]:
+        return measure_gates(encoder, tokenizer, config)
+
+    train_step = make_train_step(encoder, heads, tokenizer, config)
+    run_training(state, train_step, config.loop, folder, on_save)
+    if state.step < config.loop.steps:
+        return  # stopped on request; the same command goes on
+    write_encoder(encoder, folder / "text_encoder")
+    measured = measure_gates(encoder, tokenizer, config)
+    measured |= output_statistics(
+        encoder, tokenizer, draw_examples(config.seed, "gate", config.probe_captions, 0.0)
+    )
+    report = folder / "text_encoder_report.json"
+    report.write_text(json.dumps({**measured, "passed": passed(measured)}, indent=2) + "\n")
+    print("  ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+    if not passed(measured):
+        raise WanError(
+            f"the text encoder misses a gate (attributes {ATTRIBUTE_GATE}, binding {BINDING_GATE}; "
+            f"numbers in {report}): train longer, with a larger loop.steps"
+        )
+
+
+if __name__ == "__main__":
+    run_command(train_text_encoder, TextEncoderTrainConfig, "text_encoder")
