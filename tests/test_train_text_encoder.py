@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from configs.training import LoopConfig, TextEncoderTrainConfig
 from infer.cli import execute
@@ -30,10 +29,12 @@ from train.text_encoder import (
     train_spiece,
     train_text_encoder,
 )
+from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
 from wan.miniature.captions import BACKGROUND_WORDS, COLOUR_WORDS, SIZE_WORDS, vocabulary
 from wan.tokenizer import Tokenizer, write_tokenizer_folder
 from wan.umt5 import UMT5Config, UMT5Encoder, encode_text
+from wan.weights import load_module
 
 NAMES = list(CLASSES)
 
@@ -67,11 +68,10 @@ def test_the_folders_load_in_transformers_and_give_our_context(run):
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
     reference = transformers.UMT5EncoderModel.from_pretrained(run / "text_encoder")
     config = json.loads((run / "text_encoder" / "config.json").read_text())
-    encoder = UMT5Encoder(UMT5Config.from_json(config))
-    checkpoint = load_file(run / "checkpoints" / "step-0000006" / "state.safetensors")
-    prefix = "state.modules.both.encoder."
-    encoder.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in checkpoint.items() if k.startswith(prefix)}
+    encoder = load_module(
+        lambda: UMT5Encoder(UMT5Config.from_json(config)),
+        open_checkpoint(run / "text_encoder"),
+        "text_encoder",
     )
     for prompt in ("", "a small red circle moving right", "Snow ☃ & 'quotes'!"):
         with torch.no_grad():
