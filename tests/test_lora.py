@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wan.dit import DiTConfig, WanDiT
+from wan.dit import WanDiT
+from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.keys import LAYOUTS, released_name, table
 from wan.lora import add_lora, fold_lora, lora_layers, lora_state, merge_lora, read_lora, save_lora
@@ -330,7 +331,7 @@ def test_the_norm_that_two_layouts_number_differently_is_one(tmp_path):
         f"diffusion_model.{official(QUERY)}.diff": numbers(WIDTH, WIDTH),
         f"diffusion_model.{official(QUERY)}.diff_b": numbers(WIDTH),
     }
-    with pytest.raises(WanError, match=r"none of Wan's: diffusion_model\.blocks\.\*\.norm2\.diff"):
+    with pytest.raises(WanError, match=r"none of Wan's: diffusion_model\.blocks\.0\.norm2\.diff"):
         read_lora(write(tmp_path / "mixed.safetensors", mixed))
 
 
@@ -414,15 +415,15 @@ def test_all_problems_of_a_file_are_listed_together(tmp_path):
     with pytest.raises(WanError) as caught:
         read_lora(write(tmp_path / "a.safetensors", tensors))
     message = str(caught.value)
-    assert r"blocks.*.cross_attn.k_img.lora_down.weight (2)" in message
-    assert "half a pair: diffusion_model.blocks.*.ffn.0.alpha" in message
+    assert "blocks.{0..1}.cross_attn.k_img.lora_down.weight (2)" in message
+    assert "half a pair: diffusion_model.blocks.0.ffn.0.alpha" in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 1}, r"lacks: blocks\.\*\.self_attention\.query\.weight.*blocks up to numb"),
+        ({"num_layers": 1}, r"lacks: blocks\.1\.self_attention\.query\.weight.*blocks up to numb"),
         ({"num_attention_heads": 4}, r"other shapes:.*LoRA \(24, 24\), model \(48, 48\).*width 24"),
     ],
 )

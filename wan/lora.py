@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from wan.errors import WanError
 from wan.keys import released_name
-from wan.lora_files import FullDelta, LoRA, LowRank, grouped, read_lora
+from wan.lora_files import FullDelta, LoRA, LowRank, read_lora
 from wan.safetensors_file import write_tensors
+from wan.weights import grouped
 
 __all__ = [
     "DEFAULT_TARGETS",

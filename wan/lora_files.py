@@ -27,6 +27,7 @@ from torch import Tensor
 from wan.errors import WanError
 from wan.keys import LAYOUTS, our_name, table
 from wan.safetensors_file import map_tensors, read_header
+from wan.weights import grouped
 
 # Names a folder may use for its one LoRA file: diffusers', then peft's.
 FOLDER_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -465,13 +466,3 @@ def describe(layers: dict[str, Layer], layout: str, peft_config: PeftConfig) -> 
     elif peft_config != NO_PEFT_CONFIG:
         parts.append("alpha from peft's settings")
     return ", ".join(parts)
-
-
-def grouped(names: Iterable[str], limit: int = 6) -> str:
-    """Names with their block numbers folded: "blocks.*.self_attn.q.alpha (30), ..."."""
-    counts: dict[str, int] = defaultdict(int)
-    for name in sorted(names):
-        counts[re.sub(r"(?<=blocks[._])\d+", "*", name)] += 1
-    shown = [name if n == 1 else f"{name} ({n})" for name, n in list(counts.items())[:limit]]
-    more = len(counts) - limit
-    return ", ".join(shown) + (f" and {more} more kinds" if more > 0 else "")
