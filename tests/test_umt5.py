@@ -178,6 +178,12 @@ def test_rows_after_the_end_are_zero_and_the_empty_prompt_is_its_end_token():
     torch.testing.assert_close(context[0, :1], encoder(torch.tensor([[EOS_ID]]))[0])
 
 
+def test_no_graph_is_kept_even_of_a_trainable_encoder():
+    encoder = tiny_encoder().requires_grad_(True)
+    assert not encode_text(encoder, letters(), ["abc"], 8).requires_grad
+    assert encoder(torch.tensor([[5, 1]])).requires_grad
+
+
 def test_prompts_are_cleaned_before_they_are_tokenised():
     encoder = tiny_encoder()
     messy, clean = encode_text(encoder, letters(), ["  a &amp;amp;\n b ", "a & b"], 16)

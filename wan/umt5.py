@@ -216,6 +216,7 @@ class UMT5Encoder(nn.Module):
         return self.final_norm(x)
 
 
+@torch.no_grad()  # the encoder is frozen in every use; a graph through it would fill the memory
 def encode_text(
     encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: list[str], max_length: int = 512
 ) -> Tensor:
