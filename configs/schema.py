@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from wan.errors import WanError
 
 C = TypeVar("C")
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
 MAX_SEED = 2**32 - 1  # PyTorch's CPU generator reads 32 bits
 
 
@@ -166,7 +166,7 @@ class SampleConfig:
         if not self.checkpoint:
             raise WanError("checkpoint= is empty: name a folder or a hub id")
         check_choice("image_fit", self.image_fit, ("crop", "resize"))
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, ("auto", *DTYPES))
         check_choice("offload", self.offload, ("none", "stage"))
         check_device("device", self.device)
         check_seed("seed", self.seed)

@@ -1,0 +1,418 @@
+"""Jobs to files: load the model once, then denoise, keep the latents, decode, check, write."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.schema import SampleConfig
+from infer.cli import INTERRUPTED, Run
+from infer.jobs import Job
+from infer.record import (
+    RECORD_VERSION,
+    OutputFiles,
+    WeightDigests,
+    environment,
+    now,
+    peak_memory,
+    reserve_files,
+    save_latents,
+    tensor_sha256,
+    without_home,
+    writable_folder,
+    write_record,
+)
+from infer.request import (
+    PATH_OPTIONS,
+    Request,
+    checkpoint_name,
+    describe,
+    resolve_request,
+    sampling_options,
+    torch_dtype,
+)
+from wan.errors import WanError
+from wan.hub import resolve_model
+from wan.lora import merge_lora
+from wan.lora_files import LoRA, read_lora
+from wan.noise import sample_generators
+from wan.pipeline import PIPELINES, WanPipeline
+from wan.pipeline_config import PipelineConfig, read_pipeline_config
+from wan.placement import resolve_device
+from wan.tokenizer import clean_prompt
+from wan.video import contact_sheet, flaw, to_uint8, write_video
+from wan.weights import census_line
+
+BAD_RESULT = 1
+
+
+class BadResultError(RuntimeError):
+    """The networks ran, and what came out is no picture."""
+
+
+class OnProgress(Protocol):
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+
+class StageBars:
+    """A progress bar per stage on stderr; silent where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=f"{stage:<8}", disable=None, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._stage, self._bar = "", None
+
+
+class LoadedModel:
+    """A pipeline with what the record says about it."""
+
+    def __init__(self, folder: Path, config: SampleConfig, device: torch.device) -> None:
+        started = time.perf_counter()
+        model = read_pipeline_config(folder)
+        loras = read_loras(config, model)
+        bars = StageBars()
+        try:
+            self.pipeline: WanPipeline = PIPELINES[model.class_name].from_pretrained(
+                folder,
+                dtype=torch_dtype(config.dtype, device),
+                device=device,
+                attention=config.attention,
+                offload=config.offload,
+                on_progress=bars,
+            )
+        finally:
+            bars.close()
+        self.merges = []
+        for part, lora in loras.items():
+            report = merge_lora(self.pipeline.modules[part], lora, config.lora_strength)
+            self.merges.append(f"{part}: {report}")
+        self.digests = WeightDigests(folder) if config.hash_weights else None
+        self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
+        self.seconds = time.perf_counter() - started
+
+    def describe(self) -> str:
+        lines = [f"{part}: {line}" for part, line in self.census.items()]
+        return "\n".join([*lines, *self.merges])
+
+
+class ModelCache:
+    """The last model that was loaded, for the next point of a sweep that wants the same."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._model: LoadedModel | None = None
+
+    def get(self, folder: Path, config: SampleConfig, device: torch.device) -> LoadedModel:
+        key = (
+            *(folder, device, config.dtype, config.attention, config.offload),
+            *(config.lora, config.lora_2, config.lora_strength, config.hash_weights),
+        )
+        if self._model is None or key != self._key:
+            self._model = None  # before the next one needs the room
+            self._model = LoadedModel(folder, config, device)
+            self._key = key
+            print(self._model.describe(), file=sys.stderr)
+        return self._model
+
+
+def read_loras(config: SampleConfig, model: PipelineConfig) -> dict[str, LoRA]:
+    """The LoRA files by the network they are for."""
+    two = model.boundary_ratio is not None
+    if config.lora_2 is not None and not two:
+        raise WanError("lora_2=: for models with two experts; this one has one network")
+    if two and (config.lora is None) != (config.lora_2 is None):
+        raise WanError(
+            "lora= and lora_2=: this model has two experts (high noise, low noise); give a LoRA "
+            "for each, twice the same path if one file holds both"
+        )
+    names = {"transformer": config.lora, "transformer_2": config.lora_2}
+    return {
+        part: read_lora(Path(name).expanduser(), part if two else None)
+        for part, name in names.items()
+        if name is not None
+    }
+
+
+def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int:
+    """Make the videos of all jobs; returns the exit code.
+
+    Everything that can be wrong with the request is found before the weights are read.
+    """
+    config = run.config
+    output = writable_folder(config.output_dir)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(auto if config.device == "auto" else config.device)
+    dtype = str(torch_dtype(config.dtype, device)).removeprefix("torch.")
+    folder = resolve_model(checkpoint_name(config.checkpoint), config.revision)
+    model_config = read_pipeline_config(folder)
+    requests = [resolve_request(job, model_config, str(device), dtype) for job in jobs]
+    read_loras(config, model_config)
+    print(describe(requests[0], folder), file=sys.stderr)
+    model = models.get(folder, config, device)
+    code = 0
+    total = sum(request.config.num_videos for request in requests)
+    for request in requests:
+        warn_of_truncation(model.pipeline, request)
+        for seed in request.seeds:
+            done = make_video(run, request, seed, model, folder, output, total > 1)
+            code = max(code, done)
+            if done == INTERRUPTED:
+                return INTERRUPTED
+    return code
+
+
+def warn_of_truncation(pipeline: WanPipeline, request: Request) -> None:
+    text = clean_prompt(request.prompt)
+    tokens = pipeline.tokenizer(text, request.max_sequence_length)
+    if tokens.truncated:
+        print(
+            f"warning: the prompt has {tokens.num_tokens_before_truncation} tokens, the model "
+            f"reads the first {len(tokens.ids)}",
+            file=sys.stderr,
+        )
+
+
+def make_video(
+    run: Run[SampleConfig],
+    request: Request,
+    seed: int,
+    model: LoadedModel,
+    folder: Path,
+    output: Path,
+    one_of_many: bool,
+) -> int:
+    """One video with its companions; its exit code. The record tells the story up to the end."""
+    record = first_record(run, request, seed, model, folder)
+    identity = {"prompt": request.prompt, "settings": record["settings"]}
+    files = reserve_files(output, identity, seed)
+    if one_of_many:
+        print(f"{files.stem}: {request.prompt}", file=sys.stderr)
+    write_record(files, record)
+    try:
+        _produce(request, seed, model, files, record)
+        record["status"] = "done"
+        code = 0
+    except KeyboardInterrupt:
+        record["status"] = "interrupted"
+        code = INTERRUPTED
+    except (BadResultError, FloatingPointError, torch.OutOfMemoryError) as error:
+        record["status"] = f"failed: {_reason(error)}"
+        code = BAD_RESULT
+    except BaseException as error:
+        record["status"] = f"failed: {type(error).__name__}: {error}"
+        raise
+    finally:
+        record["finished"] = now()
+        record["peak_memory_bytes"] = peak_memory(model.pipeline.device)
+        write_record(files, record)
+    kept = f"; latents kept in {files.latents}" if files.latents.exists() else ""
+    if code == 0:
+        print(files.video)
+    elif code == INTERRUPTED:
+        print(f"stopped during {record['stage']}{kept}", file=sys.stderr)
+    else:
+        print(f"error: {record['status'].removeprefix('failed: ')}{kept}", file=sys.stderr)
+    return code
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of memory on the GPU; try offload=stage, dtype=bfloat16, attention=sdpa, or a "
+            "smaller height, width or num_frames"
+        )
+    return str(error)
+
+
+def first_record(
+    run: Run[SampleConfig], request: Request, seed: int, model: LoadedModel, folder: Path
+) -> dict[str, Any]:
+    """All that is known before the first step."""
+    schedule = request.plan.schedule
+    settings = {
+        name: {"value": value, "from": source} for name, (value, source) in request.settings.items()
+    }
+    return {
+        "record_version": RECORD_VERSION,
+        "status": "running",
+        "stage": "start",
+        "started": now(),
+        "finished": None,
+        "prompt": request.prompt,
+        "negative_prompt": request.config.negative_prompt,
+        "seed": seed,
+        "settings": settings,
+        "schedule": {
+            "description": schedule.description,
+            "timesteps": schedule.timesteps.tolist(),
+            "sigmas": schedule.sigmas.tolist(),
+        },
+        "not_trained_for": list(request.plan.untrained),
+        "latent_shape": list(request.latent_shape),
+        "tokens": request.tokens,
+        "config": public_config(request.config),
+        "presets": run.presets,
+        "model_folder": without_home(folder),
+        "pipeline": type(model.pipeline).__name__,
+        "weights": model.census,
+        "lora": model.merges,
+        "weights_sha256": None,
+        "noise_sha256": None,
+        "latents_sha256": None,
+        "video": None,
+        "seconds": {"load": round(model.seconds, 3)},
+        "peak_memory_bytes": None,
+        "environment": environment(model.pipeline.device),
+    }
+
+
+def public_config(config: SampleConfig) -> dict[str, Any]:
+    """The command's settings as typed, without the name of the person's home folder."""
+    values = asdict(config)
+    for name in PATH_OPTIONS:
+        if values[name] is not None:
+            values[name] = without_home(values[name])
+    return values
+
+
+def _produce(
+    request: Request, seed: int, model: LoadedModel, files: OutputFiles, record: dict[str, Any]
+) -> None:
+    """Denoise, decode, check, write; fills in the record on the way."""
+    config, seconds = request.config, record["seconds"]
+    latents = _denoise(request, seed, model.pipeline, files, record)
+    record["latents_sha256"] = tensor_sha256(latents)
+    write_record(files, record)
+
+    bars = StageBars()
+    with _stage("decode", record):
+        try:
+            video = model.pipeline.decode_latents(latents, bars)[0]
+        finally:
+            bars.close()
+    if not bool(video.isfinite().all()):
+        raise BadResultError("the decoded video is not finite")
+    frames = to_uint8(video)
+    if (problem := flaw(frames)) is not None:
+        raise BadResultError(f"the video shows nothing: {problem}")
+
+    with _stage("write", record):
+        texts = _metadata(request, seed) if config.embed_prompt else {}
+        info = write_video(files.video, frames, request.fps, texts)
+        record["video"] = {
+            "file": files.video.name,
+            "frames": info.decoded_frames,
+            "height": info.height,
+            "width": info.width,
+            "fps": info.fps,
+        }
+        if config.contact_sheet:
+            contact_sheet(frames).save(files.sheet)
+    if not config.save_latents:
+        files.latents.unlink()
+    if model.digests is not None:
+        with _stage("hash", record):
+            record["weights_sha256"] = model.digests.result()
+    record["stage"] = "end"
+    seconds["total"] = round(sum(v for k, v in seconds.items() if k != "load"), 3)
+
+
+def _denoise(
+    request: Request,
+    seed: int,
+    pipeline: WanPipeline,
+    files: OutputFiles,
+    record: dict[str, Any],
+) -> Tensor:
+    """The final latents (1, C, T, h, w), saved; the last good ones are saved if it ends early."""
+    config, total = request.config, len(request.plan.schedule)
+    generators = sample_generators(seed, 1)
+    noise = pipeline.prepare_latents(
+        1,
+        request.height,
+        request.width,
+        request.num_frames,
+        generators,
+        frame_first=config.frame_first_noise,
+    )
+    record["noise_sha256"] = tensor_sha256(noise)
+    state: dict[str, Any] = {"latents": noise, "step": 0}
+
+    def after_step(_: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
+        state.update(latents=tensors["latents"], step=step + 1)
+
+    def keep() -> None:
+        about = {"prompt": request.prompt, "seed": seed, "checkpoint": config.checkpoint}
+        save_latents(files.latents, state["latents"], **about, step=state["step"], steps=total)
+        record["steps_done"] = state["step"]
+
+    options = sampling_options(config)
+    options.pop("image")
+    options["negative_prompt"] = config.negative_prompt or None
+    bars = StageBars()
+    with _stage("denoise", record):
+        try:
+            result = pipeline(
+                request.prompt,
+                image=request.image,
+                height=request.height,
+                width=request.width,
+                num_frames=request.num_frames,
+                latents=noise,
+                generator=generators,  # few-step sampling draws on from here
+                output_type="latent",
+                callback_on_step_end=after_step,
+                max_sequence_length=request.max_sequence_length,
+                deterministic=config.deterministic,
+                frame_first_noise=config.frame_first_noise,
+                on_progress=bars,
+                **options,
+            )
+            state["latents"] = result.frames  # type: ignore[union-attr]
+        finally:
+            bars.close()
+            keep()
+    # The pipeline's own clock tells its stages apart.
+    record["seconds"].update({k: round(v, 3) for k, v in pipeline.last_timings.items()})
+    return state["latents"]
+
+
+def _metadata(request: Request, seed: int) -> dict[str, str]:
+    """What the mp4 carries: enough to make it again with the same model."""
+    values = {name: value for name, (value, _) in request.settings.items() if value is not None}
+    for private in ("image", "lora", "lora_2"):  # paths tell about a person's machine
+        values.pop(private, None)
+    values |= {"seed": seed, "prompt": request.prompt}
+    return {
+        "title": request.prompt,
+        "comment": json.dumps(values, ensure_ascii=False),
+    }
+
+
+@contextmanager
+def _stage(name: str, record: dict[str, Any]) -> Iterator[None]:
+    record["stage"] = name
+    started = time.perf_counter()
+    yield
+    record["seconds"][name] = round(time.perf_counter() - started, 3)

@@ -1,0 +1,190 @@
+"""What a run leaves behind: file names that never collide, and a JSON record that explains them.
+
+    00003_9f2c81d0_s42.mp4                  the video
+    00003_9f2c81d0_s42.png                  frames of it side by side
+    00003_9f2c81d0_s42.latents.safetensors  what the decoder saw
+    00003_9f2c81d0_s42.json                 the record
+
+The number counts up in a folder, the letters are a hash of prompt and settings, s is the seed.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import resource
+import secrets
+import sys
+import threading
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wan.digests import hash_files, list_files
+from wan.errors import WanError
+
+RECORD_VERSION = 1
+PACKAGES = (
+    *("wan-few-step", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "ftfy"),
+    *("hydra-core", "omegaconf", "av", "pillow", "huggingface-hub"),
+)
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """The files of one video, all with the same stem."""
+
+    folder: Path
+    stem: str
+
+    @property
+    def video(self) -> Path:
+        return self.folder / f"{self.stem}.mp4"
+
+    @property
+    def sheet(self) -> Path:
+        return self.folder / f"{self.stem}.png"
+
+    @property
+    def latents(self) -> Path:
+        return self.folder / f"{self.stem}.latents.safetensors"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / f"{self.stem}.json"
+
+
+def writable_folder(name: str) -> Path:
+    """Make the output folder and prove, with a file, that it can be written to.
+
+    Raises:
+        WanError: it can't; names the reason.
+    """
+    folder = Path(name).expanduser()
+    probe = folder / f".write-test-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise WanError(
+            f"output_dir={name}: can't be written to ({error.strerror}); choose another folder"
+        ) from error
+    return folder
+
+
+def reserve_files(folder: Path, settings: dict[str, Any], seed: int) -> OutputFiles:
+    """Names for a new video: the record is created here, so that no other run takes them."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    taken = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
+    number = max((int(match[1]) + 1 for match in taken if match), default=0)
+    while True:
+        files = OutputFiles(folder, f"{number:05d}_{digest}_s{seed}")
+        try:
+            files.record.touch(exist_ok=False)
+            return files
+        except FileExistsError:
+            number += 1
+
+
+def write_record(files: OutputFiles, record: dict[str, Any]) -> None:
+    """Replace the record as a whole: a reader sees the old one or the new one, never half."""
+    beside = files.folder / f".{files.stem}.json.tmp"
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    beside.write_text(text + "\n", encoding="utf-8")
+    os.replace(beside, files.record)
+
+
+def save_latents(path: Path, latents: Tensor, **about: Any) -> None:
+    """Latents (B, C, T, h, w) with what they are, beside their place first and then renamed."""
+    beside = path.with_name(f".{path.name}.tmp")
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
+    save_file({"latents": latents.detach().float().cpu().contiguous()}, beside, texts)
+    beside.chmod(0o666 & ~current_umask())  # safetensors makes its files private
+    os.replace(beside, path)
+
+
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of a tensor's numbers as float32 in row-major order."""
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+class WeightDigests:
+    """sha256 of every file of a model, taken in the background while the model is at work.
+
+    A daemon thread: hashing lets other threads run, and Ctrl-C need not wait for it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._digests: dict[str, str] | None = None
+        self._thread = threading.Thread(target=self._hash, args=(folder,), daemon=True)
+        self._thread.start()
+
+    def _hash(self, folder: Path) -> None:
+        files = {name: path for name, path in list_files(folder).items() if path.is_file()}
+        digests = hash_files(files.values(), threads=2)
+        self._digests = {name: digests[path] for name, path in files.items()}
+
+    def result(self) -> dict[str, str]:
+        """{file: sha256}, waiting for the rest if need be."""
+        self._thread.join()
+        if self._digests is None:
+            raise OSError("the weight files could not be read again to hash them")
+        return self._digests
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a video was made: versions and hardware, nothing about the person."""
+    record: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        record["gpu"] = torch.cuda.get_device_name(device)
+        record["cuda"] = torch.version.cuda
+    return record
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return None
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Largest memory use of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # the two count in different units
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["cuda"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def without_home(path: str | Path) -> str:
+    """A path with the person's home folder as ~."""
+    home = str(Path.home())
+    return (
+        str(path).replace(home, "~", 1) if home != "/" and str(path).startswith(home) else str(path)
+    )

@@ -1,0 +1,221 @@
+"""A job meets a model: every open setting is decided, checked and explained before weights load."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import SampleConfig
+from infer.jobs import PROMPT_FILE, Job
+from infer.record import without_home
+from wan.errors import WanError
+from wan.images import best_size, fit_image, load_image
+from wan.miniature import BUILTIN, WEIGHTS
+from wan.pipeline_config import PipelineConfig
+from wan.sampling_plan import SamplingPlan, SamplingRequest, plan_sampling
+from wan.schedule import FEW_STEP_TABLE_SHIFT
+
+MODEL = "checkpoint"  # as the source of a value: the model's own folder
+CHOSEN = ("command line", PROMPT_FILE)  # sources that are a person's own words
+# Options that a model's folder has a default for, by the name it goes by there.
+FROM_MODEL = ("height", "width", "num_frames", "fps", "max_sequence_length")
+# What the header and the record list, in this order.
+SHOWN = (
+    *("checkpoint", "revision", "height", "width", "num_frames", "fps", "seed", "num_videos"),
+    *("sampler.name", "sampler.steps", "sampler.shift", "guidance_scale", "guidance_scale_2"),
+    *("negative_prompt", "image", "max_sequence_length", "device", "dtype", "attention"),
+    *("offload", "lora", "lora_2", "lora_strength"),
+)
+PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job with nothing left open.
+
+    Attributes:
+        job: its config as asked for, less a negative prompt that nothing would read.
+        height, width, num_frames, fps, max_sequence_length: as asked for, or the model's own.
+        plan: sampler, schedule and guidance.
+        latent_shape: (C, T, h, w).
+        tokens: length of the sequence that attention sees.
+        image: (3, H, W) in [-1, 1], already of the video's size; None without one.
+        settings: (value, where it comes from) of each option in SHOWN.
+    """
+
+    job: Job
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    max_sequence_length: int
+    plan: SamplingPlan
+    latent_shape: tuple[int, int, int, int]
+    tokens: int
+    image: Tensor | None
+    settings: dict[str, tuple[Any, str]]
+
+    @property
+    def config(self) -> SampleConfig:
+        return self.job.config
+
+    @property
+    def prompt(self) -> str:
+        assert self.config.prompt is not None  # every job has one
+        return self.config.prompt
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.num_videos)
+
+
+def checkpoint_name(name: str) -> str | Path:
+    """What `wan.hub.resolve_model` understands; the shipped model has a name of its own."""
+    return WEIGHTS if name == BUILTIN else name
+
+
+def resolve_request(job: Job, model: PipelineConfig, device: str, dtype: str) -> Request:
+    """Decide what a job leaves open and refuse what the model can't do.
+
+    Raises:
+        FileNotFoundError: the image does not exist.
+        WanError: illegal sizes with the nearest legal ones, an unreadable image, or a request that
+            the model was not trained for; names the job if there are several.
+    """
+    try:
+        return _resolve(job, model, device, dtype)
+    except WanError as error:
+        if not job.name:
+            raise
+        raise WanError(f"{job.name}: {error}") from error
+
+
+def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Request:
+    config, sources = job.config, dict(job.sources)
+    values: dict[str, Any] = {}
+    for name in FROM_MODEL:
+        values[name] = getattr(config, name)
+        if values[name] is None:
+            values[name], sources[name] = getattr(model.defaults, name), MODEL
+    image = None
+    if config.image is not None:
+        image = load_image(Path(config.image).expanduser())
+        if not {sources["height"], sources["width"]} & set(CHOSEN):
+            # The legal size nearest to the image's proportions, within the default's pixels.
+            multiple = model.vae.spatial_stride * model.transformer.patch_size[1]
+            area = values["height"] * values["width"]
+            size = best_size(image.shape[1], image.shape[2], area, multiple)
+            values["height"], values["width"] = size
+            sources["height"] = sources["width"] = "image's proportions"
+    shape = model.latent_shape(values["height"], values["width"], values["num_frames"])
+    config = _drop_unused_negative(config, sources, model)
+    plan = plan_sampling(model, SamplingRequest(**sampling_options(config)))
+    if image is not None:
+        image = fit_image(image, values["height"], values["width"], config.image_fit)
+    decided = values | {
+        "sampler.name": plan.sampler,
+        "sampler.steps": len(plan.schedule),
+        "sampler.shift": model.shift if model.timesteps is None else FEW_STEP_TABLE_SHIFT,
+        "guidance_scale": plan.guidance_scale,
+        "guidance_scale_2": plan.guidance_scale_2 if model.boundary_ratio else None,
+        "lora_strength": config.lora_strength if config.lora else None,
+        "device": device,
+        "dtype": dtype,
+    }
+    if config.sampler.shift is not None:
+        decided["sampler.shift"] = config.sampler.shift
+    _, patch_h, patch_w = model.transformer.patch_size
+    return Request(
+        job=replace(job, config=config),
+        plan=plan,
+        latent_shape=shape,
+        tokens=shape[1] * (shape[2] // patch_h) * (shape[3] // patch_w),
+        image=image,
+        settings=_settings(config, sources, decided),
+        **values,
+    )
+
+
+def sampling_options(config: SampleConfig) -> dict[str, Any]:
+    """What decides the plan, by the names of `SamplingRequest`."""
+    return {
+        "num_inference_steps": config.sampler.steps,
+        "timesteps": config.sampler.timesteps,
+        "sampler": config.sampler.name,
+        "shift": config.sampler.shift,
+        "guidance_scale": config.guidance_scale,
+        "guidance_scale_2": config.guidance_scale_2,
+        "negative_prompt": bool(config.negative_prompt),
+        "image": config.image is not None,
+        "allow_untrained": config.allow_untrained,
+    }
+
+
+def _drop_unused_negative(
+    config: SampleConfig, sources: dict[str, str], model: PipelineConfig
+) -> SampleConfig:
+    """Without guidance a preset's negative prompt has no use; a person's own is kept, and refused.
+
+    It would be read by nothing, and the record should not claim that it was.
+    """
+    scales = (config.guidance_scale or model.defaults.guidance_scale, config.guidance_scale_2 or 1)
+    if sources["negative_prompt"] in CHOSEN or scales != (1, 1):
+        return config
+    sources["negative_prompt"] = "no guidance"
+    return replace(config, negative_prompt=None)
+
+
+def _settings(
+    config: SampleConfig, sources: dict[str, str], decided: dict[str, Any]
+) -> dict[str, tuple[Any, str]]:
+    """Each option of SHOWN as it will be used, and where that comes from."""
+    settings: dict[str, tuple[Any, str]] = {}
+    for name in SHOWN:
+        nested = name.removeprefix("sampler.")
+        asked = getattr(config if nested == name else config.sampler, nested)
+        value, source = decided.get(name, asked), sources[name]
+        if asked is None and value is not None and source == "default":
+            source = MODEL
+        settings[name] = (without_home(value) if name in PATH_OPTIONS and value else value, source)
+    if config.sampler.timesteps is not None:
+        settings["sampler.steps"] = (settings["sampler.steps"][0], sources["sampler.timesteps"])
+    return settings
+
+
+def describe(request: Request, folder: Path) -> str:
+    """The header of a run: each setting and its source, then every step's (t, sigma)."""
+    rows = [("prompt", _short(request.prompt), request.job.sources["prompt"])]
+    for name, (value, source) in request.settings.items():
+        if value is not None and value != "":
+            rows.append((name.removeprefix("sampler."), _short(value), source))
+    channels, frames, height, width = request.latent_shape
+    rows.append(("latents", f"{channels} x {frames} x {height} x {width}", "computed"))
+    rows.append(("tokens", str(request.tokens), "computed"))
+    rows.append(("model folder", without_home(folder), "found"))
+    wide = max(len(name) for name, _, _ in rows)
+    value_width = max(len(value) for _, value, _ in rows)
+    lines = [f"{n:<{wide}}  {v:<{value_width}}  {s}".rstrip() for n, v, s in rows]
+    schedule = request.plan.schedule
+    steps = [
+        f"{t:g} ({s:.4f})"
+        for t, s in zip(schedule.timesteps.tolist(), schedule.sigmas.tolist(), strict=False)
+    ]
+    lines.append(f"t (sigma) of {schedule.description}:")
+    lines += ["  " + "  ".join(steps[i : i + 6]) for i in range(0, len(steps), 6)]
+    if request.plan.untrained:
+        lines.append(f"not what this model was trained for: {', '.join(request.plan.untrained)}")
+    return "\n".join(lines)
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """float32 where nothing says otherwise, as on a CPU bfloat16 is often the slower one."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
