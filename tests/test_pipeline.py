@@ -8,6 +8,7 @@ import io
 import json
 import random
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.pipeline import WanDMDPipeline, WanPipeline
 from wan.pipeline_config import PipelineConfig, SamplingDefaults
+from wan.placement import visiting
 from wan.schedule import few_step_schedule, unipc_schedule
 from wan.tokenizer import Tokenizer, write_tokenizer_folder
 from wan.umt5 import UMT5Config, UMT5Encoder
@@ -313,7 +315,7 @@ def test_prompts_are_remembered(pipe, monkeypatch):
 
 def test_stages_put_together_by_hand_are_the_call(pipe):
     context, negative = pipe.encode_prompt(PROMPT, "left")
-    noise = pipe.prepare_latents(1, 32, 32, 9, [seeded()])
+    noise = pipe.prepare_latents(1, 32, 32, 9, seeded())
     latents = pipe(
         prompt_embeds=context,
         negative_prompt_embeds=negative,
@@ -547,6 +549,39 @@ def test_offload_by_stage_changes_nothing(folder, pipe):
     assert np.array_equal(ours, pipe(PROMPT, image=image, seed=2).frames)
 
 
+def test_offloaded_experts_take_turns_on_the_device(tokenizer_folder, monkeypatch):
+    pipeline = build(tokenizer_folder, two_experts=True, shift=12.0)
+    expected = pipeline(PROMPT, seed=0).frames
+    pipeline.offload = "stage"
+    networks = {id(module): name for name, module in pipeline.modules.items()}
+    visits = []
+
+    @contextmanager
+    def watched(module, device):
+        visits.append(("in", networks[id(module)]))
+        with visiting(module, device):
+            yield
+        visits.append(("out", networks[id(module)]))
+
+    monkeypatch.setattr("wan.placement.visiting", watched)
+    monkeypatch.setattr("wan.pipeline.visiting", watched)
+    assert np.array_equal(pipeline("blue", seed=0).frames, pipeline("blue", seed=0).frames)
+    first = ["text_encoder", "transformer", "transformer_2", "vae"]
+    again = ["transformer", "transformer_2", "vae"]  # the prompt is known by then
+    assert visits == [(way, name) for name in first + again for way in ("in", "out")]
+    assert np.array_equal(pipeline(PROMPT, seed=0).frames, expected)
+
+
+def test_a_visit_leaves_the_module_as_it_was():
+    module = torch.nn.BatchNorm1d(3).eval()
+    before = dict(module.state_dict(keep_vars=True))
+    with visiting(module, torch.device("meta")):
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+        assert isinstance(module.weight, torch.nn.Parameter)
+    after = module.state_dict(keep_vars=True)
+    assert all(after[name] is tensor for name, tensor in before.items())
+
+
 def test_bfloat16_keeps_what_must_stay_float32(folder, pipe):
     half = WanPipeline.from_pretrained(folder)
     dtypes = {name: p.dtype for name, p in half.transformer.named_parameters()}
@@ -705,9 +740,16 @@ def test_impossible_choices_are_refused(folder, options, message):
         ({"image": torch.zeros(3, 32, 32), "num_frames": 1}, "the image itself"),
         ({"image": [torch.zeros(3, 32, 32)] * 2}, "2 images for 1"),
         ({"deterministic": True}, "adds no noise"),
+        ({"max_sequence_length": 0}, "at least 1"),
     ],
 )
-def test_impossible_requests_are_refused(pipe, request_, message):
+def test_impossible_requests_are_refused_before_work_begins(pipe, request_, message, monkeypatch):
+    def too_late(*arguments):
+        raise AssertionError("a network was run")
+
+    for module in (pipe.text_encoder, pipe.transformer, pipe.vae.encoder):
+        monkeypatch.setattr(module, "forward", too_late)
+    pipe._prompt_cache.clear()
     with pytest.raises(WanError, match=message):
         pipe(**({"prompt": PROMPT} | request_))
 

@@ -22,7 +22,6 @@ from wan.denoiser import Denoiser, Expert
 from wan.dit import WanDiT
 from wan.errors import WanError
 from wan.hub import resolve_model
-from wan.images import fit_image
 from wan.model_folder import load_modules, save_modules
 from wan.noise import draw_noise
 from wan.pipeline_config import BASE, FEW_STEP, PipelineConfig, read_pipeline_config
@@ -35,7 +34,7 @@ from wan.pipeline_io import (
     WanPipelineOutput,
     check_names,
     finished_frames,
-    image_pixels,
+    first_frames,
     negative_list,
     noise_streams,
     prompt_list,
@@ -225,12 +224,10 @@ class WanPipeline:
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        image: ImageInput | list[ImageInput] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        timesteps: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int = 1,
@@ -240,10 +237,12 @@ class WanPipeline:
         negative_prompt_embeds: Tensor | None = None,
         output_type: str = "np",
         return_dict: bool = True,
+        *,
+        image: ImageInput | list[ImageInput] | None = None,
+        timesteps: Sequence[float] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
-        *,
         seed: int | Sequence[int] | None = None,
         sampler: str | None = None,
         shift: float | None = None,
@@ -307,14 +306,19 @@ class WanPipeline:
         if output_type == "latent" and self.safety_checker is not None:
             raise WanError("output_type='latent' has no frames for the safety checker to see")
         height, width, num_frames = self._size(height, width, num_frames, latents)
-        if image is not None and num_frames == 1:
-            raise WanError("image with num_frames=1: the only frame would be the image itself")
+        if deterministic and plan.sampler != "few_step":
+            raise WanError(f"deterministic: sampler {plan.sampler} adds no noise; for few_step")
         if num_videos_per_prompt < 1:
             raise WanError(f"num_videos_per_prompt={num_videos_per_prompt}: need at least 1")
         prompts = prompt_list(prompt, prompt_embeds)
         count = len(prompts if prompts is not None else cast(Tensor, prompt_embeds))
         batch = count * num_videos_per_prompt
         generators, seeds = noise_streams(seed, generator, batch)
+        pixels: Any = None
+        if image is not None:
+            if num_frames == 1:
+                raise WanError("image with num_frames=1: the only frame would be the image itself")
+            pixels = first_frames(image, height, width, batch)
         x = self.prepare_latents(
             batch, height, width, num_frames, generators, latents, frame_first_noise
         )
@@ -333,15 +337,13 @@ class WanPipeline:
                 on_progress,
             )
         image_latents = None
-        if image is not None:
+        if pixels is not None:
             with self._timed("encode_image"):
-                image_latents = self.encode_image(image, height, width, batch)
+                image_latents = self.encode_image(pixels, height, width, batch)
         options: dict[str, Any] = {}
         if plan.sampler == "few_step":
             options["deterministic"] = deterministic
             options["renoise"] = lambda i: draw_noise(x.shape[1:], generators, frame_first_noise)
-        elif deterministic:
-            raise WanError(f"deterministic: sampler {plan.sampler} adds no noise; for few_step")
         with self._timed("denoise"):
             denoiser, slot = self._denoiser(plan, context, negative, image_latents)
             on_step = StepHook(
@@ -396,23 +398,28 @@ class WanPipeline:
         Raises:
             WanError: a text and its embedding both given, or neither; counts that don't match.
         """
-        length = max_sequence_length or self.config.defaults.max_sequence_length
+        length = max_sequence_length
+        if length is None:
+            length = self.config.defaults.max_sequence_length
         prompts = prompt_list(prompt, prompt_embeds)
         count = len(prompts if prompts is not None else cast(Tensor, prompt_embeds))
         negatives = None
         if do_classifier_free_guidance:
             negatives = negative_list(negative_prompt, negative_prompt_embeds, count)
+        for given in (prompt_embeds, negative_prompt_embeds):
+            text_dim = self.config.transformer.text_dim
+            if given is not None and (
+                given.ndim != 3 or len(given) != count or given.shape[-1] != text_dim
+            ):
+                raise WanError(
+                    f"embeddings {tuple(given.shape)} for {count} prompts: need (B, S, {text_dim})"
+                )
         encoded = self._encode([*(prompts or []), *(negatives or [])], length, on_progress)
 
         def context_of(texts: list[str] | None, given: Tensor | None) -> Tensor:
             if texts is not None:
                 given = torch.stack([encoded[text] for text in texts])
             assert given is not None
-            text_dim = self.config.transformer.text_dim
-            if given.ndim != 3 or len(given) != count or given.shape[-1] != text_dim:
-                raise WanError(
-                    f"embeddings {tuple(given.shape)} for {count} prompts: need (B, S, {text_dim})"
-                )
             return given.to(self.device).repeat_interleave(num_videos_per_prompt, dim=0)
 
         context = context_of(prompts, prompt_embeds)
@@ -447,13 +454,10 @@ class WanPipeline:
         Raises:
             WanError: not an image, or a number of images that B is not a multiple of.
         """
-        images = list(image) if isinstance(image, list | tuple) else [image]
-        if not images or batch % len(images):
-            raise WanError(f"{len(images)} images for {batch} videos: give one, or one per prompt")
-        pixels = [fit_image(image_pixels(one), height, width) for one in images]
+        pixels = first_frames(image, height, width, batch)
         with self._on_device(self.vae):
             latents = [self.vae.encode(p[None, :, None].to(self.device)) for p in pixels]
-        return torch.cat(latents).repeat_interleave(batch // len(images), dim=0)
+        return torch.cat(latents).repeat_interleave(batch // len(pixels), dim=0)
 
     def prepare_latents(
         self,
@@ -461,14 +465,14 @@ class WanPipeline:
         height: int,
         width: int,
         num_frames: int,
-        generators: Sequence[torch.Generator] = (),
+        generator: Generators | None = None,
         latents: Tensor | None = None,
         frame_first: bool = False,
     ) -> Tensor:
         """The noise to start from: (B, C, T, h, w) float32 on the device.
 
         Args:
-            generators: one CPU generator per video; see `wan.noise`.
+            generator: a CPU generator, or one per video; None is one with a random seed.
             latents: take this instead of drawing.
 
         Raises:
@@ -476,6 +480,7 @@ class WanPipeline:
         """
         shape = self.config.latent_shape(height, width, num_frames)
         if latents is None:
+            generators, _ = noise_streams(None, generator, batch_size)
             latents = draw_noise(shape, generators, frame_first)
         if tuple(latents.shape) != (batch_size, *shape):
             raise WanError(

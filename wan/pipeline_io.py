@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from wan.errors import WanError
-from wan.images import image_to_tensor, load_image
+from wan.images import fit_image, image_to_tensor, load_image
 from wan.noise import MAX_SEED, sample_generators
 from wan.sampling_plan import SamplingPlan
 
@@ -93,6 +93,18 @@ def noise_streams(
         seed = int(torch.randint(MAX_SEED - batch, ()))
     streams = sample_generators(seed, batch)
     return streams, [stream.initial_seed() for stream in streams]
+
+
+def first_frames(image: Any, height: int, width: int, batch: int) -> list[Tensor]:
+    """One image or several as (3, height, width) float32 in [-1, 1] each.
+
+    Raises:
+        WanError: not an image, or a number of images that the batch is not a multiple of.
+    """
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    if not images or batch % len(images):
+        raise WanError(f"{len(images)} images for {batch} videos: give one, or one per prompt")
+    return [fit_image(image_pixels(one), height, width) for one in images]
 
 
 def image_pixels(image: Any) -> Tensor:

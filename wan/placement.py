@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wan.errors import WanError
 
@@ -34,20 +35,27 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 @contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module's tensors on a device for a while.
+    """Copies of the module's tensors on a device, in their place for a while.
 
-    At the end they are the tensors they were before, so nothing is copied back, and weights that
-    are views of a mapped file stay so. What was changed on the device meanwhile is lost.
+    At the end the originals are back, so nothing is copied home, and weights that are views of a
+    mapped file stay so. What was changed on the device meanwhile is lost.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    homes = [tensor.data for tensor in tensors]
+    homes: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device)
+        for owner in module.modules():
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    homes.append((table, name, tensor))
+                    copy = tensor.detach().to(device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    table[name] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
         yield
     finally:
-        for tensor, home in zip(tensors, homes, strict=True):
-            tensor.data = home
+        for table, name, tensor in homes:
+            table[name] = tensor
 
 
 class ExpertSlot:
