@@ -133,6 +133,9 @@ def test_saving_refuses_a_folder_with_weights_foreign_names_and_a_full_disk(tmp_
     with pytest.raises(WanError, match=r"GB to write, 0\.00 GB free"):
         save("dit", tmp_path / "c")
     assert not list((tmp_path / "c").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WanError, match=r"file/d: can't be written: Not a directory"):
+        save("dit", tmp_path / "file" / "d")
 
 
 # --- dtypes, sharing, threads ---------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from wan.checkpoint import INDEX_SUFFIX, Checkpoint, StoredTensor, family
 from wan.errors import WanError
@@ -30,6 +31,22 @@ M = TypeVar("M", bound=nn.Module)
 
 
 # --- loading --------------------------------------------------------------------------------------
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves new parameters alone: on the meta device there is nothing to initialise.
+
+    PyTorch answers a random draw there with parts of its compiler, whose import alone takes longer
+    than loading a small model.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def load_module(
@@ -58,7 +75,7 @@ def load_module(
         WanError: names, shapes or dtypes that don't fit, both ways, grouped; or not finite.
     """
     names = match_names(checkpoint, component)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         module = build()
     wanted = module.state_dict()
     check_fit(checkpoint, component, names, wanted)
@@ -314,13 +331,27 @@ def save_component(
     Returns:
         The weight files, and the index if there are several.
     Raises:
-        WanError: not our names, weights already there, or too little space.
+        WanError: not our names, weights already there, too little space, or no right to write.
     """
     folder = Path(folder)
     released = {n: prefix + released_name(component, layout, n, vae_levels) for n in state}
     wanted = {released[n]: t.dtype if dtypes is None else dtypes[n] for n, t in state.items()}
     named = {released[n]: t for n, t in state.items()}
     stem = file_stem(component, layout, vae_levels)
+    try:
+        return write_shards(named, folder, stem, max_shard_bytes, metadata or {})
+    except OSError as error:
+        raise WanError(f"{folder}: can't be written: {error.strerror or error}") from error
+
+
+def write_shards(
+    named: Mapping[str, Tensor],
+    folder: Path,
+    stem: str,
+    max_shard_bytes: int,
+    metadata: Mapping[str, str],
+) -> list[Path]:
+    """Write tensors under their final names; see `save_component`."""
     folder.mkdir(parents=True, exist_ok=True)
     old = [f.name for f in folder.iterdir() if family(f.name) == stem]
     if old:
@@ -337,7 +368,7 @@ def save_component(
         write_tensors(
             folder / name,
             {n: tensor.to(wanted[n]) for n, tensor in shard.items()},  # itself where it is so
-            {"format": "pt", **(metadata or {})},
+            {"format": "pt", **metadata},
         )
     written = [folder / name for name in names]
     if len(shards) > 1:
