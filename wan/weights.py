@@ -339,19 +339,20 @@ def save_component(
     named = {released[n]: t for n, t in state.items()}
     stem = file_stem(component, layout, vae_levels)
     try:
-        return write_shards(named, folder, stem, max_shard_bytes, metadata or {})
+        return write_shards(named, wanted, folder, stem, max_shard_bytes, metadata or {})
     except OSError as error:
         raise WanError(f"{folder}: can't be written: {error.strerror or error}") from error
 
 
 def write_shards(
     named: Mapping[str, Tensor],
+    wanted: Mapping[str, torch.dtype],
     folder: Path,
     stem: str,
     max_shard_bytes: int,
     metadata: Mapping[str, str],
 ) -> list[Path]:
-    """Write tensors under their final names; see `save_component`."""
+    """Write tensors under their final names in the wanted dtypes; see `save_component`."""
     folder.mkdir(parents=True, exist_ok=True)
     old = [f.name for f in folder.iterdir() if family(f.name) == stem]
     if old:
