@@ -122,6 +122,19 @@ def test_the_released_file_names(tmp_path):
     assert [f.name for f in (tmp_path / "c").iterdir()] == ["Wan2.1_VAE.safetensors"]
 
 
+def test_saving_with_a_prefix_and_in_other_dtypes(tmp_path):
+    state = random_state("dit")
+    dtypes = {name: torch.bfloat16 if "ffn" in name else torch.float32 for name in state}
+    options = {"prefix": "model.diffusion_model.", "dtypes": dtypes, "max_shard_bytes": 30_000}
+    files = save_component(state, tmp_path, "transformer", "official", **options)
+    assert all(file.stat().st_size < 34_000 for file in files)
+    checkpoint = open_checkpoint(tmp_path)
+    assert all(name.startswith("model.diffusion_model.") for name in checkpoint.tensors)
+    for name, tensor in load_state(checkpoint, "transformer").items():
+        assert tensor.dtype == dtypes[name]
+        assert torch.equal(tensor, state[name].to(dtypes[name]))
+
+
 def test_saving_refuses_a_folder_with_weights_foreign_names_and_a_full_disk(tmp_path, monkeypatch):
     save("dit", tmp_path)
     with pytest.raises(WanError, match=r"already holds diffusion_pytorch_model\.safetensors"):
