@@ -57,7 +57,7 @@ class EvaluateConfig:
             raise WanError("checkpoint= is empty: name a folder or a hub id")
         check_choice("source", self.source, ("model", "renders", "vae"))
         check_choice("split", self.split, ("heldout", "train", "any"))
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, ("auto", *DTYPES))
         check_device("device", self.device)
         check_seed("seed", self.seed)
         for name, least in (("num_captions", 1), ("batch_size", 1), ("num_frames", 9)):

@@ -27,10 +27,10 @@ from tqdm import tqdm
 from configs.evaluation import EvaluateConfig
 from infer.cli import Run, run_jobs
 from infer.command_line import CommandLine, Shortcut
+from infer.request import checkpoint_name, torch_dtype
 from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
 from wan.hub import resolve_model
-from wan.miniature import BUILTIN, WEIGHTS
 from wan.miniature.captions import Caption, caption
 from wan.miniature.detect import Detection, Score, detect, score
 from wan.miniature.world import (
@@ -251,11 +251,11 @@ def generate(config: EvaluateConfig) -> VideoSource:
     """What the model makes of the captions."""
     folder = _folder(config)
     device = _device(config)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
     pipeline = PIPELINES[read_index(folder)["_class_name"]].from_pretrained(
-        folder, dtype=getattr(torch, dtype), device=device, attention=config.attention
+        folder,
+        dtype=torch_dtype(config.dtype, device),
+        device=device,
+        attention=config.attention,
     )
 
     def make(batch: Sequence[Example]) -> Tensor:
@@ -282,8 +282,7 @@ def generate(config: EvaluateConfig) -> VideoSource:
 
 
 def _folder(config: EvaluateConfig) -> Path:
-    name = WEIGHTS if config.checkpoint == BUILTIN else config.checkpoint
-    return resolve_model(name, config.revision)
+    return resolve_model(checkpoint_name(config.checkpoint), config.revision)
 
 
 def _device(config: EvaluateConfig) -> torch.device:

@@ -18,6 +18,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,6 @@ from wan.miniature.world import (
     SPEED,
     STAGE,
     TURN_FRAMES,
-    UNIT_AREA,
     render,
     sample_scene,
     scene_rng,
@@ -54,6 +54,8 @@ COLOUR_REACH = 25.0  # CIELAB; palette entries are at least 30 apart
 LINK_REACH = 16.0  # an object moves up to 4 pixels a frame
 MIN_PERMANENCE = 0.5  # a track seen in a smaller share of the frames is a passing speck
 FULL_PERMANENCE = 0.8  # an object seen in a smaller share comes and goes
+SOFTNESS = (0.0, 0.1, 0.2)  # blur of an outline in radii
+OUTLINE_GRID, OUTLINE_REACH = 256, 1.6  # cells, and radii from the centre to the edge
 SHAPE_REACH = 0.7  # least overlap (IoU) with the best outline
 STILL_SPEED = 0.25  # below: still; up to MOVING_SPEED: neither
 MOVING_SPEED = 0.5
@@ -292,20 +294,21 @@ def _measure(
     centres = torch.zeros(num_frames, 2).index_add_(0, pixels[:, 0], pixels[:, 1:] + 0.5)
     centres = centres / counts.clamp(min=1)[:, None]  # (F, 2): row, column
 
-    overlaps = _overlaps(pixels, centres, counts)  # (4, F)
-    shape_ious = overlaps[:, frames].mean(1)
-    best = int(shape_ious.argmax())
-    radius = float(counts[frames].float().median().div(UNIT_AREA[SHAPES[best]]).sqrt()) / scale
+    overlaps = _overlaps(pixels, centres, counts)  # (O, F)
+    ious = overlaps[:, frames].mean(1)
+    best = outlines()[int(ious.argmax())]
+    shape_iou = float(ious.max())
+    radius = math.sqrt(float(counts[frames].float().median()) / best.area) / scale
     limit = math.sqrt(RADIUS["small"] * RADIUS["large"])
     track = centres[frames].flip(1) / scale  # (F', 2): x, y
     motion, ratio, residual = fit_motion(frames, track)
     x, y = track.mean(0).tolist()
     return DetectedObject(
-        shape=SHAPES[best] if shape_ious[best] >= SHAPE_REACH else None,
+        shape=best.shape if shape_iou >= SHAPE_REACH else None,
         colour=colour,
         size="small" if radius < limit else "large",
         motion=motion,
-        shape_iou=float(shape_ious[best]),
+        shape_iou=shape_iou,
         radius=radius,
         colour_distance=colour_distance,
         saturation_ratio=_saturation(rgb) / _nominal_saturation(rgb),
@@ -317,8 +320,35 @@ def _measure(
     )
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A shape of radius 1 on a fine grid, its corners rounded by a blur.
+
+    Autoencoders round corners: without softer outlines a blurred triangle looks most like a circle.
+    The softest ones are those that a person still names without hesitating.
+    """
+
+    shape: str
+    inside: Tensor  # (OUTLINE_GRID, OUTLINE_GRID) bool, over [-OUTLINE_REACH, OUTLINE_REACH)
+    area: float
+
+
+@cache
+def outlines() -> tuple[Outline, ...]:
+    """Every shape at every softness; circles look the same at all of them."""
+    step = 2 * OUTLINE_REACH / OUTLINE_GRID
+    grid = (torch.arange(OUTLINE_GRID) + 0.5) * step - OUTLINE_REACH
+    found = []
+    for shape in SHAPES:
+        sharp = signed_distance(shape, grid[None, :], grid[:, None], 1.0) < 0
+        for softness in SOFTNESS if shape != "circle" else SOFTNESS[:1]:
+            inside = blur(sharp.float()[None], softness / step)[0] > 0.5 if softness else sharp
+            found.append(Outline(shape, inside, float(inside.sum()) * step**2))
+    return tuple(found)
+
+
 def _overlaps(pixels: Tensor, centres: Tensor, counts: Tensor) -> Tensor:
-    """Intersection over union of the object with each shape of its centre and area: (4, F)."""
+    """Intersection over union of the object with each outline of its centre and area: (O, F)."""
     reach = int((pixels[:, 1:] - centres[pixels[:, 0]]).abs().max()) + 6
     corner = centres.floor().long() - reach  # (F, 2)
     grid = torch.arange(2 * reach) + 0.5
@@ -326,11 +356,13 @@ def _overlaps(pixels: Tensor, centres: Tensor, counts: Tensor) -> Tensor:
     row, column = (pixels[:, 1:] - corner[pixels[:, 0]]).unbind(1)
     masks[pixels[:, 0], row, column] = True
     offset = grid + (corner - centres)[..., None]  # (F, 2, P)
-    x, y = offset[:, 1, None, :], offset[:, 0, :, None]
     ious = []
-    for shape in SHAPES:
-        radius = (counts / UNIT_AREA[shape]).sqrt()[:, None, None]
-        template = signed_distance(shape, x, y, radius) < 0
+    for outline in outlines():
+        radius = (counts.clamp(min=1) / outline.area).sqrt()[:, None, None]
+        cell = (offset / radius + OUTLINE_REACH) * (OUTLINE_GRID / (2 * OUTLINE_REACH))
+        # The outermost cells are outside every outline, and so is what lies beyond them.
+        cell = cell.long().clamp(0, OUTLINE_GRID - 1)  # (F, 2, P)
+        template = outline.inside[cell[:, 0, :, None], cell[:, 1, None, :]]  # (F, P, P)
         both = (template & masks).sum((1, 2))
         ious.append(both / (template | masks).sum((1, 2)).clamp(min=1))
     return torch.stack(ious)
@@ -468,16 +500,19 @@ def blur_and_noise(sigma: float, noise: float, seed: int = 0) -> Callable[[Tenso
     """A degradation for `calibrate`: Gaussian blur of `sigma` pixels in space, then noise whose
     standard deviation is a share of the full range from 0 to 1."""
     generator = torch.Generator().manual_seed(seed)
-    reach = math.ceil(3 * sigma)
-    offsets = torch.arange(-reach, reach + 1)
-    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
 
     def degrade(video: Tensor) -> Tensor:
-        planes = video.flatten(0, 1)[:, None]  # (3 F, 1, H, W)
-        planes = F.pad(planes, (reach,) * 4, mode="replicate")
-        planes = F.conv2d(F.conv2d(planes, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
-        blurred = planes[:, 0].view_as(video)
+        blurred = blur(video.flatten(0, 1), sigma).view_as(video)
         return blurred + 2 * noise * torch.randn(video.shape, generator=generator)
 
     return degrade
+
+
+def blur(planes: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (N, H, W) by `sigma` > 0 pixels; edges are continued."""
+    reach = math.ceil(3 * sigma)
+    kernel = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    padded = F.pad(planes[:, None], (reach,) * 4, mode="replicate")
+    blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    return blurred[:, 0]

@@ -77,13 +77,6 @@ _BOX = {
     "triangle": (TRIANGLE_REACH * math.sqrt(3) / 2, TRIANGLE_REACH, TRIANGLE_REACH / 2),
     "star": (STAR_REACH * math.sin(2 * math.pi / 5), STAR_REACH, STAR_REACH * _COS36),
 }
-# Area of each shape of radius 1
-UNIT_AREA = {
-    "circle": math.pi,
-    "square": (2 * SQUARE_HALF) ** 2,
-    "triangle": 3 * math.sqrt(3) / 4 * TRIANGLE_REACH**2,
-    "star": 5 * _SIN36 * STAR_REACH * STAR_INNER,
-}
 # The longest clip in which the largest and fastest object stays inside
 MAX_FRAMES = 1 + int(
     (STAGE - 2 * (EDGE_MARGIN + 1.2 * RADIUS["large"] * (1 + RADIUS_JITTER)))
