@@ -1,0 +1,174 @@
+"""The parity command: its ladder passes at a small size, and it fails where it should."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+
+from infer import parity, parity_sides
+from infer.cli import run_command
+from infer.parity import GENERAL_RUNGS, RELEASE_RUNGS, ParityConfig, main
+from infer.parity_compare import Row, compare, compare_points, compare_to_truth, distance, table
+from infer.parity_rungs import autoencoder, pipeline, text_encoder, tokens, transformer
+from infer.parity_sides import random_sides
+from wan.errors import WanError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the prompt has", "ignore:`torch_dtype`")
+SETTINGS = {"dtype": torch.float32, "steps": 3, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def all_sides(tmp_path_factory):
+    return random_sides(tmp_path_factory.mktemp("releases"), SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def failures(rows: list[Row]) -> str:
+    assert rows
+    return table(row for row in rows if not row.passed) if not all(r.passed for r in rows) else ""
+
+
+@pytest.mark.parametrize("rung", GENERAL_RUNGS, ids=lambda rung: rung.__name__)
+def test_what_needs_no_weights_equals_the_references(rung):
+    assert failures(rung()) == ""
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["TI2V", "A14B"])
+@pytest.mark.parametrize("rung", RELEASE_RUNGS, ids=lambda rung: rung.__name__)
+def test_random_models_equal_the_references(rung, which, all_sides):
+    assert failures(rung(all_sides[which])) == ""
+
+
+@pytest.mark.parametrize(
+    "rung", [text_encoder, transformer, autoencoder, pipeline], ids=lambda rung: rung.__name__
+)
+def test_bfloat16_is_no_further_from_float32_than_the_references(rung, all_sides):
+    rows = rung(replace(all_sides[0], dtype=torch.bfloat16))
+    assert failures(rows) == ""
+    rounding = [row.relative_rms for row in rows if "encode: result" not in row.what]
+    assert all(1e-4 < r < 0.5 for r in rounding)  # bfloat16 was really at work; encoding is float32
+
+
+class Damaged(parity_sides.Sides):
+    """Sides whose own weights have one tensor changed."""
+
+    tensor = ""
+
+    def ours(self, part):
+        module = super().ours(part)
+        module.get_parameter(self.tensor).data.view(-1)[0] += 1.0
+        return module
+
+
+def damaged(sides, tensor):
+    sides_class = type("Damaged", (Damaged,), {"tensor": tensor})
+    return sides_class(**vars(sides))
+
+
+@pytest.mark.parametrize(
+    ("rung", "tensor", "named"),
+    [
+        (transformer, "blocks.1.ffn.down.weight", "blocks.1.ffn.down ("),
+        (transformer, "blocks.2.cross_norm.weight", "blocks.2.cross_norm ("),
+        (transformer, "blocks.1.modulation", "blocks.1.self_attention.query input"),
+        (transformer, "patch_embedding.bias", "patch_embedding ("),
+        (transformer, "head.modulation", "head.proj input"),
+        (text_encoder, "blocks.1.attention.relative_bias.weight", "blocks.1.attention"),
+        (autoencoder, "encoder.mid.attention.qkv.weight", "encoder.mid.attention.qkv ("),
+        (autoencoder, "decoder.levels.1.upsample.time_conv.bias", "decoder.levels.1.upsample"),
+    ],
+)
+def test_the_first_tensor_that_diverges_is_named(rung, tensor, named, all_sides):
+    rows = rung(damaged(all_sides[0], tensor))
+    notes = [row.note for row in rows if not row.passed and "first divergence" in row.note]
+    assert notes
+    assert notes[0].startswith(f"first divergence: {named}")
+    assert not rows[-1].passed or rung is autoencoder  # damage to the encoder leaves decoding alone
+
+
+def test_other_ids_and_names_are_counted(all_sides, tmp_path):
+    sides = all_sides[0]
+    for file in (sides.folder / "tokenizer").iterdir():
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        (tmp_path / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "tokenizer/tokenizer.json"
+    values = json.loads(path.read_text())
+    for piece in values["model"]["vocab"]:  # long pieces become unlikely in one of the two files
+        piece[1] -= 50.0 if len(piece[0]) > 3 else 0.0
+    path.write_text(json.dumps(values))
+    for name in ("model_index.json", "scheduler", "transformer", "vae", "text_encoder"):
+        (tmp_path / name).symlink_to(sides.folder / name)
+    rows = tokens(replace(sides, folder=tmp_path))
+    # The reference reads tokenizer.json too, so our other back end is the one that differs.
+    assert [row.passed for row in rows] == [True, True, False]
+    assert rows[2].max_abs >= 1
+
+
+def test_distances():
+    reference = torch.tensor([3.0, 4.0])
+    assert distance(reference, reference) == (0.0, 0.0)
+    assert distance(reference + torch.tensor([0.0, 0.5]), reference) == (0.5, 0.1)
+    assert distance(reference, torch.zeros(3)) == (math.inf, math.inf)
+    assert distance(torch.zeros(2), torch.zeros(2)) == (0.0, 0.0)
+
+
+def test_nan_and_other_shapes_fail():
+    nan = torch.tensor([1.0, math.nan])
+    assert not compare("r", "w", nan, torch.ones(2), 1.0).passed
+    assert not compare("r", "w", torch.ones(2), nan, 1.0).passed
+    assert not compare_points("r", "w", [("a", nan, torch.ones(2))], 1.0).passed
+    row = compare("r", "w", torch.ones(2), torch.ones(3), 1.0)
+    assert not row.passed
+    assert "shape (2,)" in row.note
+
+
+def test_bfloat16_rule_is_a_factor_of_the_references_own_distance():
+    truth = torch.ones(4)
+    assert compare_to_truth("r", "w", truth + 1.1e-2, truth + 1e-2, truth).passed
+    assert not compare_to_truth("r", "w", truth + 1.3e-2, truth + 1e-2, truth).passed
+
+
+@pytest.mark.parametrize(("wrong", "code"), [(False, 0), (True, 1)])
+def test_the_command_prints_the_table_and_fails_with_1(wrong, code, monkeypatch, capsys):
+    row = Row("rung", "thing", 1.0, 1e-3 if wrong else 1e-7, 2e-6, "first divergence: a.b (1e-3)")
+    monkeypatch.setattr(parity, "GENERAL_RUNGS", [lambda: [row]])
+    monkeypatch.setattr(parity, "RELEASE_RUNGS", [])
+    assert main(ParityConfig()) == code
+    out = capsys.readouterr().out
+    assert ("FAILED  first divergence: a.b" in out) == wrong
+    assert f"{1 - wrong} of 1 rows ok" in out
+
+
+def test_missing_references_are_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(parity_sides, "NEEDED", ("no_such_library",))
+    with pytest.raises(WanError, match=r"no_such_library.*pip install -e \.\[parity\]"):
+        main(ParityConfig())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=/no/such/folder"], "no such folder"),
+        (["checkpoint=mini", "full_block=true"], "leave checkpoint= out"),
+        (["dtype=float16"], "choose one of float32, bfloat16"),
+        (["stepps=3"], "did you mean steps="),
+    ],
+)
+def test_wrong_options_end_in_one_line_and_code_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["infer.parity", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run_command(main, ParityConfig, "parity", path_keys=("checkpoint",))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
