@@ -43,6 +43,7 @@ from wan.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.keys import COMPONENTS, VAELevels, detect_layout
+from wan.pipeline_config import DEFAULTS_FILE
 from wan.safetensors_file import read_header
 from wan.vae import VAEConfig
 from wan.weights import (
@@ -68,6 +69,7 @@ class ConvertConfig:
     output: str = option("", "a folder to make; it must not exist or be empty")
     layout: str = option("", "diffusers, official or prefixed")
     dtype: str | None = option(None, "float32 or bfloat16; none keeps every bit")
+    round_all: bool = option(False, "dtype= also for what models keep in float32: smaller files")
     config: str | None = option(None, "config.json of a component that has none beside it")
     shard_gb: float = option(5.0, "largest weight file, in 10^9 bytes")
 
@@ -75,6 +77,8 @@ class ConvertConfig:
         check_positive("shard_gb", self.shard_gb)
         if self.dtype is not None:
             check_choice("dtype", self.dtype, tuple(DTYPES))
+        elif self.round_all:
+            raise WanError("round_all=true without dtype=: say what to round to")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Target:
 
     layout: str
     dtype: torch.dtype | None
+    round_all: bool
     max_shard_bytes: int
 
 
@@ -94,7 +99,7 @@ def main(config: ConvertConfig) -> None:
     dtype = None if config.dtype is None else DTYPES[config.dtype]
     # A prefixed file is one file by definition.
     limit = sys.maxsize if config.layout == "prefixed" else int(config.shard_gb * 1e9)
-    target = Target(config.layout, dtype, limit)
+    target = Target(config.layout, dtype, config.round_all, limit)
     source = Path(config.source).expanduser()
     if not source.exists():
         raise FileNotFoundError(f"source={source}: no such file or folder")
@@ -161,8 +166,8 @@ def convert_component(
     state = {name: views[name] for name in wanted}  # in one order, so that shards come out equal
     dtypes = None
     if target.dtype is not None:
-        # The loader would keep these in float32 anyway; rounding them here would lose their bits.
-        float32 = module.FLOAT32_PARAMETERS
+        # The loader raises these to float32 anyway; rounding them here loses their bits.
+        float32 = () if target.round_all else module.FLOAT32_PARAMETERS
         assert isinstance(float32, tuple)
         dtypes = {n: target_dtype(n, t.dtype, target.dtype, float32) for n, t in state.items()}
     written = save_component(
@@ -267,7 +272,7 @@ def convert_diffusers_release(source: Path, folder: Path, target: Target) -> Non
     if is_official:
         print("model_index.json and scheduler/ are not written: the official code holds theirs")
         return
-    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+    for name in ("model_index.json", "scheduler/scheduler_config.json", DEFAULTS_FILE):
         if (source / name).is_file():
             write_json(folder / name, read_json(source / name))
 
