@@ -10,6 +10,7 @@ import difflib
 import itertools
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, NoReturn, TypeVar
@@ -123,6 +124,22 @@ def execute(
     arguments: Sequence[str],
 ) -> int:
     """One command from its arguments to its exit code; never raises what a person can cause."""
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        return _execute(main, line, description, arguments)
+
+
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line for a person: where in the code it was raised helps nobody here."""
+    print("warning: " + " ".join(str(message).split()), file=sys.stderr)
+
+
+def _execute(
+    main: Callable[[Run[Any]], int | None],
+    line: CommandLine,
+    description: str,
+    arguments: Sequence[str],
+) -> int:
     flags = [a for a in arguments if a.startswith("-")]
     tokens = [a for a in arguments if not a.startswith("-")]
     try:

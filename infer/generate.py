@@ -39,6 +39,7 @@ from infer.request import (
     sampling_options,
     torch_dtype,
 )
+from wan.attention import build_attention
 from wan.errors import WanError
 from wan.hub import resolve_model
 from wan.lora import merge_lora
@@ -168,29 +169,18 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     model_config = read_pipeline_config(folder)
     requests = [resolve_request(job, model_config, str(device), dtype) for job in jobs]
     read_loras(config, model_config)
+    build_attention(config.attention)
     print(describe(requests[0], folder), file=sys.stderr)
     model = models.get(folder, config, device)
     code = 0
     total = sum(request.config.num_videos for request in requests)
     for request in requests:
-        warn_of_truncation(model.pipeline, request)
         for seed in request.seeds:
             done = make_video(run, request, seed, model, folder, output, total > 1)
             code = max(code, done)
             if done == INTERRUPTED:
                 return INTERRUPTED
     return code
-
-
-def warn_of_truncation(pipeline: WanPipeline, request: Request) -> None:
-    text = clean_prompt(request.prompt)
-    tokens = pipeline.tokenizer(text, request.max_sequence_length)
-    if tokens.truncated:
-        print(
-            f"warning: the prompt has {tokens.num_tokens_before_truncation} tokens, the model "
-            f"reads the first {len(tokens.ids)}",
-            file=sys.stderr,
-        )
 
 
 def make_video(
@@ -250,6 +240,7 @@ def first_record(
 ) -> dict[str, Any]:
     """All that is known before the first step."""
     schedule = request.plan.schedule
+    prompt = model.pipeline.tokenizer(clean_prompt(request.prompt), request.max_sequence_length)
     settings = {
         name: {"value": value, "from": source} for name, (value, source) in request.settings.items()
     }
@@ -261,6 +252,7 @@ def first_record(
         "finished": None,
         "prompt": request.prompt,
         "negative_prompt": request.config.negative_prompt,
+        "prompt_tokens": {"all": prompt.num_tokens_before_truncation, "read": len(prompt.ids)},
         "seed": seed,
         "settings": settings,
         "schedule": {

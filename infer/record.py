@@ -185,6 +185,7 @@ def now() -> str:
 def without_home(path: str | Path) -> str:
     """A path with the person's home folder as ~."""
     home = str(Path.home())
-    return (
-        str(path).replace(home, "~", 1) if home != "/" and str(path).startswith(home) else str(path)
-    )
+    text = str(path)
+    if text == home or text.startswith(home.rstrip("/") + "/"):
+        return "~" + text[len(home.rstrip("/")) :] if home != "/" else text
+    return text

@@ -1,0 +1,477 @@
+"""The command from a prompt to files, on tiny models with random weights; and how it fails."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_pipeline import build, write_tokenizer
+
+import infer.generate
+from infer.cli import INTERRUPTED, USER_ERROR, execute
+from infer.generate import BAD_RESULT, LoadedModel, StageBars
+from infer.record import OutputFiles, reserve_files, without_home
+from infer.sample import LINE, SampleCommand
+from wan.noise import draw_noise, sample_generators
+from wan.pipeline import WanDMDPipeline, WanPipeline
+from wan.video import read_video
+
+PROMPT = 'a red circle, moving: ${right} (or "left")'
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a TI2V base model, a student and a two-expert model."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = folder / "tokenizer"
+    write_tokenizer(tokenizer)
+    build(tokenizer, expand_timesteps=True).save_pretrained(folder / "base")
+    build(tokenizer, WanDMDPipeline, timesteps=(1000, 757, 522)).save_pretrained(folder / "student")
+    build(tokenizer, two_experts=True).save_pretrained(folder / "experts")
+    return folder
+
+
+@pytest.fixture
+def run(models, tmp_path, capsys):
+    """Run the command on a model: (exit code, stdout, stderr); files go to tmp_path/out."""
+
+    def run(*tokens: str, model: str = "base", command=None):
+        arguments = [f"checkpoint={models / model}", f"output_dir={tmp_path / 'out'}"]
+        given = {token.partition("=")[0] for token in tokens}
+        arguments = [a for a in arguments if a.partition("=")[0] not in given]
+        code = execute(command or SampleCommand(), LINE, "", [*arguments, *tokens])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def outputs(tmp_path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
+def only_record(tmp_path) -> dict:
+    (path,) = (tmp_path / "out").glob("*.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --- what a good run leaves -----------------------------------------------------------------------
+
+
+def test_a_prompt_becomes_a_video_with_its_record(run, tmp_path, models):
+    code, out, err = run(f"prompt={PROMPT}", "seed=5")
+    assert code == 0, err
+    video = Path(out.strip())
+    assert [name.partition(".")[2] for name in outputs(tmp_path)] == [
+        "json",
+        "latents.safetensors",
+        "mp4",
+        "png",
+    ]
+    frames, info = read_video(video)
+    assert frames.shape == (9, 32, 32, 3)
+    assert info.fps == 8
+    assert info.metadata["title"] == PROMPT
+    assert json.loads(info.metadata["comment"])["seed"] == 5
+    assert Image.open(video.with_suffix(".png")).size[0] > 32
+
+    record = only_record(tmp_path)
+    assert record["status"] == "done"
+    assert (record["prompt"], record["seed"]) == (PROMPT, 5)
+    assert record["settings"]["height"] == {"value": 32, "from": "checkpoint"}
+    assert record["settings"]["seed"]["from"] == "command line"
+    assert record["schedule"]["timesteps"] == [999.0, 909.0, 714.0]
+    assert record["video"]["file"] == video.name
+    noise = draw_noise((16, 3, 8, 8), sample_generators(5, 1))
+    assert record["noise_sha256"] == hashlib.sha256(noise.numpy().tobytes()).hexdigest()
+    latents = load_file(video.with_suffix(".latents.safetensors"))["latents"]
+    assert record["latents_sha256"] == hashlib.sha256(latents.numpy().tobytes()).hexdigest()
+    name = "vae/diffusion_pytorch_model.safetensors"
+    content = (models / "base" / name).read_bytes()
+    assert record["weights_sha256"][name] == hashlib.sha256(content).hexdigest()
+    assert {"load", "encode_text", "denoise", "decode", "write", "total"} <= set(record["seconds"])
+    assert record["peak_memory_bytes"]["process"] > 10**7
+    assert record["environment"]["packages"]["torch"] == torch.__version__
+
+
+def test_the_header_tells_every_setting_and_its_source(run):
+    _, _, err = run("prompt=x", "steps=2", "shift=3")
+    lines = [line.split("  ") for line in err.splitlines()]
+    rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:20]}
+    assert rows["height"] == ("32", "checkpoint")
+    assert rows["steps"] == ("2", "command line")
+    assert rows["shift"] == ("3.0", "command line")
+    assert rows["tokens"] == ("48", "computed")
+    assert "999 (1.0000)  750 (0.7504)" in err
+    assert "transformer: 23.9 k parameters" in err
+    assert "float32" in err
+
+
+def test_the_video_is_that_of_the_pipeline(run, tmp_path, models):
+    """Loading noise from outside, saving latents and decoding apart change nothing."""
+    pipe = WanDMDPipeline.from_pretrained(models / "student", dtype=torch.float32)
+    _, out, _ = run("prompt=a blue square", "seed=7", model="student")
+    latents = load_file(Path(out.strip()).with_suffix(".latents.safetensors"))["latents"]
+    expected = pipe("a blue square", seed=7, output_type="latent").frames
+    assert torch.equal(latents, expected)
+
+
+def test_the_same_command_makes_the_same_video_under_a_new_name(run, tmp_path):
+    first = Path(run("prompt=x", "hash_weights=false")[1].strip())
+    content = first.read_bytes()
+    second = Path(run("prompt=x", "hash_weights=false")[1].strip())
+    assert first.name.startswith("00000_")
+    assert second.name.startswith("00001_")
+    assert first.name[6:] == second.name[6:]
+    assert second.read_bytes() == content == first.read_bytes()
+
+
+def test_options_switch_companions_off(run, tmp_path):
+    run("prompt=secret words", "save_latents=false", "contact_sheet=false", "embed_prompt=false")
+    assert [name.partition(".")[2] for name in outputs(tmp_path)] == ["json", "mp4"]
+    (video,) = (tmp_path / "out").glob("*.mp4")
+    assert b"secret" not in video.read_bytes()
+
+
+def test_num_videos_counts_seeds_up(run, tmp_path):
+    code, out, _ = run("prompt=x", "seed=3", "num_videos=2")
+    assert code == 0
+    assert [Path(line).stem[-3:] for line in out.splitlines()] == ["_s3", "_s4"]
+
+
+def test_a_sweep_loads_the_model_once(run, monkeypatch):
+    loads = []
+
+    class Counted(LoadedModel):
+        def __init__(self, *args):
+            loads.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(infer.generate, "LoadedModel", Counted)
+    code, out, err = run("-m", "seed=0,1", "steps=1,2", "prompt=a, b")
+    assert code == 0, err
+    assert len(out.splitlines()) == 4
+    assert len(loads) == 1
+
+
+def test_an_image_starts_the_video(run, tmp_path):
+    Image.new("RGB", (64, 64), (200, 30, 40)).save(tmp_path / "a.png")
+    code, _, err = run("prompt=x", f"image={tmp_path / 'a.png'}")
+    assert code == 0, err
+    assert "command line" in next(line for line in err.splitlines() if line.startswith("image"))
+
+
+def test_an_image_decides_the_shape_unless_a_size_is_given(run, tmp_path):
+    Image.new("RGB", (30, 60)).save(tmp_path / "tall.png")
+    _, out, err = run("prompt=x", f"image={tmp_path / 'tall.png'}")
+    assert read_video(out.strip())[0].shape[1:3] == (40, 24)
+    assert "image's proportions" in err
+    _, out, _ = run("prompt=x", f"image={tmp_path / 'tall.png'}", "height=32")
+    assert read_video(out.strip())[0].shape[1:3] == (32, 32)
+
+
+def test_a_prompt_longer_than_the_model_reads_is_said(run, tmp_path):
+    _, _, err = run("prompt=" + "small red circle " * 20, "hash_weights=false")
+    (line,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert "reads the first 16" in line
+    tokens = only_record(tmp_path)["prompt_tokens"]
+    assert tokens["read"] == 16 < tokens["all"]
+
+
+# --- prompt files ---------------------------------------------------------------------------------
+
+
+def test_a_prompt_file_gives_each_line_its_own_settings(run, tmp_path):
+    path = tmp_path / "jobs.txt"
+    path.write_bytes(
+        "\ufeffa plain line: {with} ${signs}, and commas\r\n\r\n"
+        '{"prompt": "zwei", "seed": 9, "height": 40, "num_frames": 5, "steps": 1}\r\n'.encode()
+    )
+    code, out, err = run(f"prompt_file={path}")
+    assert code == 0, err
+    one, two = (
+        json.loads(Path(line).with_suffix(".json").read_text(encoding="utf-8"))
+        for line in out.splitlines()
+    )
+    assert one["prompt"] == "a plain line: {with} ${signs}, and commas"
+    assert (two["prompt"], two["seed"]) == ("zwei", 9)
+    assert two["settings"]["height"] == {"value": 40, "from": "prompt file"}
+    assert two["settings"]["width"] == {"value": 32, "from": "checkpoint"}
+    assert len(two["schedule"]["timesteps"]) == 1
+    assert two["video"]["frames"] == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no prompt in it"),
+        (b"\n \n", "no prompt in it"),
+        (b"fine\n{broken", "line 2: starts with {"),
+        (b'{"seed": 3}', 'line 1: no "prompt"'),
+        (b'{"prompt": ""}', "line 1: prompt= is empty"),
+        (b'{"prompt": "x", "sede": 3}', "unknown sede"),
+        (b'{"prompt": "x", "seed": "3"}', "seed='3': need int"),
+        (b'{"prompt": "x", "seed": true}', "seed=True: need int"),
+        (b'{"prompt": "x", "steps": 2, "timesteps": [1000]}', "give only one"),
+        (b'{"prompt": "x", "timesteps": ["a"]}', "need a list of numbers"),
+        (b'x\nx\n{"prompt": "x", "height": 33}', "line 3: height=33"),
+        ("\ufeffx".encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(run, tmp_path, content, words):
+    (tmp_path / "jobs").write_bytes(content)
+    code, _, err = run(f"prompt_file={tmp_path / 'jobs'}")
+    assert code == USER_ERROR
+    assert words in err
+    assert err.count("\n") == 1
+
+
+# --- what is refused before weights are read ------------------------------------------------------
+
+
+@pytest.fixture
+def weights_stay_unread(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("weights must not be read")
+
+    monkeypatch.setattr(infer.generate, "LoadedModel", refuse)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "model", "words"),
+    [
+        ([], "base", ["no prompt"]),
+        (["prompt=x", "height=33"], "base", ["height=33", "32 and 40"]),
+        (["prompt=x", "width=1"], "base", ["width=1", "nearest is 8"]),
+        (["prompt=x", "num_frames=104"], "base", ["num_frames=104", "101 and 105"]),
+        (["prompt=x", "num_frames=2", "height=9"], "base", ["num_frames=2", "height=9"]),
+        (["prompt=x", "sampler.name=heun"], "base", ["heun", "euler"]),
+        (["prompt=x", "attention=flash"], "base", ["flash", "sdpa"]),
+        (["prompt=x", "guidance_scale_2=3"], "base", ["two experts"]),
+        (["prompt=x", "steps=4"], "student", ["trained for", "[1000, 757, 522]"]),
+        (["prompt=x", "guidance_scale=5"], "student", ["guidance_scale=5"]),
+        (["prompt=x", "negative_prompt=y"], "student", ["negative_prompt"]),
+        (["prompt=x", "negative_prompt=y", "guidance_scale=1"], "base", ["no effect"]),
+        (["prompt=x", "image={png}"], "experts", ["image", "TI2V"]),
+        (["prompt=x", "image=missing.png"], "base", ["missing.png", "no such file"]),
+        (["prompt=x", "image={txt}"], "base", ["note.txt", "not an image"]),
+        (["prompt=x", "output_dir={txt}/a"], "base", ["output_dir=", "can't be written"]),
+        (["prompt=x", "output_dir=/proc/a"], "base", ["output_dir=/proc/a", "can't be written"]),
+        (["prompt=x", "checkpoint=/no/such"], "base", ["/no/such", "no such folder"]),
+        (["prompt=x", "checkpoint={dir}"], "base", ["model_index.json"]),
+        (["prompt=x", "prompt_file=y"], "base", ["only one"]),
+        (["prompt_file=/no/such.txt"], "base", ["/no/such.txt"]),
+        (["prompt_file={dir}"], "base", ["folder"]),
+        (["prompt=x", "lora=missing.safetensors"], "base", ["missing.safetensors"]),
+        (["prompt=x", "lora_2=y"], "base", ["lora_2=", "two experts"]),
+        (["prompt=x", "lora=y"], "experts", ["lora_2=", "two experts"]),
+        pytest.param(
+            ["prompt=x", "device=cuda"],
+            "base",
+            ["device=cuda", "cpu"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_requests_that_cannot_work(run, tmp_path, weights_stay_unread, tokens, model, words):
+    (tmp_path / "note.txt").write_text("no image")
+    (tmp_path / "dir").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    places = {"txt": tmp_path / "note.txt", "dir": tmp_path / "dir", "png": tmp_path / "a.png"}
+    code, out, err = run(*[t.format(**places) for t in tokens], model=model)
+    assert code == USER_ERROR
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not out
+    for word in words:
+        assert word in err
+    assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_what_a_student_was_not_trained_for_can_be_insisted_on(run, tmp_path):
+    code, _, err = run("prompt=x", "steps=2", "allow_untrained=true", model="student")
+    assert code == 0
+    assert "not what this model was trained for" in err
+    assert only_record(tmp_path)["not_trained_for"] == ["num_inference_steps=2"]
+
+
+def test_a_presets_negative_prompt_is_dropped_without_guidance(run, tmp_path):
+    code, _, err = run("model=wan22_ti2v_5b", "prompt=x", "guidance_scale=1", "steps=1",
+                       "height=32", "width=32", "num_frames=1", "dtype=float32")  # fmt: skip
+    assert code == 0, err
+    assert only_record(tmp_path)["negative_prompt"] is None
+
+
+def test_damaged_weights_are_one_line(run, models, tmp_path):
+    shutil.copytree(models / "base", tmp_path / "broken")
+    path = tmp_path / "broken/transformer/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    code, _, err = run("prompt=x", f"checkpoint={tmp_path / 'broken'}")
+    assert code == USER_ERROR
+    assert "diffusion_pytorch_model.safetensors" in err.splitlines()[-1]
+    path.unlink()
+    assert run("prompt=x", f"checkpoint={tmp_path / 'broken'}")[0] == USER_ERROR
+
+
+def test_a_lora_is_merged_and_one_for_another_model_refused(run, tmp_path):
+    name = "diffusion_model.blocks.0.self_attn.q.{}.weight"
+    for width, file in ((24, "fits"), (32, "other")):
+        tensors = {
+            name.format("lora_A"): torch.ones(2, width),
+            name.format("lora_B"): torch.ones(width, 2),
+        }
+        save_file(tensors, tmp_path / f"{file}.safetensors")
+    code, _, err = run("prompt=x", f"lora={tmp_path / 'fits.safetensors'}", "lora_strength=0.5")
+    assert code == 0, err
+    record = only_record(tmp_path)
+    assert "strength 0.5" in record["lora"][0]
+    plain = Path(run("prompt=x")[1].strip()).with_suffix(".json")
+    other = json.loads(plain.read_text())["latents_sha256"]
+    assert record["latents_sha256"] != other
+    code, _, err = run("prompt=x", f"lora={tmp_path / 'other.safetensors'}")
+    assert code == USER_ERROR
+    assert "other.safetensors" in err
+
+
+# --- runs that end early or badly -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "done", "steps"), [("encode", 0, 0), ("denoise", 2, 2), ("decode", 1, 3)]
+)
+def test_ctrl_c_keeps_what_there_is(run, tmp_path, monkeypatch, stage, done, steps):
+    class Interrupting(StageBars):
+        def __call__(self, at, count, total):
+            super().__call__(at, count, total)
+            if (at, count) == (stage, done):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer.generate, "StageBars", Interrupting)
+    code, out, err = run("prompt=x", "-m", "seed=0,1")
+    assert code == INTERRUPTED
+    assert not out
+    assert "latents kept in" in err
+    assert "Traceback" not in err
+    record = only_record(tmp_path)  # the second point of the sweep never began
+    assert (record["status"], record["steps_done"]) == ("interrupted", steps)
+    (latents,) = (tmp_path / "out").glob("*.safetensors")
+    assert load_file(latents)["latents"].shape == (1, 16, 3, 8, 8)
+    assert not list((tmp_path / "out").glob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("video", "words"),
+    [
+        (torch.full((1, 3, 9, 32, 32), -1.0), "black"),
+        (torch.full((1, 3, 9, 32, 32), 0.3), "same colour"),
+        (torch.full((1, 3, 9, 32, 32), float("nan")), "not finite"),
+    ],
+)
+def test_a_result_that_shows_nothing_is_a_failure(run, tmp_path, monkeypatch, video, words):
+    monkeypatch.setattr(WanPipeline, "decode_latents", lambda *args: video)
+    code, out, err = run("prompt=x", "save_latents=false")
+    assert code == BAD_RESULT
+    assert words in err
+    assert not out
+    assert words in only_record(tmp_path)["status"]
+    suffixes = [name.partition(".")[2] for name in outputs(tmp_path)]
+    assert suffixes == ["json", "latents.safetensors"]
+
+
+def test_latents_that_blow_up_are_a_failure_that_names_the_step(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "wan.pipeline.Denoiser.__call__", lambda self, x, t: x * (float("nan") if t < 950 else 1)
+    )
+    code, _, err = run("prompt=x")
+    assert code == BAD_RESULT
+    assert "step 2 of 3" in err
+    (latents,) = (tmp_path / "out").glob("*.safetensors")
+    assert load_file(latents)["latents"].isfinite().all()
+    assert only_record(tmp_path)["steps_done"] == 1
+
+
+def test_a_full_disk_at_the_end_keeps_the_latents(run, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", "x.mp4")
+
+    monkeypatch.setattr(infer.generate, "write_video", full)
+    code, _, err = run("prompt=x", "save_latents=false")
+    assert code == USER_ERROR
+    assert "No space left" in err
+    assert list((tmp_path / "out").glob("*.latents.safetensors"))
+    assert "No space left" in only_record(tmp_path)["status"]
+
+
+# --- names and imports ----------------------------------------------------------------------------
+
+
+def test_file_names_are_safe_short_and_never_taken_twice(tmp_path):
+    names = [reserve_files(tmp_path, {"prompt": "../../etc/x:*"}, 3).stem for _ in range(3)]
+    assert [name[:6] for name in names] == ["00000_", "00001_", "00002_"]
+    assert len(names[0]) == 5 + 1 + 8 + 1 + 2
+    assert names[0][5:] == names[1][5:]
+    assert reserve_files(tmp_path, {"prompt": "else"}, 3).stem[6:] != names[0][6:]
+    (tmp_path / "99999_x.txt").touch()
+    assert reserve_files(tmp_path, {}, 0).stem.startswith("100000_")
+
+
+def test_a_name_taken_by_another_process_is_left_alone(tmp_path, monkeypatch):
+    taken = reserve_files(tmp_path, {}, 0)
+    taken.record.write_text("theirs")
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # as if it came in between
+    assert reserve_files(tmp_path, {}, 0) == OutputFiles(tmp_path, f"00001{taken.stem[5:]}")
+    assert taken.record.read_text() == "theirs"
+
+
+def test_the_home_folder_is_not_told(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert without_home("/home/someone/models/x") == "~/models/x"
+    assert without_home("/data/home/someone") == "/data/home/someone"
+    assert without_home("/home/someone2/x") == "/home/someone2/x"
+
+
+def test_a_cold_start_loads_no_compiler_and_a_mistake_no_pytorch(models, tmp_path):
+    code = (
+        "import sys\n"
+        "from infer.cli import execute\n"
+        "from infer.sample import LINE, SampleCommand\n"
+        "assert execute(SampleCommand(), LINE, '', ['stps=3']) == 2\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert execute(SampleCommand(), LINE, '', sys.argv[1:]) == 0\n"
+        "slow = {'torch._dynamo', 'sympy', 'transformers', 'diffusers'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    arguments = [f"checkpoint={models / 'base'}", f"output_dir={tmp_path}", "prompt=x", "steps=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_latents_are_as_readable_as_other_files(run, tmp_path):
+    _, out, _ = run("prompt=x")
+    video = Path(out.strip())
+    modes = {p.stat().st_mode & 0o777 for p in video.parent.glob(f"{video.stem}*")}
+    assert len(modes) == 1
+
+
+def test_the_sheet_shows_the_frames(run, tmp_path):
+    _, out, _ = run("prompt=x")
+    sheet = np.asarray(Image.open(Path(out.strip()).with_suffix(".png")))
+    frames, _ = read_video(out.strip())
+    first = sheet[4:36, 4:36].astype(int)
+    errors = [np.abs(first - frame).mean() for frame in frames]
+    assert np.argmin(errors) == 0
+    assert errors[0] < errors[1] / 2
