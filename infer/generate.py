@@ -7,19 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.schema import SampleConfig
 from infer.cli import INTERRUPTED, Run
 from infer.jobs import Job
+from infer.loading import LoadedModel, ModelCache, StageBars, read_loras
 from infer.record import (
     RECORD_VERSION,
     OutputFiles,
-    WeightDigests,
     environment,
     now,
     peak_memory,
@@ -40,119 +39,19 @@ from infer.request import (
     torch_dtype,
 )
 from wan.attention import build_attention
-from wan.errors import WanError
 from wan.hub import resolve_model
-from wan.lora import merge_lora
-from wan.lora_files import LoRA, read_lora
 from wan.noise import sample_generators
-from wan.pipeline import PIPELINES, WanPipeline
-from wan.pipeline_config import PipelineConfig, read_pipeline_config
+from wan.pipeline import WanPipeline
+from wan.pipeline_config import read_pipeline_config
 from wan.placement import resolve_device
 from wan.tokenizer import clean_prompt
 from wan.video import contact_sheet, flaw, to_uint8, write_video
-from wan.weights import census_line
 
 BAD_RESULT = 1
 
 
 class BadResultError(RuntimeError):
     """The networks ran, and what came out is no picture."""
-
-
-class OnProgress(Protocol):
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
-
-
-class StageBars:
-    """A progress bar per stage on stderr; silent where stderr is not a terminal."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._bar: Any = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self.close()
-            self._stage = stage
-            self._bar = tqdm(total=total, desc=f"{stage:<8}", disable=None, file=sys.stderr)
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._stage, self._bar = "", None
-
-
-class LoadedModel:
-    """A pipeline with what the record says about it."""
-
-    def __init__(self, folder: Path, config: SampleConfig, device: torch.device) -> None:
-        started = time.perf_counter()
-        model = read_pipeline_config(folder)
-        loras = read_loras(config, model)
-        bars = StageBars()
-        try:
-            self.pipeline: WanPipeline = PIPELINES[model.class_name].from_pretrained(
-                folder,
-                dtype=torch_dtype(config.dtype, device),
-                device=device,
-                attention=config.attention,
-                offload=config.offload,
-                on_progress=bars,
-            )
-        finally:
-            bars.close()
-        self.merges = []
-        for part, lora in loras.items():
-            report = merge_lora(self.pipeline.modules[part], lora, config.lora_strength)
-            self.merges.append(f"{part}: {report}")
-        self.digests = WeightDigests(folder) if config.hash_weights else None
-        self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
-        self.seconds = time.perf_counter() - started
-
-    def describe(self) -> str:
-        lines = [f"{part}: {line}" for part, line in self.census.items()]
-        return "\n".join([*lines, *self.merges])
-
-
-class ModelCache:
-    """The last model that was loaded, for the next point of a sweep that wants the same."""
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._model: LoadedModel | None = None
-
-    def get(self, folder: Path, config: SampleConfig, device: torch.device) -> LoadedModel:
-        key = (
-            *(folder, device, config.dtype, config.attention, config.offload),
-            *(config.lora, config.lora_2, config.lora_strength, config.hash_weights),
-        )
-        if self._model is None or key != self._key:
-            self._model = None  # before the next one needs the room
-            self._model = LoadedModel(folder, config, device)
-            self._key = key
-            print(self._model.describe(), file=sys.stderr)
-        return self._model
-
-
-def read_loras(config: SampleConfig, model: PipelineConfig) -> dict[str, LoRA]:
-    """The LoRA files by the network they are for."""
-    two = model.boundary_ratio is not None
-    if config.lora_2 is not None and not two:
-        raise WanError("lora_2=: for models with two experts; this one has one network")
-    if two and (config.lora is None) != (config.lora_2 is None):
-        raise WanError(
-            "lora= and lora_2=: this model has two experts (high noise, low noise); give a LoRA "
-            "for each, twice the same path if one file holds both"
-        )
-    names = {"transformer": config.lora, "transformer_2": config.lora_2}
-    return {
-        part: read_lora(Path(name).expanduser(), part if two else None)
-        for part, name in names.items()
-        if name is not None
-    }
 
 
 def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int:

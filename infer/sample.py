@@ -6,10 +6,11 @@
     python -m infer.sample prompt_file=prompts.txt num_videos=2
     python -m infer.sample -m steps=4,8,20 seed=0,1 prompt="a blue star"
 
-The prompt is taken exactly as typed: only your shell needs its quotes. Each video comes with a
-picture of its frames, its latents, and a JSON record of everything that made it. Exit codes: 0
-done; 1 a result that is no picture (its latents are kept); 2 something to correct in the command;
-130 stopped with Ctrl-C (what there was by then is kept).
+The prompt is taken exactly as typed: only your shell needs its quotes. Options whose default is
+`none` below are set by the model's own folder. Each video comes with a picture of its frames, its
+latents, and a JSON record of everything that made it. Exit codes: 0 done; 1 a result that is no
+picture (its latents are kept); 2 something to correct in the command; 130 stopped with Ctrl-C (what
+there was by then is kept).
 """
 
 import signal
@@ -43,7 +44,8 @@ class SampleCommand:
     def __call__(self, run: Run[SampleConfig]) -> int:
         jobs = read_jobs(run.config, run.sources)
         # Here and not above: PyTorch takes seconds to load, a mistyped option should not.
-        from infer.generate import ModelCache, generate
+        from infer.generate import generate
+        from infer.loading import ModelCache
 
         self._models = self._models or ModelCache()
         return generate(run, jobs, self._models)

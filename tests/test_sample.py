@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import build, write_tokenizer
 
 import infer.generate
+import infer.loading
 from infer.cli import INTERRUPTED, USER_ERROR, execute
-from infer.generate import BAD_RESULT, LoadedModel, StageBars
+from infer.generate import BAD_RESULT
+from infer.loading import LoadedModel, StageBars
 from infer.record import OutputFiles, reserve_files, without_home
 from infer.sample import LINE, SampleCommand
 from wan.noise import draw_noise, sample_generators
@@ -155,7 +157,7 @@ def test_a_sweep_loads_the_model_once(run, monkeypatch):
             loads.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr(infer.generate, "LoadedModel", Counted)
+    monkeypatch.setattr(infer.loading, "LoadedModel", Counted)
     code, out, err = run("-m", "seed=0,1", "steps=1,2", "prompt=a, b")
     assert code == 0, err
     assert len(out.splitlines()) == 4
@@ -242,7 +244,7 @@ def weights_stay_unread(monkeypatch):
     def refuse(*args):
         raise AssertionError("weights must not be read")
 
-    monkeypatch.setattr(infer.generate, "LoadedModel", refuse)
+    monkeypatch.setattr(infer.loading, "LoadedModel", refuse)
 
 
 @pytest.mark.parametrize(
