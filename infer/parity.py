@@ -92,7 +92,7 @@ def releases(config: ParityConfig) -> Iterator[list[Sides]]:
     else:
         folder = resolve_model(config.checkpoint, config.revision)
     parts = read_pipeline_config(folder).components
-    yield [Sides(config.checkpoint, folder, parts, **settings)]
+    yield [Sides(Path(config.checkpoint).name, folder, parts, **settings)]
 
 
 def climb(config: ParityConfig) -> Iterator[list[Row]]:
