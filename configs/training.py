@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from configs.schema import check_at_least, check_choice, check_positive, check_seed, option
+from configs.schema import (
+    check_at_least,
+    check_choice,
+    check_device,
+    check_positive,
+    check_seed,
+    option,
+)
 from wan.errors import WanError
 
 OPTIMIZERS = ("adamw", "muon")
@@ -18,6 +25,7 @@ class LoopConfig:
     save_every: int = option(200, "steps between checkpoints")
     keep_last: int = option(2, "checkpoints kept; the newest alone is not safe")
     wandb_project: str | None = option(None, "mirror metrics to this wandb project")
+    allow_changes: bool = option(False, "go on from checkpoints of a run with other settings")
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "keep_last"):
@@ -61,8 +69,10 @@ class VAETrainConfig:
                 f"batch_size={self.batch_size}: must be a multiple of "
                 f"crops_per_clip={self.crops_per_clip}"
             )
-        if self.crop_frames < 1 or self.crop_frames % 4 != 1:
-            raise WanError(f"crop_frames={self.crop_frames}: must be 4k + 1")
+        if not 1 <= self.crop_frames <= 17 or self.crop_frames % 4 != 1:
+            raise WanError(f"crop_frames={self.crop_frames}: must be 4k + 1, at most 17")
+        if not 16 <= self.crop_size <= 128 or self.crop_size % 16:
+            raise WanError(f"crop_size={self.crop_size}: must be a multiple of 16, at most 128")
 
 
 @dataclass
@@ -92,7 +102,7 @@ class TextEncoderTrainConfig:
         for name in ("threads", "tokenizer_captions", "probe_captions"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("vocab_size", self.vocab_size, 100)  # the ASCII characters and a few words
-        check_at_least("batch_size", self.batch_size, 4)
+        check_at_least("batch_size", self.batch_size, 16)  # a quarter of them hide words
 
 
 @dataclass
@@ -142,7 +152,7 @@ class FinetuneConfig:
     sampling: dict[str, Any] = option({}, "for from_scratch: sampling_defaults of the result")
     seed: int = option(0, "order of clips, noise, initial weights")
     threads: int = option(2, "CPU threads")
-    device: str = option("cpu", "cpu or cuda")
+    device: str = option("cpu", "auto, cpu, cuda, cuda:N")
     bfloat16: bool = option(True, "matrix products in bfloat16; weights stay float32")
     compile: bool = option(False, "compile the transformer")
     checkpoint_blocks: bool = option(False, "recompute blocks in the backward pass: less memory")
@@ -156,7 +166,8 @@ class FinetuneConfig:
     weight_decay: float = option(0.01, "of matrices")
     grad_clip: float = option(1.0, "largest gradient norm")
     ema_decay: float = option(0.999, "of the averaged weights that are kept")
-    max_text_tokens: int = option(64, "longest caption; the model reads 512 rows either way")
+    attention: str = option("sdpa", "sdpa, math or sliced; all exact")
+    max_text_tokens: int = option(512, "captions are cut there, with a warning")
     validation_captions: int = option(0, "for the world: captions sampled and read at each save")
     validation_steps: int = option(12, "Euler steps of those samples")
     validation_guidance: float = option(3.0, "guidance of those samples")
@@ -166,7 +177,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
+        check_device("device", self.device)
         check_seed("seed", self.seed)
         for name in ("lr", "shift"):
             check_positive(name, getattr(self, name))
@@ -175,5 +186,7 @@ class FinetuneConfig:
                 raise WanError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
         for name in ("batch_size", "threads", "max_text_tokens"):
             check_at_least(name, getattr(self, name), 1)
+        if self.max_text_tokens > 512:
+            raise WanError(f"max_text_tokens={self.max_text_tokens}: the models read 512 rows")
         if self.from_scratch and self.lora.rank:
             raise WanError("from_scratch=true and lora.rank > 0: a LoRA needs a base to adapt")

@@ -112,7 +112,7 @@ def test_a_lora_leaves_the_base_alone_and_is_written_as_one_file(tmp_path, cache
     finetune(config)
     lora = read_lora(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert lora.pairs
-    assert any(pair.up.abs().max() > 0 for pair in lora.pairs)
+    assert any(pair.up.abs().max() > 0 for pair in lora.pairs.values())
     assert not (tmp_path / "run" / "model").exists()
 
 

@@ -61,6 +61,20 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000020", "step-0000030"]
 
 
+def test_what_a_killed_save_left_behind_is_removed(tmp_path):
+    save_checkpoint(tmp_path, 1, {"step": 1})
+    (tmp_path / ".writing-step-0000002-123").mkdir()
+    load_latest(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_pruning_keeps_what_was_just_written_and_drops_later_damaged_ones(tmp_path):
+    for step in (1, 2, 9):
+        save_checkpoint(tmp_path, step, {"step": step}, keep_last=3)
+    save_checkpoint(tmp_path, 3, {"step": 3}, keep_last=2)  # 9 was damaged, 2 was resumed
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000003"]
+
+
 def test_a_flipped_byte_is_noticed_and_the_one_before_is_used(tmp_path, capsys):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, {"step": step, "x": torch.full((64,), float(step))})

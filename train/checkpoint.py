@@ -19,12 +19,13 @@ from torch import Tensor
 from wan.errors import WanError
 
 PREFIX = "step-"
+UNFINISHED = ".writing-"
 
 
 def split_tensors(tree: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
     """Replace each tensor of a nested state by a reference; dict keys may be str or int."""
     if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().contiguous().clone()  # clone: tied weights share memory
+        tensors[path] = tree.detach().cpu().contiguous().clone()  # clone: tied weights share memory
         return {"__tensor__": path}
     if isinstance(tree, dict):
         items = [[k, split_tensors(v, tensors, f"{path}.{k}")] for k, v in tree.items()]
@@ -48,14 +49,14 @@ def join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def save_checkpoint(root: Path, step: int, state: dict[str, Any], keep_last: int = 2) -> Path:
-    """Write `root/step-N`, then remove all but the newest `keep_last` checkpoints.
+    """Write `root/step-N`, then remove all but the last `keep_last` checkpoints up to N.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"{PREFIX}{step:07d}"
-    beside = root / f".writing-{final.name}-{os.getpid()}"
+    beside = root / f"{UNFINISHED}{final.name}-{os.getpid()}"
     try:
         beside.mkdir()
         tensors: dict[str, Tensor] = {}
@@ -72,7 +73,10 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], keep_last: int
         flush_to_disk(root)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    for old in list_checkpoints(root)[:-keep_last]:
+    # Later steps are of a run that was set back to an earlier one, because they were damaged.
+    earlier = [p for p in list_checkpoints(root) if p.name < final.name]
+    later = [p for p in list_checkpoints(root) if p.name > final.name]
+    for old in [*later, *earlier[: len(earlier) - (keep_last - 1)]]:
         shutil.rmtree(old)
     return final
 
@@ -107,6 +111,8 @@ def load_latest(root: Path) -> dict[str, Any] | None:
     Raises:
         WanError: checkpoints exist and none of them verifies.
     """
+    for leftover in root.glob(f"{UNFINISHED}*"):  # of a process that was killed while it saved
+        shutil.rmtree(leftover)
     folders = list_checkpoints(root)
     for folder in reversed(folders):
         try:

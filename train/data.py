@@ -39,6 +39,7 @@ class LatentCache:
 
     latents: Tensor  # (N, C, T, h, w) float16
     caption_of: Callable[[int, random.Random], str]
+    captions: list[str] | None = None  # all there are; None: no end of them
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -76,7 +77,9 @@ def world_cache(vae: WanVAE, root: Path, num_clips: int, seed: int) -> LatentCac
             latents = [encode_float16(vae, render(part[i : i + 8])) for i in range(0, len(part), 8)]
             yield torch.cat(latents), [{"scene": start + i} for i in range(len(part))]
 
-    folder = root / f"world-{digest(vae, ['world', num_clips, seed])}"
+    # The scenes and how one of them is drawn: another version of the world finds another cache.
+    drawn = hashlib.sha256(render(scenes[:1]).numpy().tobytes()).hexdigest()
+    folder = root / f"world-{digest(vae, [repr(scenes), drawn])}"
     latents, _ = cached(folder, batches, num_clips)
     return LatentCache(latents, lambda i, rng: caption(scenes[i], rng).text)
 
@@ -105,7 +108,7 @@ def folder_cache(
         for start in range(0, len(clips), SHARD):
             part = clips[start : start + SHARD]
             latents = [
-                encode_float16(vae, read_clip(clip, num_frames, height, width, fps)[None])
+                encode_float16(vae, read_clip(clip, num_frames, height, width, fps)[None], chunk=16)
                 for clip in part
             ]
             yield torch.cat(latents), [{"file": clip.name} for clip in part]
@@ -113,7 +116,7 @@ def folder_cache(
     content = [[c.name, c.stat().st_size, c.stat().st_mtime_ns] for c in clips]
     folder = root / f"clips-{digest(vae, [content, num_frames, height, width, fps])}"
     latents, _ = cached(folder, batches, len(clips))
-    return LatentCache(latents, lambda i, rng: captions[i])
+    return LatentCache(latents, lambda i, rng: captions[i], captions)
 
 
 def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float) -> Tensor:
@@ -132,9 +135,10 @@ def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float) 
 
 
 @torch.no_grad()
-def encode_float16(vae: WanVAE, video: Tensor) -> Tensor:
+def encode_float16(vae: WanVAE, video: Tensor, chunk: int | None = None) -> Tensor:
+    """Normalised latents; `chunk` frames at a time keep memory small for large clips."""
     device = vae.quant_conv.weight.device
-    return vae.encode(video.to(device)).half().cpu()
+    return vae.encode(video.to(device), chunk).half().cpu()
 
 
 def digest(vae: WanVAE, what: list) -> str:

@@ -1,29 +1,35 @@
-"""Flow-matching training of the transformer: `python -m train.finetune data.kind=clips ...`.
+"""Flow-matching training: `python -m train.finetune data.kind=clips data.folder=clips/`.
 
 From a released model (all weights, or a LoRA) or from scratch; on a folder of clips with captions
 or on the miniature's rendered world. The text encoder and the autoencoder are frozen. What comes
 out is a complete folder in the released layout, or a LoRA file.
 """
 
+import os
 import random
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from configs.training import FinetuneConfig
-from infer.cli import run_command
+from infer.cli import INTERRUPTED, run_command
 from train.data import LatentCache, folder_cache, world_cache
 from train.loop import run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
-from train.optim import EMA, learning_rate, make_optimizers, set_learning_rate
+from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
 from wan.checkpoint import open_checkpoint
+from wan.denoiser import guide
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
+from wan.errors import WanError
 from wan.flow import add_noise, velocity_target
 from wan.hub import resolve_model
 from wan.lora import add_lora, save_lora
@@ -37,9 +43,11 @@ from wan.pipeline_config import (
     PipelineConfig,
     SamplingDefaults,
     component_config,
+    override_defaults,
     read_pipeline_config,
     write_configs,
 )
+from wan.placement import resolve_device
 from wan.samplers import sample_euler
 from wan.schedule import euler_schedule
 from wan.tokenizer import Tokenizer, clean_prompt, read_json_object
@@ -51,44 +59,84 @@ TEXT_LENGTH = 512  # rows of context every Wan transformer reads
 
 
 class Texts:
-    """Captions -> context rows, with the frozen encoder; padded rows are zero.
+    """Captions -> context rows, with a frozen encoder; padded rows are zero.
 
-    The number of rows that comes with it lets the transformer attend the zero rows as one.
+    Captions of clips are encoded once by `remember`, after which the encoder is not needed; the
+    world's are new in every step. The number of rows that comes with a context lets the transformer
+    attend the zero rows as one.
     """
 
     def __init__(self, encoder: UMT5Encoder, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self.encoder, self.tokenizer, self.max_tokens = encoder, tokenizer, max_tokens
+        self.encoder: UMT5Encoder | None = encoder
+        self.device = encoder.token_embedding.weight.device
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.known: dict[str, Tensor] = {}
 
     @torch.no_grad()
+    def remember(self, captions: Iterable[str]) -> None:
+        """Encode the captions and the empty one, then let the encoder go."""
+        for text in tqdm(sorted({"", *captions}), desc="encoding captions"):
+            self.known[text] = self.encode([text])[0].cpu()
+        self.encoder = None
+
     def __call__(self, captions: list[str]) -> tuple[Tensor, int]:
         """B texts -> context (B, 512, D) and the number of rows that are not zero everywhere."""
-        rows = [self.tokenizer(clean_prompt(text), self.max_tokens).ids for text in captions]
-        longest = -(-max(len(ids) for ids in rows) // 8) * 8  # few lengths, few compilations
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = True
-        device = self.encoder.token_embedding.weight.device
-        ids, mask = ids.to(device), mask.to(device)
-        encoded = self.encoder(ids, mask) * mask.unsqueeze(-1)
-        return torch.nn.functional.pad(encoded, (0, 0, 0, TEXT_LENGTH - longest)), longest
+        if self.encoder is None:
+            rows = [self.known[text].to(self.device) for text in captions]
+        else:
+            rows = self.encode(captions)
+        longest = -(-max(len(row) for row in rows) // 8) * 8  # few lengths, few compilations
+        context = rows[0].new_zeros(len(rows), TEXT_LENGTH, rows[0].shape[1])
+        for row, encoded in enumerate(rows):
+            context[row, : len(encoded)] = encoded
+        return context, min(longest, TEXT_LENGTH)
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> list[Tensor]:
+        """Each text's real rows (n, D), from one batch."""
+        assert self.encoder is not None
+        tokens = [self.tokenizer(clean_prompt(text), self.max_tokens) for text in captions]
+        if cut := [text for text, one in zip(captions, tokens, strict=True) if one.truncated]:
+            warnings.warn(
+                f"{len(cut)} captions are longer than max_text_tokens={self.max_tokens} and lose "
+                f"their ends, the first is {cut[0][:60]!r}",
+                stacklevel=2,
+            )
+        lengths = torch.tensor([len(one.ids) for one in tokens])
+        ids = torch.zeros(len(tokens), int(lengths.max()), dtype=torch.int64)
+        for row, one in enumerate(tokens):
+            ids[row, : len(one.ids)] = torch.tensor(one.ids)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        encoded = self.encoder(ids.to(self.device), mask.to(self.device))
+        return [row[:length] for row, length in zip(encoded, lengths.tolist(), strict=True)]
 
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def load_frozen(build: Callable[[], M], folder: Path, name: str, config: FinetuneConfig) -> M:
+def load_frozen(
+    build: Callable[[], M], folder: Path, name: str, device: torch.device, dtype: torch.dtype
+) -> M:
     """A component that training only reads."""
-    checkpoint = open_checkpoint(folder / name)
-    module = load_module(build, checkpoint, name, dtype=torch.float32, device=config.device)
+    module = load_module(build, open_checkpoint(folder / name), name, dtype=dtype, device=device)
     return module.requires_grad_(False).eval()
 
 
 def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
     """The released settings, or for a network from scratch those of the frozen parts and `dit`."""
     if not config.from_scratch:
-        return read_pipeline_config(folder)
+        settings = read_pipeline_config(folder)
+        if settings.boundary_ratio is not None:
+            raise WanError(
+                f"{folder}: a model of two experts; each needs noise levels of its own side of the "
+                "boundary, which this command does not draw. Models with one transformer only"
+            )
+        if config.first_frame_share and not settings.expand_timesteps:
+            raise WanError(
+                f"first_frame_share={config.first_frame_share}: this model takes no first frame "
+                "(expand_timesteps is false in its model_index.json)"
+            )
+        return settings
     parts = {
         name: read_json_object(component_config(folder, name, {}))
         for name in ("vae", "text_encoder")
@@ -100,28 +148,30 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
         text_encoder=UMT5Config.from_json(parts["text_encoder"]),
         expand_timesteps=config.first_frame_share > 0,
         shift=config.shift,
-        defaults=SamplingDefaults(**config.sampling),
+        defaults=override_defaults(SamplingDefaults(), config.sampling, "sampling"),
     )
 
 
-def build_dit(config: FinetuneConfig, settings: PipelineConfig, folder: Path) -> WanDiT:
+def build_dit(
+    config: FinetuneConfig, settings: PipelineConfig, folder: Path, device: torch.device
+) -> WanDiT:
     """The transformer to train, in float32."""
 
     def build() -> WanDiT:
-        return WanDiT(settings.transformer, checkpoint_blocks=config.checkpoint_blocks)
+        return WanDiT(settings.transformer, config.attention, config.checkpoint_blocks)
 
     generator = torch.Generator().manual_seed(config.seed)
     if config.from_scratch:
         dit = build()
         dit.init_weights(generator)
-        return dit.to(config.device)
+        return dit.to(device)
     checkpoint = open_checkpoint(folder / "transformer")
     dit = load_module(
         build,
         checkpoint,
         "transformer",
         dtype=torch.float32,
-        device=config.device,
+        device=device,
         share_mapping=False,
     )
     if config.lora.rank:
@@ -132,7 +182,7 @@ def build_dit(config: FinetuneConfig, settings: PipelineConfig, folder: Path) ->
 def make_train_step(
     dit: WanDiT, texts: Texts, cache: LatentCache, config: FinetuneConfig
 ) -> Callable[[TrainState], dict[str, float]]:
-    device = config.device
+    device = texts.device
     trainable = [p for p in dit.parameters() if p.requires_grad]
 
     def train_step(state: TrainState) -> dict[str, float]:
@@ -151,19 +201,15 @@ def make_train_step(
         weight = (levels > 0).float()[:, None, :, None, None] if given else None
         timestep = 1000 * (levels if given else sigma)
         context, num_rows = texts(captions)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
             velocity = dit(x.to(device), timestep.to(device), context, num_rows)
         target = velocity_target(x0, noise).to(device)
         loss = flow_matching_loss(velocity, target, None if weight is None else weight.to(device))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
-        rate = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, 0.02)
-        set_learning_rate(state.optimizers, rate)
-        for optimizer in state.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
+        norm = apply_gradients(state.optimizers, trainable, lr, config.grad_clip)
         state.averages["dit"].update(dit)
-        return {"loss": loss.item(), "grad_norm": norm.item(), "lr": rate}
+        return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
 
     return train_step
 
@@ -184,14 +230,14 @@ def read_samples(
         context, num_rows = texts([c.text for c in part] + [""] * len(part))
         side = STAGE // vae.config.spatial_stride
         shape = (vae.config.z_dim, vae.config.latent_frames(NUM_FRAMES), side, side)
-        x = draw_noise(shape, sample_generators(start, len(part))).to(config.device)
+        x = draw_noise(shape, sample_generators(start, len(part))).to(texts.device)
 
         def velocity(x: Tensor, timestep: float, context=context, num_rows=num_rows) -> Tensor:
             levels = torch.full((2 * len(x),), timestep, device=x.device)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bfloat16):
                 both = dit(torch.cat([x, x]), levels, context, num_rows)
             with_text, without = both.chunk(2)
-            return without + config.validation_guidance * (with_text - without)
+            return guide(with_text, without, config.validation_guidance)
 
         x = sample_euler(velocity, x, euler_schedule(config.validation_steps, config.shift))
         videos = vae.decode(x, None).float().cpu()
@@ -205,12 +251,16 @@ def export(
     """The LoRA file, or the whole released layout with the trained transformer."""
     if config.lora.rank:
         return save_lora(folder / "pytorch_lora_weights.safetensors", dit)
-    model = folder / "model"
-    shutil.rmtree(model, ignore_errors=True)
+    beside = folder / f".model-{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
     for name in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(source / name, model / name)
-    write_configs(settings, model)
-    save_component(dit.state_dict(), model / "transformer", "transformer")
+        shutil.copytree(source / name, beside / name)
+    write_configs(settings, beside)
+    save_component(dit.state_dict(), beside / "transformer", "transformer")
+    model = folder / "model"
+    if model.exists():  # written by an earlier end of this same run
+        shutil.rmtree(model)
+    beside.rename(model)
     return model
 
 
@@ -222,40 +272,59 @@ def open_data(config: FinetuneConfig, vae: WanVAE) -> LatentCache:
     return folder_cache(vae, Path(data.folder), root, *size, data.fps)
 
 
-def finetune(config: FinetuneConfig) -> None:
+def finetune(config: FinetuneConfig) -> int:
     torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
     source = WEIGHTS if config.checkpoint == BUILTIN else resolve_model(config.checkpoint)
-    settings = read_settings(config, source)
     folder = Path(config.output_dir)
+    if source.resolve().is_relative_to(folder.resolve()):
+        raise WanError(
+            f"checkpoint={config.checkpoint} lies in output_dir={folder}, which this run would "
+            "write over; choose another output_dir="
+        )
+    settings = read_settings(config, source)
     folder.mkdir(parents=True, exist_ok=True)
 
-    vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", config)
+    exact, half = torch.float32, torch.float32 if device.type == "cpu" else torch.bfloat16
+    vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", device, exact)
     cache = open_data(config, vae)
     encoder = load_frozen(
-        lambda: UMT5Encoder(settings.text_encoder), source, "text_encoder", config
+        lambda: UMT5Encoder(settings.text_encoder), source, "text_encoder", device, half
     )
     texts = Texts(encoder, Tokenizer.from_folder(source / "tokenizer"), config.max_text_tokens)
-    dit = build_dit(config, settings, source)
-    averaged = build_dit(config, settings, source).eval()
+    if cache.captions is not None:
+        texts.remember(cache.captions)
+        del encoder
+    dit = build_dit(config, settings, source, device)
+    average = EMA(dit, config.ema_decay)
     state = TrainState(
         {"dit": dit},
         make_optimizers(dit, config.optimizer, config.lr, weight_decay=config.weight_decay),
-        {"dit": EMA(dit, config.ema_decay)},
+        {"dit": average},
     )
     if config.compile:
         for block in dit.blocks:
             block.compile()
 
     def on_save(state: TrainState) -> dict[str, float]:
-        state.averages["dit"].copy_to(averaged)
-        return read_samples(averaged, texts, vae, config) if config.validation_captions else {}
+        if not config.validation_captions:
+            return {}
+        with average.in_place(dit):
+            return read_samples(dit, texts, vae, config)
 
-    run_training(state, make_train_step(dit, texts, cache, config), config.loop, folder, on_save)
-    if state.step < config.loop.steps:
-        return  # stopped on request; the same command goes on
-    state.averages["dit"].copy_to(averaged)
-    print(f"wrote {export(averaged, source, settings, folder, config)}")
+    train_step = make_train_step(dit, texts, cache, config)
+    if not run_training(state, train_step, config.loop, folder, asdict(config), on_save):
+        return INTERRUPTED
+    average.copy_to(dit)
+    print(f"wrote {export(dit, source, settings, folder, config)}")
+    return 0
 
 
 if __name__ == "__main__":
-    run_command(finetune, FinetuneConfig, "finetune")
+    run_command(
+        finetune,
+        FinetuneConfig,
+        "finetune",
+        text_keys=(),
+        path_keys=("output_dir", "checkpoint", "data.folder", "data.cache_dir"),
+    )

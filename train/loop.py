@@ -1,12 +1,13 @@
 """The loop that every training command shares: step, log, save, resume."""
 
+import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,30 +23,52 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
+# Settings that a resumed run may change: they have no part in what is computed.
+FREE_SETTINGS = {
+    "output_dir",
+    "threads",
+    "loop.log_every",
+    "loop.save_every",
+    "loop.keep_last",
+    "loop.wandb_project",
+    "loop.allow_changes",
+    "data.cache_dir",
+}
+
+
 def run_training(
     state: TrainState,
     train_step: Callable[[TrainState], dict[str, float]],
     config: LoopConfig,
     folder: Path,
+    settings: dict[str, Any],
     on_save: Callable[[TrainState], dict[str, float]] | None = None,
-) -> None:
+) -> bool:
     """Train to `config.steps`, continuing from the newest checkpoint in `folder` if there is one.
 
     Args:
+        settings: of the whole run, as `dataclasses.asdict` gives them; they are kept in
+            `folder/config.json` and in every checkpoint.
         train_step: one optimisation step on `state`; returns numbers to log. It must depend on
             `state` alone, so that a resumed run repeats an unbroken one bit for bit.
         on_save: measured and logged before each checkpoint (validation, sample clips).
+    Returns:
+        True at the last step; False after a Ctrl-C or SIGTERM, which ends the run with a checkpoint
+        after the step in progress. A second one ends the process at once.
     Raises:
-        WanError: a logged number is not finite; names the step. Nothing is saved after that.
-    A first Ctrl-C or SIGTERM saves and returns after the step in progress.
+        WanError: a logged number is not finite (names the step; nothing is saved after that), or
+            the checkpoints there were made with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = folder / "checkpoints"
     tree = load_latest(checkpoints)
     if tree is not None:
+        if not config.allow_changes:
+            check_unchanged(tree.get("settings", {}), settings)
         state.load_tree(tree)
         print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
-    log = MetricsLog(folder, state.step, config.wandb_project, asdict(config))
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    log = MetricsLog(folder, state.step, config.wandb_project, settings)
 
     asked_to_stop = False
 
@@ -79,15 +102,45 @@ def run_training(
                 )
                 sums, started, counted = {}, time.perf_counter(), 0
             if state.step % config.save_every == 0 or state.step == config.steps or asked_to_stop:
-                if on_save is not None:
-                    measured = on_save(state)
+                if on_save is not None and (measured := on_save(state)):
                     log.write(state.step - 1, **measured)
                     print("    " + format_numbers(measured), flush=True)
-                save_checkpoint(checkpoints, state.step, state.to_tree(), config.keep_last)
+                tree = {**state.to_tree(), "settings": settings}
+                save_checkpoint(checkpoints, state.step, tree, config.keep_last)
                 started = time.perf_counter()
     finally:
+        log.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return state.step >= config.steps
+
+
+def check_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuse to continue a run as another one.
+
+    Raises:
+        WanError: lists what differs.
+    """
+    before, now = dict(flat(saved)), dict(flat(given))
+    changed = [
+        f"{name}: {before[name]} there, {now.get(name)} now"
+        for name in before
+        if before[name] != now.get(name) and name not in FREE_SETTINGS
+    ]
+    if changed:
+        raise WanError(
+            f"the checkpoints there were made with other settings ({'; '.join(changed)}); choose "
+            "another output_dir=, or loop.allow_changes=true to go on all the same"
+        )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names; lists stand for tuples, as JSON has no others."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 def format_numbers(values: dict[str, float]) -> str:

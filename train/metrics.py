@@ -2,6 +2,7 @@
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ class MetricsLog:
         config: dict[str, Any] | None = None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] < first_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may leave half a line
+        kept = [line for line in whole if json.loads(line)["step"] < first_step]
+        beside = self.path.with_suffix(".jsonl.part")
+        beside.write_text("".join(line + "\n" for line in kept))
+        beside.replace(self.path)
         self.wandb = None
         if wandb_project is not None:
             self.wandb = start_wandb(folder, wandb_project, config or {})
@@ -46,6 +50,10 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.log({"trainer/step": step, **values})
 
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+
 
 def start_wandb(folder: Path, project: str, config: dict[str, Any]):
     try:
@@ -54,6 +62,16 @@ def start_wandb(folder: Path, project: str, config: dict[str, Any]):
         raise WanError(
             f"wandb_project={project!r}: wandb is not installed; pip install 'wan-few-step[train]'"
         ) from error
-    run = wandb.init(project=project, dir=folder, config=config, resume="allow", id=folder.name)
+    identity = folder / "wandb_id.txt"  # a resumed run goes on in the same wandb run
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:12])
+    run = wandb.init(
+        project=project,
+        dir=folder,
+        config=config,
+        name=folder.name,
+        id=identity.read_text().strip(),
+        resume="allow",
+    )
     run.define_metric("*", step_metric="trainer/step")
     return run

@@ -1,7 +1,8 @@
 """Optimisers, learning-rate schedules and weight averages."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,11 +96,12 @@ def make_optimizers(
         {"params": [p for n, p in matrices.items() if n not in hidden]},
         {"params": [p for n, p in trainable.items() if n not in matrices], "weight_decay": 0.0},
     ]
-    optimizers: dict[str, Optimizer] = {
-        "adamw": torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=lr, betas=betas, weight_decay=weight_decay
+    groups = [group for group in groups if group["params"]]
+    optimizers: dict[str, Optimizer] = {}
+    if groups:
+        optimizers["adamw"] = torch.optim.AdamW(
+            groups, lr=lr, betas=betas, weight_decay=weight_decay
         )
-    }
     if hidden:
         optimizers["muon"] = Muon(hidden.values(), lr=lr, weight_decay=weight_decay)
     return optimizers
@@ -113,6 +115,21 @@ def learning_rate(step: int, peak: float, steps: int, warmup: int, final: float 
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def apply_gradients(
+    optimizers: dict[str, Optimizer],
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    max_norm: float,
+) -> float:
+    """The end of a step: clip, set the rate, update, clear. Returns the norm before clipping."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    set_learning_rate(optimizers, lr)
+    for optimizer in optimizers.values():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
 def set_learning_rate(optimizers: dict[str, Optimizer], lr: float) -> None:
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -120,7 +137,7 @@ def set_learning_rate(optimizers: dict[str, Optimizer], lr: float) -> None:
 
 
 class EMA:
-    """An exponential moving average of a module's weights, in float32.
+    """An exponential moving average of a module's trainable weights, in float32.
 
     The decay ramps up as (1 + n) / (10 + n) until it reaches `decay`, so that the initial weights
     don't dominate early averages.
@@ -129,24 +146,41 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.weights = {n: p.detach().float().clone() for n, p in module.named_parameters()}
+        self.weights = {
+            n: p.detach().float().clone() for n, p in module.named_parameters() if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, weight in module.named_parameters():
-            self.weights[name].lerp_(weight.detach().float(), 1 - decay)
+        weights = dict(module.named_parameters())
+        for name, average in self.weights.items():
+            average.lerp_(weights[name].detach().float(), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        for name, weight in module.named_parameters():
-            weight.copy_(self.weights[name])
+        weights = dict(module.named_parameters())
+        for name, average in self.weights.items():
+            weights[name].copy_(average)
+
+    @contextmanager
+    def in_place(self, module: nn.Module) -> Iterator[None]:
+        """Let the module have the averaged weights for a while; its own come back afterwards."""
+        weights = dict(module.named_parameters())
+        own = {name: weights[name].detach().cpu().clone() for name in self.weights}
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in own.items():
+                    weights[name].copy_(value)
 
     def state_dict(self) -> dict:
-        return {"decay": self.decay, "updates": self.updates, "weights": self.weights}
+        return {"updates": self.updates, "weights": self.weights}
 
     def load_state_dict(self, state: dict) -> None:
-        self.decay, self.updates = state["decay"], state["updates"]
+        self.updates = state["updates"]
         for name, weight in state["weights"].items():
             self.weights[name].copy_(weight)

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from train.optim import EMA
+from wan.errors import WanError
 
 
 @dataclass
@@ -25,18 +27,42 @@ class TrainState:
     def to_tree(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "modules": {k: v.state_dict() for k, v in self.modules.items()},
+            "modules": {k: trainable_state(v) for k, v in self.modules.items()},
             "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
             "averages": {k: v.state_dict() for k, v in self.averages.items()},
         }
 
     def load_tree(self, tree: dict[str, Any]) -> None:
-        """Restore in place; a name present on one side only is a KeyError."""
-        for name in ("modules", "optimizers", "averages"):
-            part = getattr(self, name)
-            if set(part) != set(tree[name]):
-                saved, built = sorted(tree[name]), sorted(part)
-                raise KeyError(f"checkpoint has {name} {saved}, this run has {built}")
-            for key, item in part.items():
-                item.load_state_dict(tree[name][key])
+        """Restore in place.
+
+        Raises:
+            WanError: the checkpoint is of another run: other parts, names or shapes.
+        """
+        try:
+            for name, module in self.modules.items():
+                load_trainable(module, tree["modules"][name])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(tree["optimizers"][name])
+            for name, average in self.averages.items():
+                average.load_state_dict(tree["averages"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise WanError(
+                f"the checkpoints in the output folder belong to another run ({error}); "
+                "choose another output_dir="
+            ) from error
         self.step = tree["step"]
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """Weights that training changes; frozen ones come from the base again."""
+    return {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable(module: nn.Module, state: dict[str, Tensor]) -> None:
+    weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if weights.keys() != state.keys():
+        differing = sorted(weights.keys() ^ state.keys())
+        raise KeyError(f"{len(differing)} weights differ, the first is {differing[0]}")
+    for name, weight in weights.items():
+        weight.copy_(state[name])

@@ -12,7 +12,7 @@ import re
 import shutil
 import string
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.training import TextEncoderTrainConfig
-from infer.cli import run_command
+from infer.cli import INTERRUPTED, run_command
 from train.loop import run_training, step_generator
-from train.optim import learning_rate, make_optimizers, set_learning_rate
+from train.optim import apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
 from wan.errors import WanError
 from wan.miniature.captions import caption, label_classes
@@ -285,17 +285,13 @@ def make_train_step(
         word_loss = F.cross_entropy(word_logits.float(), ids[hidden])
         loss = label_loss + config.word_weight * word_loss
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
-        set_learning_rate(state.optimizers, lr)
-        for optimizer in state.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        norm = apply_gradients(state.optimizers, parameters, lr, config.grad_clip)
         return {
             "loss": loss.item(),
             "label_loss": label_loss.item(),
             "word_loss": word_loss.item(),
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
         }
 
     return train_step
@@ -398,7 +394,7 @@ def passed(measured: dict[str, float]) -> bool:
     )
 
 
-def train_text_encoder(config: TextEncoderTrainConfig) -> None:
+def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     """Train both parts, measure the gates, and write `tokenizer/` and `text_encoder/`.
 
     Raises:
@@ -419,9 +415,8 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> None:
         return measure_gates(encoder, tokenizer, config)
 
     train_step = make_train_step(encoder, heads, tokenizer, config)
-    run_training(state, train_step, config.loop, folder, on_save)
-    if state.step < config.loop.steps:
-        return  # stopped on request; the same command goes on
+    if not run_training(state, train_step, config.loop, folder, asdict(config), on_save):
+        return INTERRUPTED
     write_encoder(encoder, folder / "text_encoder")
     measured = measure_gates(encoder, tokenizer, config)
     measured |= output_statistics(
@@ -433,9 +428,16 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> None:
     if not passed(measured):
         raise WanError(
             f"the text encoder misses a gate (attributes {ATTRIBUTE_GATE}, binding {BINDING_GATE}; "
-            f"numbers in {report}): train longer, with a larger loop.steps"
+            f"numbers in {report}): train longer, with a larger loop.steps in another output_dir"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    run_command(train_text_encoder, TextEncoderTrainConfig, "text_encoder")
+    run_command(
+        train_text_encoder,
+        TextEncoderTrainConfig,
+        "text_encoder",
+        text_keys=(),
+        path_keys=("output_dir",),
+    )

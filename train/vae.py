@@ -7,7 +7,7 @@ colours and sharp edges, and an L1 with weight on the objects is enough for it.
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.training import VAETrainConfig
-from infer.cli import run_command
+from infer.cli import INTERRUPTED, run_command
 from train.loop import run_training, step_generator
-from train.optim import EMA, learning_rate, make_optimizers, set_learning_rate
+from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
 from wan.keys import VAELevels
 from wan.miniature.world import render, sample_scene, scene_rng
@@ -104,21 +104,15 @@ def make_train_step(vae: WanVAE, config: VAETrainConfig):
         divergence = kl_divergence(mean, log_variance)
         loss = reconstruction + config.kl_weight * divergence
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
-        set_learning_rate(
-            state.optimizers,
-            learning_rate(state.step, config.lr, config.loop.steps, config.warmup, 0.02),
-        )
-        for optimizer in state.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
+        norm = apply_gradients(state.optimizers, vae.parameters(), lr, config.grad_clip)
         state.averages["vae"].update(vae)
         mse = (video.detach().clamp(-1, 1) - clips).square().mean()
         return {
             "loss": loss.item(),
             "psnr": psnr(float(mse)),
             "kl": divergence.item(),
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
         }
 
     return train_step
@@ -165,12 +159,12 @@ def export(vae: WanVAE, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(vae.config.to_json(), indent=2) + "\n")
 
 
-def train_vae(config: VAETrainConfig) -> None:
+def train_vae(config: VAETrainConfig) -> int:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    vae = WanVAE(VAEConfig(**config.vae))
+    vae = WanVAE(VAEConfig.from_json(config.vae))
     initialize(vae)
     optimizers = make_optimizers(vae, config.optimizer, config.lr)
     state = TrainState({"vae": vae}, optimizers, {"vae": EMA(vae, config.ema_decay)})
@@ -181,9 +175,9 @@ def train_vae(config: VAETrainConfig) -> None:
         state.averages["vae"].copy_to(averaged)
         return measure(averaged, validation)
 
-    run_training(state, make_train_step(vae, config), config.loop, folder, on_save)
-    if state.step < config.loop.steps:
-        return  # stopped on request; the same command goes on
+    train_step = make_train_step(vae, config)
+    if not run_training(state, train_step, config.loop, folder, asdict(config), on_save):
+        return INTERRUPTED
     state.averages["vae"].copy_to(averaged)
     mean, std = latent_statistics(averaged, config.statistics_clips, seed=2**41)
     averaged.config = replace(averaged.config, latents_mean=tuple(mean), latents_std=tuple(std))
@@ -191,7 +185,8 @@ def train_vae(config: VAETrainConfig) -> None:
     measured = measure(averaged, validation)
     (folder / "vae_report.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(measured)
+    return 0
 
 
 if __name__ == "__main__":
-    run_command(train_vae, VAETrainConfig, "vae")
+    run_command(train_vae, VAETrainConfig, "vae", text_keys=(), path_keys=("output_dir",))

@@ -23,6 +23,11 @@ class Network(Protocol):
     def prepare_context(self, context: Tensor) -> Any: ...
 
 
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: v_u + g (v_c - v_u). Source: arXiv:2207.12598, eq. 6, as v."""
+    return unconditional + scale * (conditional - unconditional)
+
+
 @dataclass(frozen=True)
 class Expert:
     """A network and the guidance it is sampled with; 1 is none, and costs one forward, not two."""
@@ -141,7 +146,7 @@ class Denoiser:
         if expert.guidance_scale == 1:
             return conditional
         unconditional = self._forward(expert, x, timestep, sample, negative=True)
-        return unconditional + expert.guidance_scale * (conditional - unconditional)
+        return guide(conditional, unconditional, expert.guidance_scale)
 
     def _forward(
         self, expert: Expert, x: Tensor, timestep: float, sample: int, negative: bool

@@ -237,10 +237,16 @@ def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDe
     path = folder / DEFAULTS_FILE
     if not path.is_file():
         return defaults
-    own = read_json_object(path)
+    return override_defaults(defaults, read_json_object(path), str(path))
+
+
+def override_defaults(
+    defaults: SamplingDefaults, own: Mapping[str, Any], where: str
+) -> SamplingDefaults:
+    """`defaults` with some of them replaced; an unknown name is a WanError that says where."""
     known = [field.name for field in fields(SamplingDefaults)]
     if unknown := sorted(set(own) - set(known)):
-        raise WanError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+        raise WanError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     return replace(defaults, **own)
 
 
