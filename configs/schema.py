@@ -148,6 +148,8 @@ class SampleConfig:
     dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
     attention: str = option("sdpa", "sdpa, math or sliced; all exact")
     offload: str = option("none", "stage keeps only the network at work on the device")
+    tile: int | None = option(None, "decode in tiles of this many latents: less memory, not exact")
+    verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
     lora: str | None = option(None, "a LoRA file to merge into the weights")
     lora_2: str | None = option(None, "the one for the low-noise expert of models with two")
     lora_strength: float = option(1.0, "how much of it")
@@ -175,7 +177,7 @@ class SampleConfig:
         for name in ("guidance_scale", "guidance_scale_2", "max_sequence_length"):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
-        for name in ("height", "width", "num_frames"):
+        for name in ("height", "width", "num_frames", "tile"):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
         if self.fps is not None and not (math.isfinite(self.fps) and 1 <= self.fps <= 240):

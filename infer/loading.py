@@ -11,6 +11,7 @@ from tqdm import tqdm
 from configs.schema import SampleConfig
 from infer.record import WeightDigests
 from infer.request import torch_dtype
+from wan.digests import verify_digests
 from wan.errors import WanError
 from wan.lora import merge_lora
 from wan.lora_files import LoRA, read_lora
@@ -46,6 +47,8 @@ class LoadedModel:
 
     def __init__(self, folder: Path, config: SampleConfig, device: torch.device) -> None:
         started = time.perf_counter()
+        if config.verify:
+            print(f"{verify_digests(folder)} files match their sha256", file=sys.stderr)
         model = read_pipeline_config(folder)
         loras = read_loras(config, model)
         bars = StageBars()
@@ -90,6 +93,7 @@ class ModelCache:
             self._model = LoadedModel(folder, config, device)
             self._key = key
             print(self._model.describe(), file=sys.stderr)
+        self._model.pipeline.tile = config.tile
         return self._model
 
 

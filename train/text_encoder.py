@@ -12,7 +12,7 @@ import re
 import shutil
 import string
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import sentencepiece
@@ -394,6 +394,16 @@ def passed(measured: dict[str, float]) -> bool:
     )
 
 
+def encoder_config(config: TextEncoderTrainConfig, vocab_size: int) -> UMT5Config:
+    """The settings in `encoder`; an unknown name is an error."""
+    known = {field.name for field in fields(UMT5Config)} - {"vocab_size"}
+    if unknown := sorted(set(config.encoder) - known):
+        raise WanError(
+            f"encoder: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+    return UMT5Config(vocab_size=vocab_size, **config.encoder)
+
+
 def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     """Train both parts, measure the gates, and write `tokenizer/` and `text_encoder/`.
 
@@ -405,7 +415,7 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer(config, folder / "tokenizer")
-    encoder = UMT5Encoder(UMT5Config(vocab_size=tokenizer.vocab_size, **config.encoder))
+    encoder = UMT5Encoder(encoder_config(config, tokenizer.vocab_size))
     initialize(encoder)
     heads = Heads(encoder.config)
     both = nn.ModuleDict({"encoder": encoder, "heads": heads})

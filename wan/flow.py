@@ -34,14 +34,21 @@ def x0_from_velocity(x: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tens
     Computed in float64, returned in the dtype of x: near sigma = 1 the result is a small difference
     of large numbers, and a few-step sampler makes it its next state.
     """
-    s = _expand(sigma, x, torch.float64)
-    return (x.double() - s * velocity.double()).to(x.dtype)
+    wide = _double(x)
+    s = _expand(sigma, wide, torch.float64)
+    return (wide - s * _double(velocity)).to(x.device, x.dtype)
 
 
 def noise_from_velocity(x: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tensor:
     """The noise that lies 1 - sigma ahead of x: x + (1 - sigma) * velocity; float64 inside."""
-    s = _expand(sigma, x, torch.float64)
-    return (x.double() + (1 - s) * velocity.double()).to(x.dtype)
+    wide = _double(x)
+    s = _expand(sigma, wide, torch.float64)
+    return (wide + (1 - s) * _double(velocity)).to(x.device, x.dtype)
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
 def _compute_dtype(*values: float | Tensor, at_least: torch.dtype) -> torch.dtype:

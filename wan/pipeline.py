@@ -47,7 +47,7 @@ from wan.schedule import FEW_STEP_TIMESTEPS, Schedule
 from wan.step_hook import Interrupted, StepCallback, StepHook
 from wan.tokenizer import Tokenizer
 from wan.umt5 import UMT5Encoder, encode_text
-from wan.vae import WanVAE
+from wan.vae import WanVAE, decode_tiled
 
 MAX_CACHED_PROMPTS = 64
 
@@ -63,6 +63,8 @@ class WanPipeline:
         last_timings: seconds per stage of the last call: encode_text, encode_image, denoise,
             decode.
         interrupt: set it from a callback to stop after the step at hand and decode what is there.
+        tile: latents per side of the tiles that frames are decoded in, or None for whole frames.
+            Tiles take less memory and are not exact: see `wan.vae.decode_tiled`.
     """
 
     CLASS_NAME: ClassVar[str] = BASE
@@ -106,6 +108,7 @@ class WanPipeline:
         self.tokenizer_folder = tokenizer_folder
         self.safety_checker = safety_checker
         self.interrupt = False
+        self.tile: int | None = None
         self.last_timings: dict[str, float] = {}
         self._prompt_cache: dict[tuple[str, int], Tensor] = {}
         self.to(device)
@@ -498,12 +501,19 @@ class WanPipeline:
         with self._on_device(self.vae):
             for one in latents.to(self.device).split(1):
                 chunks = []
-                for chunk in self.vae.decode_stream(one):
+                for chunk in self._decoded(one):
                     chunks.append(chunk.float().cpu())
                     done += -(-chunk.shape[2] // self.vae.config.temporal_stride)
                     report(on_progress, "decode", done, total)
                 videos.append(torch.cat(chunks, dim=2))
         return torch.cat(videos)
+
+    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
+        """The frames of one video, chunk by chunk; tiles come in one piece."""
+        if self.tile is None:
+            yield from self.vae.decode_stream(latents)
+        else:
+            yield decode_tiled(self.vae, latents, self.tile, self.tile // 4)
 
     # --- helpers ----------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ taken in float64.
 
 All samplers take `on_step(i, timestep, sigma, x)`, called after step i with the timestep the model
 was given, the state x after the step and its noise level sigma. If it returns a tensor, sampling
-goes on from that one instead.
+goes on from that one instead; the corrector of `sample_unipc`, as in diffusers, still starts from
+its own state of the step before.
 """
 
 import math
