@@ -123,6 +123,9 @@ class DataConfig:
         check_choice("data.kind", self.kind, ("world", "clips"))
         check_at_least("data.num_clips", self.num_clips, 1)
         check_positive("data.fps", self.fps)
+
+    def check_source(self) -> None:
+        """Kind and folder fit. Not in `__post_init__`: literal paths are filled in after it."""
         if (self.kind == "clips") != (self.folder is not None):
             raise WanError(
                 f"data.kind={self.kind}, data.folder={self.folder}: clips need a folder, "

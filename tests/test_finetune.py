@@ -123,4 +123,4 @@ def test_a_lora_needs_a_base():
 
 def test_clips_need_a_folder():
     with pytest.raises(WanError, match="clips need a folder"):
-        DataConfig(kind="clips")
+        finetune(FinetuneConfig(data=DataConfig(kind="clips")))

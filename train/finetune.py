@@ -273,6 +273,7 @@ def open_data(config: FinetuneConfig, vae: WanVAE) -> LatentCache:
 
 
 def finetune(config: FinetuneConfig) -> int:
+    config.data.check_source()
     torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     source = WEIGHTS if config.checkpoint == BUILTIN else resolve_model(config.checkpoint)

@@ -1,0 +1,75 @@
+"""What the README says must work as written."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from configs.training import FinetuneConfig, TextEncoderTrainConfig, VAETrainConfig
+from infer.cli import compose_runs
+from infer.command_line import CommandLine
+from infer.convert import ConvertConfig
+from infer.evaluate import LINE as EVALUATE
+from infer.parity import ParityConfig
+from infer.sample import LINE as SAMPLE
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CARD = (ROOT / "wan/miniature/weights/README.md").read_text(encoding="utf-8")
+PATHS = ("output_dir", "checkpoint", "data.folder", "data.cache_dir")
+LINES = {
+    "infer.sample": SAMPLE,
+    "infer.evaluate": EVALUATE,
+    "infer.convert": CommandLine(ConvertConfig, "convert", (), ("source", "output", "config")),
+    "infer.parity": CommandLine(ParityConfig, "parity", (), ("checkpoint",)),
+    "train.vae": CommandLine(VAETrainConfig, "vae", (), PATHS[:1]),
+    "train.text_encoder": CommandLine(TextEncoderTrainConfig, "text_encoder", (), PATHS[:1]),
+    "train.finetune": CommandLine(FinetuneConfig, "finetune", (), PATHS),
+}
+
+
+def commands(text: str) -> list[str]:
+    """Every `python -m infer.x ...` and `python -m train.x ...` of the fenced blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return re.findall(r"python -m (?:infer|train)\.\w+[^\n]*", joined)
+
+
+@pytest.mark.parametrize("command", commands(README) + commands(CARD))
+def test_commands_name_options_that_exist(command):
+    _, _, module, *options = shlex.split(command, comments=True)
+    (run,) = compose_runs(LINES[module], options)
+    assert run.config is not None
+
+
+def test_the_readme_has_commands_of_every_kind():
+    assert {c.split()[2] for c in commands(README)} == set(LINES)
+
+
+def test_links_and_pictures_are_there():
+    targets = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert targets
+    missing = [target for target in targets if not (ROOT / target).exists()]
+    assert missing == []
+
+
+def test_every_file_of_the_tree_exists():
+    tree = README.split("```\nwan/ ")[1].split("```")[0]
+    names = re.findall(r"\b\w+\.py\b", tree)
+    assert len(names) > 20
+    missing = [name for name in names if not list(ROOT.glob(f"*/{name}"))]
+    assert missing == []
+
+
+def test_ci_finds_both_setup_commands():
+    script = (ROOT / ".ci/run").read_text()
+    assert "for name in video tests" in script
+    for name in ("video", "tests"):
+        assert README.count(f"\n# setup: {name}\n") == 1
+    subprocess.run(["bash", "-n", str(ROOT / ".ci/run")], check=True)
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README + CARD
