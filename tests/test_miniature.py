@@ -56,7 +56,7 @@ def test_tiles_change_little_away_from_their_borders(pipe):
 
 
 def test_diffusers_makes_the_same_video_of_the_folder(pipe):
-    oracle = Oracle.from_pretrained(WEIGHTS, torch_dtype=torch.float32)
+    oracle = Oracle.from_pretrained(WEIGHTS, dtype=torch.float32)
     oracle.set_progress_bar_config(disable=True)
     settings = {"height": 128, "width": 128, "num_frames": 17, "num_inference_steps": 4}
     theirs = oracle(
