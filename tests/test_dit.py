@@ -251,7 +251,7 @@ def test_fresh_weights_start_as_the_identity_and_learn():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert torch.equal(block_inputs[0], block_inputs[1])
     assert losses[-1] < 0.95 * losses[0]
     assert all(p.grad.any() for n, p in dit.named_parameters() if ".out." in n or "down" in n)

@@ -163,7 +163,7 @@ def seeded(seed: int = 7) -> torch.Generator:
 @pytest.fixture(scope="module")
 def reference(folder):
     diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = diffusers.WanPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -215,7 +215,7 @@ def test_image_to_video_equals_diffusers(pipe, reference):
 def test_two_experts_equal_diffusers(tokenizer_folder, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     build(tokenizer_folder, two_experts=True, shift=12.0).save_pretrained(tmp_path / "a14b")
-    theirs = diffusers.WanPipeline.from_pretrained(tmp_path / "a14b", torch_dtype=torch.float32)
+    theirs = diffusers.WanPipeline.from_pretrained(tmp_path / "a14b", dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     ours = WanPipeline.from_pretrained(tmp_path / "a14b", dtype=torch.float32)
     settings = {
