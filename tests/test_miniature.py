@@ -19,7 +19,7 @@ def pipe() -> WanPipeline:
 
 @pytest.fixture(scope="module")
 def video(pipe) -> np.ndarray:
-    return pipe(PROMPT, seed=42).frames[0]
+    return pipe(PROMPT, seed=1).frames[0]
 
 
 def test_the_weights_take_at_most_16_megabytes():
