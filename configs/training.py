@@ -191,5 +191,10 @@ class FinetuneConfig:
             check_at_least(name, getattr(self, name), 1)
         if self.max_text_tokens > 512:
             raise WanError(f"max_text_tokens={self.max_text_tokens}: the models read 512 rows")
+        if self.validation_captions and self.data.kind != "world":
+            raise WanError(
+                f"validation_captions={self.validation_captions} with data.kind={self.data.kind}: "
+                "the detectors read the miniature's world only; set it to 0"
+            )
         if self.from_scratch and self.lora.rank:
             raise WanError("from_scratch=true and lora.rank > 0: a LoRA needs a base to adapt")

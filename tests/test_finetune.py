@@ -121,6 +121,11 @@ def test_a_lora_needs_a_base():
         FinetuneConfig(from_scratch=True, lora=LoRAConfig(rank=4))
 
 
+def test_samples_are_read_for_the_world_only():
+    with pytest.raises(WanError, match=r"validation_captions=4 with data\.kind=clips"):
+        FinetuneConfig(validation_captions=4, data=DataConfig(kind="clips", folder="x"))
+
+
 def test_clips_need_a_folder():
     with pytest.raises(WanError, match="clips need a folder"):
         finetune(FinetuneConfig(data=DataConfig(kind="clips")))

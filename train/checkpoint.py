@@ -5,7 +5,6 @@ name is complete. `manifest.json` holds the sha256 of each file, and loading ver
 damaged checkpoint is noticed and the one before it is used, loudly.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wan.digests import sha256_file
 from wan.errors import WanError
 
 PREFIX = "step-"
@@ -63,7 +63,7 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], keep_last: int
         tree = split_tensors(state, tensors)
         save_file(tensors, beside / "state.safetensors")
         (beside / "state.json").write_text(json.dumps(tree))
-        digests = {p.name: file_sha256(p) for p in sorted(beside.iterdir())}
+        digests = {p.name: sha256_file(p) for p in sorted(beside.iterdir())}
         (beside / "manifest.json").write_text(json.dumps({"step": step, "sha256": digests}))
         for path in [*beside.iterdir(), beside]:
             flush_to_disk(path)
@@ -95,7 +95,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, digest in manifest["sha256"].items():
-            if file_sha256(folder / name) != digest:
+            if sha256_file(folder / name) != digest:
                 raise WanError(
                     f"{folder / name}: content does not match its sha256 in the manifest"
                 )
@@ -122,11 +122,6 @@ def load_latest(root: Path) -> dict[str, Any] | None:
     if folders:
         raise WanError(f"{root}: none of the {len(folders)} checkpoints can be read")
     return None
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_to_disk(path: Path) -> None:

@@ -51,7 +51,7 @@ from wan.placement import resolve_device
 from wan.samplers import sample_euler
 from wan.schedule import euler_schedule
 from wan.tokenizer import Tokenizer, clean_prompt, read_json_object
-from wan.umt5 import UMT5Config, UMT5Encoder
+from wan.umt5 import UMT5Config, UMT5Encoder, pad_ids
 from wan.vae import VAEConfig, WanVAE
 from wan.weights import load_module, save_component
 
@@ -102,13 +102,9 @@ class Texts:
                 f"their ends, the first is {cut[0][:60]!r}",
                 stacklevel=2,
             )
-        lengths = torch.tensor([len(one.ids) for one in tokens])
-        ids = torch.zeros(len(tokens), int(lengths.max()), dtype=torch.int64)
-        for row, one in enumerate(tokens):
-            ids[row, : len(one.ids)] = torch.tensor(one.ids)
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        ids, mask = pad_ids([one.ids for one in tokens])
         encoded = self.encoder(ids.to(self.device), mask.to(self.device))
-        return [row[:length] for row, length in zip(encoded, lengths.tolist(), strict=True)]
+        return [row[: len(one.ids)] for row, one in zip(encoded, tokens, strict=True)]
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -28,8 +28,8 @@ from train.state import TrainState
 from wan.errors import WanError
 from wan.miniature.captions import caption, label_classes
 from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
-from wan.tokenizer import PAD_ID, Tokenizer, write_tokenizer_folder
-from wan.umt5 import UMT5Config, UMT5Encoder
+from wan.tokenizer import Tokenizer, write_tokenizer_folder
+from wan.umt5 import UMT5Config, UMT5Encoder, pad_ids
 from wan.weights import save_component
 
 # B captions, S text positions, D width, V vocabulary, K labels of a caption
@@ -227,15 +227,6 @@ class Heads(nn.Module):
         super().__init__()
         self.labels = nn.Linear(config.d_model, sum(map(len, CLASSES.values())))
         self.words = nn.Linear(config.d_model, config.vocab_size)
-
-
-def pad_ids(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids (B, S) and the mask of real tokens (B, S)."""
-    lengths = torch.tensor([len(one) for one in ids])
-    padded = torch.full((len(ids), int(lengths.max())), PAD_ID)
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    padded[mask] = torch.tensor([i for one in ids for i in one])
-    return padded, mask
 
 
 def label_losses(logits: Tensor, labels: Tensor) -> Tensor:

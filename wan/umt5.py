@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.errors import WanError
-from wan.tokenizer import Tokenizer, clean_prompt
+from wan.tokenizer import PAD_ID, Tokenizer, clean_prompt
 
 
 @dataclass
@@ -214,6 +214,15 @@ class UMT5Encoder(nn.Module):
         for block in self.blocks:
             x = block(x, buckets, key_mask)
         return self.final_norm(x)
+
+
+def pad_ids(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids (B, S) and the mask of real tokens (B, S)."""
+    lengths = torch.tensor([len(one) for one in ids])
+    padded = torch.full((len(ids), int(lengths.max())), PAD_ID)
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    padded[mask] = torch.tensor([i for one in ids for i in one])
+    return padded, mask
 
 
 @torch.no_grad()  # the encoder is frozen in every use; a graph through it would fill the memory
