@@ -29,7 +29,7 @@ class EvaluateConfig:
     )
     num_captions: int = option(512, "clips to make and read")
     split: str = option("heldout", "heldout (combinations never trained on), train or any")
-    num_objects: int | None = option(1, "1 or 2; null draws 1 for seven scenes in ten")
+    num_objects: int | None = option(1, "1 or 2; null draws 1 for six scenes in ten")
     omit: float = option(0.0, "chance that a caption leaves an attribute unsaid; training has 0.15")
     seed: int = option(0, "chooses captions and noise; caption i gets noise seed + i")
     batch_size: int = option(16, "clips at a time; changes no clip")

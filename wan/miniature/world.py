@@ -52,14 +52,14 @@ ATTRIBUTES = {
 }
 OBJECT_ATTRIBUTES = ("shape", "colour", "size", "motion")
 
-RADIUS = {"small": 14.0, "large": 24.0}
+RADIUS = {"small": 16.0, "large": 25.0}
 RADIUS_JITTER = 0.08
 SPEED = 2.0
 SPEED_JITTER = 0.10
-PATH_RADIUS = 9.0  # of a circling object's path: one full turn in 16 frame steps
+PATH_RADIUS = 12.0  # of a circling object's path: one full turn in 16 frame steps
 TURN_FRAMES = 16
 BRIGHTNESS_JITTER = 0.03
-TWO_OBJECTS = 0.3  # share of scenes with two objects
+TWO_OBJECTS = 0.4  # share of scenes with two objects
 EDGE_MARGIN = 1.0
 OBJECT_GAP = 4.0  # between the boxes of two objects, in every frame
 
@@ -67,7 +67,7 @@ OBJECT_GAP = 4.0  # between the boxes of two objects, in every frame
 SQUARE_HALF = 0.9
 TRIANGLE_REACH = 1.2
 STAR_REACH = 1.2
-STAR_INNER = 0.45 * STAR_REACH  # 0.38 would be the pentagram; fatter points survive compression
+STAR_INNER = 0.42 * STAR_REACH  # 0.38 would be the pentagram; fatter points survive compression
 
 _SIN36, _COS36 = math.sin(math.pi / 5), math.cos(math.pi / 5)
 # Box of each shape around its centre, in radii: half width, up, down
@@ -142,7 +142,7 @@ def sample_scene(
     Args:
         split: "train" has no held-out (shape, colour, motion) triple, in "heldout" every object is
             one, "any" ignores the distinction.
-        num_objects: 1 or 2; None draws 1 in 70 % of scenes. Two objects differ in colour or shape
+        num_objects: 1 or 2; None draws 1 in 60 % of scenes. Two objects differ in colour or shape
             and their boxes stay apart in every frame.
         num_frames: the clip length during which the objects stay inside.
     Raises:
