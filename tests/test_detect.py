@@ -188,7 +188,7 @@ def test_motions_are_named_by_their_paths():
     assert fit_motion(TIME, path(-2 * TIME, 0.3 * TIME))[0] == "left"
     assert fit_motion(TIME, path(zero, -1.2 * TIME))[:2] == ("up", pytest.approx(0.6))
     assert fit_motion(TIME, path(zero, 2 * TIME))[0] == "down"
-    assert fit_motion(TIME, path(9 * turn.cos(), 9 * turn.sin()))[:2] == (
+    assert fit_motion(TIME, path(12 * turn.cos(), 12 * turn.sin()))[:2] == (
         "circling",
         pytest.approx(1),
     )
