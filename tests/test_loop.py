@@ -95,3 +95,13 @@ def test_step_generators_differ_between_steps_and_repeat():
     one, two = (torch.randn(4, generator=step_generator(1, s)) for s in (0, 1))
     assert not torch.equal(one, two)
     assert torch.equal(one, torch.randn(4, generator=step_generator(1, 0)))
+
+
+def test_a_number_that_not_every_step_has_is_averaged_over_those_that_do(tmp_path):
+    def train_step(state):
+        return {"loss": 1.0, **({"rare": float(state.step)} if state.step % 2 else {})}
+
+    config = LoopConfig(steps=4, log_every=4, save_every=4)
+    run_training(make_state(), train_step, config, tmp_path, {})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["rare"] == 2.0  # steps 1 and 3

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from train.checkpoint import (
+    best_checkpoint,
     join_tensors,
     list_checkpoints,
     load_checkpoint,
     load_latest,
+    mark_best,
     save_checkpoint,
     split_tensors,
 )
@@ -132,3 +134,15 @@ def test_a_process_killed_while_saving_leaves_a_checkpoint_that_loads(tmp_path):
     tree = load_latest(tmp_path)
     assert tree is not None
     assert torch.equal(tree["x"], torch.full((200_000,), tree["step"]))
+
+
+def test_the_best_checkpoint_outlives_the_last_ones(tmp_path):
+    for step, health in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6), (5, 0.8)):
+        save_checkpoint(tmp_path, step, {"step": step}, keep_last=2)
+        mark_best(tmp_path, step, health)
+    assert [p.name for p in list_checkpoints(tmp_path)] == [f"step-000000{n}" for n in (2, 4, 5)]
+    assert load_checkpoint(best_checkpoint(tmp_path)) == {"step": 2}
+    save_checkpoint(tmp_path, 1, {"step": 1})  # set back: what came later is gone, the best too
+    assert best_checkpoint(tmp_path) is None
+    mark_best(tmp_path, 1, 0.1)
+    assert best_checkpoint(tmp_path).name == "step-0000001"

@@ -20,6 +20,7 @@ from wan.errors import WanError
 
 PREFIX = "step-"
 UNFINISHED = ".writing-"
+BEST = "best.json"
 
 
 def split_tensors(tree: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
@@ -49,7 +50,7 @@ def join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def save_checkpoint(root: Path, step: int, state: dict[str, Any], keep_last: int = 2) -> Path:
-    """Write `root/step-N`, then remove all but the last `keep_last` checkpoints up to N.
+    """Write `root/step-N`, then remove all but the best and the last `keep_last` up to N.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -76,9 +77,27 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], keep_last: int
     # Later steps are of a run that was set back to an earlier one, because they were damaged.
     earlier = [p for p in list_checkpoints(root) if p.name < final.name]
     later = [p for p in list_checkpoints(root) if p.name > final.name]
-    for old in [*later, *earlier[: len(earlier) - (keep_last - 1)]]:
+    outdated = [p for p in earlier[: len(earlier) - (keep_last - 1)] if p != best_checkpoint(root)]
+    for old in [*later, *outdated]:
         shutil.rmtree(old)
     return final
+
+
+def mark_best(root: Path, step: int, value: float) -> None:
+    """Note that `root/step-N` is the best so far, if no checkpoint that is still there beats it."""
+    if best_checkpoint(root) is not None and json.loads((root / BEST).read_text())["value"] > value:
+        return
+    beside = root / f".{BEST}-{os.getpid()}"
+    beside.write_text(json.dumps({"step": step, "value": value}))
+    beside.replace(root / BEST)
+
+
+def best_checkpoint(root: Path) -> Path | None:
+    """The checkpoint that `mark_best` noted; None if there is none, or no longer."""
+    if not (root / BEST).exists():
+        return None
+    folder = root / f"{PREFIX}{json.loads((root / BEST).read_text())['step']:07d}"
+    return folder if folder.is_dir() else None
 
 
 def list_checkpoints(root: Path) -> list[Path]:

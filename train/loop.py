@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from configs.training import LoopConfig
-from train.checkpoint import load_latest, save_checkpoint
+from train.checkpoint import load_latest, mark_best, save_checkpoint
 from train.metrics import MetricsLog
 from train.state import TrainState
 from wan.errors import WanError
@@ -22,6 +22,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     """The randomness of one step: a CPU generator that depends on (seed, step) alone."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
+
+HEALTH = "health"  # the measured number by which a checkpoint is called the best
 
 # Settings that a resumed run may change: they have no part in what is computed.
 FREE_SETTINGS = {
@@ -51,7 +53,8 @@ def run_training(
             `folder/config.json` and in every checkpoint.
         train_step: one optimisation step on `state`; returns numbers to log. It must depend on
             `state` alone, so that a resumed run repeats an unbroken one bit for bit.
-        on_save: measured and logged before each checkpoint (validation, sample clips).
+        on_save: measured and logged before each checkpoint (validation, sample clips). If it
+            returns `HEALTH`, the checkpoint where that was highest is kept beside the last ones.
     Returns:
         True at the last step; False after a Ctrl-C or SIGTERM, which ends the run with a checkpoint
         after the step in progress. A second one ends the process at once.
@@ -78,7 +81,7 @@ def run_training(
         signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
 
     previous = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    sums: dict[str, float] = {}
+    seen: dict[str, list[float]] = {}  # since the last line of the log; not every step has all
     started, counted = time.perf_counter(), 0
     try:
         while state.step < config.steps and not asked_to_stop:
@@ -89,24 +92,26 @@ def run_training(
                         f"step {state.step}: {name} is {value}; the run stops here. "
                         f"Checkpoints up to this step are in {checkpoints}"
                     )
-                sums[name] = sums.get(name, 0.0) + value
+                seen.setdefault(name, []).append(value)
             state.step += 1
             counted += 1
             if state.step % config.log_every == 0 or state.step == config.steps:
                 elapsed = time.perf_counter() - started
-                means = {name: total / counted for name, total in sums.items()}
+                means = {name: sum(values) / len(values) for name, values in seen.items()}
                 log.write(state.step - 1, **means, seconds_per_step=elapsed / counted)
                 done = f"{state.step}/{config.steps}"
                 print(
                     f"{done}  {format_numbers(means)}  {elapsed / counted:.2f} s/step", flush=True
                 )
-                sums, started, counted = {}, time.perf_counter(), 0
+                seen, started, counted = {}, time.perf_counter(), 0
             if state.step % config.save_every == 0 or state.step == config.steps or asked_to_stop:
                 if on_save is not None and (measured := on_save(state)):
                     log.write(state.step - 1, **measured)
                     print("    " + format_numbers(measured), flush=True)
                 tree = {**state.to_tree(), "settings": settings}
                 save_checkpoint(checkpoints, state.step, tree, config.keep_last)
+                if on_save is not None and HEALTH in measured:
+                    mark_best(checkpoints, state.step, measured[HEALTH])
                 started = time.perf_counter()
     finally:
         log.close()
