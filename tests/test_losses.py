@@ -1,6 +1,21 @@
+import math
+
+import pytest
 import torch
 
-from train.losses import flow_matching_loss, sample_sigmas
+from train.losses import (
+    adversarial_loss,
+    discriminator_loss,
+    dmd_gradient,
+    dmd_normalizer,
+    flow_matching_loss,
+    loss_with_gradient,
+    sample_score_sigmas,
+    sample_sigmas,
+)
+from wan.errors import WanError
+from wan.flow import add_noise
+from wan.schedule import shift_sigmas
 
 
 def test_loss_of_the_exact_velocity_is_zero():
@@ -22,3 +37,89 @@ def test_shift_moves_the_median_noise_level_as_the_formula_says():
     assert sigmas.max() < 1
     # The median of the logit-normal is 0.5, and S_3(0.5) = 0.75; 0.01 is three standard errors
     assert abs(sigmas.median().item() - 0.75) < 0.01
+
+
+# --- distribution matching ------------------------------------------------------------------------
+
+SHAPE = (3, 2, 4, 2, 2)
+
+
+def draw(seed: int, shape=SHAPE) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_where_critic_and_teacher_agree_the_student_stays():
+    x0, same = draw(0), draw(1)
+    gradient = dmd_gradient(x0, same, same)
+    assert torch.equal(gradient, torch.zeros_like(x0))
+    assert loss_with_gradient(x0, gradient) == 0
+
+
+def test_autograd_delivers_the_gradient_over_the_number_of_elements():
+    x0 = draw(0).requires_grad_()
+    gradient = dmd_gradient(x0.detach(), draw(1), draw(2))
+    (found,) = torch.autograd.grad(loss_with_gradient(x0, gradient), x0)
+    torch.testing.assert_close(found, gradient / x0.numel(), rtol=1e-5, atol=1e-7)
+
+
+def test_descending_moves_towards_the_teacher_and_away_from_the_critic():
+    x0, teacher, critic = torch.zeros(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1), -torch.ones(1)
+    gradient = dmd_gradient(x0, teacher, critic.view(1, 1, 1, 1, 1))
+    assert (x0 - 0.1 * gradient).item() > 0
+
+
+def test_the_normalizer_is_each_samples_own():
+    x0, teacher, critic = draw(0), draw(1), draw(2)
+    before = dmd_gradient(x0, teacher, critic)
+    far = teacher.clone()
+    far[0] = x0[0] + 100 * (teacher[0] - x0[0])
+    after = dmd_gradient(x0, far, critic)
+    assert torch.equal(before[1:], after[1:])
+    expected = (x0 - teacher).abs().mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(dmd_normalizer(x0, teacher), expected)
+
+
+def test_a_given_frame_counts_neither_in_the_normalizer_nor_in_the_gradient():
+    x0, teacher, critic = draw(0), draw(1), draw(2)
+    weight = torch.ones(3, 1, 4, 1, 1)
+    weight[:, :, 0] = 0
+    gradient = dmd_gradient(x0, teacher, critic, weight)
+    assert gradient[:, :, 0].abs().max() == 0
+    rest = dmd_gradient(x0[:, :, 1:], teacher[:, :, 1:], critic[:, :, 1:])
+    torch.testing.assert_close(gradient[:, :, 1:], rest)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("clamp", [True, False])
+def test_score_levels_are_shifted_uniform_within_bounds(shift, clamp):
+    generator = torch.Generator().manual_seed(0)
+    sigma = sample_score_sigmas(20_000, shift, (0.02, 0.98), generator, clamp)
+    assert sigma.min() >= 0.0199999
+    assert sigma.max() <= 0.9800001
+    inside = sigma[(sigma > 0.0201) & (sigma < 0.9799)]
+    uniform = shift_sigmas(inside, 1 / shift).sort().values  # the shift undone
+    low, high = shift_sigmas(torch.tensor([0.0201, 0.9799]), 1 / shift)
+    steps = torch.linspace(float(low), float(high), len(uniform))
+    assert (uniform - steps).abs().max() / (high - low) < 1.63 / len(uniform) ** 0.5  # KS, 1 %
+    on_top = (sigma >= 0.9799).float().mean()
+    expected = 1 - float(shift_sigmas(torch.tensor(0.98), 1 / shift)) if clamp else 0.0
+    assert on_top == pytest.approx(expected, abs=0.008)  # at shift 5: 9.3 %
+
+
+def test_score_levels_refuse_bounds_in_the_wrong_order():
+    with pytest.raises(WanError, match="lowest < highest"):
+        sample_score_sigmas(1, 5.0, (0.9, 0.1), torch.Generator())
+
+
+def test_renoised_states_have_the_variance_of_their_level():
+    x0, noise = 2 * draw(0, (40_000, 1)), draw(1, (40_000, 1))
+    for sigma in (0.2, 0.757):
+        expected = (1 - sigma) ** 2 * 4 + sigma**2
+        assert add_noise(x0, noise, sigma).var().item() == pytest.approx(expected, rel=0.03)
+
+
+def test_the_adversarial_losses_know_their_side():
+    sure = torch.tensor([4.0])
+    assert adversarial_loss(sure) < adversarial_loss(-sure)
+    assert discriminator_loss(sure, -sure) < discriminator_loss(-sure, sure)
+    assert discriminator_loss(0 * sure, 0 * sure).item() == pytest.approx(2 * math.log(2))

@@ -67,17 +67,29 @@ def sample_few_step(
         raise WanError("few-step sampling needs fresh noise between steps, or deterministic=True")
     sigmas = schedule.sigmas.tolist()
     for i, timestep in enumerate(schedule.timesteps.tolist()):
-        v = velocity(x, timestep)
-        x0 = x0_from_velocity(x, v, sigmas[i])
-        if sigmas[i + 1] == 0:
-            x = x0
-        elif deterministic:
-            x = add_noise(x0, noise_from_velocity(x, v, sigmas[i]), sigmas[i + 1])
-        else:
+        noise = None
+        if sigmas[i + 1] > 0 and not deterministic:
             assert renoise is not None
-            x = add_noise(x0, renoise(i).to(x), sigmas[i + 1])
+            noise = renoise(i)
+        x = few_step(x, velocity(x, timestep), sigmas[i], sigmas[i + 1], noise)
         x = _after_step(on_step, i, timestep, sigmas[i + 1], x)
     return x
+
+
+def few_step(
+    x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Tensor | None
+) -> Tensor:
+    """One step of `sample_few_step`: x0 from the state x at sigma, with noise put back on it.
+
+    Args:
+        noise: fresh, or None for the noise that the velocity itself predicts.
+    """
+    x0 = x0_from_velocity(x, velocity, sigma)
+    if sigma_next == 0:
+        return x0
+    if noise is None:
+        noise = noise_from_velocity(x, velocity, sigma)
+    return add_noise(x0, noise.to(x), sigma_next)
 
 
 def sample_unipc(

@@ -1,0 +1,174 @@
+"""What a few-step student makes, with the gradient through one step of its chain.
+
+A student is trained on the states it will meet when it samples: its own (backward simulation,
+DMD2, arXiv:2405.14867, section 4.5). Each sample of a batch leaves the chain at a step of its own;
+only the forward of that step carries gradient, and what it starts from is detached
+(stochastic gradient truncation, Self-Forcing, arXiv:2506.08009, section 3.3).
+
+B batch, C channels, T H W latent sizes, K steps of the student.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wan.denoiser import guide
+from wan.flow import x0_from_velocity
+from wan.samplers import few_step
+from wan.schedule import NUM_TIMESTEPS, Schedule
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch is made from: encoded captions, and clean first frames if they are given.
+
+    Attributes:
+        context: (B, S, text_dim).
+        num_rows: all rows of the context from this one on are zero.
+        first_frame: (B, C, 1, H, W) normalised latents, or None.
+    """
+
+    context: Tensor
+    num_rows: int
+    first_frame: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def select(self, rows: Tensor) -> "Condition":
+        """Some of the batch, by a boolean or integer index."""
+        frame = None if self.first_frame is None else self.first_frame[rows]
+        return Condition(self.context[rows], self.num_rows, frame)
+
+    def impose(self, x: Tensor) -> Tensor:
+        """x with the given first frame in place of its own."""
+        if self.first_frame is None:
+            return x
+        return torch.cat([self.first_frame.to(x), x[:, :, 1:]], dim=2)
+
+    def frame_weight(self, num_frames: int) -> Tensor | None:
+        """(B, 1, T, 1, 1): 0 for the frame that is given, 1 for those to be made; or None."""
+        if self.first_frame is None:
+            return None
+        weight = torch.ones(len(self), 1, num_frames, 1, 1, device=self.context.device)
+        weight[:, :, 0] = 0
+        return weight
+
+
+def predict_velocity(dit: nn.Module, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    """The network's velocity at one timestep per sample, (B,): (B, C, T, H, W) float32.
+
+    A given first frame is shown clean, at timestep 0.
+    """
+    if condition.first_frame is not None:
+        timestep = timestep[:, None].repeat(1, x.shape[2])  # (B, T)
+        timestep[:, 0] = 0
+    return dit(condition.impose(x), timestep, condition.context, condition.num_rows)
+
+
+def predict_x0(dit: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    """The clean latents the network sees in x, float32, with the given first frame imposed."""
+    velocity = predict_velocity(dit, x, NUM_TIMESTEPS * sigma, condition)
+    return condition.impose(x0_from_velocity(x, velocity, sigma))
+
+
+def guided_velocity(
+    dit: nn.Module, x: Tensor, timestep: Tensor, condition: Condition, null: Condition, scale: float
+) -> Tensor:
+    """The velocity under classifier-free guidance; both forwards run as one batch.
+
+    Args:
+        null: the same samples with the negative (mostly the empty) caption.
+        scale: standard form, v_u + scale (v_c - v_u); 1 costs one forward.
+    """
+    if scale == 1:
+        return predict_velocity(dit, x, timestep, condition)
+    frames = [condition.first_frame, null.first_frame]
+    both = Condition(
+        torch.cat([condition.context, null.context]),
+        max(condition.num_rows, null.num_rows),
+        None if condition.first_frame is None else torch.cat([f for f in frames if f is not None]),
+    )
+    doubled = predict_velocity(dit, torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+    return guide(*doubled.chunk(2), scale)
+
+
+def guided_x0(
+    dit: nn.Module, x: Tensor, sigma: Tensor, condition: Condition, null: Condition, scale: float
+) -> Tensor:
+    """As `predict_x0`, with guidance."""
+    velocity = guided_velocity(dit, x, NUM_TIMESTEPS * sigma, condition, null, scale)
+    return condition.impose(x0_from_velocity(x, velocity, sigma))
+
+
+def draw_exits(batch: int, steps: int, how: str, generator: torch.Generator) -> Tensor:
+    """At which of its K steps each sample leaves the chain: (B,) int64.
+
+    Args:
+        how: "stratified" spreads a batch evenly over the steps, the remainder by chance: the
+            expectation of "random" with less variance; "random" draws each sample's; "shared" draws
+            one for the whole batch, as DMD2 does.
+    """
+    if how == "shared":
+        return torch.randint(steps, (1,), generator=generator).expand(batch)
+    if how == "random":
+        return torch.randint(steps, (batch,), generator=generator)
+    rounds = -(-batch // steps)
+    spread = torch.stack([torch.randperm(steps, generator=generator) for _ in range(rounds)])
+    return spread.flatten()[:batch][torch.randperm(batch, generator=generator)]
+
+
+@torch.no_grad()
+def states_at_exits(
+    student: nn.Module,
+    condition: Condition,
+    schedule: Schedule,
+    exits: Tensor,
+    noises: Sequence[Tensor],
+    deterministic: bool = False,
+    whole_batch: bool = False,
+) -> Tensor:
+    """The states (B, C, T, H, W) from which the samples take their last step, as sampling has them.
+
+    Args:
+        exits: (B,), from `draw_exits`.
+        noises: K of (B, C, T, H, W): the start, then one per re-noising.
+        deterministic: as in `wan.samplers.sample_few_step`.
+        whole_batch: run every step for every sample, needed or not, so that all ranks of a sharded
+            network run equally many forwards.
+    """
+    sigmas, timesteps = schedule.sigmas.tolist(), schedule.timesteps.tolist()
+    x = noises[0].clone()
+    last = len(schedule) - 1 if whole_batch else int(exits.max())
+    for i in range(last):
+        going_on = exits.to(x.device) > i
+        chosen = torch.ones_like(going_on) if whole_batch else going_on
+        part, of = x[chosen], condition.select(chosen)
+        timestep = torch.full((len(part),), timesteps[i], device=x.device)
+        velocity = predict_velocity(student, part, timestep, of)
+        noise = None if deterministic else noises[i + 1][chosen]
+        moved = few_step(part, velocity, sigmas[i], sigmas[i + 1], noise)
+        x[going_on] = moved[going_on[chosen]]
+    return x
+
+
+def roll_out(
+    student: nn.Module,
+    condition: Condition,
+    schedule: Schedule,
+    exits: Tensor,
+    noises: Sequence[Tensor],
+    deterministic: bool = False,
+    whole_batch: bool = False,
+) -> Tensor:
+    """The student's samples x0, (B, C, T, H, W) float32; arguments as for `states_at_exits`.
+
+    Under `torch.no_grad` nothing carries gradient, otherwise the last step of each sample does.
+    """
+    x = states_at_exits(student, condition, schedule, exits, noises, deterministic, whole_batch)
+    exits = exits.to(schedule.sigmas.device)
+    velocity = predict_velocity(student, x, schedule.timesteps[exits].to(x.device), condition)
+    x0 = x0_from_velocity(x, velocity, schedule.sigmas[exits].to(x.device))
+    return condition.impose(x0)
