@@ -20,7 +20,10 @@ MAY_IMPORT = {
 # module -> what of `wan` it may import: the network knows no sampler, the samplers no network
 LAYERS = {
     "wan/rope.py": {"wan.errors"},
-    "wan/attention.py": {"wan.errors"},
+    "wan/attention/exact.py": {"wan.errors"},
+    "wan/attention/backends.py": {"wan.errors"},
+    "wan/attention/pattern.py": {"wan.attention.exact"},
+    "wan/attention_config.py": {"wan.errors"},
     "wan/flow.py": {"wan.errors"},
     "wan/schedule.py": {"wan.errors", "wan.flow"},
     "wan/samplers.py": {"wan.errors", "wan.flow", "wan.schedule", "wan.noise"},

@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wan.attention import AttentionFunction, build_attention
+from wan.attention import (
+    AttentionChoice,
+    AttentionFunction,
+    Grid,
+    LayerAttention,
+    network_attention,
+)
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.rope import apply_rope, rope_table
@@ -157,11 +163,10 @@ class TextEmbedding(nn.Module):
 class AttentionLayers(nn.Module):
     """The layers both attentions have; queries and keys are normed over the whole width."""
 
-    def __init__(self, config: DiTConfig, attention: AttentionFunction) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width = config.width
         self.num_heads = config.num_attention_heads
-        self.attention = attention
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -179,19 +184,30 @@ class AttentionLayers(nn.Module):
 
 
 class SelfAttention(AttentionLayers):
-    """Every token attends to every token; their places enter by rotation."""
+    """Tokens attend to tokens, all to all or as `attention` has it; places enter by rotation."""
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """(B, L, D) -> (B, L, D) in the dtype of the weights."""
+    def __init__(self, config: DiTConfig, attention: LayerAttention) -> None:
+        super().__init__(config)
+        self.attention = attention
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], grid: Grid | None) -> Tensor:
+        """(B, L, D) on a grid of tokens -> (B, L, D) in the dtype of the weights.
+
+        Without a grid all tokens attend to all, whatever `attention` is.
+        """
         x = x.to(self.query.weight.dtype)
         query = apply_rope(self.split_heads(self.query_norm(self.query(x))), *rope)
         key = apply_rope(self.split_heads(self.key_norm(self.key(x))), *rope)
         value = self.split_heads(self.value(x))
-        return self.merge_heads(self.attention(query, key, value))
+        return self.merge_heads(self.attention(query, key, value, grid))
 
 
 class CrossAttention(AttentionLayers):
     """Every token attends to every row of the text, padding too; text has no places."""
+
+    def __init__(self, config: DiTConfig, attention: AttentionFunction) -> None:
+        super().__init__(config)
+        self.attention = attention
 
     def key_value(self, text: Tensor) -> KeyValue:
         """Keys and values (B, N, S, K) of the embedded text (B, S, D)."""
@@ -221,13 +237,15 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward around a float32 residual stream."""
 
-    def __init__(self, config: DiTConfig, attention: AttentionFunction) -> None:
+    def __init__(
+        self, config: DiTConfig, attention: LayerAttention, cross: AttentionFunction
+    ) -> None:
         super().__init__()
         self.eps = config.eps
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.width))
         self.self_attention = SelfAttention(config, attention)
         self.cross_norm = LayerNorm(config.width, config.eps)
-        self.cross_attention = CrossAttention(config, attention)
+        self.cross_attention = CrossAttention(config, cross)
         self.ffn = FeedForward(config.width, config.ffn_dim)
 
     def forward(
@@ -237,6 +255,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         text: Tensor | KeyValue,
         bias: Tensor | None,
+        grid: Grid | None,
     ) -> Tensor:
         """One block: (B, L, D) float32 -> the same.
 
@@ -246,11 +265,11 @@ class Block(nn.Module):
                 feed-forward, to which the block adds its own table.
             rope: cosine and sine, (L, K / 2) each.
             text, bias: an entry of `ContextCache` and its bias.
+            grid: of the tokens, or None for exact attention in this call.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + time).unbind(2)
-        x = x + gated(
-            self.self_attention(modulate(layer_norm(x, self.eps), shift, scale), rope), gate
-        )
+        modulated = modulate(layer_norm(x, self.eps), shift, scale)
+        x = x + gated(self.self_attention(modulated, rope, grid), gate)
         x = x + self.cross_attention(self.cross_norm(x), text, bias)
         x = x + gated(self.ffn(modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)), ffn_gate)
         return x
@@ -277,7 +296,8 @@ class WanDiT(nn.Module):
 
     Args:
         config: sizes.
-        attention: a name in `wan.attention.ATTENTION`, or a function like those.
+        attention: a name, an `AttentionConfig`, or a function (q, k, v, bias=None); can be changed
+            by `set_attention`.
         checkpoint_blocks: keep only each block's input for the backward pass and recompute the
             rest: memory for time.
     """
@@ -292,19 +312,21 @@ class WanDiT(nn.Module):
     def __init__(
         self,
         config: DiTConfig,
-        attention: str | AttentionFunction = "sdpa",
+        attention: AttentionChoice = "sdpa",
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_blocks = checkpoint_blocks
-        function = build_attention(attention) if isinstance(attention, str) else attention
+        self.attention = network_attention(attention, config.num_layers)
         width = config.width
         self.patch_embedding = PatchEmbedding(config.in_channels, width, config.patch_size)
         self.time_embedding = TimeEmbedding(config.freq_dim, width)
         self.time_modulation = Float32Linear(width, 6 * width)
         self.text_embedding = TextEmbedding(config.text_dim, width)
-        self.blocks = nn.ModuleList(Block(config, function) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, layer, self.attention.cross) for layer in self.attention.layers
+        )
         self.head = Head(config)
 
     def forward(
@@ -313,6 +335,7 @@ class WanDiT(nn.Module):
         timestep: Tensor,
         context: Tensor | ContextCache,
         num_tokens: int | None = None,
+        exact: bool = False,
     ) -> Tensor:
         """Velocity (noise - x0) of noisy latents: (B, C_out, T, H, W) float32.
 
@@ -323,6 +346,7 @@ class WanDiT(nn.Module):
             context: (B, S, text_dim), zero rows after each prompt's tokens; or what
                 `prepare_context` made of it.
             num_tokens: as in `prepare_context`.
+            exact: in this call all tokens attend to all, whatever the chosen attention.
         Raises:
             WanError: a shape the network cannot take.
         """
@@ -337,13 +361,25 @@ class WanDiT(nn.Module):
         modulation = self.time_modulation(F.silu(time)).unflatten(-1, (6, -1))  # (B, G, 6, D)
 
         for block, text in zip(self.blocks, context.per_block, strict=True):
+            arguments = (x, modulation, rope, text, context.bias, None if exact else grid)
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                arguments = (x, modulation, rope, text, context.bias)
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, modulation, rope, text, context.bias)
+                x = block(*arguments)
 
         return self.unpatchify(self.head(x, time), grid)
+
+    def set_attention(self, attention: AttentionChoice) -> None:
+        """Attend in another way from the next call on.
+
+        Raises:
+            WanError: an unknown choice, or one that does not fit the number of layers.
+        """
+        self.attention = network_attention(attention, self.config.num_layers)
+        for block, layer in zip(self.blocks, self.attention.layers, strict=True):
+            block = cast(Block, block)
+            block.self_attention.attention = layer
+            block.cross_attention.attention = self.attention.cross
 
     def embed_context(self, context: Tensor, num_tokens: int | None = None) -> ContextCache:
         """The embedded text, of which every block makes keys and values anew in each call.
