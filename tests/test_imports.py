@@ -27,7 +27,13 @@ LAYERS = {
     "wan/flow.py": {"wan.errors"},
     "wan/schedule.py": {"wan.errors", "wan.flow"},
     "wan/samplers.py": {"wan.errors", "wan.flow", "wan.schedule", "wan.noise"},
-    "wan/dit.py": {"wan.errors", "wan.rope", "wan.attention", "wan.dit_config"},
+    "wan/dit.py": {
+        "wan.errors",
+        "wan.rope",
+        "wan.attention",
+        "wan.dit_config",
+        "wan.recompute",
+    },
     "wan/dit_config.py": {"wan.errors", "wan.rope"},
 }
 
