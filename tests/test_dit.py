@@ -1,11 +1,14 @@
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan.dit import DiTConfig, PatchEmbedding, WanDiT, timestep_sinusoid
 from wan.errors import WanError
+from wan.recompute import ATTENTION_KERNELS, CHECKPOINT_BLOCKS
 
 TINY = DiTConfig(
     num_attention_heads=2,
@@ -228,14 +231,42 @@ def test_gradients_reach_every_parameter_and_the_text():
     assert context.grad[:, :TEXT_TOKENS].any()
 
 
+class CountKernels(TorchDispatchMode):
+    """Counts runs of fused attention."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += any(op is getattr(torch.ops.aten, n).default for n in ATTENTION_KERNELS)
+        return op(*args, **(kwargs or {}))
+
+
 def test_recomputing_blocks_changes_no_gradient():
     latents, context = random_inputs()
     gradients = []
-    for checkpoint_blocks in (False, True):
+    for checkpoint_blocks in CHECKPOINT_BLOCKS:
         dit = random_dit(checkpoint_blocks=checkpoint_blocks)
         dit(latents, FRAMES, context).square().mean().backward()
         gradients.append([p.grad for p in dit.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) for same in zip(*gradients, strict=True) for a, b in pairwise(same))
+
+
+def test_kept_attention_is_not_computed_again():
+    latents, context = random_inputs()
+    calls = {}
+    for checkpoint_blocks in ("full", "selective"):
+        counter = CountKernels()
+        dit = random_dit(checkpoint_blocks=checkpoint_blocks)
+        with counter:
+            dit(latents, FRAMES, context).square().mean().backward()
+        calls[checkpoint_blocks] = counter.count
+    forward = 2 * TINY.num_layers  # self- and cross-attention
+    assert calls == {"full": 2 * forward, "selective": forward}
+
+
+def test_an_unknown_way_to_recompute_is_refused():
+    with pytest.raises(WanError, match="choose none, full, selective"):
+        WanDiT(TINY, checkpoint_blocks="some")
 
 
 def test_fresh_weights_start_as_the_identity_and_learn():

@@ -13,14 +13,13 @@ consecutive tokens that share a timestep: 1, T or L.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from wan.attention import (
     AttentionChoice,
@@ -31,6 +30,7 @@ from wan.attention import (
 )
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
+from wan.recompute import CHECKPOINT_BLOCKS
 from wan.rope import apply_rope, rope_table
 
 KeyValue = tuple[Tensor, Tensor]  # two of (B, N, S, K)
@@ -46,6 +46,24 @@ class ContextCache:
 
     per_block: Sequence[Tensor | KeyValue]
     bias: Tensor | None = None
+
+
+class TokenSplit(Protocol):
+    """Tokens shared out over processes; `train.parallel.SequenceSplit` does it."""
+
+    size: int
+
+    def share(self, x: Tensor, dim: int) -> Tensor:
+        """This process's entries of all along `dim`; zeros fill the last process up."""
+        ...
+
+    def collect(self, x: Tensor, length: int) -> Tensor:
+        """Everyone's tokens (B, l, ...), in order -> the first `length` of them (B, L, ...)."""
+        ...
+
+    def around(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """That self-attention (q, k, v, grid) over all tokens, for the share of each process."""
+        ...
 
 
 class Float32Linear(nn.Linear):
@@ -298,8 +316,8 @@ class WanDiT(nn.Module):
         config: sizes.
         attention: a name, an `AttentionConfig`, or a function (q, k, v, bias=None); can be changed
             by `set_attention`.
-        checkpoint_blocks: keep only each block's input for the backward pass and recompute the
-            rest: memory for time.
+        checkpoint_blocks: what is recomputed in the backward pass, memory for time: "none", "full"
+            (only each block's input is kept) or "selective" (attention's output too).
     """
 
     FLOAT32_PARAMETERS: tuple[str, ...] = (
@@ -313,11 +331,16 @@ class WanDiT(nn.Module):
         self,
         config: DiTConfig,
         attention: AttentionChoice = "sdpa",
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: str = "none",
     ) -> None:
         super().__init__()
+        if checkpoint_blocks not in CHECKPOINT_BLOCKS:
+            raise WanError(
+                f"checkpoint_blocks={checkpoint_blocks}: choose {', '.join(CHECKPOINT_BLOCKS)}"
+            )
         self.config = config
-        self.checkpoint_blocks = checkpoint_blocks
+        self.run_block = CHECKPOINT_BLOCKS[checkpoint_blocks]
+        self.split: TokenSplit | None = None
         self.attention = network_attention(attention, config.num_layers)
         width = config.width
         self.patch_embedding = PatchEmbedding(config.in_channels, width, config.patch_size)
@@ -359,15 +382,17 @@ class WanDiT(nn.Module):
         rope = rope_table(grid, self.config.attention_head_dim, device=x.device)
         time = self.time_embedding(timestep_sinusoid(groups, self.config.freq_dim))  # (B, G, D)
         modulation = self.time_modulation(F.silu(time)).unflatten(-1, (6, -1))  # (B, G, 6, D)
+        if self.split is not None:
+            x, time, modulation, rope = share_tokens(self.split, x, time, modulation, rope)
 
         for block, text in zip(self.blocks, context.per_block, strict=True):
             arguments = (x, modulation, rope, text, context.bias, None if exact else grid)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
+            x = self.run_block(block, *arguments)
 
-        return self.unpatchify(self.head(x, time), grid)
+        patches = self.head(x, time)
+        if self.split is not None:
+            patches = self.split.collect(patches, math.prod(grid))
+        return self.unpatchify(patches, grid)
 
     def set_attention(self, attention: AttentionChoice) -> None:
         """Attend in another way from the next call on.
@@ -376,10 +401,27 @@ class WanDiT(nn.Module):
             WanError: an unknown choice, or one that does not fit the number of layers.
         """
         self.attention = network_attention(attention, self.config.num_layers)
+        self._place_attention()
+
+    def _place_attention(self) -> None:
         for block, layer in zip(self.blocks, self.attention.layers, strict=True):
             block = cast(Block, block)
-            block.self_attention.attention = layer
+            block.self_attention.attention = self.split.around(layer) if self.split else layer
             block.cross_attention.attention = self.attention.cross
+
+    def split_tokens(self, split: "TokenSplit") -> None:
+        """Hold only a share of the tokens in the blocks from the next call on.
+
+        Raises:
+            WanError: the heads cannot be shared out evenly.
+        """
+        if self.config.num_attention_heads % split.size:
+            raise WanError(
+                f"{self.config.num_attention_heads} heads cannot be shared out over {split.size} "
+                "processes: parallel.sequence must divide them"
+            )
+        self.split = split
+        self._place_attention()
 
     def embed_context(self, context: Tensor, num_tokens: int | None = None) -> ContextCache:
         """The embedded text, of which every block makes keys and values anew in each call.
@@ -457,7 +499,7 @@ class WanDiT(nn.Module):
         t, h, w = self.config.patch_size
         x = patches.unflatten(2, (t, h, w, -1)).unflatten(1, grid)  # (B, T, H, W, t, h, w, C)
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, T, t, H, h, W, w)
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return x.reshape(*x.shape[:2], grid[0] * t, grid[1] * h, grid[2] * w)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -478,6 +520,19 @@ class WanDiT(nn.Module):
             else:
                 fan_in = parameter[0].numel()
                 parameter.normal_(std=fan_in**-0.5, generator=generator)
+
+
+def share_tokens(
+    split: TokenSplit, x: Tensor, time: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """This process's tokens, with the embedding, modulation and rotation that belong to each."""
+    length, groups = x.shape[1], time.shape[1]
+    if groups > 1:
+        group = torch.arange(length, device=x.device) // (length // groups)  # (L,) of each token
+        own = split.share(group, 0)
+        time, modulation = time[:, own], modulation[:, own]
+    cos, sin = (split.share(table, 0) for table in rope)
+    return split.share(x, 1), time, modulation, (cos, sin)
 
 
 def share_padding(context: Tensor, num_tokens: int) -> tuple[Tensor, Tensor | None]:
