@@ -1,6 +1,8 @@
-"""The settings of the evaluation command."""
+"""The settings of the commands that measure: evaluate and study."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -13,6 +15,7 @@ from configs.schema import (
     check_seed,
     option,
 )
+from wan.attention_config import AttentionConfig
 from wan.errors import WanError
 
 
@@ -27,11 +30,12 @@ class EvaluateConfig:
         "model",
         "model, or a ceiling: renders (the truth itself), vae (the truth through the autoencoder)",
     )
-    num_captions: int = option(512, "clips to make and read")
+    num_captions: int = option(512, "the first so many of the captions that the seed chooses")
+    seeds_per_caption: int = option(1, "clips of each; with several, their diversity is measured")
     split: str = option("heldout", "heldout (combinations never trained on), train or any")
     num_objects: int | None = option(1, "1 or 2; null draws 1 for six scenes in ten")
     omit: float = option(0.0, "chance that a caption leaves an attribute unsaid; training has 0.15")
-    seed: int = option(0, "chooses captions and noise; caption i gets noise seed + i")
+    seed: int = option(0, "chooses captions and noise; clip i gets noise seed + i")
     batch_size: int = option(16, "clips at a time; changes no clip")
 
     checkpoint: str = option(MISSING, "a folder or a hub id (owner/name), not the preset's own")
@@ -47,9 +51,11 @@ class EvaluateConfig:
     fps: float | None = option(None, "of a preset; everything is measured per frame")
     device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
     dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
-    attention: str = option("sdpa", "sdpa, math or sliced; all exact")
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
-    output: str | None = option(None, "also write every number and every clip's to this JSON file")
+    output: str | None = option(
+        None, "also write every clip's numbers to this JSON file, and features beside"
+    )
     sheet: str | None = option(None, "also write a PNG of clips that are not what was asked for")
 
     def __post_init__(self) -> None:
@@ -60,16 +66,136 @@ class EvaluateConfig:
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
         check_device("device", self.device)
         check_seed("seed", self.seed)
-        for name, least in (("num_captions", 1), ("batch_size", 1), ("num_frames", 9)):
+        for name, least in (
+            *(("num_captions", 1), ("seeds_per_caption", 1)),
+            *(("batch_size", 1), ("num_frames", 9)),
+        ):
             check_at_least(name, getattr(self, name), least)
         check_at_least("height", self.height, 64)
-        check_seed("seed + num_captions - 1", self.seed + self.num_captions - 1)
+        check_seed("the last clip's seed", self.seed + self.num_clips - 1)
         for name in ("guidance_scale", "max_sequence_length"):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
         if self.num_objects not in (None, 1, 2):
             raise WanError(f"num_objects={self.num_objects}: the world shows 1 or 2; null draws")
+        if self.seeds_per_caption > 1 and self.num_objects != 1:
+            raise WanError(
+                f"seeds_per_caption={self.seeds_per_caption} with num_objects={self.num_objects}: "
+                "diversity is measured on captions of one object; set num_objects=1"
+            )
         if not 0 <= self.omit <= 1:
             raise WanError(f"omit={self.omit}: a probability, from 0 to 1")
         if self.height != self.width:
             raise WanError(f"height={self.height}, width={self.width}: the world is square")
+
+    @property
+    def num_clips(self) -> int:
+        return self.num_captions * self.seeds_per_caption
+
+    def question(self) -> dict[str, Any]:
+        """The settings that numbers depend on."""
+        free = ("batch_size", "output", "sheet")
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+@dataclass
+class CaptionSetConfig:
+    """Captions that all settings of a study get; the names are those of `EvaluateConfig`."""
+
+    num_captions: int = option(512, "the first so many of the captions that the seed chooses")
+    seeds_per_caption: int = option(1, "clips of each")
+    num_objects: int = option(1, "1 or 2")
+    split: str = option("heldout", "heldout, train or any")
+    omit: float = option(0.0, "chance that a caption leaves an attribute unsaid")
+    seed: int = option(0, "chooses captions and noise")
+
+
+@dataclass
+class SettingConfig:
+    """One row of a study: a model and how it is run. None means as the model's folder says."""
+
+    source: str = option("model", "model, or a ceiling: renders, vae")
+    checkpoint: str | None = option(None, "a folder or a hub id; none: the study's own")
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance")
+    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
+    share: float = option(1.0, "of every caption set that is made: the first so many captions")
+    line: str | None = option(None, "settings of one line are joined in the picture")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise WanError(f"share={self.share}: above 0, up to 1 (all captions)")
+
+
+@dataclass
+class MatchConfig:
+    """Names of the settings that the match rule compares."""
+
+    student: str = option(MISSING, "the few-step model")
+    teacher: str = option(MISSING, "the many-step model")
+    baseline: str | None = option(None, "the teacher at as few steps as the student")
+    floor: str = option("renders", "the truth against other draws of the truth")
+
+
+@dataclass
+class StudyConfig:
+    """`python -m infer.study`: several settings on the same captions, and one report of them."""
+
+    output_dir: str = option("runs/study", "results of settings, the table and the picture")
+    report_only: bool = option(False, "make no clips, only the report of what is stored")
+    only: list[str] | None = field(
+        default=None, metadata={"help": "names of settings to run; the others are left as stored"}
+    )
+    checkpoint: str = option(MISSING, "the model of settings that name none")
+    settings: dict[str, SettingConfig] = field(
+        default_factory=dict, metadata={"help": "name -> what to run, see SettingConfig"}
+    )
+    match: MatchConfig = field(default_factory=MatchConfig)
+    single: CaptionSetConfig = field(default_factory=CaptionSetConfig)
+    pair: CaptionSetConfig = field(
+        default_factory=lambda: CaptionSetConfig(num_captions=128, num_objects=2)
+    )
+    seeds: CaptionSetConfig = field(
+        default_factory=lambda: CaptionSetConfig(
+            num_captions=16, seeds_per_caption=8, split="train", omit=0.5
+        )
+    )
+    batch_size: int = option(8, "clips at a time; changes no clip")
+    device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
+    dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
+
+    def __post_init__(self) -> None:
+        if not self.settings:
+            raise WanError("settings= is empty: a study needs at least one setting")
+        named = [*(self.only or ()), self.match.student, self.match.teacher, self.match.floor]
+        named += [self.match.baseline] if self.match.baseline is not None else []
+        for name in named:
+            check_choice("settings named", name, tuple(self.settings))
+        for name in self.settings:  # names become folders
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+                raise WanError(f"setting {name!r}: letters, digits and _ . - only")
+            for captions in CAPTION_SETS:
+                self.evaluation(name, captions)
+
+    def evaluation(self, name: str, captions: str) -> EvaluateConfig:
+        """What `infer.evaluate` would be asked for one setting on one of `CAPTION_SETS`."""
+        setting, chosen = self.settings[name], getattr(self, captions)
+        return EvaluateConfig(
+            source=setting.source,
+            num_captions=max(2, round(setting.share * chosen.num_captions)),
+            seeds_per_caption=chosen.seeds_per_caption,
+            num_objects=chosen.num_objects,
+            split=chosen.split,
+            omit=chosen.omit,
+            seed=chosen.seed,
+            batch_size=self.batch_size,
+            checkpoint=setting.checkpoint or self.checkpoint,
+            sampler=setting.sampler,
+            guidance_scale=setting.guidance_scale,
+            allow_untrained=setting.allow_untrained,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+
+CAPTION_SETS = ("single", "pair", "seeds")

@@ -6,22 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_pipeline import build, write_tokenizer
 
 from configs.evaluation import EvaluateConfig
 from infer.cli import compose_runs, execute
 from infer.evaluate import (
     LINE,
-    draw_examples,
-    evaluate,
     generate,
+    load_pipeline,
     main,
     reconstruct_truth,
     render_truth,
-    summarise,
-    table,
-    wilson_interval,
 )
+from infer.measure import draw_examples, evaluate, summarise, table, wilson_interval
 from wan.errors import WanError
 from wan.miniature.world import HELD_OUT
 
@@ -111,6 +109,61 @@ def test_failed_clips_count_as_failures():
         assert "all that was stated" in table(summary)
 
 
+def test_the_truth_is_as_diverse_as_the_truth_and_one_clip_for_all_seeds_is_not():
+    config = settings(
+        *("source=renders", "num_captions=2", "seeds_per_caption=4", "omit=1", "split=train")
+    )
+    examples = draw_examples(config)
+    assert [example.caption for example in examples] == [0] * 4 + [1] * 4
+    assert [example.seed for example in examples] == list(range(8))
+    assert len({example.said for example in examples}) == 2
+    assert len({example.scene for example in examples}) == 8
+    true = render_truth(config)
+    summary = summarise([result for result, _ in evaluate(examples, true, 4)])
+    clips, truth = summary["diversity"]["clips"], summary["diversity"]["truth"]
+    assert 0.5 < clips["entropy"] < 1
+    assert clips["spread"] > 5
+    assert truth["entropy"] == pytest.approx(clips["entropy"], abs=0.4)
+
+    def always_the_same(batch):
+        return true([examples[0]]).expand(len(batch), -1, -1, -1, -1)
+
+    summary = summarise([result for result, _ in evaluate(examples, always_the_same, 4)])
+    assert summary["diversity"]["clips"] == {"entropy": 0, "cells": 1, "spread": 0}
+    assert summary["diversity"]["truth"] == truth
+    assert "entropy over seeds, truth" in table(summary)
+
+
+def test_the_distance_to_the_truth_is_small_for_truth_and_large_for_stills():
+    config = settings(*SMALL, "num_captions=8")
+    examples, true = draw_examples(config), render_truth(config)
+
+    def still(batch):
+        return true(batch)[:, :, :1].expand(-1, -1, 17, -1, -1)
+
+    for source, low, high in ((true, -0.5, 0.5), (still, 0.7, 1e6)):
+        results = [result for result, _ in evaluate(examples, source, 4)]
+        assert low < summarise(results)["distance"]["all"]["kernel"] < high
+
+
+def test_clips_whose_latents_blow_up_are_wrong_alone(model, monkeypatch):
+    config = settings(*tiny(model))
+    examples = draw_examples(config)
+    pipeline = load_pipeline(config)
+    whole = generate(config, pipeline)(examples)
+    call = type(pipeline).__call__
+
+    def fragile(self, prompt, *args, seed, **options):
+        if 1 in seed:
+            raise FloatingPointError("step 1: latents are not finite")
+        return call(self, prompt, *args, seed=seed, **options)
+
+    monkeypatch.setattr(type(pipeline), "__call__", fragile)
+    videos = generate(config, pipeline)(examples)
+    assert videos[1].isnan().all()
+    assert torch.equal(videos[::2], whole[::2])
+
+
 def test_confusions_add_up_to_the_accuracies():
     examples = draw_examples(settings(*SMALL, "num_objects=2"))
     results = [r for r, _ in evaluate(examples, render_truth(settings(*SMALL)), 4)]
@@ -148,6 +201,10 @@ def test_the_command_writes_its_record(tmp_path, capsys):
     clip = record["clips"][0]
     assert clip["joint"] is True
     assert clip["seen"]["objects"][0]["shape"] == clip["stated"]["objects"][0]["shape"]
+    assert clip["measures"]["motion_ratio"] == pytest.approx(1, abs=0.2)
+    assert record["summary"]["distance"].keys() == {"all", "appearance", "motion"}
+    features = load_file(output.with_suffix(".safetensors"))
+    assert features["clips"].shape == features["truth"].shape == (6, 128)
     assert not sheet.exists()  # nothing failed
 
 
@@ -210,11 +267,17 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
         ("height=96", "square"),
         ("num_frames=5", "at least 9"),
         ("num_captions=0", "at least 1"),
+        ("seeds_per_caption=0", "at least 1"),
     ],
 )
 def test_bad_settings_are_refused(token, message):
     with pytest.raises(WanError, match=message):
         settings(token)
+
+
+def test_diversity_takes_captions_of_one_object():
+    with pytest.raises(WanError, match="set num_objects=1"):
+        settings("seeds_per_caption=2", "num_objects=2")
 
 
 def test_a_bad_output_is_refused_before_anything_runs(tmp_path, capsys):

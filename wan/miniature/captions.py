@@ -13,7 +13,15 @@ beside its text, so that a model is scored only on what was asked of it.
 import random
 from dataclasses import dataclass
 
-from wan.miniature.world import ATTRIBUTES, OBJECT_ATTRIBUTES, UNSPECIFIED, Scene, SceneObject
+from wan.miniature.world import (
+    ATTRIBUTES,
+    NUM_FRAMES,
+    OBJECT_ATTRIBUTES,
+    UNSPECIFIED,
+    Scene,
+    SceneObject,
+    sample_scene_with,
+)
 
 # The first word of each list is the plain one and is said more often than the others together.
 NOUNS = {
@@ -125,6 +133,21 @@ def caption(scene: Scene, rng: random.Random, omit: float = 0.15) -> Caption:
     if rng.random() < 0.15:
         text += "."
     return Caption(text, stated, background)
+
+
+def sample_scene_for(
+    said: Caption, rng: random.Random, split: str = "any", num_frames: int = NUM_FRAMES
+) -> Scene:
+    """Draw a scene that fulfils a caption; what it leaves unsaid follows the world's own law.
+
+    Raises:
+        WanError: the split has no object like one in the caption.
+    """
+    wanted = [
+        {name: value for name, value in vars(stated).items() if value is not None}
+        for stated in said.objects
+    ]
+    return sample_scene_with(rng, wanted, said.background, split, num_frames)
 
 
 def _state(item: SceneObject, rng: random.Random, omit: float) -> Stated:

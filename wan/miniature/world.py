@@ -8,9 +8,10 @@ All lengths are pixels of a 128 x 128 stage, x to the right and y down, pixel ce
 of another size is the same scene, scaled. All speeds are pixels per frame at 8 frames per second.
 """
 
+import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,7 @@ ATTRIBUTES = {
     "background": tuple(BACKGROUNDS),
 }
 OBJECT_ATTRIBUTES = ("shape", "colour", "size", "motion")
+Kind = tuple[str, str, str, str]  # a value of each, in this order
 
 RADIUS = {"small": 16.0, "large": 25.0}
 RADIUS_JITTER = 0.08
@@ -121,9 +123,10 @@ HELD_OUT = _held_out_triples()
 SPLITS = ("train", "heldout", "any")
 
 
-def in_split(item: SceneObject, split: str) -> bool:
-    """Whether one object may appear in the split: "train", "heldout" or "any"."""
-    return split == "any" or (item.triple in HELD_OUT) == (split == "heldout")
+def in_split(kind: Kind, split: str) -> bool:
+    """Whether an object of this kind may appear in the split: "train", "heldout" or "any"."""
+    shape, colour, _, motion = kind
+    return split == "any" or ((shape, colour, motion) in HELD_OUT) == (split == "heldout")
 
 
 def scene_rng(seed: int, index: int) -> random.Random:
@@ -158,18 +161,61 @@ def sample_scene(
         num_objects = 2 if rng.random() < TWO_OBJECTS else 1
     background = rng.choice(tuple(BACKGROUNDS))
     brightness = 1 + rng.uniform(-BRIGHTNESS_JITTER, BRIGHTNESS_JITTER)
+    objects = _arrange(
+        rng, lambda: [_sample_kind(rng, split) for _ in range(num_objects)], num_frames
+    )
+    return Scene(objects, background, brightness)
+
+
+def sample_scene_with(
+    rng: random.Random,
+    wanted: Sequence[Mapping[str, str]],
+    background: str | None = None,
+    split: str = "any",
+    num_frames: int = NUM_FRAMES,
+) -> Scene:
+    """Draw a scene of which some factors are given; the others follow `sample_scene`'s law.
+
+    Args:
+        wanted: for each object, attribute -> the value it must have.
+        background: None draws one.
+    Raises:
+        WanError: the split has no object with the wanted factors, or two would be the same.
+    """
+    every = itertools.product(SHAPES, COLOURS, SIZES, MOTIONS)
+    kinds = [kind for kind in every if in_split(kind, split)]
+    choices = [
+        [k for k in kinds if all(k[OBJECT_ATTRIBUTES.index(n)] == v for n, v in one.items())]
+        for one in wanted
+    ]
+    if not all(choices):
+        raise WanError(f"split={split}: no object of it is like {[dict(one) for one in wanted]}")
+    looks = {kind[:2] for options in choices for kind in options}
+    if len(choices) == 2 and len(looks) == 1:
+        raise WanError(
+            f"two objects that are both {' '.join(*looks)}: they must differ in shape or colour"
+        )
+    brightness = 1 + rng.uniform(-BRIGHTNESS_JITTER, BRIGHTNESS_JITTER)
+    objects = _arrange(rng, lambda: [rng.choice(options) for options in choices], num_frames)
+    return Scene(objects, background or rng.choice(tuple(BACKGROUNDS)), brightness)
+
+
+def _arrange(
+    rng: random.Random, draw_kinds: Callable[[], list[Kind]], num_frames: int
+) -> tuple[SceneObject, ...]:
+    """Draw kinds until one or two objects of them differ and find room."""
     while True:
-        kinds = [_sample_kind(rng, split) for _ in range(num_objects)]
-        if num_objects == 2 and kinds[0][:2] == kinds[1][:2]:
+        kinds = draw_kinds()
+        if len(kinds) == 2 and kinds[0][:2] == kinds[1][:2]:
             continue
         # A tight pair of kinds may need many draws; after these, the next pair gets its turn.
         for _ in range(200):
             objects = tuple(_place(rng, *kind, num_frames) for kind in kinds)
-            if num_objects == 1 or _stay_apart(objects[0], objects[1], num_frames):
-                return Scene(objects, background, brightness)
+            if len(objects) == 1 or _stay_apart(objects[0], objects[1], num_frames):
+                return objects
 
 
-def _sample_kind(rng: random.Random, split: str) -> tuple[str, str, str, str]:
+def _sample_kind(rng: random.Random, split: str) -> Kind:
     """(shape, colour, size, motion) of an object of the split."""
     size = rng.choice(SIZES)
     if split == "heldout":

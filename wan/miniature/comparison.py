@@ -1,0 +1,206 @@
+"""Is one set of clips better than another, and may a few-step student be said to match its teacher?
+
+Settings are compared on the same captions by a paired bootstrap: each round draws captions, with
+replacement, and takes the same ones for both. All functions are pure.
+
+N captions, D features, R bootstrap rounds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wan.errors import WanError
+from wan.miniature.metrics import kernel_distance, kernel_terms
+
+ROUNDS = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def resamples(num: int, rounds: int = ROUNDS, seed: int = 0) -> Tensor:
+    """How often each of `num` captions is drawn in each bootstrap round: (R, N) float64.
+
+    The same for the same arguments: using one for two settings is what makes a bootstrap paired.
+    """
+    drawn = torch.randint(num, (rounds, num), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(rounds, num, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+
+
+def estimate(value: float, rounds: Tensor) -> Estimate:
+    """A value with the percentile interval of its bootstrap rounds; those without one don't count.
+
+    Raises:
+        WanError: there is nothing to estimate from.
+    """
+    rounds = rounds[rounds.isfinite()]
+    if not math.isfinite(value) or not len(rounds):
+        raise WanError("no clip shows what is to be measured: there is nothing to estimate")
+    tail = (1 - CONFIDENCE) / 2
+    low, high = rounds.quantile(torch.tensor([tail, 1 - tail], dtype=rounds.dtype)).tolist()
+    return Estimate(value, low, high)
+
+
+def _means(values: Tensor, counts: Tensor) -> Tensor:
+    """Means of values (N,), NaN where there is none, under counts (R, N): (R,)."""
+    known = values.isfinite().double()
+    return counts @ values.double().nan_to_num(0) / (counts @ known)
+
+
+def mean(values: Tensor) -> Estimate:
+    """Mean over captions of (N,) values; NaN where a caption has none."""
+    return estimate(float(values.nanmean()), _means(values, resamples(len(values))))
+
+
+def _paired(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut to the captions that both have; sets of captions differ in nothing but their number."""
+    num = min(len(one), len(other))
+    return one[:num], other[:num]
+
+
+def difference(one: Tensor, other: Tensor) -> Estimate:
+    """Difference of the means of two settings over the same captions."""
+    one, other = _paired(one, other)
+    counts = resamples(len(one))
+    rounds = _means(one, counts) - _means(other, counts)
+    return estimate(float(one.nanmean() - other.nanmean()), rounds)
+
+
+def ratio(one: Tensor, other: Tensor) -> Estimate:
+    """Ratio of the means of two settings over the same captions."""
+    one, other = _paired(one, other)
+    counts = resamples(len(one))
+    rounds = _means(one, counts) / _means(other, counts)
+    return estimate(float(one.nanmean() / other.nanmean()), rounds)
+
+
+def distance(clips: Tensor, truth: Tensor) -> Estimate:
+    """Kernel distance of features (N, D) to those of the same captions' truth."""
+    terms = kernel_terms(clips, truth)
+    return estimate(float(kernel_distance(terms)), kernel_distance(terms, resamples(len(terms))))
+
+
+# --- may one be called as good as the other? ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A setting's numbers, one per caption and NaN where there is none, in the captions' order.
+
+    Attributes:
+        values: "joint", "pair_joint" (captions of two objects), "motion_ratio",
+            "saturation_ratio", "residual", and per caption with many seeds "entropy", "cells".
+        features, truth: (N, D) of the clips and of the truth of the same captions.
+    """
+
+    values: Mapping[str, Tensor]
+    features: Tensor
+    truth: Tensor
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One condition of a match: an estimate and the open range it must lie in."""
+
+    name: str
+    estimate: Estimate
+    above: float = -math.inf
+    below: float = math.inf
+
+    @property
+    def verdict(self) -> str:
+        """ "holds" or "fails" if the whole 95 % interval lies inside or outside, else "open"."""
+        if self.above < self.estimate.low and self.estimate.high < self.below:
+            return "holds"
+        outside = self.estimate.high <= self.above or self.estimate.low >= self.below
+        return "fails" if outside else "open"
+
+    def __str__(self) -> str:
+        bounds = [f"> {self.above:.3g}"] if math.isfinite(self.above) else []
+        bounds += [f"< {self.below:.3g}"] if math.isfinite(self.below) else []
+        return f"{self.verdict:<6} {self.name}: {self.estimate}, must be {' and '.join(bounds)}"
+
+
+JOINT_MARGIN = 0.02
+RATIO_MARGIN = 0.05
+RESIDUAL_LIMIT = 1.1
+DISTANCE_MARGIN = 0.1  # of the teacher's distance
+# value -> what a reader calls it
+RATIOS = {"motion_ratio": "motion ratio", "saturation_ratio": "saturation"}
+DIVERSITY = {"entropy": "entropy of what is unsaid", "cells": "cells of the stage in use"}
+
+
+def match(
+    student: Measured, teacher: Measured, floor: Measured, baseline: Measured | None = None
+) -> list[Clause]:
+    """The conditions under which a student matches its teacher, each with its numbers.
+
+    Joint accuracy at most 2 points lower; kernel distance larger by at most 10 % of the teacher's
+    or twice the standard error of the floor's, whichever is more; motion and saturation within 5 %;
+    entropy and coverage at least 95 %; residual at most 1.1 times; and, where there is a baseline
+    (the teacher at the student's number of steps), joint accuracy above it.
+
+    Args:
+        floor: the truth measured against other draws of the truth.
+    Raises:
+        WanError: a setting shows nothing to measure one of these by.
+    """
+    ours, theirs = student.values, teacher.values
+    clauses = [
+        Clause(f"joint, {label}: difference", difference(ours[name], theirs[name]), -JOINT_MARGIN)
+        for name, label in (("joint", "one object"), ("pair_joint", "two objects"))
+        if name in ours and name in theirs
+    ]
+    clauses.append(_distance_clause(student, teacher, floor))
+    for name, label in RATIOS.items():
+        span = (1 - RATIO_MARGIN, 1 + RATIO_MARGIN)
+        clauses.append(Clause(f"{label}: ratio", ratio(ours[name], theirs[name]), *span))
+    for name, label in DIVERSITY.items():
+        if name in ours and name in theirs:
+            value = ratio(ours[name], theirs[name])
+            clauses.append(Clause(f"{label}: ratio", value, 1 - RATIO_MARGIN))
+    residual = ratio(ours["residual"], theirs["residual"])
+    clauses.append(Clause("temporal residual: ratio", residual, below=RESIDUAL_LIMIT))
+    if baseline is not None:
+        gain = difference(ours["joint"], baseline.values["joint"])
+        clauses.append(Clause("joint above the teacher at as few steps", gain, above=0))
+    return clauses
+
+
+def _distance_clause(student: Measured, teacher: Measured, floor: Measured) -> Clause:
+    num = min(len(one.features) for one in (student, teacher, floor))
+    ours, theirs, least = (
+        kernel_terms(one.features[:num], one.truth[:num]) for one in (student, teacher, floor)
+    )
+    counts = resamples(num)
+    margin = max(
+        DISTANCE_MARGIN * float(kernel_distance(theirs)),
+        2 * float(kernel_distance(least, counts).std()),
+    )
+    terms = ours - theirs
+    value = estimate(float(kernel_distance(terms)), kernel_distance(terms, counts))
+    return Clause("distance to the truth: difference", value, below=margin)
+
+
+def verdict(clauses: Sequence[Clause]) -> str:
+    """ "match" if every clause holds, "no match" if one fails; else "open": the clips are too few
+    to tell."""
+    verdicts = {clause.verdict for clause in clauses}
+    if "fails" in verdicts:
+        return "no match"
+    return "open" if "open" in verdicts else "match"
