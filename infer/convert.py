@@ -8,6 +8,9 @@
 
 Names change and bits don't, unless dtype= asks for it: converting there and back gives the same
 tensors. Every tensor is checked against the config first. The output appears whole or not at all.
+
+With base=.. rank=.. it writes a LoRA file instead: the part of source - base that a rank can hold,
+and what it loses, layer by layer, as JSON beside the file.
 """
 
 import json
@@ -24,6 +27,7 @@ import torch
 
 from configs.schema import check_choice, check_positive, option
 from infer.cli import run_command
+from infer.convert_lora import convert_lora
 from infer.releases import (
     CONFIG_METADATA,
     EXPERT_FOLDERS,
@@ -34,16 +38,16 @@ from infer.releases import (
     VAE_STEMS,
     find_config,
     module_builder,
+    official_pipeline,
     official_transformer_config,
-    pipeline_index,
     read_json,
-    scheduler_config,
+    write_json,
 )
 from wan.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.keys import COMPONENTS, VAELevels, detect_layout
-from wan.pipeline_config import DEFAULTS_FILE
+from wan.pipeline_config import DEFAULTS_FILE, model_index_json, scheduler_json
 from wan.safetensors_file import read_header
 from wan.vae import VAEConfig
 from wan.weights import (
@@ -68,6 +72,10 @@ class ConvertConfig:
     source: str = option("", "a component (file, index, folder) or a whole release folder")
     output: str = option("", "a folder to make; it must not exist or be empty")
     layout: str = option("", "diffusers, official or prefixed")
+    base: str | None = option(None, "write a LoRA: the transformer that source was trained from")
+    rank: int | None = option(None, "of the LoRA's pairs")
+    diffs: bool = option(False, "the LoRA also keeps changed biases, norms and tables, whole")
+    device: str = option("cpu", "where a LoRA is computed: cpu, or cuda for large models")
     dtype: str | None = option(None, "float32 or bfloat16; none keeps every bit")
     round_all: bool = option(False, "dtype= also for what models keep in float32: smaller files")
     config: str | None = option(None, "config.json of a component that has none beside it")
@@ -79,6 +87,19 @@ class ConvertConfig:
             check_choice("dtype", self.dtype, tuple(DTYPES))
         elif self.round_all:
             raise WanError("round_all=true without dtype=: say what to round to")
+        check_choice("device", self.device, ("cpu", "cuda"))  # others know no float64
+
+    def check_task(self) -> None:
+        """Not in `__post_init__`: literal paths are filled in after it."""
+        needed = ("layout",) if self.base is None else ("rank",)
+        for name in ("source", "output", *needed):
+            if not getattr(self, name):
+                raise WanError(f"{name}= is missing; --help shows how to call this command")
+        idle = ("rank", "diffs") if self.base is None else ("layout", "config", "round_all")
+        for name in idle:
+            if getattr(self, name):
+                task = "only with base=, for a LoRA" if self.base is None else "not for a LoRA"
+                raise WanError(f"{name}={getattr(self, name)}: {task}")
 
 
 @dataclass(frozen=True)
@@ -92,9 +113,19 @@ class Target:
 
 
 def main(config: ConvertConfig) -> None:
-    for name in ("source", "output", "layout"):
-        if not getattr(config, name):
-            raise WanError(f"{name}= is missing; --help shows how to call this command")
+    config.check_task()
+    if config.base is not None:
+        assert config.rank is not None
+        convert_lora(
+            Path(config.source).expanduser(),
+            Path(config.base).expanduser(),
+            Path(config.output).expanduser(),
+            config.rank,
+            diffs=config.diffs,
+            dtype=DTYPES[config.dtype or "float32"],
+            device=config.device,
+        )
+        return
     check_choice("layout", config.layout, LAYOUTS)
     dtype = None if config.dtype is None else DTYPES[config.dtype]
     # A prefixed file is one file by definition.
@@ -228,11 +259,6 @@ def layout_config(
     return official_transformer_config(config, model_type or by_channels)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 # --- a whole release ------------------------------------------------------------------------------
 
 
@@ -289,16 +315,20 @@ def convert_official_release(source: Path, folder: Path, target: Target) -> None
         from_folder = expert_folder(source, name, len(experts))
         into = expert_folder(folder, name, len(experts)) if is_official else folder / name
         checkpoint = open_checkpoint(find_weights(from_folder, (TRANSFORMER_STEM,)))
-        config = convert_component(checkpoint, "transformer", into, target)
+        configs = {"transformer": convert_component(checkpoint, "transformer", into, target)}
     for name, stems in (("vae", VAE_STEMS), ("text_encoder", (TEXT_ENCODER_STEM,))):
         into = folder if is_official else folder / name
-        convert_component(open_checkpoint(find_weights(source, stems)), name, into, target)
+        checkpoint = open_checkpoint(find_weights(source, stems))
+        configs[name] = convert_component(checkpoint, name, into, target)
     tokenizer = folder / (TOKENIZER_FOLDER if is_official else "tokenizer")
     copy_tokenizer(source / TOKENIZER_FOLDER, tokenizer)
     if not is_official:
-        per_token = config.get("model_type") == "ti2v"
-        write_json(folder / "model_index.json", pipeline_index(len(experts), per_token))
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(per_token))
+        pipeline = official_pipeline(configs, len(experts))
+        index = model_index_json(pipeline)
+        if not (tokenizer / "tokenizer.json").is_file():
+            index["tokenizer"] = ["transformers", "T5TokenizerFast"]  # the one that reads pieces
+        write_json(folder / "model_index.json", index)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(pipeline.shift))
 
 
 def is_used(entry: Any) -> bool:
@@ -342,5 +372,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     run_command(
-        main, ConvertConfig, "convert", text_keys=(), path_keys=("source", "output", "config")
+        main,
+        ConvertConfig,
+        "convert",
+        text_keys=(),
+        path_keys=("source", "output", "config", "base"),
     )

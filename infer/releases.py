@@ -16,6 +16,7 @@ from wan.checkpoint import Checkpoint
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
+from wan.pipeline_config import BASE, PipelineConfig
 from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import VAEConfig, WanVAE
 
@@ -64,6 +65,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise WanError(f"{path}: must hold a JSON object")
     return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def find_config(
@@ -178,45 +184,23 @@ TOKENIZER_FILES = (
 )
 
 
-def pipeline_index(num_experts: int, per_token: bool) -> dict[str, Any]:
-    """The model_index.json of a released text-to-video pipeline.
+def official_pipeline(configs: Mapping[str, Mapping[str, Any]], num_experts: int) -> PipelineConfig:
+    """The settings of an official release, which stand in its code.
 
     Args:
+        configs: of the transformer, the vae and the text_encoder.
         num_experts: 2 for A14B, whose high-noise expert hands over at sigma 0.875.
-        per_token: whether the transformer takes a timestep per token (TI2V).
     """
-    transformer = ["diffusers", "WanTransformer3DModel"]
-    return {
-        "_class_name": "WanPipeline",
-        "boundary_ratio": 0.875 if num_experts == 2 else None,
-        "expand_timesteps": per_token,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": transformer,
-        "transformer_2": transformer if num_experts == 2 else [None, None],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    }
-
-
-def scheduler_config(per_token: bool) -> dict[str, Any]:
-    """The scheduler_config.json of a released pipeline: UniPC, shift 5 for TI2V and 3 otherwise."""
-    return {
-        "_class_name": "UniPCMultistepScheduler",
-        "num_train_timesteps": 1000,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": 5.0 if per_token else 3.0,
-        "solver_order": 2,
-        "solver_type": "bh2",
-        "predict_x0": True,
-        "lower_order_final": True,
-        "final_sigmas_type": "zero",
-        "timestep_spacing": "linspace",
-        "beta_start": 0.0001,
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-    }
+    per_token = configs["transformer"].get("model_type") == "ti2v"
+    return PipelineConfig(
+        class_name=BASE,
+        transformer=DiTConfig.from_json(dict(configs["transformer"])),
+        vae=VAEConfig.from_json(dict(configs["vae"])),
+        text_encoder=UMT5Config.from_json(dict(configs["text_encoder"])),
+        boundary_ratio=0.875 if num_experts == 2 else None,
+        expand_timesteps=per_token,
+        shift=5.0 if per_token else 3.0,
+    )
 
 
 VAE_2_1 = VAEConfig(

@@ -18,6 +18,7 @@ from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.keys import VAELevels
+from wan.pipeline_config import read_pipeline_config
 from wan.safetensors_file import write_tensors
 from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import VAEConfig, WanVAE
@@ -239,6 +240,12 @@ def test_a_release_goes_there_and_back(tmp_path, experts, per_token):
     assert index["expand_timesteps"] is per_token
     assert index["boundary_ratio"] == (0.875 if experts == 2 else None)
     assert (index["transformer_2"][0] is None) == (experts == 1)
+    settings = read_pipeline_config(back)
+    assert settings.shift == (5.0 if per_token else 3.0)
+    assert settings.components == tuple(["transformer", "transformer_2"][:experts]) + (
+        "vae",
+        "text_encoder",
+    )
 
 
 def test_a_converted_release_loads_in_diffusers(tmp_path):

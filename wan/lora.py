@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from wan.errors import WanError
 from wan.keys import released_name
-from wan.lora_files import FullDelta, LoRA, LowRank, read_lora
+from wan.lora_files import FOLDER_NAMES, FullDelta, LoRA, LowRank, read_lora
 from wan.safetensors_file import write_tensors
 from wan.weights import grouped
 
@@ -33,8 +33,10 @@ __all__ = [
     "fold_lora",
     "lora_state",
     "merge_lora",
+    "pair_tensors",
     "read_lora",
     "save_lora",
+    "write_lora",
 ]
 
 # --- merging a file -------------------------------------------------------------------------------
@@ -296,16 +298,41 @@ def save_lora(
     layers = lora_layers(module)
     if not layers:
         raise WanError("no LoRA to save: the model has no LoRA layers (see add_lora)")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        released = released_name("transformer", "diffusers", f"{name}.weight")
-        stem = f"transformer.{released.removesuffix('.weight')}"
         up = layer.lora_B.detach().float() * layer.scale
-        tensors[f"{stem}.lora_A.weight"] = layer.lora_A.detach().to("cpu", dtype).contiguous()
-        tensors[f"{stem}.lora_B.weight"] = up.to("cpu", dtype).contiguous()
+        down = layer.lora_A.detach()
+        tensors |= pair_tensors(f"{name}.weight", down.to("cpu", dtype), up.to("cpu", dtype))
+    return write_lora(path, tensors, metadata)
+
+
+# In front of the names of each layout in a LoRA file, by which readers tell them apart.
+FILE_PREFIXES = {"diffusers": "transformer", "official": "diffusion_model"}
+
+
+def pair_tensors(
+    name: str, down: Tensor, up: Tensor, layout: str = "diffusers"
+) -> dict[str, Tensor]:
+    """A pair under the names of a LoRA file.
+
+    Args:
+        name: ours, of the weight that it changes.
+        down, up: (r, in, ...) and (out, r, ...), alpha / r multiplied in.
+    Raises:
+        WanError: a weight that other readers would not know.
+    """
+    released = released_name("transformer", layout, name).removesuffix(".weight")
+    stem = f"{FILE_PREFIXES[layout]}.{released}"
+    return {f"{stem}.lora_A.weight": down.contiguous(), f"{stem}.lora_B.weight": up.contiguous()}
+
+
+def write_lora(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> Path:
+    """Write a LoRA file, or into a folder the file of the name that diffusers looks for."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        path = path / "pytorch_lora_weights.safetensors"
+        path = path / FOLDER_NAMES[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, {"format": "pt", **(metadata or {})})
     return path
