@@ -20,12 +20,24 @@ class Network(Protocol):
 
     def __call__(self, latents: Tensor, timestep: Tensor, context: Any) -> Tensor: ...
 
-    def prepare_context(self, context: Tensor) -> Any: ...
+    def prepare_context(self, context: Tensor, num_tokens: int | None = None) -> Any: ...
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: v_u + g (v_c - v_u). Source: arXiv:2207.12598, eq. 6, as v."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def num_text_rows(context: Tensor) -> int:
+    """How many rows of one text (1, S, text_dim) to tell apart; all later ones are zero.
+
+    With the two rows that stand for the later ones (`wan.dit.share_padding`) they are a multiple of
+    8: a size that kernels like, and few different ones to compile.
+    """
+    num_rows = context.shape[1]
+    filled = context.any(dim=-1)[0].nonzero()  # (n, 1)
+    used = int(filled[-1]) + 1 if len(filled) else 0
+    return min(-(-(used + 2) // 8) * 8 - 2, num_rows)
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,8 @@ class Denoiser:
 
     Args:
         high_noise: the only expert, or the one for timesteps from the boundary up.
-        context: (B, S, text_dim), the encoded prompts.
+        context: (B, S, text_dim), the encoded prompts. Rows that are zero to the end are attended
+            as one that counts for all: the same function (up to rounding) in less time.
         negative_context: like `context`, for the second forward of guidance; may be None if no
             expert uses guidance.
         low_noise: the expert for timesteps below the boundary.
@@ -156,7 +169,8 @@ class Denoiser:
         if key not in self._prepared:
             context = self.negative_context if negative else self.context
             assert context is not None
-            self._prepared[key] = expert.network.prepare_context(context[sample : sample + 1])
+            one = context[sample : sample + 1]
+            self._prepared[key] = expert.network.prepare_context(one, num_text_rows(one))
         return expert.network(x, self._timesteps(x, timestep), self._prepared[key]).float()
 
     def _timesteps(self, x: Tensor, timestep: float) -> Tensor:
