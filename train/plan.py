@@ -1,0 +1,552 @@
+"""What a distillation run costs, before anything is loaded: `python -m train.distill plan=true`.
+
+    print(format_plan(plan(PlanRequest(dit, latent_size=(31, 44, 80), num_gpus=8))))
+
+Everything follows from one list, `linear_layers`: parameters and FLOPs of the matrix products are
+exact, activations are what autograd keeps of `wan.dit` (both are tested against PyTorch's own
+counts). Three things are assumptions and stand here as constants or arguments: the share of the GPU
+that is not ours, the room that a forward needs while it runs, and the rate that is reached.
+
+Letters: B clips, L tokens, S text rows, D width, F feed-forward width, N heads, n blocks.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from wan.dit_config import DiTConfig
+from wan.errors import WanError
+from wan.weights import short
+
+RECOMPUTE = ("none", "selective", "full")
+# CUDA's context, NCCL's buffers and what the allocator cannot join.
+RESERVE = 0.08
+# A fused kernel computes the scores again: five matrix products for the two of the forward pass.
+# Source: FlashAttention-2, arXiv:2307.08691, section 3.1.2.
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A run as it is planned; see `configs.distillation` and `configs.parallel`.
+
+    Attributes:
+        latent_size: (T, h, w) of the latents.
+        text_rows: rows of the text that are attended.
+        student_rank, critic_rank: of LoRAs; 0 trains all weights.
+        steps: of the student; the one with the gradient is drawn evenly.
+        critic_ratio: critic updates per student update. An iteration is one critic update.
+        batch_size: clips of all GPUs together.
+        bfloat16: matrix products in bfloat16; trained weights, AdamW and the average are float32.
+        frozen_bytes: per weight of networks that are not trained.
+        checkpoint_blocks: see `wan.recompute`.
+        shard: None for all GPUs that `replicate` and `sequence` leave.
+        other_bytes: what else stays on each GPU, such as a text encoder.
+        rate: FLOP/s of a GPU, measured or assumed. FastVideo's run of the 5B reached 285e12.
+    """
+
+    dit: DiTConfig
+    latent_size: tuple[int, int, int]
+    text_rows: int = 512
+    student_rank: int = 0
+    critic_rank: int = 0
+    steps: int = 3
+    critic_ratio: int = 5
+    guidance: bool = True
+    batch_size: int = 8
+    bfloat16: bool = True
+    frozen_bytes: int = 4
+    checkpoint_blocks: str = "full"
+    num_gpus: int = 8
+    shard: int | None = None
+    replicate: int = 1
+    sequence: int = 1
+    gpu_memory: float = 80e9
+    other_bytes: float = 0.0
+    rate: float = 285e12
+    iterations: int = 3000
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_blocks not in RECOMPUTE:
+            raise WanError(
+                f"checkpoint_blocks={self.checkpoint_blocks}: choose {', '.join(RECOMPUTE)}"
+            )
+        for name in ("steps", "critic_ratio", "num_gpus", "replicate", "sequence", "iterations"):
+            if getattr(self, name) < 1:
+                raise WanError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("gpu_memory", "rate"):
+            if not getattr(self, name) > 0:
+                raise WanError(f"{name}={getattr(self, name)}: must be above 0")
+        if any(n % p for n, p in zip(self.latent_size, self.dit.patch_size, strict=True)):
+            raise WanError(
+                f"latents of {self.latent_size}: must be multiples of {self.dit.patch_size}"
+            )
+        if self.num_shards * self.replicate != self.num_gpus:
+            raise WanError(
+                f"shard={self.shard}, replicate={self.replicate}, sequence={self.sequence}: their "
+                f"product must be the number of GPUs, {self.num_gpus}"
+            )
+        if self.dit.num_attention_heads % self.sequence:
+            raise WanError(
+                f"sequence={self.sequence}: must divide the {self.dit.num_attention_heads} heads"
+            )
+        if self.batch_size < 1 or self.batch_size % self.num_groups:
+            raise WanError(
+                f"batch_size={self.batch_size}: counts the clips of all GPUs and must be a "
+                f"multiple of the {self.num_groups} groups that see different ones"
+            )
+
+    @property
+    def num_groups(self) -> int:
+        """Of GPUs that share the tokens of a clip."""
+        return self.num_gpus // self.sequence
+
+    @property
+    def num_shards(self) -> int:
+        """GPUs that hold one copy of the weights."""
+        if self.shard is None:
+            return self.num_gpus // self.replicate
+        return self.shard * self.sequence
+
+    @property
+    def num_tokens(self) -> int:
+        sizes = zip(self.latent_size, self.dit.patch_size, strict=True)
+        return math.prod(n // p for n, p in sizes)
+
+
+# --- parameters and FLOPs -------------------------------------------------------------------------
+
+
+class Linear(NamedTuple):
+    """Linear layers of one kind.
+
+    `before` tells what the gradient must reach through them: "data" nothing, "condition" what only
+    full training changes, "trunk" earlier blocks.
+    """
+
+    part: str
+    rows: int
+    fan_in: int
+    fan_out: int
+    count: int
+    before: str
+    is_float32: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return self.count * (self.fan_in + 1) * self.fan_out
+
+    @property
+    def takes_lora(self) -> bool:
+        return self.part in BLOCK_PARTS
+
+    def pair_parameters(self, rank: int) -> int:
+        return self.count * rank * (self.fan_in + self.fan_out)
+
+
+BLOCK_PARTS = ("self-attention", "cross-attention", "feed-forward")
+
+
+def linear_layers(config: DiTConfig, tokens: int, rows: int) -> list[Linear]:
+    """Every linear layer of `wan.dit.WanDiT`, the patch embedding among them."""
+    d, f, n = config.width, config.ffn_dim, config.num_layers
+    patch = math.prod(config.patch_size)
+    return [
+        Linear("embeddings", tokens, config.in_channels * patch, d, 1, "data"),
+        Linear("embeddings", 1, config.freq_dim, d, 1, "data", is_float32=True),
+        Linear("embeddings", 1, d, d, 1, "condition", is_float32=True),
+        Linear("embeddings", 1, d, 6 * d, 1, "condition", is_float32=True),
+        Linear("embeddings", rows, config.text_dim, d, 1, "data"),
+        Linear("embeddings", rows, d, d, 1, "condition"),
+        Linear("self-attention", tokens, d, d, 3, "condition"),  # the first block's q, k, v
+        Linear("self-attention", tokens, d, d, 3 * (n - 1) + n, "trunk"),
+        Linear("cross-attention", tokens, d, d, 2 * n, "trunk"),  # q, out
+        Linear("cross-attention", rows, d, d, 2 * n, "condition"),  # k, v
+        Linear("feed-forward", tokens, d, f, n, "trunk"),
+        Linear("feed-forward", tokens, f, d, n, "trunk"),
+        Linear("head", tokens, d, config.out_channels * patch, 1, "trunk", is_float32=True),
+    ]
+
+
+class Parameters(NamedTuple):
+    total: int
+    float32: int  # those that stay so beside bfloat16 weights
+    block: int  # of one block
+    pairs: int  # of a LoRA beside them
+
+
+def count_parameters(config: DiTConfig, rank: int = 0) -> Parameters:
+    layers = linear_layers(config, 1, 1)
+    tables, norms = 6 * config.width, 6 * config.width  # four RMS norms and a layer norm with bias
+    small = config.num_layers * (tables + norms) + 2 * config.width
+    block = sum(layer.parameters for layer in layers if layer.part in BLOCK_PARTS)
+    return Parameters(
+        total=sum(layer.parameters for layer in layers) + small,
+        float32=sum(layer.parameters for layer in layers if layer.is_float32)
+        + config.num_layers * (tables + 2 * config.width)
+        + 2 * config.width,
+        block=block // config.num_layers + tables + norms,
+        pairs=sum(layer.pair_parameters(rank) for layer in layers if layer.takes_lora),
+    )
+
+
+class Work(NamedTuple):
+    """FLOPs for one clip; a multiplication with its addition is two."""
+
+    forward: float
+    backward: float
+    recompute: float
+
+
+def network_work(
+    config: DiTConfig,
+    tokens: int,
+    rows: int,
+    rank: int = 0,
+    checkpoint_blocks: str = "none",
+    attention_backward: float = ATTENTION_BACKWARD,
+) -> Work:
+    """One network's matrix products, trained whole or as a LoRA."""
+    forward = backward = again = 0.0
+    for layer in linear_layers(config, tokens, rows):
+        work = 2.0 * layer.rows * layer.fan_in * layer.fan_out * layer.count
+        if not rank:
+            back = work * (1 + (layer.before != "data"))  # to the weight, to the input
+        else:
+            back = work * (layer.before == "trunk")
+            if layer.takes_lora:
+                down = 2.0 * layer.rows * layer.fan_in * rank * layer.count
+                up = 2.0 * layer.rows * rank * layer.fan_out * layer.count
+                work += down + up
+                back += 2 * up + down * (1 + (layer.before == "trunk"))
+        forward, backward = forward + work, backward + back
+        again += work * (layer.part in BLOCK_PARTS)
+    attention = 4.0 * tokens * (tokens + rows) * config.width * config.num_layers
+    recompute = {"none": 0.0, "selective": again, "full": again + attention}[checkpoint_blocks]
+    return Work(forward + attention, backward + attention_backward * attention, recompute)
+
+
+def iteration_flops(request: PlanRequest) -> dict[str, float]:
+    """FLOPs per clip of one iteration: a critic update, and its share of a student update.
+
+    Source of the counts: `train.distill.Distillation`. An exit drawn evenly from K steps takes
+    (K + 1) / 2 forwards.
+    """
+    sizes = (request.dit, request.num_tokens, request.text_rows)
+    student = network_work(*sizes, request.student_rank, request.checkpoint_blocks)
+    critic = network_work(*sizes, request.critic_rank, request.checkpoint_blocks)
+    teacher = network_work(*sizes)
+    exits, share = (request.steps + 1) / 2, 1 / request.critic_ratio
+    return {
+        "student forward (chain)": student.forward * (exits + share * (exits - 1)),
+        "student forward (with gradient)": student.forward * share,
+        "student backward": student.backward * share,
+        "student recomputed": student.recompute * share,
+        "critic forward": critic.forward * (1 + share),
+        "critic backward": critic.backward,
+        "critic recomputed": critic.recompute,
+        "teacher forward": teacher.forward * (1 + request.guidance) * share,
+    }
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def kept_by_block(
+    config: DiTConfig,
+    tokens: int,
+    rows: int,
+    *,
+    compute_bytes: int,
+    rank: int = 0,
+    autocast: bool = False,
+    fused_norm: bool = True,
+) -> float:
+    """Bytes that autograd keeps of one block and one clip.
+
+    Args:
+        compute_bytes: 2 or 4, of the matrix products.
+        autocast: weights are float32 and inputs are cast for each layer on its own.
+        fused_norm: whether RMS norm is one kernel, as on GPUs; else its normalised input is kept
+            too, where the norm's weight is trained.
+    """
+    d, c, trained = config.width, compute_bytes, rank == 0
+    unfused = trained and not fused_norm
+    per_channel = (
+        3 * 4  # the residual stream before each norm
+        + trained * 2 * 4  # what the scales multiply
+        + trained * 2 * 4  # what the gates multiply
+        + (3 + 2 * autocast) * c  # inputs of q/k/v, cross-attention's q, feed-forward
+        + 3 * 4 * (1 + unfused)  # q and k before their norms, in both attentions
+        + (4 + 2) * c  # q, k, v and output of attention; q and output of cross-attention
+    )
+    statistics = 4 * (3 * 2 + 3 + 2 * config.num_attention_heads)
+    per_token = d * per_channel + statistics + 2 * config.ffn_dim * c + 8 * rank * c
+    per_row = d * (4 * (1 + unfused) + (2 + 2 * autocast) * c) + 2 * rank * c
+    return float(tokens * per_token + rows * per_row)
+
+
+def kept_outside(
+    config: DiTConfig, tokens: int, rows: int, *, compute_bytes: int, rank: int = 0
+) -> float:
+    """Bytes that autograd keeps of embeddings and head, for one clip."""
+    d, c = config.width, compute_bytes
+    if rank:
+        return float(tokens * 4 * d + rows * c * d)
+    patch = config.in_channels * math.prod(config.patch_size)
+    return float(tokens * (3 * 4 * d + c * patch) + rows * c * (config.text_dim + 3 * d))
+
+
+def activation_bytes(request: PlanRequest, rank: int) -> float:
+    """Bytes that the backward pass of one update needs on one GPU."""
+    dit, tokens = request.dit, -(-request.num_tokens // request.sequence)
+    c = 2 if request.bfloat16 else 4
+    autocast = request.bfloat16 and request.num_gpus == 1
+    sizes: dict[str, Any] = {"compute_bytes": c, "rank": rank}
+    block = kept_by_block(dit, tokens, request.text_rows, autocast=autocast, **sizes)
+    outside = kept_outside(dit, tokens, request.text_rows, **sizes)
+    stream = 4.0 * tokens * dit.width
+    attention = tokens * (2 * c * dit.width + 8 * dit.num_attention_heads)
+    blocks = {
+        "none": dit.num_layers * block,
+        "selective": dit.num_layers * (stream + attention) + block,
+        "full": dit.num_layers * stream + block,
+    }[request.checkpoint_blocks]
+    return (blocks + outside) * request.batch_size / request.num_groups
+
+
+def workspace_bytes(request: PlanRequest) -> float:
+    """Room for what lives only while a layer runs: about a feed-forward layer and two streams.
+
+    Assumed, not measured. Guidance runs both captions as one batch.
+    """
+    tokens = -(-request.num_tokens // request.sequence)
+    c = 2 if request.bfloat16 else 4
+    one = tokens * (8 * request.dit.width + 2 * c * request.dit.ffn_dim)
+    return float(one * (1 + request.guidance) * request.batch_size / request.num_groups)
+
+
+def gathered_bytes(request: PlanRequest) -> float:
+    """Weights in the dtype of the products, and gradients on their way, of what is at work."""
+    counts, c = count_parameters(request.dit), 2 if request.bfloat16 else 4
+    if request.num_gpus == 1:
+        return float(2 * counts.total) if request.bfloat16 else 0.0  # autocast's copies
+    outside = counts.total - request.dit.num_layers * counts.block
+    return 2.0 * counts.block * c + counts.block * (c + 4) + outside * 4
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """Bytes of one network on each GPU. Gradients and activations exist during its update only."""
+
+    weights: float
+    optimizer: float = 0.0
+    average: float = 0.0
+    gradients: float = 0.0
+    activations: float = 0.0
+
+    @property
+    def resident(self) -> float:
+        return self.weights + self.optimizer + self.average
+
+    @property
+    def of_update(self) -> float:
+        return self.gradients + self.activations
+
+
+def frozen_bytes(request: PlanRequest) -> int:
+    counts = count_parameters(request.dit)
+    return request.frozen_bytes * (counts.total - counts.float32) + 4 * counts.float32
+
+
+def trained_memory(request: PlanRequest, rank: int, averaged: bool) -> RoleMemory:
+    """AdamW in float32: weight, gradient, two moments and perhaps an average."""
+    counts = count_parameters(request.dit, rank)
+    trained = 4 * (counts.pairs if rank else counts.total) / request.num_shards
+    base = frozen_bytes(request) / request.num_shards if rank else 0.0
+    return RoleMemory(
+        weights=base + trained,
+        optimizer=2 * trained,
+        average=trained * averaged,
+        gradients=trained,
+        activations=activation_bytes(request, rank),
+    )
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `estimate` found.
+
+    Attributes:
+        parameters: role -> (all, trained).
+        flops: per clip and iteration, by part.
+        memory: bytes per GPU by role; `workspace` and `gathered` come on top while one runs.
+        hours: for all iterations.
+    """
+
+    request: PlanRequest
+    parameters: dict[str, tuple[int, int]]
+    flops: dict[str, float]
+    memory: dict[str, RoleMemory]
+    workspace: float
+    gathered: float
+    hours: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes per GPU in the larger update."""
+        resident = sum(role.resident for role in self.memory.values()) + self.request.other_bytes
+        update = max(role.of_update for role in self.memory.values())
+        return resident + update + self.workspace + self.gathered
+
+    @property
+    def usable(self) -> float:
+        return self.request.gpu_memory * (1 - RESERVE)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.usable
+
+
+def estimate(request: PlanRequest) -> Plan:
+    """The plan, whether it fits or not."""
+    ranks = {"student": request.student_rank, "critic": request.critic_rank}
+    memory = {
+        "student": trained_memory(request, ranks["student"], averaged=True),
+        "teacher": RoleMemory(frozen_bytes(request) / request.num_shards),
+        "critic": trained_memory(request, ranks["critic"], averaged=False),
+    }
+    parameters = {"teacher": (count_parameters(request.dit).total, 0)}
+    for role, rank in ranks.items():
+        counts = count_parameters(request.dit, rank)
+        parameters[role] = (counts.total + counts.pairs, counts.pairs if rank else counts.total)
+    flops = iteration_flops(request)
+    per_gpu = sum(flops.values()) * request.batch_size / request.num_gpus
+    return Plan(
+        request=request,
+        parameters=parameters,
+        flops=flops,
+        memory=memory,
+        workspace=workspace_bytes(request),
+        gathered=gathered_bytes(request),
+        hours=request.iterations * per_gpu / request.rate / 3600,
+    )
+
+
+def plan(request: PlanRequest) -> Plan:
+    """The plan of a run that fits.
+
+    Raises:
+        WanError: it does not; the message says by how much, and what would.
+    """
+    found = estimate(request)
+    if found.fits:
+        return found
+    ways = "; ".join(remedies(request)) or "nothing here: take larger GPUs or smaller clips"
+    raise WanError(
+        f"{found.peak / 1e9:.1f} GB per GPU at the peak, {found.usable / 1e9:.1f} of "
+        f"{request.gpu_memory / 1e9:.0f} GB can be used; what would fit: {ways}"
+    )
+
+
+# What the command calls what may be changed, where it has another name for it.
+OPTIONS = {
+    "student_rank": "student.lora.rank",
+    "critic_rank": "scores.critic_lora.rank",
+    "shard": "parallel.shard",
+    "replicate": "parallel.replicate",
+    "sequence": "parallel.sequence",
+}
+
+
+def remedies(request: PlanRequest, limit: int = 4) -> list[str]:
+    """Changes that would make a run fit: single ones, else the first combination that does."""
+    found = [way for change in changes(request) if (way := fitting(request, change))]
+    if found:
+        return found[:limit]
+    together: dict[str, Any] = {}
+    for change in changes(request):
+        together |= change
+        if way := fitting(request, together):
+            return [way]
+    for factor in (2, 4, 8, 16, 32):
+        num_gpus = factor * request.num_gpus  # and a clip for each
+        more = {"num_gpus": num_gpus, "batch_size": num_gpus, "replicate": 1, "shard": None}
+        for change in (more, together | more | {"sequence": 1}):
+            if way := fitting(request, change):
+                return [way]
+    return []
+
+
+def changes(request: PlanRequest) -> Iterator[dict[str, Any]]:
+    """What a person may change, the harmless first."""
+    for mode in RECOMPUTE[RECOMPUTE.index(request.checkpoint_blocks) + 1 :]:
+        yield {"checkpoint_blocks": mode}
+    yield {"shard": None, "replicate": 1}
+    yield {"batch_size": request.num_groups}
+    for sequence in (2, 4, 8):
+        if sequence > request.sequence and request.num_gpus % sequence == 0:
+            groups = request.num_gpus // sequence
+            split = {"sequence": sequence, "shard": None, "replicate": 1, "batch_size": groups}
+            if request.dit.num_attention_heads % sequence == 0:
+                yield split
+    yield {"critic_rank": request.critic_rank or 64}
+    yield {"critic_rank": request.critic_rank or 64, "student_rank": request.student_rank or 64}
+
+
+def fitting(request: PlanRequest, change: dict[str, Any]) -> str | None:
+    """The change in words with its peak, if it is one and fits."""
+    change = {name: value for name, value in change.items() if getattr(request, name) != value}
+    if not change:
+        return None
+    found = estimate(replace(request, **change))
+    if not found.fits:
+        return None
+    words = " ".join(f"{OPTIONS.get(n, n)}={'null' if v is None else v}" for n, v in change.items())
+    return f"{words} ({found.peak / 1e9:.1f} GB)"
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan for a person."""
+    request = plan.request
+    lines = [
+        f"{request.num_tokens} tokens and {request.text_rows} text rows a clip, "
+        f"{request.batch_size} clips an iteration on {request.num_gpus} GPUs "
+        f"({request.num_shards} share the weights, {request.sequence} share a clip)",
+        "",
+        f"{'network':<10}{'parameters':>12}{'trained':>12}",
+    ]
+    for role in plan.memory:
+        total, trained = plan.parameters[role]
+        lines.append(f"{role:<10}{short(total):>12}{short(trained):>12}")
+    columns = ("weights", "optimizer", "average", "gradients", "activations")
+    lines += ["", f"{'GB per GPU':<10}" + "".join(f"{name:>12}" for name in columns)]
+    for role, memory in plan.memory.items():
+        cells = "".join(f"{getattr(memory, name) / 1e9:>12.2f}" for name in columns)
+        lines.append(f"{role:<10}{cells}")
+    lines += [
+        f"while one runs: {plan.workspace / 1e9:.2f} GB work space, {plan.gathered / 1e9:.2f} GB "
+        f"weights and gradients in transit; always: {request.other_bytes / 1e9:.2f} GB others",
+        f"peak: {plan.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} GB usable: "
+        + ("fits" if plan.fits else "DOES NOT FIT"),
+        "",
+        "TFLOP per clip and iteration",
+    ]
+    lines += [f"  {part:<32}{flops / 1e12:>12.3g}" for part, flops in plan.flops.items()]
+    total = sum(plan.flops.values())
+    seconds = 3600 * plan.hours / request.iterations
+    lines += [
+        f"  {'together':<32}{total / 1e12:>12.3g}",
+        "",
+        f"{seconds:.3g} s per iteration at {request.rate / 1e12:.3g} TFLOP/s per GPU; "
+        f"{plan.hours:.3g} h for {request.iterations} iterations, "
+        f"{plan.hours * request.num_gpus:.3g} GPU hours",
+    ]
+    return "\n".join(lines)
