@@ -3,18 +3,26 @@
 A checkpoint is written beside its place, flushed to the disk, and renamed; a folder under its final
 name is complete. `manifest.json` holds the sha256 of each file, and loading verifies it, so that a
 damaged checkpoint is noticed and the one before it is used, loudly.
+
+Of a sharded run every process writes a file with its own rows of each tensor, and says in the
+file's header which they are. Any number of processes can read them, one included: each takes the
+rows it needs, from whichever files have them.
 """
 
 import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from train.parallel import ALONE, Rows, World
 from wan.digests import sha256_file
 from wan.errors import WanError
 
@@ -26,7 +34,7 @@ BEST = "best.json"
 def split_tensors(tree: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
     """Replace each tensor of a nested state by a reference; dict keys may be str or int."""
     if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().cpu().contiguous().clone()  # clone: tied weights share memory
+        tensors[path] = tree.detach()
         return {"__tensor__": path}
     if isinstance(tree, dict):
         items = [[k, split_tensors(v, tensors, f"{path}.{k}")] for k, v in tree.items()]
@@ -49,38 +57,80 @@ def join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
-def save_checkpoint(root: Path, step: int, state: dict[str, Any], keep_last: int = 2) -> Path:
+def write_part(folder: Path, state: dict[str, Any], world: World) -> dict[str, str]:
+    """What one process contributes to a checkpoint: its files' names and their sha256."""
+    tensors: dict[str, Tensor] = {}
+    tree = split_tensors(state, tensors)
+    own: dict[str, Tensor] = {}
+    first_rows: dict[str, int] = {}
+    for path, tensor in tensors.items():
+        if (stored := world.stored_rows(tensor)) is not None:
+            local, (first_rows[path], _) = stored
+            own[path] = local.cpu().contiguous().clone()  # clone: tied weights share memory
+    files = []
+    if world.size == 1:
+        save_file(own, folder / "state.safetensors")
+        files.append("state.safetensors")
+    elif own:
+        header = {"first_rows": json.dumps(first_rows)}
+        files.append(f"state-{world.rank:05d}.safetensors")
+        save_file(own, folder / files[-1], header)
+    if world.is_main:
+        (folder / "state.json").write_text(json.dumps(tree))
+        files.append("state.json")
+    for name in files:
+        flush_to_disk(folder / name)
+    return {name: sha256_file(folder / name) for name in files}
+
+
+def save_checkpoint(
+    root: Path, step: int, state: dict[str, Any], keep_last: int = 2, world: World = ALONE
+) -> Path:
     """Write `root/step-N`, then remove all but the best and the last `keep_last` up to N.
+
+    All processes call this; the folder must be one that all of them see.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    root.mkdir(parents=True, exist_ok=True)
     final = root / f"{PREFIX}{step:07d}"
-    beside = root / f"{UNFINISHED}{final.name}-{os.getpid()}"
+    beside = root / f"{UNFINISHED}{final.name}-{world.first(os.getpid())}"
     try:
-        beside.mkdir()
-        tensors: dict[str, Tensor] = {}
-        tree = split_tensors(state, tensors)
-        save_file(tensors, beside / "state.safetensors")
-        (beside / "state.json").write_text(json.dumps(tree))
-        digests = {p.name: sha256_file(p) for p in sorted(beside.iterdir())}
-        (beside / "manifest.json").write_text(json.dumps({"step": step, "sha256": digests}))
-        for path in [*beside.iterdir(), beside]:
-            flush_to_disk(path)
-        if final.exists():  # left by a run that was set back to an earlier step
-            shutil.rmtree(final)
-        beside.rename(final)
-        flush_to_disk(root)
+        with world.together():
+            if world.is_main:
+                beside.mkdir(parents=True)
+        with world.together():
+            digests = write_part(beside, state, world)
+        parts = world.gather(digests)
+        with world.together():
+            if world.is_main:
+                commit(beside, final, step, {k: v for part in parts for k, v in part.items()})
+                prune(root, final, keep_last)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+    return final
+
+
+def commit(beside: Path, final: Path, step: int, digests: dict[str, str]) -> None:
+    """Give a checkpoint whose files are on the disk its manifest and its name."""
+    manifest = {"step": step, "sha256": dict(sorted(digests.items()))}
+    (beside / "manifest.json").write_text(json.dumps(manifest))
+    for path in (beside / "manifest.json", beside):
+        flush_to_disk(path)
+    if final.exists():  # left by a run that was set back to an earlier step
+        shutil.rmtree(final)
+    beside.rename(final)
+    flush_to_disk(final.parent)
+
+
+def prune(root: Path, final: Path, keep_last: int) -> None:
     # Later steps are of a run that was set back to an earlier one, because they were damaged.
     earlier = [p for p in list_checkpoints(root) if p.name < final.name]
     later = [p for p in list_checkpoints(root) if p.name > final.name]
     outdated = [p for p in earlier[: len(earlier) - (keep_last - 1)] if p != best_checkpoint(root)]
     for old in [*later, *outdated]:
         shutil.rmtree(old)
-    return final
 
 
 def mark_best(root: Path, step: int, value: float) -> None:
@@ -105,39 +155,83 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(p for p in root.glob(f"{PREFIX}*") if p.is_dir())
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read one checkpoint after checking every digest.
+class StoredTensors:
+    """The tensors of a checkpoint, whose rows may lie in several files."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.pieces: dict[str, list[tuple[Rows, Any]]] = {}  # rows, slice of a mapped file
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            first_rows = json.loads((file.metadata() or {}).get("first_rows", "{}"))
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                piece = file.get_slice(name)
+                rows = (first_rows.get(name, 0), (piece.get_shape() or [1])[0])
+                self.pieces.setdefault(name, []).append((rows, piece))
+        for pieces in self.pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        (first, number), piece = self.pieces[name][-1]
+        shape = piece.get_shape()
+        return (first + number, *shape[1:]) if shape else ()
+
+    def read(self, name: str, rows: Rows) -> Tensor:
+        """Rows of one tensor, from the first to be read and as many as are asked for."""
+        start, stop = rows[0], rows[0] + rows[1]
+        _, some = self.pieces[name][0]
+        if not some.get_shape():
+            return some[...]
+        parts = [some[:1][:0]]  # where no row is asked for
+        for (first, number), piece in self.pieces[name]:
+            begin, end = max(start, first), min(stop, first + number)
+            if begin < end:
+                parts.append(piece[begin - first : end - first])
+        return parts[-1] if len(parts) < 3 else torch.cat(parts)
+
+
+def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
+    """Read one checkpoint after checking every digest, each process its share of the files.
 
     Raises:
         WanError: a file is missing or its content has changed.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name, digest in manifest["sha256"].items():
+        files = list(manifest["sha256"].items())
+        for name, digest in files[world.rank :: world.size]:
             if sha256_file(folder / name) != digest:
                 raise WanError(
                     f"{folder / name}: content does not match its sha256 in the manifest"
                 )
         tree = json.loads((folder / "state.json").read_text())
-        return join_tensors(tree, load_file(folder / "state.safetensors"))
+        stored = StoredTensors([folder / n for n, _ in files if n.endswith(".safetensors")])
+        tensors = {
+            name: world.restore(stored.shape(name), partial(stored.read, name))
+            for name in stored.pieces
+        }
+        return join_tensors(tree, tensors)
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
 
 
-def load_latest(root: Path) -> dict[str, Any] | None:
+def load_latest(root: Path, world: World = ALONE) -> dict[str, Any] | None:
     """The newest checkpoint that verifies; None if there is none at all.
 
     Raises:
         WanError: checkpoints exist and none of them verifies.
     """
-    for leftover in root.glob(f"{UNFINISHED}*"):  # of a process that was killed while it saved
-        shutil.rmtree(leftover)
-    folders = list_checkpoints(root)
+    if world.is_main:
+        for leftover in root.glob(f"{UNFINISHED}*"):  # of a run that was killed while it saved
+            shutil.rmtree(leftover)
+    folders = world.first(list_checkpoints(root))
     for folder in reversed(folders):
         try:
-            return load_checkpoint(folder)
+            with world.together():
+                tree = load_checkpoint(folder, world)
+            return tree
         except WanError as error:
-            print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+            if world.is_main:
+                print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
     if folders:
         raise WanError(f"{root}: none of the {len(folders)} checkpoints can be read")
     return None

@@ -14,6 +14,7 @@ import torch
 from configs.training import LoopConfig
 from train.checkpoint import load_latest, mark_best, save_checkpoint
 from train.metrics import MetricsLog
+from train.parallel import ALONE, World
 from train.state import TrainState
 from wan.errors import WanError
 
@@ -35,6 +36,17 @@ FREE_SETTINGS = {
     "loop.wandb_project",
     "loop.allow_changes",
     "data.cache_dir",
+    # Of earlier versions, for clips that training encoded itself; the world never used them.
+    "data.num_frames",
+    "data.height",
+    "data.width",
+    "data.fps",
+    # How the same numbers are computed, up to rounding.
+    "compile",
+    "checkpoint_blocks",
+    "parallel.shard",
+    "parallel.replicate",
+    "parallel.sequence",
 }
 
 
@@ -45,6 +57,7 @@ def run_training(
     folder: Path,
     settings: dict[str, Any],
     on_save: Callable[[TrainState], dict[str, float]] | None = None,
+    world: World = ALONE,
 ) -> bool:
     """Train to `config.steps`, continuing from the newest checkpoint in `folder` if there is one.
 
@@ -55,6 +68,8 @@ def run_training(
             `state` alone, so that a resumed run repeats an unbroken one bit for bit.
         on_save: measured and logged before each checkpoint (validation, sample clips). If it
             returns `HEALTH`, the checkpoint where that was highest is kept beside the last ones.
+        world: of all processes, which step and stop together; numbers are averaged over them, and
+            the main one prints and logs.
     Returns:
         True at the last step; False after a Ctrl-C or SIGTERM, which ends the run with a checkpoint
         after the step in progress. A second one ends the process at once.
@@ -64,16 +79,24 @@ def run_training(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = folder / "checkpoints"
-    tree = load_latest(checkpoints)
+    tree = load_latest(checkpoints, world)
     if tree is not None:
         if not config.allow_changes:
             check_unchanged(tree.get("settings", {}), settings)
         state.load_tree(tree)
-        print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    log = MetricsLog(folder, state.step, config.wandb_project, settings)
+        if world.is_main:
+            print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
+    log: MetricsLog | None = None
+    if world.is_main:
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        log = MetricsLog(folder, state.step, config.wandb_project, settings)
 
-    asked_to_stop = False
+    def report(text: str, values: dict[str, float]) -> None:
+        if log is not None:
+            log.write(state.step - 1, **values)
+            print(text, flush=True)
+
+    asked_to_stop = stopping = False
 
     def request_stop(signum: int, frame: object) -> None:
         nonlocal asked_to_stop
@@ -84,8 +107,9 @@ def run_training(
     seen: dict[str, list[float]] = {}  # since the last line of the log; not every step has all
     started, counted = time.perf_counter(), 0
     try:
-        while state.step < config.steps and not asked_to_stop:
-            values = train_step(state)
+        while state.step < config.steps and not stopping:
+            values = world.mean(train_step(state))
+            stopping = world.any(asked_to_stop)  # one answer for all, whenever the signal came
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise WanError(
@@ -98,23 +122,21 @@ def run_training(
             if state.step % config.log_every == 0 or state.step == config.steps:
                 elapsed = time.perf_counter() - started
                 means = {name: sum(values) / len(values) for name, values in seen.items()}
-                log.write(state.step - 1, **means, seconds_per_step=elapsed / counted)
-                done = f"{state.step}/{config.steps}"
-                print(
-                    f"{done}  {format_numbers(means)}  {elapsed / counted:.2f} s/step", flush=True
-                )
+                pace, done = elapsed / counted, f"{state.step}/{config.steps}"
+                text = f"{done}  {format_numbers(means)}  {pace:.2f} s/step"
+                report(text, means | {"seconds_per_step": pace})
                 seen, started, counted = {}, time.perf_counter(), 0
-            if state.step % config.save_every == 0 or state.step == config.steps or asked_to_stop:
+            if state.step % config.save_every == 0 or state.step == config.steps or stopping:
                 if on_save is not None and (measured := on_save(state)):
-                    log.write(state.step - 1, **measured)
-                    print("    " + format_numbers(measured), flush=True)
+                    report("    " + format_numbers(measured), measured)
                 tree = {**state.to_tree(), "settings": settings}
-                save_checkpoint(checkpoints, state.step, tree, config.keep_last)
-                if on_save is not None and HEALTH in measured:
+                save_checkpoint(checkpoints, state.step, tree, config.keep_last, world)
+                if world.is_main and on_save is not None and HEALTH in measured:
                     mark_best(checkpoints, state.step, measured[HEALTH])
                 started = time.perf_counter()
     finally:
-        log.close()
+        if log is not None:
+            log.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
     return state.step >= config.steps

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from train.parallel import gathered, sharded_like
 from wan.errors import WanError
 
 # Quintic Newton-Schulz coefficients: five rounds push all singular values of a matrix with unit
@@ -37,6 +38,9 @@ class Muon(Optimizer):
     0.2 sqrt(max(m, n)), which gives it the root mean square of an AdamW step, so that both
     optimisers share one learning rate. (`torch.optim.Muon` takes two-dimensional weights only.)
 
+    Of a sharded weight the whole update is computed in every process, from its gathered momentum:
+    right, and dear where weights are large; AdamW needs no whole matrix.
+
     Source: Jordan et al., Muon (2024); scale from Liu et al., arXiv:2502.16982.
     """
 
@@ -62,10 +66,11 @@ class Muon(Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
                 nesterov = weight.grad.lerp(state["momentum"], group["momentum"])
-                matrix = orthogonalize(nesterov.flatten(1))
+                matrix = orthogonalize(gathered(nesterov).flatten(1))
                 scale = 0.2 * max(matrix.shape) ** 0.5
+                update = sharded_like(matrix.view(weight.shape), weight)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(matrix.view_as(weight), alpha=-group["lr"] * scale)
+                weight.add_(update, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(
@@ -127,7 +132,7 @@ def apply_gradients(
     for optimizer in optimizers.values():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return gathered(norm).item()
 
 
 def set_learning_rate(optimizers: dict[str, Optimizer], lr: float) -> None:

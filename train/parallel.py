@@ -1,0 +1,370 @@
+"""Many processes as one run: the only file that knows how many there are.
+
+    with start(config.parallel, config.device) as world:
+        dit = ...                        # on world.loading_device, the same in all processes
+        world.prepare(dit, bfloat16)     # before optimisers and averages are made
+        rows = world.rows(batch_size)    # of the whole batch, this process's
+        run_training(..., world=world)   # steps, stops and saves together
+        world.reunite(dit)               # whole again in the main process, to export
+
+Started plainly, a command is alone: `World` then does nothing at all and modules stay as they are.
+Under torchrun `Processes` shards every weight with FSDP2 over `shard` x `sequence` processes,
+keeps `replicate` copies of that, and splits the tokens of each clip over `sequence` neighbours.
+
+Every process draws the randomness of the whole batch and keeps its own rows, so that the number of
+processes changes no sample. Gradients are means over all processes: the loss of a process must be a
+mean over its rows, and equal on those that share a clip.
+
+Letters: P processes that share tokens, B batch, N heads, L tokens, l = ceil(L / P), K channels of a
+head.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from configs.parallel import ParallelConfig
+from wan.dit import WanDiT
+from wan.errors import WanError
+from wan.placement import resolve_device
+
+T = TypeVar("T")
+Rows = tuple[int, int]  # first row and number of rows
+PATIENCE = timedelta(days=1)  # of processes while another one encodes clips or writes a model
+
+
+class World:
+    """One process, alone: nothing to share and nothing to agree on.
+
+    Attributes:
+        rank, size: this process among all.
+        data_rank, data_size: its group among the groups that see different clips.
+        device: where its tensors live.
+    """
+
+    rank, size = 0, 1
+    data_rank, data_size = 0, 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def loading_device(self) -> torch.device:
+        """Where to load weights for `prepare`: shards go to `device`, whole modules may not fit."""
+        return self.device if self.size == 1 else torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints, logs and writes."""
+        return self.rank == 0
+
+    def prepare(self, module: nn.Module, bfloat16: bool = False) -> None:
+        """Shard a module in place; its weights become DTensors on `device`.
+
+        Call it after `compile` and before optimisers, averages and checkpoints see the weights,
+        which must be the same in all processes. Frozen modules too.
+
+        Args:
+            bfloat16: gather the weights in bfloat16 for computing, but for those that
+                `FLOAT32_PARAMETERS` names; the shards, gradients and optimisers stay as they are.
+        Raises:
+            WanError: the heads are not divisible by `parallel.sequence`.
+        """
+
+    def reunite(self, module: nn.Module) -> None:
+        """Undo `prepare` in the main process, on the CPU; the others' module is done with."""
+
+    def rows(self, batch_size: int) -> slice:
+        """This process's rows of a batch.
+
+        Raises:
+            WanError: the batch cannot be shared out evenly.
+        """
+        if batch_size % self.data_size:
+            raise WanError(
+                f"batch_size={batch_size}: counts the clips of all processes and must be a "
+                f"multiple of the {self.data_size} groups that see different ones"
+            )
+        share = batch_size // self.data_size
+        return slice(self.data_rank * share, (self.data_rank + 1) * share)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank."""
+        return [value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return any(self.gather(flag))
+
+    def first(self, value: T) -> T:
+        """The main process's value."""
+        return self.gather(value)[0]
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """Each number averaged over the processes that have it."""
+        everyone = self.gather(values)
+        names = dict.fromkeys(name for each in everyone for name in each)
+        known = {name: [each[name] for each in everyone if name in each] for name in names}
+        return {name: sum(found) / len(found) for name, found in known.items()}
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails in one process fails in all, so that none is left waiting.
+
+        Raises:
+            OSError, WanError: the process's own, or one that tells another's.
+        """
+        error: OSError | WanError | None = None
+        try:
+            yield
+        except (OSError, WanError) as raised:
+            error = raised
+        failed = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, message in enumerate(failed):
+            if message is not None:
+                raise WanError(f"process {rank}: {message}")
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The others come when the main process is through: it fills the caches they read."""
+        if not self.is_main:
+            self.gather(None)
+        yield
+        if self.is_main:
+            self.gather(None)
+
+    def stored_rows(self, tensor: Tensor) -> tuple[Tensor, Rows] | None:
+        """What this process writes of a tensor, and which rows that are; None: nothing."""
+        return tensor, (0, len(tensor) if tensor.ndim else 1)
+
+    def restore(self, shape: tuple[int, ...], read: Callable[[Rows], Tensor]) -> Tensor:
+        """A tensor of that shape as this process keeps it, from a function that reads rows."""
+        return read((0, shape[0] if shape else 1))
+
+
+class Processes(World):
+    """Several processes under torchrun. Made by `start`."""
+
+    def __init__(self, config: ParallelConfig, device: torch.device) -> None:
+        super().__init__(device)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        shard = share_out(config, self.size)
+        self.data_rank, self.data_size = self.rank // config.sequence, self.size // config.sequence
+        self.reduce_dtype = getattr(torch, config.reduce_dtype)
+        # Ranks count sequence fastest, then shard, then replicate: what talks most is nearest.
+        shape = (config.replicate, shard * config.sequence)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        self.mesh: DeviceMesh = mesh["shard"] if config.replicate == 1 else mesh
+        self.placements = [Replicate()] * (config.replicate > 1) + [Shard(0)]
+        self.shard_rank, self.num_shards = mesh.get_local_rank("shard"), shape[1]
+        self.is_first_copy = mesh.get_local_rank("replicate") == 0
+        self.split: SequenceSplit | None = None
+        if config.sequence > 1:
+            shape = (self.data_size, config.sequence)
+            groups = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
+            self.split = SequenceSplit(groups.get_group("sequence"))
+        self.agreement = dist.new_group(backend="gloo", timeout=PATIENCE)  # CPU, few bytes
+
+    def prepare(self, module: nn.Module, bfloat16: bool = False) -> None:
+        exact = MixedPrecisionPolicy(reduce_dtype=self.reduce_dtype, cast_forward_inputs=False)
+        half = MixedPrecisionPolicy(torch.bfloat16, self.reduce_dtype, cast_forward_inputs=False)
+        if isinstance(module, WanDiT):
+            if self.split is not None:
+                module.split_tokens(self.split)
+            for block in module.blocks:
+                if bfloat16:
+                    self._shard_children(block, half)
+                fully_shard(block, mesh=self.mesh, mp_policy=exact)
+            if bfloat16:
+                self._shard_children(module, half)
+        fully_shard(module, mesh=self.mesh, mp_policy=exact)
+
+    def _shard_children(self, module: nn.Module, policy: MixedPrecisionPolicy) -> None:
+        """Those children that hold weights of which none is to be kept in float32."""
+        for name, child in module.named_children():
+            weights = [f"{name}.{n}" for n, _ in child.named_parameters()]
+            kept = any(part in w for w in weights for part in WanDiT.FLOAT32_PARAMETERS)
+            if weights and not kept and not isinstance(child, nn.ModuleList):
+                fully_shard(child, mesh=self.mesh, mp_policy=policy)
+
+    def reunite(self, module: nn.Module) -> None:
+        whole = {}
+        for name, weight in module.state_dict().items():
+            weight = gathered(weight)
+            if self.is_main:
+                whole[name] = weight.cpu()
+        if self.is_main:
+            module.load_state_dict(whole, assign=True)
+
+    def gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.agreement)
+        return values
+
+    def stored_rows(self, tensor: Tensor) -> tuple[Tensor, Rows] | None:
+        if not isinstance(tensor, DTensor):
+            return super().stored_rows(tensor) if self.is_main else None
+        rows = self._own_rows(len(tensor))
+        local = tensor.to_local()
+        assert len(local) == rows[1], "FSDP shards in another way than this file believes"
+        return (local, rows) if self.is_first_copy and rows[1] else None
+
+    def restore(self, shape: tuple[int, ...], read: Callable[[Rows], Tensor]) -> Tensor:
+        if not shape:
+            return super().restore(shape, read)
+        local = read(self._own_rows(shape[0])).to(self.device)
+        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        return DTensor.from_local(
+            local,
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=stride,
+        )
+
+    def _own_rows(self, total: int) -> Rows:
+        """Shard(0) cuts like torch.chunk: all parts equal, the last ones shorter or empty."""
+        chunk = -(-total // self.num_shards)
+        first = min(self.shard_rank * chunk, total)
+        return first, min(chunk, total - first)
+
+
+class SequenceSplit:
+    """Tokens shared out over P processes, and heads within self-attention.
+
+    Each process holds l consecutive tokens through every block. Self-attention trades them for all
+    tokens of N / P heads and back; nothing else needs a neighbour. L is padded to P l; padded
+    tokens are never attended and cut off at the end.
+
+    Source: DeepSpeed Ulysses, arXiv:2309.14509.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+
+    def share(self, x: Tensor, dim: int) -> Tensor:
+        """This process's l of L entries along `dim`, zeros beyond the end."""
+        share = -(-x.shape[dim] // self.size)
+        first = min(self.rank * share, x.shape[dim])
+        own = x.narrow(dim, first, min(share, x.shape[dim] - first))
+        beyond = [0, 0] * (x.ndim - 1 - dim) + [0, share - own.shape[dim]]
+        return F.pad(own, beyond)
+
+    def collect(self, x: Tensor, length: int) -> Tensor:
+        """Everyone's tokens (B, l, ...) -> (B, L, ...); gradients come back summed."""
+        everyone = self.exchange(x.expand(self.size, *x.shape))  # (P, B, l, ...)
+        return everyone.movedim(0, 1).flatten(1, 2)[:, :length]
+
+    def around(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """That self-attention for queries, keys and values of which each process holds l tokens."""
+        return partial(self.attend, attention)
+
+    def attend(
+        self,
+        attention: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int, int] | None,
+    ) -> Tensor:
+        """(B, N, l, K) three times and the grid of all L tokens -> (B, N, l, K)."""
+        if grid is None:
+            raise WanError("exact=True: not while tokens are shared out; set_attention('sdpa')")
+        share, length = q.shape[2], math.prod(grid)
+        q, k, v = self.tokens_to_heads(torch.stack((q, k, v)))[..., :length, :]
+        out = attention(q, k, v, grid)  # (B, N / P, L, K)
+        return self.heads_to_tokens(F.pad(out, (0, 0, 0, share * self.size - length)))
+
+    def tokens_to_heads(self, x: Tensor) -> Tensor:
+        """All heads of l tokens (..., N, l, K) -> N / P heads of all (..., N / P, P l, K)."""
+        x = self.exchange(x.unflatten(-3, (self.size, -1)).movedim(-4, 0))  # (P, ..., N / P, l, K)
+        return x.movedim(0, -3).flatten(-3, -2)
+
+    def heads_to_tokens(self, x: Tensor) -> Tensor:
+        """The inverse of `tokens_to_heads`."""
+        x = self.exchange(x.unflatten(-2, (self.size, -1)).movedim(-3, 0))  # (P, ..., N / P, l, K)
+        return x.movedim(0, -4).flatten(-4, -3)
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """Entry i of x (P, ...) goes to process i; entry j of the result comes from process j."""
+        return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
+
+
+def share_out(config: ParallelConfig, size: int) -> int:
+    """How many processes shard the weights, `parallel.sequence` not counted.
+
+    Raises:
+        WanError: the three numbers do not multiply to `size`.
+    """
+    others = config.replicate * config.sequence
+    shard = config.shard if config.shard is not None else max(1, size // others)
+    if shard * others != size:
+        raise WanError(
+            f"parallel.shard={config.shard}, replicate={config.replicate}, sequence="
+            f"{config.sequence}: their product must be the number of processes, {size}; "
+            "torchrun --nproc-per-node says how many there are"
+        )
+    return shard
+
+
+@contextmanager
+def start(config: ParallelConfig, device: str = "cpu") -> Iterator[World]:
+    """Join the other processes of this run, if torchrun started several; leave them at the end.
+
+    Raises:
+        WanError: no such device, or another number of processes than the settings ask for.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    share_out(config, size)
+    if size == 1:
+        yield World(resolve_device(device))
+        return
+    if device in ("auto", "cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    elif device != "cpu":
+        raise WanError(f"device={device}: several processes choose their own; cpu, cuda or auto")
+    place = resolve_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl")
+    try:
+        world = Processes(config, place)
+        with open(os.devnull, "w") as nowhere:
+            if world.is_main:
+                yield world
+            else:
+                with redirect_stdout(nowhere):
+                    yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A whole tensor; of a sharded one, from all processes, which must all call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, the same in all processes, cut up as another one is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+ALONE = World(torch.device("cpu"))
