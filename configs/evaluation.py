@@ -94,7 +94,9 @@ class EvaluateConfig:
 
     def question(self) -> dict[str, Any]:
         """The settings that numbers depend on."""
-        free = ("batch_size", "output", "sheet")
+        free = {"batch_size", "output", "sheet"}
+        if self.source == "renders":
+            free |= {"checkpoint", "revision"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -167,15 +169,15 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if not self.settings:
             raise WanError("settings= is empty: a study needs at least one setting")
-        named = [*(self.only or ()), self.match.student, self.match.teacher, self.match.floor]
-        named += [self.match.baseline] if self.match.baseline is not None else []
-        for name in named:
-            check_choice("settings named", name, tuple(self.settings))
         for name in self.settings:  # names become folders
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
                 raise WanError(f"setting {name!r}: letters, digits and _ . - only")
             for captions in CAPTION_SETS:
                 self.evaluation(name, captions)
+        named = [*(self.only or ()), self.match.student, self.match.teacher, self.match.floor]
+        named += [self.match.baseline] if self.match.baseline is not None else []
+        for name in named:
+            check_choice("settings named", name, tuple(self.settings))
 
     def evaluation(self, name: str, captions: str) -> EvaluateConfig:
         """What `infer.evaluate` would be asked for one setting on one of `CAPTION_SETS`."""

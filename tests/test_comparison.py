@@ -162,6 +162,11 @@ def test_a_student_must_beat_the_teacher_at_as_few_steps():
     assert verdicts(good(), changed(good(), joint=torch.zeros(400)))[name] == "holds"
 
 
+def test_three_captions_of_the_same_clips_are_enough_for_identity():
+    few = good(3)
+    assert {clause.verdict for clause in match(few, few, few)} == {"holds"}
+
+
 def test_few_captions_leave_it_open():
     few = good(20)
     unlike = changed(few, joint=few.values["joint"].roll(1))

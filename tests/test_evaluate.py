@@ -135,7 +135,7 @@ def test_the_truth_is_as_diverse_as_the_truth_and_one_clip_for_all_seeds_is_not(
 
 
 def test_the_distance_to_the_truth_is_small_for_truth_and_large_for_stills():
-    config = settings(*SMALL, "num_captions=8")
+    config = settings("source=renders", "num_captions=8")
     examples, true = draw_examples(config), render_truth(config)
 
     def still(batch):

@@ -188,10 +188,9 @@ def _distance_clause(student: Measured, teacher: Measured, floor: Measured) -> C
         kernel_terms(one.features[:num], one.truth[:num]) for one in (student, teacher, floor)
     )
     counts = resamples(num)
-    margin = max(
-        DISTANCE_MARGIN * float(kernel_distance(theirs)),
-        2 * float(kernel_distance(least, counts).std()),
-    )
+    rounds = kernel_distance(least, counts)
+    error = float(rounds[rounds.isfinite()].std())  # no pair is left where one caption is drawn
+    margin = max(DISTANCE_MARGIN * float(kernel_distance(theirs)), 2 * error)
     terms = ours - theirs
     value = estimate(float(kernel_distance(terms)), kernel_distance(terms, counts))
     return Clause("distance to the truth: difference", value, below=margin)

@@ -1,0 +1,141 @@
+"""Compare a student with its teacher: many settings, the same captions and seeds, one report.
+
+    python -m infer.study study=mini                    # make what is missing, then the report
+    python -m infer.study study=mini report_only=true   # only the report, of what is stored
+
+A study is a YAML file in configs/study/. Results are stored per setting and set of captions. One
+whose settings, captions and weights have not changed is not made again, so an interrupted study
+goes on where it stopped. A setting that fails is named at the end; the others are still made.
+Options of a setting are changed as in settings.teacher_unipc_50.share=0.1.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from configs.evaluation import CAPTION_SETS, EvaluateConfig, StudyConfig
+from infer.cli import Run, report, run_jobs
+from infer.command_line import CommandLine
+from infer.evaluate import SOURCES, device_of, folder_of, generate, load_pipeline, sampling
+from infer.measure import Example, VideoSource, draw_examples, evaluate, write_record
+from infer.record import writable_folder
+from infer.study_report import read_settings, write_report
+from wan.digests import hash_files, list_files
+from wan.errors import WanError
+from wan.pipeline import WanPipeline
+
+LINE = CommandLine(StudyConfig, "study", text_keys=(), path_keys=("output_dir", "checkpoint"))
+
+
+class LastPipeline:
+    """The last model that was loaded, for the next setting that wants the same."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._pipeline: WanPipeline | None = None
+
+    def get(self, config: EvaluateConfig) -> WanPipeline:
+        key = (folder_of(config), config.device, config.dtype)
+        if self._pipeline is None or key != self._key:
+            self._pipeline = None  # before the next one needs the room
+            self._pipeline = load_pipeline(config)
+            self._key = key
+        return self._pipeline
+
+
+def question_key(config: EvaluateConfig, examples: Sequence[Example]) -> str:
+    """sha256 of all that a result depends on: settings, captions and scenes, and weights."""
+    parts: list[Any] = [config.question(), repr(examples)]
+    if config.source != "renders":
+        files = list_files(folder_of(config))
+        if not files:
+            raise WanError(f"{folder_of(config)}: no such folder, or an empty one")
+        digests = hash_files(files.values())
+        parts.append({name: digests[path] for name, path in files.items()})
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def is_stored(file: Path, key: str) -> bool:
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["key"] == key
+
+
+def open_source(
+    config: EvaluateConfig, models: LastPipeline
+) -> tuple[VideoSource, dict[str, Any] | None]:
+    """Where the clips come from, and the plan by which a model makes them."""
+    if config.source != "model":
+        return SOURCES[config.source](config), None
+    pipeline = models.get(config)
+    plan = pipeline.plan(**sampling(config))
+    return generate(config, pipeline), {
+        "sampler": plan.sampler,
+        "steps": len(plan.schedule),
+        "guidance_scale": plan.guidance_scale,
+        "untrained": list(plan.untrained),
+    }
+
+
+def run_setting(name: str, config: StudyConfig, folder: Path, models: LastPipeline) -> None:
+    """Make and measure the clips of one setting that are not stored yet."""
+    for captions in CAPTION_SETS:
+        question = config.evaluation(name, captions)
+        examples = draw_examples(question)
+        key = question_key(question, examples)
+        file = folder / name / f"{captions}.json"
+        if is_stored(file, key):
+            continue
+        source, plan = open_source(question, models)
+        clips = evaluate(examples, source, question.batch_size)
+        label = f"{name}, {captions}"
+        progress = tqdm(clips, label, len(examples), unit="clip", disable=None)
+        results = [result for result, _ in progress]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_record(
+            file,
+            results,
+            key=key,
+            config=question.question(),
+            plan=plan,
+            device=str(device_of(question)),
+            threads=torch.get_num_threads(),
+        )
+        print(f"{label}: {len(results)} clips", file=sys.stderr)
+
+
+def run_settings(config: StudyConfig, folder: Path) -> list[str]:
+    """Run the settings one after the other; the names of those that failed."""
+    failed = []
+    models = LastPipeline()
+    for name in config.only or config.settings:
+        try:
+            run_setting(name, config, folder, models)
+        except (WanError, OSError) as error:
+            print(f"{name} failed:", file=sys.stderr)
+            report(error)
+            failed.append(name)
+    return failed
+
+
+def main(run: Run[StudyConfig]) -> int:
+    """The command; exit code 1 if a setting failed."""
+    config = run.config
+    folder = writable_folder(config.output_dir)
+    failed = [] if config.report_only else run_settings(config, folder)
+    stored = read_settings(config, folder)
+    if stored:
+        print(write_report(config, stored, folder))
+    else:
+        print(f"{folder}: no stored results to report", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} settings failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed or not stored else 0
+
+
+if __name__ == "__main__":
+    run_jobs(main, LINE, __doc__ or "")

@@ -1,0 +1,266 @@
+"""A study makes what is missing, goes on past failures, and reports from what is stored."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_pipeline import build, write_tokenizer
+
+from configs.evaluation import (
+    CAPTION_SETS,
+    CaptionSetConfig,
+    MatchConfig,
+    SettingConfig,
+    StudyConfig,
+)
+from configs.schema import SamplerConfig
+from infer import study, study_report
+from infer.cli import Run, compose_runs, execute
+from infer.measure import draw_examples
+from infer.study import LINE, LastPipeline, main, open_source, question_key
+from infer.study_report import read_settings
+from wan.errors import WanError
+
+
+def ceilings(folder: Path, **changes) -> StudyConfig:
+    """A study that needs no model: the truth, and the same with fewer captions."""
+    renders = SettingConfig(source="renders", line="truth")
+    config = StudyConfig(
+        output_dir=str(folder),
+        checkpoint=str(folder / "none"),
+        settings={"renders": renders, "again": replace(renders, share=0.6)},
+        match=MatchConfig(student="again", teacher="renders"),
+        single=CaptionSetConfig(num_captions=5),
+        pair=CaptionSetConfig(num_captions=2, num_objects=2),
+        seeds=CaptionSetConfig(2, seeds_per_caption=2, split="train", omit=1.0),
+    )
+    return replace(config, **changes)
+
+
+def run(config: StudyConfig) -> int:
+    return main(Run(config, {}, {}, ""))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """The folder of a study that was run to its end."""
+    folder = tmp_path_factory.mktemp("study")
+    assert run(ceilings(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(done, tmp_path) -> Path:
+    """The same, to change."""
+    return Path(shutil.copytree(done, tmp_path / "study"))
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[int]:
+    """The number of clips of each evaluation that is made from now on. No report is written."""
+    monkeypatch.setattr(study, "write_report", lambda *_: "reported")
+    numbers: list[int] = []
+    evaluate = study.evaluate
+
+    def counting(examples, source, batch_size):
+        numbers.append(len(examples))
+        return evaluate(examples, source, batch_size)
+
+    monkeypatch.setattr(study, "evaluate", counting)
+    return numbers
+
+
+def test_the_shipped_study_composes_and_its_settings_can_be_changed():
+    (one,) = compose_runs(LINE, ["settings.teacher_unipc_50.share=0.25", "only=[renders]"])
+    config = one.config
+    assert config.match.student == "student_3"
+    teacher = config.evaluation("teacher_unipc_50", "single")
+    assert teacher.num_captions == config.single.num_captions // 4
+    assert teacher.sampler == SamplerConfig("unipc", 50)
+    student = config.evaluation("student_3", "pair")
+    assert student.sampler == SamplerConfig()  # as its folder says
+    assert student.num_objects == 2
+    steps = {s.sampler.steps for s in config.settings.values() if s.line == "teacher (Euler)"}
+    assert steps == {50, 25, 10, 8, 4, 3, 2, 1}
+
+
+def test_every_setting_is_stored_whole(done):
+    for name, single in (("renders", 5), ("again", 3)):
+        clips = [
+            len(json.loads((done / name / f"{captions}.json").read_text())["clips"])
+            for captions in CAPTION_SETS
+        ]
+        assert clips == [single, 2, 4]
+    stored = read_settings(ceilings(done), done)
+    assert [one.name for one in stored] == ["renders", "again"]
+    measured = stored[0].measured
+    assert measured.values["joint"].tolist() == [1.0] * 5
+    assert measured.values["entropy"].shape == (2,)
+    assert measured.features.shape == measured.truth.shape == (5, 128)
+    fewer = stored[1].measured
+    assert torch.equal(fewer.features, measured.features[:3])
+
+
+def test_the_report_has_a_row_per_setting_a_picture_and_the_rule(done, capsys):
+    assert run(ceilings(done, report_only=True)) == 0
+    printed = capsys.readouterr().out
+    assert "again against renders: match" in printed  # as its clips are the same
+    assert "motion ratio: ratio" in printed
+    rows = [line for line in (done / "report.md").read_text().splitlines() if line[:1] == "|"]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| renders", "| again"]
+    assert {row.count("|") for row in rows} == {rows[0].count("|")}
+    assert "100.0% (" in rows[2]
+    assert rows[2].endswith("| 5 + 2 + 2 |")
+    with Image.open(done / "report.png") as picture:
+        assert len(picture.getcolors(2**20) or range(2**20)) > 10
+
+
+def test_what_is_stored_is_not_made_again_and_what_changed_is(folder, made):
+    config = ceilings(folder)
+    assert run(config) == 0
+    assert made == []
+    config.settings["again"] = replace(config.settings["again"], share=0.8)
+    assert run(config) == 0
+    assert made == [4]  # the other sets keep their two captions
+    (folder / "renders" / "pair.json").unlink()
+    assert run(config) == 0
+    assert made == [4, 2]
+    assert run(ceilings(folder, only=["renders"], pair=CaptionSetConfig(3, num_objects=2))) == 0
+    assert made == [4, 2, 3]
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path, made, monkeypatch):
+    write = study.write_record
+
+    def stop_at_the_second(file, *args, **more):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        write(file, *args, **more)
+
+    monkeypatch.setattr(study, "write_record", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(ceilings(tmp_path, only=["again"]))
+    monkeypatch.setattr(study, "write_record", write)
+    assert run(ceilings(tmp_path, only=["again"])) == 0
+    assert made == [3, 2, 2, 4]  # the second was not stored
+
+
+def test_a_setting_that_fails_is_named_and_the_others_are_made(folder, made, capsys):
+    broken = SettingConfig(checkpoint=str(folder / "nowhere"))
+    config = ceilings(folder)
+    config.settings = {"broken": broken, **config.settings}
+    shutil.rmtree(folder / "again")
+    assert run(config) == 1
+    assert made == [3, 2, 4]
+    printed = capsys.readouterr()
+    assert "no such folder" in printed.err
+    assert "1 settings failed: broken" in printed.err
+    assert "reported" in printed.out
+
+
+def test_results_of_other_settings_are_left_out_of_the_report(folder, capsys, monkeypatch):
+    monkeypatch.setattr(study_report, "draw", lambda *_: None)
+    config = ceilings(folder, report_only=True)
+    config.settings["again"] = replace(config.settings["again"], share=1.0)
+    assert run(config) == 0
+    printed = capsys.readouterr()
+    assert "again: stored with other settings" in printed.err
+    assert "no verdict, as there are no results of again" in printed.out
+    assert "again" not in (folder / "report.md").read_text().split("Captions:")[0]
+
+
+def test_a_report_of_nothing_says_so(tmp_path, capsys):
+    assert run(ceilings(tmp_path, report_only=True)) == 1
+    assert "no stored results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"only": ["teacher"]}, "choose one of renders, again"),
+        ({"match": MatchConfig(student="again", teacher="teacher")}, "choose one of"),
+        ({"settings": {}}, "at least one setting"),
+        (
+            {"settings": {"../up": SettingConfig()}, "match": MatchConfig("../up", "../up")},
+            "letters",
+        ),
+    ],
+)
+def test_bad_studies_are_refused(tmp_path, changes, message):
+    with pytest.raises(WanError, match=message):
+        ceilings(tmp_path, **changes)
+
+
+def test_bad_shares_are_refused():
+    assert execute(main, LINE, "", ["settings.renders.share=0"]) == 2
+    with pytest.raises(WanError, match="above 0"):
+        SettingConfig(share=1.5)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A tiny teacher and student with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    write_tokenizer(folder / "tokenizer")
+    teacher = build(folder / "tokenizer")
+    teacher.save_pretrained(folder / "teacher")
+    shutil.copytree(folder / "teacher", folder / "student")
+    index = folder / "student" / "model_index.json"
+    content = json.loads(index.read_text()) | {"_class_name": "WanDMDPipeline"}
+    index.write_text(json.dumps(content))
+    return folder
+
+
+def test_settings_of_one_model_share_it_and_students_run_as_trained(tmp_path, models):
+    teacher = SettingConfig(checkpoint=str(models / "teacher"), sampler=SamplerConfig(steps=4))
+    student = SettingConfig(checkpoint=str(models / "student"))
+    settings = {
+        "many": teacher,
+        "few": replace(teacher, sampler=SamplerConfig("euler", 2), guidance_scale=1.0),
+        "student": student,
+        "one": replace(student, sampler=SamplerConfig(timesteps=[1000.0]), allow_untrained=True),
+        "untrained": replace(student, sampler=SamplerConfig(steps=7)),
+        "renders": SettingConfig(source="renders"),
+    }
+    match = MatchConfig("student", "many")
+    config = ceilings(tmp_path, settings=settings, match=match)
+    loaded = LastPipeline()
+    plans, pipelines = {}, {}
+    for name in ("many", "few", "student", "one"):
+        question = config.evaluation(name, "single")
+        _, plans[name] = open_source(question, loaded)
+        pipelines[name] = loaded.get(question)
+    assert pipelines["many"] is pipelines["few"]
+    assert pipelines["student"] is pipelines["one"] is not pipelines["few"]
+    assert {name: plan["steps"] for name, plan in plans.items()} == {
+        **{"many": 4, "few": 2},
+        **{"student": 3, "one": 1},
+    }
+    assert plans["few"]["sampler"] == "euler"
+    assert plans["one"]["untrained"]
+    with pytest.raises(WanError, match="allow_untrained"):
+        open_source(config.evaluation("untrained", "single"), loaded)
+
+
+def test_other_weights_are_another_question(tmp_path, models):
+    copy = Path(shutil.copytree(models / "teacher", tmp_path / "model"))
+    config = ceilings(
+        tmp_path,
+        settings={"model": SettingConfig()},
+        match=MatchConfig("model", "model", floor="model"),
+        checkpoint=str(copy),
+    )
+    question = config.evaluation("model", "single")
+    examples = draw_examples(question)
+    before = question_key(question, examples)
+    assert question_key(question, examples) == before
+    assert question_key(question, examples[1:]) != before
+    weights = next((copy / "transformer").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert question_key(question, examples) != before
