@@ -1,0 +1,170 @@
+"""The settings of `train.distill`."""
+
+from dataclasses import dataclass, field
+
+from configs.data import DataConfig
+from configs.parallel import ParallelConfig
+from configs.schema import (
+    check_at_least,
+    check_choice,
+    check_device,
+    check_every_step,
+    check_positive,
+    check_seed,
+    option,
+)
+from configs.training import LoopConfig, LoRAConfig
+from wan.attention_config import AttentionConfig
+from wan.errors import WanError
+
+EXITS = ("stratified", "random", "shared")
+GAN_HOSTS = ("critic", "teacher")
+EXPORTS = ("last", "best")
+
+
+@dataclass
+class StudentConfig:
+    """What the student is to be."""
+
+    timesteps: list[float] = option([1000, 757, 522], "its steps, falling, 1000 = pure noise")
+    warp: bool = option(False, "read timesteps as positions in the shifted table (750 -> 937.5)")
+    table_shift: float = option(8.0, "shift of the table in which sigmas are looked up")
+    deterministic: bool = option(False, "between steps put back predicted noise, not fresh noise")
+    exits: str = option("stratified", "which step has the gradient: stratified, random, shared")
+    start: str | None = option(None, "folder of a student to start from; null: the teacher")
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("student.exits", self.exits, EXITS)
+        check_positive("student.table_shift", self.table_shift)
+        if not self.timesteps:
+            raise WanError("student.timesteps=[]: give at least one, such as [1000]")
+
+
+@dataclass
+class ScoreConfig:
+    """The two score networks: the frozen teacher and the critic that follows the student."""
+
+    guidance_scale: float = option(
+        4.0, "of the teacher, standard form v_u + g (v_c - v_u); 1: none"
+    )
+    negative_prompt: str = option("", "the teacher's unconditional caption")
+    shift: float = option(5.0, "of the noise levels at which scores are compared")
+    lowest: float = option(0.02, "lowest noise level")
+    highest: float = option(0.98, "highest noise level")
+    clamp: bool = option(True, "levels beyond the bounds move onto them; false: drawn inside")
+    critic_ratio: int = option(5, "critic updates per student update")
+    critic_warmup: int = option(0, "critic updates before the student's first")
+    critic_lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "critic_ratio"):
+            check_at_least(f"scores.{name}", getattr(self, name), 1)
+        check_at_least("scores.critic_warmup", self.critic_warmup, 0)
+        check_positive("scores.shift", self.shift)
+        if not 0 < self.lowest < self.highest < 1:
+            raise WanError(
+                f"scores.lowest={self.lowest}, scores.highest={self.highest}: need "
+                "0 < lowest < highest < 1"
+            )
+
+
+@dataclass
+class GANConfig:
+    """An optional adversarial term on features of the critic or the teacher; it needs clips."""
+
+    weight: float = option(0.0, "of the term in the student's loss; 0 turns it off")
+    critic_weight: float = option(0.01, "of the discriminator's loss")
+    host: str = option("critic", "whose features are read: critic or teacher")
+    blocks: list[int] = option([-1], "after which blocks; negative ones count from the end")
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "critic_weight"):
+            check_at_least(f"gan.{name}", getattr(self, name), 0)
+        check_choice("gan.host", self.host, GAN_HOSTS)
+        if not self.blocks:
+            raise WanError("gan.blocks=[]: name at least one block")
+
+
+@dataclass
+class RegressionConfig:
+    """An optional regression onto the teacher's own trajectories (knowledge distillation)."""
+
+    weight: float = option(0.0, "of the term in the student's loss; 0 turns it off")
+    num_pairs: int = option(1024, "trajectories the teacher samples first")
+    steps: int = option(24, "Euler steps of each")
+    guidance_scale: float | None = option(None, "of the teacher there; null: that of the scores")
+    shift: float | None = option(None, "of the teacher's grid; null: the model's own")
+
+    def __post_init__(self) -> None:
+        check_at_least("regression.weight", self.weight, 0)
+        for name in ("num_pairs", "steps"):
+            check_at_least(f"regression.{name}", getattr(self, name), 1)
+
+
+@dataclass
+class DistillConfig:
+    """`train.distill`: a many-step teacher becomes a student of few steps."""
+
+    output_dir: str = option("runs/distill", "checkpoints, metrics, samples and the student/")
+    checkpoint: str = option("builtin:miniature-teacher", "the teacher: a folder or a hub id")
+    seed: int = option(0, "captions, noise, noise levels, exits")
+    threads: int = option(2, "CPU threads")
+    device: str = option("cpu", "auto, cpu, cuda, cuda:N")
+    bfloat16: bool = option(True, "matrix products in bfloat16; weights stay float32")
+    compile: bool = option(False, "compile the transformers' blocks")
+    checkpoint_blocks: str = option(
+        "none", "recomputed in the backward pass: none, full, selective"
+    )
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    height: int | None = option(None, "pixels of what is made; null: the model's own")
+    width: int | None = option(None, "pixels; null: the model's own")
+    num_frames: int | None = option(None, "4k + 1; null: the model's own")
+    max_text_tokens: int = option(512, "captions are cut there, with a warning")
+
+    dmd_weight: float = option(1.0, "of distribution matching; 0 leaves regression alone")
+    student: StudentConfig = field(default_factory=StudentConfig)
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
+    gan: GANConfig = field(default_factory=GANConfig)
+    regression: RegressionConfig = field(default_factory=RegressionConfig)
+
+    batch_size: int = option(32, "captions per step")
+    first_frame_share: float = option(0.0, "share of batches with a clean first frame (TI2V)")
+    lr: float = option(1e-4, "peak learning rate of the student")
+    critic_lr: float = option(1e-4, "peak learning rate of the critic")
+    final_lr: float = option(0.5, "what the cosine leaves of both at the end")
+    warmup: int = option(10, "steps of linear warm-up")
+    beta1: float = option(0.0, "AdamW's first beta")
+    beta2: float = option(0.999, "AdamW's second beta")
+    weight_decay: float = option(0.01, "of matrices")
+    grad_clip: float = option(1.0, "largest gradient norm")
+    ema_decay: float = option(0.99, "of the averaged student that is kept")
+
+    validation_captions: int = option(8, "captions sampled at each save, student beside teacher")
+    validation_steps: int = option(25, "Euler steps of the teacher for those")
+    export: str = option("last", "which student is written at the end: last, or best by health")
+    max_drift: float = option(
+        3.0, "the run stops if the student's spread leaves the teacher's by it"
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        check_device("device", self.device)
+        check_seed("seed", self.seed)
+        check_choice("export", self.export, EXPORTS)
+        check_every_step(self.attention)
+        for name in ("lr", "critic_lr"):
+            check_positive(name, getattr(self, name))
+        for name in ("batch_size", "threads", "max_text_tokens", "validation_captions"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("dmd_weight", self.dmd_weight, 0)
+        if not 0 <= self.first_frame_share <= 1:
+            raise WanError(f"first_frame_share={self.first_frame_share}: must lie in [0, 1]")
+        if not self.max_drift > 1:
+            raise WanError(f"max_drift={self.max_drift}: must be above 1 (3: a third to threefold)")
+        if not (self.dmd_weight or self.regression.weight):
+            raise WanError("dmd_weight=0 and regression.weight=0: nothing would teach the student")
+        if self.gan.weight and not self.dmd_weight:
+            raise WanError("gan.weight without dmd_weight: the term stands beside DMD's, not alone")

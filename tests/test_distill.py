@@ -1,0 +1,283 @@
+"""Distillation end to end on a tiny teacher: who moves when, resume, terms, what comes out."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train.distill as module
+from configs.data import DataConfig
+from configs.distillation import (
+    DistillConfig,
+    GANConfig,
+    RegressionConfig,
+    ScoreConfig,
+    StudentConfig,
+)
+from configs.training import LoopConfig, LoRAConfig
+from train.distill import distill
+from wan import WanDMDPipeline
+from wan.checkpoint import open_checkpoint
+from wan.dit import WanDiT
+from wan.dit_config import DiTConfig
+from wan.errors import WanError
+from wan.lora import read_lora
+from wan.miniature import WEIGHTS
+from wan.pipeline_config import BASE, SamplingDefaults, read_pipeline_config, write_configs
+from wan.weights import load_state, save_component
+
+TINY = DiTConfig(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=16,
+    out_channels=16,
+    text_dim=128,
+    freq_dim=32,
+    ffn_dim=32,
+    num_layers=2,
+)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*matrices of zeros")  # a fresh transformer has
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A released folder with the miniature's frozen parts and a tiny random transformer."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(WEIGHTS / part, folder / part)
+    settings = replace(
+        read_pipeline_config(WEIGHTS),
+        class_name=BASE,
+        timesteps=None,
+        transformer=TINY,
+        defaults=SamplingDefaults(64, 64, 9, 8, 4, 3.0),
+        shift=3.0,
+    )
+    write_configs(settings, folder)
+    dit = WanDiT(TINY)
+    generator = torch.Generator().manual_seed(0)
+    dit.init_weights(generator)
+    with torch.no_grad():
+        dit.head.proj.weight.normal_(0, 0.3, generator=generator)
+    save_component(dit.state_dict(), folder / "transformer", "transformer")
+    return folder
+
+
+def settings(tmp_path: Path, teacher: Path, **changes) -> DistillConfig:
+    config = DistillConfig(
+        output_dir=str(tmp_path / "run"),
+        checkpoint=str(teacher),
+        threads=1,
+        batch_size=3,
+        bfloat16=False,
+        scores=ScoreConfig(guidance_scale=2.0, shift=3.0, critic_ratio=2),
+        lr=1e-3,
+        critic_lr=1e-3,
+        warmup=1,
+        ema_decay=0.5,
+        validation_captions=1,
+        validation_steps=2,
+        max_drift=1e3,
+        data=DataConfig(cache_dir=str(teacher.parent / "cache"), num_clips=4),
+        loop=LoopConfig(steps=4, log_every=1, save_every=2),
+    )
+    return replace(config, **changes)
+
+
+def metrics(config: DistillConfig) -> list[dict]:
+    text = Path(config.output_dir, "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def student_weights(config: DistillConfig) -> dict[str, torch.Tensor]:
+    return load_state(open_checkpoint(Path(config.output_dir) / "model/transformer"), "transformer")
+
+
+def fresh_run(config: DistillConfig, monkeypatch) -> tuple[module.Distillation, module.TrainState]:
+    """The run and its state as they are before the first step."""
+    caught = []
+
+    def catch(state, step, *rest):
+        caught.append((step.__self__, state))
+        return False
+
+    monkeypatch.setattr(module, "run_training", catch)
+    distill(config)
+    return caught[0]
+
+
+def test_a_student_comes_out_that_the_pipeline_runs_in_its_own_steps(tmp_path, teacher):
+    config = settings(tmp_path, teacher, student=StudentConfig([1000, 600]))
+    assert distill(config) == 0
+    pipe = WanDMDPipeline.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
+    assert pipe.config.timesteps == (1000, 600)
+    steps = []
+    frames = pipe(
+        "a red circle", seed=0, callback_on_step_end=lambda p, i, t, kw: steps.append(t) or kw
+    ).frames
+    assert frames.shape == (1, 9, 64, 64, 3)
+    assert [float(t) for t in steps] == [1000, 600]
+    samples = {path.name for path in (tmp_path / "run/samples").iterdir()}
+    assert {"0000004-student-teacher.png", "0000004-triptych.png", "0000004-0.mp4"} <= samples
+
+
+def test_the_log_says_what_a_run_is_judged_by(tmp_path, teacher):
+    config = settings(tmp_path, teacher)
+    distill(config)
+    lines = metrics(config)
+    steps = [line for line in lines if "critic_loss" in line]
+    assert ["dmd_gradient" in line for line in steps] == [False, True, False, True]
+    assert sum(steps[1][f"exits_{i}"] for i in range(3)) == 3
+    assert any(name.startswith("critic_loss_sigma_") for name in steps[0])
+    for name in ("dmd_normalizer", "student_mean", "student_std", "student_drift", "memory_gb"):
+        assert name in steps[1]
+    saved = [line for line in lines if "health" in line]
+    assert len(saved) == 2
+    assert {"motion_ratio", "saturation_ratio", "spread_ratio", "val_joint"} <= saved[0].keys()
+
+
+def test_a_run_that_is_cut_goes_on_bit_for_bit(tmp_path, teacher, monkeypatch):
+    straight = settings(tmp_path / "a", teacher)
+    distill(straight)
+    cut = settings(tmp_path / "b", teacher)
+    original = module.Distillation.train_step
+
+    def stop_at_three(self, state):
+        if state.step == 3:
+            raise KeyboardInterrupt
+        return original(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Distillation, "train_step", stop_at_three)
+        with pytest.raises(KeyboardInterrupt):
+            distill(cut)
+    distill(cut)
+    one, two = student_weights(straight), student_weights(cut)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    numbers = [[line.get("critic_loss") for line in metrics(c)] for c in (straight, cut)]
+    assert numbers[0] == numbers[1]
+
+
+def changed(before: dict[str, torch.Tensor], network: torch.nn.Module) -> bool:
+    return any(not torch.equal(before[n], p) for n, p in network.named_parameters())
+
+
+def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("gan", [GANConfig(), GANConfig(0.1), GANConfig(0.1, host="teacher")])
+def test_each_update_moves_its_own_network_and_leaves_no_gradient_elsewhere(
+    tmp_path, teacher, monkeypatch, gan
+):
+    run, state = fresh_run(settings(tmp_path, teacher, gan=gan), monkeypatch)
+    networks = {"student": run.student, "critic": run.critic, "teacher": run.teacher}
+    generator = torch.Generator().manual_seed(0)
+    for mover, update in (("student", run.update_student), ("critic", run.update_critic)):
+        before = {name: weights_of(network) for name, network in networks.items()}
+        update(state, generator)
+        for name, network in networks.items():
+            assert changed(before[name], network) == (name == mover)
+            assert all(p.grad is None for p in network.parameters())
+
+
+def test_without_guidance_a_critic_that_is_the_teacher_gives_no_direction(
+    tmp_path, teacher, monkeypatch
+):
+    scores = ScoreConfig(guidance_scale=1.0)
+    run, _ = fresh_run(settings(tmp_path, teacher, scores=scores), monkeypatch)
+    _, values = run.matching_loss(0, torch.Generator().manual_seed(0))
+    assert values["dmd_gradient"] == 0
+
+
+def test_the_discriminator_learns_and_the_student_sees_it(tmp_path, teacher, monkeypatch):
+    run, state = fresh_run(settings(tmp_path, teacher, gan=GANConfig(1.0)), monkeypatch)
+    before = weights_of(run.discriminator)
+    values = run.update_critic(state, torch.Generator().manual_seed(0))
+    assert changed(before, run.discriminator)
+    assert values["gan_critic"] > 0
+    with_term, _ = run.matching_loss(0, torch.Generator().manual_seed(0))
+    run.discriminator = None
+    without, _ = run.matching_loss(0, torch.Generator().manual_seed(0))
+    assert with_term > without
+
+
+def test_regression_alone_needs_no_critic_and_learns(tmp_path, teacher):
+    config = settings(
+        tmp_path,
+        teacher,
+        dmd_weight=0.0,
+        student=StudentConfig([1000, 600], deterministic=True),
+        regression=RegressionConfig(weight=1.0, num_pairs=4, steps=4),
+        lr=3e-3,
+        loop=LoopConfig(steps=40, log_every=10, save_every=40),
+    )
+    distill(config)
+    losses = [line["regression"] for line in metrics(config) if "regression" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all("critic_loss" not in line for line in metrics(config))
+    assert len(list(Path(config.output_dir, "trajectories").glob("*.safetensors"))) == 1
+
+
+def test_a_lora_student_is_written_as_lora_and_as_a_whole_model(tmp_path, teacher):
+    config = settings(
+        tmp_path,
+        teacher,
+        student=StudentConfig(lora=LoRAConfig(rank=2)),
+        scores=ScoreConfig(2.0, critic_ratio=1, critic_lora=LoRAConfig(rank=2)),
+    )
+    distill(config)
+    lora = read_lora(tmp_path / "run/pytorch_lora_weights.safetensors")
+    assert any(pair.up.abs().max() > 0 for pair in lora.pairs.values())
+    base = load_state(open_checkpoint(teacher / "transformer"), "transformer")
+    merged = student_weights(config)
+    moved = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert moved
+    assert moved <= set(lora.names)
+
+
+def test_a_given_first_frame_is_part_of_the_student_and_of_both_scores(tmp_path, teacher):
+    config = settings(tmp_path, teacher, first_frame_share=1.0)
+    assert distill(config) == 0
+
+
+def test_a_number_that_is_not_finite_stops_the_run_and_is_named(tmp_path, teacher, monkeypatch):
+    run, state = fresh_run(settings(tmp_path, teacher), monkeypatch)
+    with torch.no_grad():
+        run.critic.head.proj.bias[0] = float("nan")
+    state.step = 1
+    with pytest.raises(WanError, match=r"step 1: \d+ of \d+ numbers in x0_critic not finite"):
+        run.train_step(state)
+
+
+def test_a_student_that_drifts_away_stops_the_run(tmp_path, teacher, monkeypatch):
+    run, _ = fresh_run(settings(tmp_path, teacher, max_drift=1.5), monkeypatch)
+    with torch.no_grad():
+        run.student.head.proj.weight.mul_(50)
+    with pytest.raises(WanError, match=r"step 0: diverged: .* lower lr"):
+        run.matching_loss(0, torch.Generator().manual_seed(0))
+
+
+def test_a_student_is_no_teacher(tmp_path, teacher):
+    distill(settings(tmp_path, teacher))
+    with pytest.raises(WanError, match="is a few-step student itself"):
+        distill(settings(tmp_path / "again", tmp_path / "run/model"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dmd_weight": 0.0}, "nothing would teach"),
+        ({"max_drift": 1.0}, "above 1"),
+        ({"export": "nicest"}, "last, best"),
+        ({"first_frame_share": 2.0}, "between 0 and 1|lie in"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(WanError, match=message):
+        DistillConfig(**change)

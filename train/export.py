@@ -1,0 +1,35 @@
+"""What a training run leaves behind: a folder that pipelines and diffusers load, or a LoRA."""
+
+import os
+import shutil
+from pathlib import Path
+
+from wan.dit import WanDiT
+from wan.lora import save_lora
+from wan.pipeline_config import PipelineConfig, write_configs
+from wan.weights import save_component
+
+
+def export_model(
+    dit: WanDiT, source: Path, settings: PipelineConfig, folder: Path, lora_rank: int
+) -> Path:
+    """Write the LoRA file, or the whole released layout with the trained transformer.
+
+    Args:
+        source: the folder whose other parts are copied.
+        settings: what the result says about itself.
+        lora_rank: above 0 if the network carries a LoRA, which alone is written then.
+    """
+    if lora_rank:
+        return save_lora(folder / "pytorch_lora_weights.safetensors", dit)
+    beside = folder / f".model-{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    for name in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(source / name, beside / name)
+    write_configs(settings, beside)
+    save_component(dit.state_dict(), beside / "transformer", "transformer")
+    model = folder / "model"
+    if model.exists():  # written by an earlier end of this same run
+        shutil.rmtree(model)
+    beside.rename(model)
+    return model

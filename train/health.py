@@ -1,0 +1,137 @@
+"""Is the student still making what the teacher makes? A few numbers and pictures at each save.
+
+The losses of DMD do not say: its gradient is not expected to shrink. So a fixed set of captions is
+sampled from fixed noise by the teacher, once, and by the student, again and again, and what can be
+compared without a detector is: how much moves, how saturated it is, how far latents spread. For the
+miniature's world the detectors say besides how often the video shows what its caption states.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wan.miniature.captions import Caption, caption
+from wan.miniature.detect import accuracies, detect, score
+from wan.miniature.world import sample_scene, scene_rng
+from wan.vae import WanVAE
+from wan.video import contact_sheet, to_uint8
+
+# V validation captions; videos are (V, 3, F, H, W) in [-1, 1], latents (V, C, T, H, W)
+
+UNSEEN = 2**42  # stream of scenes that no training draws
+
+
+def world_panel(count: int, seed: int) -> list[Caption]:
+    """Captions of held-out scenes, one object and two in turn, that state everything."""
+    rng = random.Random(seed)
+    scenes = [sample_scene(scene_rng(UNSEEN, i), "heldout", 1 + i % 2) for i in range(count)]
+    return [caption(scene, rng, omit=0.0) for scene in scenes]
+
+
+def motion(videos: Tensor) -> float:
+    """Mean absolute change of a pixel from frame to frame; 0 for single frames."""
+    return float(videos.diff(dim=2).abs().mean()) if videos.shape[2] > 1 else 0.0
+
+
+def saturation(videos: Tensor) -> float:
+    """Mean spread of a pixel's three channels: its colourfulness, in [0, 2]."""
+    return float((videos.amax(dim=1) - videos.amin(dim=1)).mean())
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one network made of the panel's captions."""
+
+    latents: Tensor
+    videos: Tensor
+
+
+def ratios(student: Samples, teacher: Samples) -> dict[str, float]:
+    """Student over teacher: motion, saturation, spread of latents. 1 is health."""
+    tiny = 1e-6
+    return {
+        "motion_ratio": (motion(student.videos) + tiny) / (motion(teacher.videos) + tiny),
+        "saturation_ratio": (saturation(student.videos) + tiny)
+        / (saturation(teacher.videos) + tiny),
+        "spread_ratio": float(student.latents.std() / teacher.latents.std().clamp(min=tiny)),
+    }
+
+
+def health(values: dict[str, float]) -> float:
+    """One number in [0, 1] by which checkpoints are ranked.
+
+    The product of min(r, 1 / r) over the ratios; where detectors can tell, times (1 + j) / 2 for a
+    share j of captions that came true.
+    """
+    total = (1 + values.get("val_joint", 1.0)) / 2
+    for name in ("motion_ratio", "saturation_ratio", "spread_ratio"):
+        total *= min(values[name], 1 / max(values[name], 1e-6))
+    return total
+
+
+def panel_numbers(
+    student: Samples, teacher: Samples, said: Sequence[Caption] | None
+) -> dict[str, float]:
+    """Everything a save logs: ratios, the detectors' verdicts if they know the world, health.
+
+    Args:
+        said: the captions' meanings; None for another world than the miniature's.
+    """
+    values = ratios(student, teacher)
+    if said is not None:
+        for name, samples in (("val", student), ("teacher", teacher)):
+            read = accuracies(
+                score(detect(v), c) for v, c in zip(samples.videos, said, strict=True)
+            )
+            values |= {f"{name}_{k}": v for k, v in read.items() if name == "val" or k == "joint"}
+    values["health"] = health(values)
+    return values
+
+
+@torch.no_grad()
+def decode(vae: WanVAE, latents: Tensor) -> Samples:
+    """Videos of latents, one at a time, on the CPU."""
+    videos = torch.cat([vae.decode(z[None]).float().cpu() for z in latents])
+    return Samples(latents.cpu(), videos)
+
+
+def stack_sheets(videos: Sequence[Tensor], max_frames: int = 9) -> Image.Image:
+    """Contact sheets of videos (3, F, H, W) below each other."""
+    sheets = [contact_sheet(to_uint8(video), max_frames, max_width=160) for video in videos]
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)))
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def write_pictures(
+    folder: Path,
+    step: int,
+    student: Samples,
+    teacher: Samples,
+    triptych: Sequence[Tensor],
+    write_clip: Callable[[Path, Tensor], None],
+    shown: int = 4,
+) -> None:
+    """Clips of the student (mp4), a sheet of student above teacher, and the triptych.
+
+    Args:
+        triptych: one noised sample of the student, and what teacher and critic make of it: videos.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [
+        video
+        for ours, theirs in zip(student.videos[:shown], teacher.videos[:shown], strict=True)
+        for video in (ours, theirs)
+    ]
+    stack_sheets(pairs).save(folder / f"{step:07d}-student-teacher.png")
+    stack_sheets(triptych).save(folder / f"{step:07d}-triptych.png")
+    for number, video in enumerate(student.videos[:shown]):
+        write_clip(folder / f"{step:07d}-{number}.mp4", video)

@@ -1,0 +1,98 @@
+"""Where the teacher's sampling goes from given noise: what a student can learn by regression.
+
+Source: DMD, arXiv:2311.18828, section 3.3 (pairs of noise and result); CausVid, arXiv:2412.07772,
+section 4.3 (states on the way as well, one per step of the student).
+
+N trajectories, K steps of the student; latents (C, T, H, W).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from train.store import TensorStore, key_of
+from wan.noise import draw_noise, sample_generators
+from wan.samplers import sample_euler
+from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Teacher samples: the state at each of the student's noise levels, and the end."""
+
+    captions: list[str]
+    states: Tensor  # (N, K, C, T, H, W) float16
+    x0: Tensor  # (N, C, T, H, W) float16
+
+    def batch(self, rows: Sequence[int], steps: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+        """States at the given step of each row, ends and captions, float32."""
+        index = torch.as_tensor(rows)
+        captions = [self.captions[row] for row in rows]
+        return self.states[index, steps].float(), self.x0[index].float(), captions
+
+
+def grid_through(levels: Sequence[float], steps: int, shift: float) -> Schedule:
+    """An Euler grid of about `steps` steps that visits every one of the levels.
+
+    Grid points nearer to a level than half their distance to the next are moved onto it.
+    """
+    grid = euler_schedule(steps, shift).sigmas[:-1].tolist()
+    kept = [s for s in grid if all(abs(s - level) > 0.5 / steps for level in levels)]
+    sigmas = torch.tensor([*sorted({*kept, *levels}, reverse=True), 0.0])
+    description = f"{len(sigmas) - 1} Euler steps, shift {shift:g}, through the student's levels"
+    return Schedule(sigmas[:-1] * NUM_TIMESTEPS, sigmas, description)
+
+
+@torch.no_grad()
+def sample_trajectories(
+    teacher: Callable[[list[str]], Velocity],
+    captions: Sequence[str],
+    shape: Sequence[int],
+    levels: Sequence[float],
+    schedule: Schedule,
+    folder: Path,
+    identity: str,
+    device: torch.device,
+    batch_size: int = 32,
+) -> Trajectories:
+    """Sample the teacher once per caption; what is in `folder` already is not sampled again.
+
+    Args:
+        teacher: captions -> their guided velocity.
+        shape: (C, T, H, W) of one sample.
+        levels: the student's noise levels, all of them in `schedule`; the first is its start.
+        identity: digest of the teacher and how it is sampled; part of the keys.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = TensorStore(folder, "trajectories")
+    keys = [
+        key_of(identity, schedule.sigmas.tolist(), list(levels), list(shape), i, text)
+        for i, text in enumerate(captions)
+    ]
+    missing = [i for i, key in enumerate(keys) if key not in store]
+    with tqdm(total=len(keys), initial=len(keys) - len(missing), desc="trajectories") as bar:
+        for start in range(0, len(missing), batch_size):
+            rows = missing[start : start + batch_size]
+            generators = sample_generators(rows, len(rows))
+            x = draw_noise(shape, generators).to(device)
+            found = [x] * (schedule.sigmas[0].item() in levels)
+
+            def keep(i: int, timestep: float, sigma: float, x: Tensor, found=found) -> None:
+                if sigma == 0 or any(abs(sigma - level) < 1e-6 for level in levels):
+                    found.append(x)
+
+            sample_euler(teacher([captions[row] for row in rows]), x, schedule, keep)
+            path = torch.stack(found, dim=1).half().cpu()  # (B, K + 1, C, T, H, W)
+            store.add(
+                {keys[row]: one.contiguous() for row, one in zip(rows, path, strict=True)},
+                {keys[row]: {"caption": captions[row]} for row in rows},
+            )
+            bar.update(len(rows))
+    paths = torch.stack([store.read(key) for key in keys])
+    return Trajectories(list(captions), paths[:, :-1], paths[:, -1])
