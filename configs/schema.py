@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from wan.attention_config import AttentionConfig
 from wan.errors import WanError
 
 C = TypeVar("C")
@@ -73,6 +74,14 @@ def check_seed(name: str, value: int) -> None:
 def check_device(name: str, value: str) -> None:
     if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is None:
         raise WanError(f"{name}={value}: choose auto, cpu, mps, cuda or cuda:N")
+
+
+def check_every_step(attention: AttentionConfig) -> None:
+    """Training draws noise levels at random: there are no steps to choose among."""
+    if attention.steps != "all":
+        raise WanError(
+            f"attention.steps={attention.steps}: for sampling only; training has no numbered steps"
+        )
 
 
 @dataclass
@@ -146,7 +155,7 @@ class SampleConfig:
 
     device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
     dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
-    attention: str = option("sdpa", "sdpa, math or sliced; all exact")
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     offload: str = option("none", "stage keeps only the network at work on the device")
     tile: int | None = option(None, "decode in tiles of this many latents: less memory, not exact")
     verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")

@@ -7,10 +7,12 @@ from configs.schema import (
     check_at_least,
     check_choice,
     check_device,
+    check_every_step,
     check_positive,
     check_seed,
     option,
 )
+from wan.attention_config import AttentionConfig
 from wan.errors import WanError
 
 OPTIMIZERS = ("adamw", "muon")
@@ -169,7 +171,7 @@ class FinetuneConfig:
     weight_decay: float = option(0.01, "of matrices")
     grad_clip: float = option(1.0, "largest gradient norm")
     ema_decay: float = option(0.999, "of the averaged weights that are kept")
-    attention: str = option("sdpa", "sdpa, math or sliced; all exact")
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     max_text_tokens: int = option(512, "captions are cut there, with a warning")
     validation_captions: int = option(0, "for the world: captions sampled and read at each save")
     validation_steps: int = option(12, "Euler steps of those samples")
@@ -182,6 +184,7 @@ class FinetuneConfig:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_device("device", self.device)
         check_seed("seed", self.seed)
+        check_every_step(self.attention)
         for name in ("lr", "shift"):
             check_positive(name, getattr(self, name))
         for name in ("caption_dropout", "first_frame_share"):

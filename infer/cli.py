@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
@@ -27,6 +28,7 @@ from configs.schema import read_config
 from infer.command_line import (
     CONFIG_FOLDER,
     CommandLine,
+    Shortcut,
     help_text,
     option_names,
     preset_groups,
@@ -99,6 +101,7 @@ def run_command(
     config_name: str,
     text_keys: tuple[str, ...] = ("prompt", "negative_prompt"),
     path_keys: tuple[str, ...] = (),
+    shortcuts: Mapping[str, Shortcut] = MappingProxyType({}),
 ) -> NoReturn:
     """Read sys.argv, call `main(config)` once per point of the sweep, and exit.
 
@@ -106,7 +109,7 @@ def run_command(
     file that could not be read or written, 130 after Ctrl-C. All points of a sweep are checked
     before the first one runs.
     """
-    line = CommandLine(schema, config_name, text_keys, path_keys)
+    line = CommandLine(schema, config_name, text_keys, path_keys, shortcuts)
     run_jobs(lambda run: main(run.config), line, sys.modules[main.__module__].__doc__ or "")
 
 

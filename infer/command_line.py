@@ -23,6 +23,9 @@ class Shortcut:
     clears: tuple[str, ...] = ()
 
 
+ATTENTION = {"attention": Shortcut("attention.name")}
+
+
 @dataclass(frozen=True)
 class CommandLine:
     """How the arguments of one command are read.

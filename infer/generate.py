@@ -38,7 +38,7 @@ from infer.request import (
     sampling_options,
     torch_dtype,
 )
-from wan.attention import build_attention
+from wan.attention import network_attention
 from wan.hub import resolve_model
 from wan.noise import sample_generators
 from wan.pipeline import WanPipeline
@@ -63,12 +63,15 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     output = writable_folder(config.output_dir)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = resolve_device(auto if config.device == "auto" else config.device)
-    dtype = str(torch_dtype(config.dtype, device)).removeprefix("torch.")
+    dtype = torch_dtype(config.dtype, device)
     folder = resolve_model(checkpoint_name(config.checkpoint), config.revision)
     model_config = read_pipeline_config(folder)
-    requests = [resolve_request(job, model_config, str(device), dtype) for job in jobs]
+    dtype_name = str(dtype).removeprefix("torch.")
+    requests = [resolve_request(job, model_config, str(device), dtype_name) for job in jobs]
     read_loras(config, model_config)
-    build_attention(config.attention)
+    transformer = model_config.transformer
+    attention = network_attention(config.attention, transformer.num_layers)
+    attention.verify(transformer.attention_head_dim, device, dtype)
     print(describe(requests[0], folder), file=sys.stderr)
     model = models.get(folder, config, device)
     code = 0

@@ -85,7 +85,7 @@ class ModelCache:
 
     def get(self, folder: Path, config: SampleConfig, device: torch.device) -> LoadedModel:
         key = (
-            *(folder, device, config.dtype, config.attention, config.offload),
+            *(folder, device, config.dtype, config.offload),
             *(config.lora, config.lora_2, config.lora_strength, config.hash_weights),
         )
         if self._model is None or key != self._key:
@@ -94,6 +94,7 @@ class ModelCache:
             self._key = key
             print(self._model.describe(), file=sys.stderr)
         self._model.pipeline.tile = config.tile
+        self._model.pipeline.set_attention(config.attention)
         return self._model
 
 

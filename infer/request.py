@@ -1,5 +1,6 @@
 """A job meets a model: every open setting is decided, checked and explained before weights load."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from configs.schema import SampleConfig
 from infer.jobs import PROMPT_FILE, Job
 from infer.record import without_home
+from wan.attention import network_attention
 from wan.errors import WanError
 from wan.images import best_size, fit_image, load_image
 from wan.miniature import BUILTIN, WEIGHTS
@@ -40,7 +42,8 @@ class Request:
         height, width, num_frames, fps, max_sequence_length: as asked for, or the model's own.
         plan: sampler, schedule and guidance.
         latent_shape: (C, T, h, w).
-        tokens: length of the sequence that attention sees.
+        grid: tokens along T, H, W.
+        attention_density: share of the FLOPs of dense self-attention, over layers and steps.
         image: (3, H, W) in [-1, 1], already of the video's size; None without one.
         settings: (value, where it comes from) of each option in SHOWN.
     """
@@ -53,7 +56,8 @@ class Request:
     max_sequence_length: int
     plan: SamplingPlan
     latent_shape: tuple[int, int, int, int]
-    tokens: int
+    grid: tuple[int, int, int]
+    attention_density: float
     image: Tensor | None
     settings: dict[str, tuple[Any, str]]
 
@@ -65,6 +69,11 @@ class Request:
     def prompt(self) -> str:
         assert self.config.prompt is not None  # every job has one
         return self.config.prompt
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence that attention sees."""
+        return math.prod(self.grid)
 
     @property
     def seeds(self) -> range:
@@ -123,15 +132,21 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
         "lora_strength": config.lora_strength if config.lora else None,
         "device": device,
         "dtype": dtype,
+        "attention": str(config.attention),
     }
+    sources["attention"] = sources["attention.name"]
     if config.sampler.shift is not None:
         decided["sampler.shift"] = config.sampler.shift
-    _, patch_h, patch_w = model.transformer.patch_size
+    patches = model.transformer.patch_size
+    frames, rows, columns = (n // p for n, p in zip(shape[1:], patches, strict=True))
+    grid = (frames, rows, columns)
+    attention = network_attention(config.attention, model.transformer.num_layers)
     return Request(
         job=replace(job, config=config),
         plan=plan,
         latent_shape=shape,
-        tokens=shape[1] * (shape[2] // patch_h) * (shape[3] // patch_w),
+        grid=grid,
+        attention_density=attention.density(grid, len(plan.schedule)),
         image=image,
         settings=_settings(config, sources, decided),
         **values,
@@ -192,7 +207,9 @@ def describe(request: Request, folder: Path) -> str:
             rows.append((name.removeprefix("sampler."), _short(value), source))
     channels, frames, height, width = request.latent_shape
     rows.append(("latents", f"{channels} x {frames} x {height} x {width}", "computed"))
-    rows.append(("tokens", str(request.tokens), "computed"))
+    grid = " x ".join(map(str, request.grid))
+    rows.append(("tokens", f"{request.tokens} ({grid})", "computed"))
+    rows.append(("self-attention", f"{request.attention_density:.1%} of dense", "computed"))
     rows.append(("model folder", without_home(folder), "found"))
     wide = max(len(name) for name, _, _ in rows)
     value_width = max(len(value) for _, value, _ in rows)

@@ -19,7 +19,7 @@ from typing import Any
 
 from configs.schema import SampleConfig
 from infer.cli import Run, run_jobs
-from infer.command_line import CommandLine, Shortcut
+from infer.command_line import ATTENTION, CommandLine, Shortcut
 from infer.jobs import read_jobs
 
 LINE = CommandLine(
@@ -31,6 +31,7 @@ LINE = CommandLine(
         "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),
         "timesteps": Shortcut("sampler.timesteps", clears=("sampler.steps",)),
         "shift": Shortcut("sampler.shift"),
+        **ATTENTION,
     },
 )
 

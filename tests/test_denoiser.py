@@ -21,8 +21,9 @@ class FakeNetwork:
         self.prepared += 1
         return context.mean()
 
-    def __call__(self, latents, timestep, context):
-        self.calls.append({"latents": latents, "timestep": timestep, "context": context})
+    def __call__(self, latents, timestep, context, exact):
+        call = {"latents": latents, "timestep": timestep, "context": context, "exact": exact}
+        self.calls.append(call)
         frames = timestep if timestep.ndim == 2 else timestep[:, None]
         return self.weight * latents + context + frames[:, None, :, None, None] / 1000
 
@@ -56,8 +57,8 @@ def test_guidance_extrapolates_from_the_negative_prompt(scale):
 
 def test_guidance_is_combined_in_float32_for_a_bfloat16_network():
     class Rounded(FakeNetwork):
-        def __call__(self, *args):
-            return super().__call__(*args).bfloat16()
+        def __call__(self, *args, **options):
+            return super().__call__(*args, **options).bfloat16()
 
     x = latents()
     v = Denoiser(Expert(Rounded(), 5.0), context(2.0), context(-1.0))(x, 500)
@@ -237,3 +238,11 @@ def test_pieces_that_do_not_fit_are_refused(settings, message):
 def test_another_batch_than_prompts_is_refused():
     with pytest.raises(WanError, match="2 latents for 1 prompts"):
         Denoiser(Expert(FakeNetwork()), context(1.0))(latents(2), 500)
+
+
+def test_chosen_timesteps_attend_exactly():
+    network = FakeNetwork()
+    denoiser = Denoiser(Expert(network), context(2.0), exact_timesteps={1000.0, 522.0})
+    for timestep in (1000.0, 757.0, 522.0):
+        denoiser(latents(), timestep)
+    assert [call["exact"] for call in network.calls] == [True, False, True]

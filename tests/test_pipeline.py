@@ -687,7 +687,7 @@ def test_the_official_layout_is_recognised(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "flash"}, "sdpa"),
+        ({"attention": "flash4"}, "sdpa"),
         ({"offload": "block"}, "none, stage"),
         ({"device": "abacus"}, "abacus"),
         ({"device": "cuda:99"}, "cuda:99"),

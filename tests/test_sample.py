@@ -111,7 +111,8 @@ def test_the_header_tells_every_setting_and_its_source(run):
     assert rows["height"] == ("32", "checkpoint")
     assert rows["steps"] == ("2", "command line")
     assert rows["shift"] == ("3.0", "command line")
-    assert rows["tokens"] == ("48", "computed")
+    assert rows["tokens"] == ("48 (3 x 4 x 4)", "computed")
+    assert rows["self-attention"] == ("100.0% of dense", "computed")
     assert "999 (1.0000)  750 (0.7504)" in err
     assert "transformer: 23.9 k parameters" in err
     assert "float32" in err
@@ -256,7 +257,11 @@ def weights_stay_unread(monkeypatch):
         (["prompt=x", "num_frames=104"], "base", ["num_frames=104", "101 and 105"]),
         (["prompt=x", "num_frames=2", "height=9"], "base", ["num_frames=2", "height=9"]),
         (["prompt=x", "sampler.name=heun"], "base", ["heun", "euler"]),
-        (["prompt=x", "attention=flash"], "base", ["flash", "sdpa"]),
+        (["prompt=x", "attention=flash4"], "base", ["flash4", "did you mean 'flash'", "sdpa"]),
+        (["prompt=x", "attention=spatial", "attention.layers=7-"], "base", ["layers", "none of"]),
+        (["prompt=x", "attention=spatial", "attention.steps=99"], "base", ["steps", "none of"]),
+        (["prompt=x", "attention=spatial", "attention.tile=[1,2,2]"], "base", ["no option tile"]),
+        (["prompt=x", "attention.layers=x"], "base", ["attention.layers", "0-2 5 8-"]),
         (["prompt=x", "guidance_scale_2=3"], "base", ["two experts"]),
         (["prompt=x", "steps=4"], "student", ["trained for", "[1000, 757, 522]"]),
         (["prompt=x", "guidance_scale=5"], "student", ["guidance_scale=5"]),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from configs.training import FinetuneConfig
 from infer.cli import INTERRUPTED, run_command
+from infer.command_line import ATTENTION
 from train.data import LatentCache, folder_cache, world_cache
 from train.loop import run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
@@ -293,6 +294,8 @@ def finetune(config: FinetuneConfig) -> int:
         texts.remember(cache.captions)
         del encoder
     dit = build_dit(config, settings, source, device)
+    half = torch.bfloat16 if config.bfloat16 else torch.float32
+    dit.attention.verify(settings.transformer.attention_head_dim, device, half)
     average = EMA(dit, config.ema_decay)
     state = TrainState(
         {"dit": dit},
@@ -324,4 +327,5 @@ if __name__ == "__main__":
         "finetune",
         text_keys=(),
         path_keys=("output_dir", "checkpoint", "data.folder", "data.cache_dir"),
+        shortcuts=ATTENTION,
     )

@@ -1,7 +1,7 @@
 """Which attention a network uses, in which layers and steps. Reading this loads no PyTorch."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from wan.errors import WanError
@@ -53,6 +53,15 @@ class AttentionConfig:
                     f"attention.{what}={text!r}: say all, or numbers and ranges from 0 such as "
                     '"0-2 5 8-"'
                 )
+
+    def __str__(self) -> str:
+        """The name, and what is not as it would be anyway."""
+        given = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)[1:]
+            if getattr(self, item.name) != item.default
+        }
+        return " ".join([self.name, *(f"{name}={value}" for name, value in given.items())])
 
     def options(self) -> dict[str, Any]:
         """What is set of the variant's own options."""

@@ -5,7 +5,7 @@ a plain function and the DiT knows a plain forward. B batch, C channels, T H W l
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,9 @@ from wan.errors import WanError
 class Network(Protocol):
     """What is needed of a DiT (`wan.dit.WanDiT`)."""
 
-    def __call__(self, latents: Tensor, timestep: Tensor, context: Any) -> Tensor: ...
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, context: Any, *, exact: bool
+    ) -> Tensor: ...
 
     def prepare_context(self, context: Tensor, num_tokens: int | None = None) -> Any: ...
 
@@ -66,6 +68,7 @@ class Denoiser:
         image_latents: (B, C, 1, H, W), normalised: frame 0 is this, clean, at timestep 0 (TI2V).
         before_expert: called with an expert's network before its first forward and at each
             hand-over; a place to bring weights to the device.
+        exact_timesteps: where the networks attend exactly whatever their own attention.
 
     Raises:
         WanError: pieces that do not fit together.
@@ -80,6 +83,7 @@ class Denoiser:
         boundary: float | None = None,
         image_latents: Tensor | None = None,
         before_expert: Callable[[Network], None] | None = None,
+        exact_timesteps: Collection[float] = (),
     ) -> None:
         if (low_noise is None) != (boundary is None):
             raise WanError(
@@ -106,6 +110,7 @@ class Denoiser:
         self.context = context
         self.negative_context = negative_context
         self.image_latents = image_latents
+        self.exact_timesteps = exact_timesteps
         self._before_expert = before_expert
         self._active: Expert | None = None
         self._prepared: dict[tuple[int, bool], Any] = {}  # by sample, and whether negative
@@ -171,7 +176,8 @@ class Denoiser:
             assert context is not None
             one = context[sample : sample + 1]
             self._prepared[key] = expert.network.prepare_context(one, num_text_rows(one))
-        return expert.network(x, self._timesteps(x, timestep), self._prepared[key]).float()
+        timesteps, exact = self._timesteps(x, timestep), timestep in self.exact_timesteps
+        return expert.network(x, timesteps, self._prepared[key], exact=exact).float()
 
     def _timesteps(self, x: Tensor, timestep: float) -> Tensor:
         """(1,) float32, or (1, T) with 0 for a given first frame."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wan.attention import AttentionChoice
 from wan.checkpoint import open_checkpoint
 from wan.dit import WanDiT
 from wan.errors import WanError
@@ -26,7 +27,7 @@ def load_modules(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    attention: str,
+    attention: AttentionChoice,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Every network of a pipeline, in evaluation mode, by the name of its folder.

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from wan.attention import build_attention
+from wan.attention import AttentionChoice, network_attention
 from wan.denoiser import Denoiser, Expert
 from wan.dit import WanDiT
 from wan.errors import WanError
@@ -129,6 +129,26 @@ class WanPipeline:
                 module.to(self.device)
         return self
 
+    def set_attention(self, attention: AttentionChoice) -> None:
+        """Attend in another way from the next call on.
+
+        Args:
+            attention: a name ("sdpa", "cudnn", "spatial", ..), a `wan.attention.AttentionConfig`
+                with options, layers and steps, or a function (q, k, v, bias=None).
+
+        Raises:
+            WanError: an unknown choice, one that does not fit the model, or a kernel that this
+                device does not have or that computes something else.
+        """
+        sizes = self.config.transformer
+        dtype = self.transformer.patch_embedding.weight.dtype
+        network_attention(attention, sizes.num_layers).verify(
+            sizes.attention_head_dim, self.device, dtype
+        )
+        for network in (self.transformer, self.transformer_2):
+            if network is not None:
+                network.set_attention(attention)
+
     @classmethod
     def from_pretrained(
         cls: type[P],
@@ -136,7 +156,7 @@ class WanPipeline:
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
-        attention: str = "sdpa",
+        attention: AttentionChoice = "sdpa",
         offload: str = "none",
         revision: str | None = None,
         offline: bool = False,
@@ -153,7 +173,7 @@ class WanPipeline:
             name: a folder in the released layout, or a hub id.
             dtype: of the weights; each module keeps in float32 what it declares.
             device, offload: see the constructor.
-            attention: a name in `wan.attention.ATTENTION`; all are exact.
+            attention: see `set_attention`.
             revision, offline: of a hub id, see `wan.hub.resolve_model`.
             transformer, transformer_2, vae, text_encoder: a folder or file with other weights for
                 that part; a config.json beside them counts. With another transformer, either
@@ -163,7 +183,6 @@ class WanPipeline:
         Raises:
             WanError: anything wrong with the files or the choices; settings before weights.
         """
-        build_attention(attention)
         check_names("offload", [offload], OFFLOAD)
         target = resolve_device(device)
         folder = resolve_model(name, revision, offline)
@@ -175,6 +194,10 @@ class WanPipeline:
         }
         overrides = {part: Path(path) for part, path in parts.items() if path is not None}
         config = cls._adopt(folder, read_pipeline_config(folder, overrides), overrides)
+        sizes = config.transformer
+        network_attention(attention, sizes.num_layers).verify(
+            sizes.attention_head_dim, target, dtype
+        )
         tokenizer = Tokenizer.from_folder(folder / "tokenizer")
         modules = load_modules(
             folder,
@@ -308,6 +331,7 @@ class WanPipeline:
         )
         if output_type == "latent" and self.safety_checker is not None:
             raise WanError("output_type='latent' has no frames for the safety checker to see")
+        self.transformer.attention.exact_timesteps(plan.schedule.timesteps.tolist())
         height, width, num_frames = self._size(height, width, num_frames, latents)
         if deterministic and plan.sampler != "few_step":
             raise WanError(f"deterministic: sampler {plan.sampler} adds no noise; for few_step")
@@ -542,6 +566,7 @@ class WanPipeline:
             self.config.boundary_ratio,
             image_latents,
             before_expert,
+            self.transformer.attention.exact_timesteps(plan.schedule.timesteps.tolist()),
         )
         return denoiser, slot
 
