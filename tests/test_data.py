@@ -1,13 +1,12 @@
 import random
+from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 
-from train.data import LatentCache, folder_cache, read_clip, world_cache
+from train.data import LatentCache, world_cache
 from wan.errors import WanError
 from wan.vae import VAEConfig, WanVAE
-from wan.video import write_video
 
 TINY = VAEConfig(
     base_dim=4,
@@ -75,41 +74,47 @@ def test_a_cache_that_was_not_finished_is_written_anew(vae, tmp_path):
     assert listing.exists()
 
 
-def make_clip(path, frames=5, fps=8.0, size=(64, 96), caption="a gray wall"):
-    video = np.full((frames, *size, 3), 128, dtype=np.uint8)
-    video[:, :, size[1] // 2 :] = 200
-    write_video(path, video, fps)
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption)
+def test_batches_hold_one_bucket_and_show_every_clip_equally_often():
+    latents = [torch.full((1, 1, 1, width), float(i)) for i, width in enumerate([1] * 6 + [2] * 3)]
+    cache = LatentCache(
+        latents,
+        lambda index, rng: str(index),
+        shapes=[(1, 1, 1, 1), (1, 1, 1, 2)],
+        buckets=[list(range(6)), [6, 7, 8]],
+    )
+    seen = Counter()
+    widths = []
+    for step in range(9):  # batches of 2: twice through all nine clips
+        batch, captions = cache.batch(step, 2, seed=3)
+        widths.append(batch.shape[-1])
+        assert captions == [str(int(x)) for x in batch[..., 0].flatten()]
+        seen.update(captions)
+    assert set(seen.values()) == {2}
+    assert sorted(widths) == [1] * 6 + [2] * 3
+    assert widths != sorted(widths)
+    again = LatentCache(latents, cache.caption_of, cache.shapes, cache.buckets)
+    assert torch.equal(again.batch(8, 2, seed=3)[0], batch)
 
 
-def test_clips_of_a_folder_are_cropped_to_size_and_keep_their_captions(vae, tmp_path):
-    make_clip(tmp_path / "a.mp4")
-    clip = read_clip(tmp_path / "a.mp4", 5, 32, 32, 8.0)
-    assert clip.shape == (3, 5, 32, 32)
-    assert (
-        clip[:, :, :, :12].mean() < clip[:, :, :, -12:].mean() - 0.3
-    )  # both halves are in the crop
-    cache = folder_cache(vae, tmp_path, tmp_path / "cache", 5, 32, 32, 8.0)
-    assert cache.latents.shape == (1, 2, 2, 2, 2)
-    assert cache.batch(0, 2, seed=0)[1] == ["a gray wall", "a gray wall"]
+def test_a_bucket_that_no_clip_is_in_is_left_out():
+    cache = LatentCache(
+        torch.zeros(2, 1, 1, 1, 1), lambda i, rng: "", [(1,) * 4, (2,) * 4], [[], [0, 1]]
+    )
+    assert cache.batch(0, 2, seed=0)[0].shape == (2, 1, 1, 1, 1)
 
 
-@pytest.mark.parametrize(
-    ("clip", "message"),
-    [
-        ({"caption": None}, "caption is missing"),
-        ({"frames": 3}, "3 frames"),
-        ({"fps": 25.0}, "25 fps, data.fps=8"),
-    ],
-)
-def test_clips_that_do_not_fit_are_refused_by_name(vae, tmp_path, clip, message):
-    make_clip(tmp_path / "a.mp4", **clip)
-    with pytest.raises(WanError, match=message) as error:
-        folder_cache(vae, tmp_path, tmp_path / "cache", 5, 32, 32, 8.0)
-    assert "a.mp4" in str(error.value)
+def test_prompts_without_clips_come_in_epochs_too():
+    cache = LatentCache([], lambda index, rng: str(index), shapes=[(1, 2, 3, 4)], num_captions=6)
+    texts = [text for step in range(3) for text in cache.prompts(step, 4, seed=0)]
+    assert sorted(texts[:6]) == sorted(texts[6:]) == [str(i) for i in range(6)]
+    with pytest.raises(WanError, match="prompts only"):
+        cache.batch(0, 4, seed=0)
 
 
-def test_a_folder_without_clips_is_refused(vae, tmp_path):
-    with pytest.raises(WanError, match=r"no \.mp4 files"):
-        folder_cache(vae, tmp_path, tmp_path / "cache", 5, 32, 32, 8.0)
+def test_the_order_of_batches_is_what_it_was():
+    """Runs that are resumed with a later version must see what they would have seen."""
+    latents, _ = numbered(7).batch(5, 3, seed=11)
+    assert latents.flatten().int().tolist() == [6, 1, 3]
+    rng = random.Random("11/5/0")
+    drawn = LatentCache(latents, lambda index, rng: str(rng.random())).batch(5, 3, seed=11)[1]
+    assert drawn[0] == str(rng.random())

@@ -122,10 +122,10 @@ def test_a_lora_needs_a_base():
 
 
 def test_samples_are_read_for_the_world_only():
-    with pytest.raises(WanError, match=r"validation_captions=4 with data\.kind=clips"):
-        FinetuneConfig(validation_captions=4, data=DataConfig(kind="clips", folder="x"))
+    with pytest.raises(WanError, match=r"validation_captions=4 with data\.kind=folder"):
+        FinetuneConfig(validation_captions=4, data=DataConfig(kind="folder", folder="x"))
 
 
-def test_clips_need_a_folder():
-    with pytest.raises(WanError, match="clips need a folder"):
-        finetune(FinetuneConfig(data=DataConfig(kind="clips")))
+def test_a_folder_of_clips_must_be_named():
+    with pytest.raises(WanError, match="the world has no folder"):
+        finetune(FinetuneConfig(data=DataConfig(kind="folder")))

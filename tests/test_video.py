@@ -129,7 +129,7 @@ def test_unreadable_videos_are_named(tmp_path):
 def test_exact_rates():
     assert str(frame_rate(23.976)) == "24000/1001"
     assert str(frame_rate(29.97)) == "30000/1001"
-    assert [str(frame_rate(f)) for f in (8, 24, 12.5)] == ["8", "24", "25/2"]
+    assert [str(frame_rate(f)) for f in (1, 4, 8, 24, 12.5)] == ["1", "4", "8", "24", "25/2"]
 
 
 def test_floats_become_the_nearest_level():

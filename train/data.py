@@ -1,45 +1,81 @@
 """Clips as cached latents with captions, in an order that resumed runs repeat exactly.
 
-A cache is a folder of safetensors shards, each with one tensor `latents` (n, C, T, h, w) in
-float16, and `clips.jsonl`, a JSON object per clip. Its name holds a digest of what it depends on:
-source, sizes, and the weights of the autoencoder. Another autoencoder finds another cache, never a
-stale one.
+Two sources: the miniature's world, rendered and encoded here, and a folder that `train.preprocess`
+wrote. The world's cache is a folder of safetensors shards, each with one tensor `latents`
+(n, C, T, h, w) in float16, and `clips.jsonl`, a JSON object per clip. Its name holds a digest of
+what it depends on: scenes, sizes, and the weights of the autoencoder. Another autoencoder finds
+another cache, never a stale one.
 """
 
 import hashlib
 import json
+import math
 import os
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.data import DataConfig
+from train.frozen import (
+    TEXT_LENGTH,
+    RowsOf,
+    TextRows,
+    Texts,
+    component_digests,
+    load_frozen,
+    text_dtype,
+)
+from train.store import AGAIN, TensorStore, key_of, open_to_read
+from wan.digests import sha256_file
 from wan.errors import WanError
 from wan.miniature.captions import caption
 from wan.miniature.world import render, sample_scene, scene_rng
+from wan.pipeline_config import PipelineConfig
+from wan.safetensors_file import map_tensors, read_header, write_tensors
+from wan.tokenizer import Tokenizer
+from wan.umt5 import UMT5Encoder
 from wan.vae import WanVAE
-from wan.video import read_video
 
-SHARD = 512  # clips per file
+SHARD = 512  # clips per file of the world's cache
+INDEX, REPORT = "index.json", "report.jsonl"  # of a folder that train.preprocess wrote
+SET_ASIDE = "set aside"  # the verdict of a clip that is not used; "ok" of one that is
+
+Shape = tuple[int, ...]
 
 
 @dataclass
 class LatentCache:
-    """Latents of N clips and what can be said of each.
+    """Latents of N clips, what can be said of them, and in which order they come.
 
-    `caption_of(index, rng)` gives a text for a clip; the world's clips have many.
+    Attributes:
+        latents: N of (C, T, h, w) float16: one tensor, or a sequence that reads them when asked.
+        caption_of: gives a text for (number, rng); the world's clips have many.
+        shapes: (C, T, h, w) of each bucket; a clip's number stands in one of `buckets`.
+        buckets: numbers of the clips of each shape; a batch holds one bucket's.
+        num_captions: what `caption_of` knows: N clips, then prompts without a clip.
+        rows_of: stored text embeddings, if there are any: captions -> real rows (n, D) of each.
+        digest: of a folder's content, so that a resumed run can tell whether it is the same.
     """
 
-    latents: Tensor  # (N, C, T, h, w) float16
+    latents: Tensor | Sequence[Tensor]
     caption_of: Callable[[int, random.Random], str]
-    captions: list[str] | None = None  # all there are; None: no end of them
+    shapes: list[Shape] = field(default_factory=list)
+    buckets: list[list[int]] = field(default_factory=list)
+    num_captions: int = 0
+    rows_of: RowsOf | None = None
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        self.shapes = self.shapes or [tuple(self.latents[0].shape)]
+        self.buckets = self.buckets or [list(range(len(self.latents)))]
+        self.num_captions = self.num_captions or len(self.latents)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -47,24 +83,69 @@ class LatentCache:
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
         """Batch number `step` of an endless, epoch-wise shuffled stream: float32 latents and texts.
 
-        A function of its arguments alone: nothing to save, nothing to skip after a resume.
+        A function of its arguments alone: nothing to save, nothing to skip after a resume. Each
+        bucket is a stream of its own, and batches are drawn from them in proportion to their clips.
+
+        Raises:
+            WanError: there are prompts only.
         """
-        indices = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, len(self))
-            indices.append(shuffled(len(self), seed, epoch)[place])
-        captions = [
+        if not len(self):
+            raise WanError("the data has prompts only, and this training needs clips")
+        sizes = tuple(len(bucket) for bucket in self.buckets if bucket)
+        bucket, number = bucket_of(sizes, step, seed)
+        members = [bucket for bucket in self.buckets if bucket][bucket]
+        indices = [members[place] for place in stream(len(members), number, size, seed)]
+        latents = torch.stack([self.latents[index] for index in indices])
+        return latents.float(), self._captions(indices, step, seed)
+
+    def prompts(self, step: int, size: int, seed: int) -> list[str]:
+        """Texts number `step` of a like stream, for training that needs no clips."""
+        return self._captions(stream(self.num_captions, step, size, seed), step, seed)
+
+    def _captions(self, indices: list[int], step: int, seed: int) -> list[str]:
+        return [
             self.caption_of(index, random.Random(f"{seed}/{step}/{row}"))
             for row, index in enumerate(indices)
         ]
-        return self.latents[indices].float(), captions
 
 
-@lru_cache(maxsize=2)
+def stream(count: int, step: int, size: int, seed: int) -> list[int]:
+    """Numbers below `count`, `size` per step, each once per epoch."""
+    numbers = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, count)
+        numbers.append(shuffled(count, seed, epoch)[place])
+    return numbers
+
+
+@lru_cache(maxsize=16)
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     """The order of an epoch."""
     order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=order).tolist()
+
+
+def bucket_of(sizes: tuple[int, ...], step: int, seed: int) -> tuple[int, int]:
+    """Which bucket batch `step` is from, and how many of its batches came before.
+
+    Steps go in turns, in which each bucket has as many batches, in a shuffled order, as its number
+    of clips says when divided by what all have in common: every clip is seen equally often.
+    """
+    turn, place = divmod(step, sum(sizes) // math.gcd(*sizes))
+    return turn_of_buckets(sizes, turn, seed)[place]
+
+
+@lru_cache(maxsize=4)
+def turn_of_buckets(sizes: tuple[int, ...], turn: int, seed: int) -> list[tuple[int, int]]:
+    shares = [size // math.gcd(*sizes) for size in sizes]
+    choices = [bucket for bucket, share in enumerate(shares) for _ in range(share)]
+    seen = [turn * share for share in shares]
+    order = []
+    for place in shuffled(len(choices), seed, turn):
+        bucket = choices[place]
+        order.append((bucket, seen[bucket]))
+        seen[bucket] += 1
+    return order
 
 
 def world_cache(vae: WanVAE, root: Path, num_clips: int, seed: int) -> LatentCache:
@@ -84,54 +165,131 @@ def world_cache(vae: WanVAE, root: Path, num_clips: int, seed: int) -> LatentCac
     return LatentCache(latents, lambda i, rng: caption(scenes[i], rng).text)
 
 
-def folder_cache(
-    vae: WanVAE, source: Path, root: Path, num_frames: int, height: int, width: int, fps: float
-) -> LatentCache:
-    """Encoded clips of a folder: `name.mp4` beside `name.txt` with its caption.
+def open_data(
+    data: DataConfig,
+    settings: PipelineConfig,
+    source: Path,
+    device: torch.device,
+    max_text_tokens: int = TEXT_LENGTH,
+) -> tuple[LatentCache, Texts, WanVAE | None]:
+    """Clips and their texts as a training command's `data.` options say.
 
-    A clip is read from its start, must have at least `num_frames` frames at `fps`, is scaled to
-    cover `height` x `width` and centre-cropped.
-    Raises:
-        WanError: no clips, a clip without caption, unreadable, too short, or at another frame rate.
+    Args:
+        settings, source: of the model whose vae, text_encoder and tokenizer are used.
+        max_text_tokens: for the world, whose captions are encoded while training.
+
+    Returns:
+        The clips, captions -> context, and for the world the autoencoder, to look at samples with.
     """
-    clips = sorted(p for p in source.glob("*.mp4"))
-    if not clips:
-        raise WanError(f"data.folder={source}: no .mp4 files there")
-    captions = []
-    for clip in clips:
-        text = clip.with_suffix(".txt")
-        if not text.is_file() or not text.read_text(encoding="utf-8").strip():
-            raise WanError(f"{clip}: its caption is missing; write one sentence into {text.name}")
-        captions.append(text.read_text(encoding="utf-8").strip())
-
-    def batches() -> Iterator[tuple[Tensor, list[dict]]]:
-        for start in range(0, len(clips), SHARD):
-            part = clips[start : start + SHARD]
-            latents = [
-                encode_float16(vae, read_clip(clip, num_frames, height, width, fps)[None], chunk=16)
-                for clip in part
-            ]
-            yield torch.cat(latents), [{"file": clip.name} for clip in part]
-
-    content = [[c.name, c.stat().st_size, c.stat().st_mtime_ns] for c in clips]
-    folder = root / f"clips-{digest(vae, [content, num_frames, height, width, fps])}"
-    latents, _ = cached(folder, batches, len(clips))
-    return LatentCache(latents, lambda i, rng: captions[i], captions)
+    data.check_source()
+    if data.folder is not None:
+        weights = component_digests(source) if data.check_weights else None
+        cache = folder_cache(Path(data.folder), weights)
+        assert cache.rows_of is not None
+        return cache, Texts(cache.rows_of, device), None
+    vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", device, torch.float32)
+    cache = world_cache(vae, Path(data.cache_dir), data.num_clips, data.seed)
+    encoder = load_frozen(
+        lambda: UMT5Encoder(settings.text_encoder),
+        source,
+        "text_encoder",
+        device,
+        text_dtype(device),
+    )
+    tokenizer = Tokenizer.from_folder(source / "tokenizer")
+    return cache, Texts(TextRows(encoder, tokenizer, max_text_tokens), device), vae
 
 
-def read_clip(path: Path, num_frames: int, height: int, width: int, fps: float) -> Tensor:
-    """The first `num_frames` frames: (3, F, height, width) in [-1, 1]."""
-    frames, info = read_video(path)  # (F, H, W, 3) uint8
-    if abs(info.fps - fps) > 0.01 * fps:
-        raise WanError(f"{path}: {info.fps:g} fps, data.fps={fps:g}; re-time the clip first")
-    if len(frames) < num_frames:
-        raise WanError(f"{path}: {len(frames)} frames, data.num_frames={num_frames} are needed")
-    video = torch.as_tensor(frames[:num_frames]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    scale = max(height / video.shape[2], width / video.shape[3])
-    size = [max(height, round(video.shape[2] * scale)), max(width, round(video.shape[3] * scale))]
-    video = torch.nn.functional.interpolate(video, size, mode="bilinear", antialias=True)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return video[:, :, top : top + height, left : left + width].permute(1, 0, 2, 3).clamp(-1, 1)
+class StoredLatents(Sequence[Tensor]):
+    """Latents of a folder, read and checked each time they are asked for."""
+
+    def __init__(self, store: TensorStore, keys: list[str]) -> None:
+        self.store, self.keys = store, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.store.read(self.keys[number])
+
+
+def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
+    """What `train.preprocess` wrote; neither autoencoder nor text encoder is needed to use it.
+
+    Args:
+        weights: digests of the vae and text_encoder it must have been made with; None: any.
+
+    Raises:
+        WanError: not finished, damaged, or made with other weights.
+    """
+    index, rows = read_index(folder)
+    for name, digest in (weights or {}).items():
+        if index["identity"][name] != digest:
+            raise WanError(
+                f"{folder}: was made with another {name} than this checkpoint's; preprocess the "
+                "clips again, or data.check_weights=false if only dtype or layout differ"
+            )
+    good = [row for row in rows if row["verdict"] == "ok"]
+    latents, texts = open_to_read(folder, "latents"), open_to_read(folder, "texts")
+    captions = [row["caption"] for row in good] + index["prompts"]
+    if missing := [row["key"] for row in good if row["key"] not in latents]:
+        raise WanError(f"{folder}: {len(missing)} of {len(good)} clips are missing; {AGAIN}")
+
+    def rows_of(captions: list[str]) -> list[Tensor]:
+        try:
+            return [texts.read(text_key(index, text)) for text in captions]
+        except KeyError as error:
+            known = [text_key(index, text) in texts for text in captions]
+            unknown = captions[known.index(False)]
+            raise WanError(
+                f"{folder}: no embedding of {unknown[:60]!r} there; run train.preprocess again "
+                "with negative_prompt= or prompts="
+            ) from error
+
+    shapes = [tuple(shape) for shape in index["latent_shapes"].values()]
+    buckets = [
+        [number for number, row in enumerate(good) if row["size"] == size]
+        for size in index["latent_shapes"]
+    ]
+    return LatentCache(
+        StoredLatents(latents, [row["key"] for row in good]),
+        lambda number, rng: captions[number],
+        shapes,
+        buckets,
+        len(captions),
+        rows_of,
+        sha256_file(folder / INDEX),
+    )
+
+
+def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The index and the report's rows of a folder that is complete.
+
+    Raises:
+        WanError: it is not.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        report = (folder / REPORT).read_bytes()
+        complete = index["report_sha256"] == hashlib.sha256(report).hexdigest()
+        rows = [json.loads(line) for line in report.split(b"\n") if line] if complete else []
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise WanError(
+            f"data.folder={folder}: not a folder of train.preprocess, or it has not finished "
+            f"({error})"
+        ) from error
+    if not complete:
+        raise WanError(
+            f"data.folder={folder}: the last run of train.preprocess there did not finish; "
+            "run it again"
+        )
+    return index, rows
+
+
+def text_key(index: dict[str, Any], text: str) -> str:
+    """The key of a text's embedding: it follows from the text and from how texts are encoded."""
+    identity = index["identity"]
+    return key_of(*(identity[n] for n in ("text_encoder", "max_text_tokens", "text_dtype")), text)
 
 
 @torch.no_grad()
@@ -161,16 +319,14 @@ def cached(
         lines: list[dict] = []
         with tqdm(total=count, desc="encoding clips", unit="clip") as progress:
             for number, (latents, rows) in enumerate(batches()):
-                save_file({"latents": latents}, folder / f"latents-{number:05d}.safetensors")
+                write_tensors(folder / f"latents-{number:05d}.safetensors", {"latents": latents})
                 lines += rows
                 progress.update(len(rows))
         beside = folder / f".clips.jsonl-{os.getpid()}"
         beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         beside.replace(listing)
-    parts = []
-    for path in sorted(folder.glob("latents-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            parts.append(file.get_tensor("latents"))
+    files = [read_header(path) for path in sorted(folder.glob("latents-*.safetensors"))]
+    parts = [map_tensors(file)["latents"] for file in files]
     rows = [json.loads(line) for line in listing.read_text().splitlines()]
     latents = torch.cat(parts)
     if not len(latents) == len(rows) == count:

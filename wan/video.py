@@ -6,7 +6,7 @@ F frames, H height, W width. Frames are (F, H, W, 3) uint8 RGB; a video as the m
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +24,7 @@ from wan.errors import WanError
 Frames = NDArray[np.uint8]
 
 BT709, UNSPECIFIED = 1, 2  # numbers in H.264's colour fields
+PQ, HLG = 16, 18  # transfer curves of HDR
 CRF = 17  # visually lossless; 0 would be lossless, 23 is x264's own choice
 
 
@@ -113,7 +114,8 @@ def frame_rate(fps: float) -> Fraction:
     if not (math.isfinite(fps) and 1 <= fps <= 240):
         raise WanError(f"fps={fps}: must be between 1 and 240")
     ntsc = Fraction(round(fps) * 1000, 1001)
-    return ntsc if abs(float(ntsc) - fps) < 0.004 else Fraction(fps).limit_denominator(1000)
+    is_ntsc = abs(float(ntsc) - fps) < min(0.004, abs(round(fps) - fps))  # 4 is just 4
+    return ntsc if is_ntsc else Fraction(fps).limit_denominator(1000)
 
 
 def _check_frames(frames: Frames) -> None:
@@ -194,14 +196,69 @@ def read_video(path: str | Path, max_frames: int = 10_000) -> tuple[Frames, Vide
         for frame in container.decode(video=0):
             if len(arrays) == max_frames:
                 raise WanError(f"video {path}: more than {max_frames} frames; cut it first")
-            # Untagged files are read as bt709; other tags are the decoder's to follow.
-            untagged = int(frame.colorspace) in (BT709, UNSPECIFIED)
-            source = Colorspace.ITU709 if untagged else None
-            arrays.append(np.asarray(frame.to_ndarray(format="rgb24", src_colorspace=source)))
+            arrays.append(_rgb(frame))
         info = _info(container, len(arrays))
     if not arrays:
         raise WanError(f"video {path}: no frame in it could be decoded")
     return np.stack(arrays), info
+
+
+def _rgb(frame: av.VideoFrame) -> Frames:
+    """(H, W, 3). Untagged files are read as bt709; other tags are the decoder's to follow."""
+    untagged = int(frame.colorspace) in (BT709, UNSPECIFIED)
+    source = Colorspace.ITU709 if untagged else None
+    return np.asarray(frame.to_ndarray(format="rgb24", src_colorspace=source))
+
+
+@dataclass(frozen=True)
+class VideoScan:
+    """A file decoded to its end.
+
+    Attributes:
+        frames: (n, H, W, 3) uint8, those that were asked for and are there.
+        info: what the file says about itself, and how many frames it has.
+        damaged_frames: those the decoder had to guess parts of.
+        even: frames follow each other at the declared rate, up to half a frame.
+        rotation: degrees by which a player would turn the picture.
+        hdr: values follow a curve that 8-bit RGB does not have.
+    """
+
+    frames: Frames
+    info: VideoInfo
+    damaged_frames: int
+    even: bool
+    rotation: int
+    hdr: bool
+
+
+def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> VideoScan:
+    """Decode all of a file and keep some of it: long files need no more memory than what is kept.
+
+    Args:
+        choose: from frames per second to the numbers of the frames to keep.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WanError: not a video, or damaged beyond what the decoder can guess.
+    """
+    kept: list[Frames] = []
+    times: list[float] = []
+    count = damaged = rotation = 0
+    with _opened(Path(path)) as container:
+        fps = _info(container, 0).fps
+        wanted = set(choose(fps))
+        for count, frame in enumerate(container.decode(video=0), 1):
+            damaged += frame.is_corrupt
+            rotation = frame.rotation
+            if frame.time is not None:
+                times.append(frame.time)
+            if count - 1 in wanted:
+                kept.append(_rgb(frame))
+        info = _info(container, count)
+        hdr = container.streams.video[0].codec_context.color_trc in (PQ, HLG)
+    steps = np.diff(times) * fps
+    frames = np.stack(kept) if kept else np.zeros((0, info.height, info.width, 3), np.uint8)
+    return VideoScan(frames, info, damaged, bool((abs(steps - 1) < 0.5).all()), rotation, hdr)
 
 
 def contact_sheet(frames: Frames, max_frames: int = 12, max_width: int = 320) -> Image.Image:

@@ -1,0 +1,103 @@
+"""The settings of data: where training finds it, and how `train.preprocess` makes it."""
+
+import re
+from dataclasses import dataclass
+
+from configs.schema import (
+    check_at_least,
+    check_choice,
+    check_device,
+    check_positive,
+    check_prompt,
+    option,
+)
+from wan.errors import WanError
+
+Size = tuple[int, int, int]  # frames, height, width
+
+
+@dataclass
+class DataConfig:
+    """Where clips and captions come from."""
+
+    kind: str = option("world", "world (rendered miniature scenes) or folder (of train.preprocess)")
+    folder: str | None = option(None, "for folder: the output_dir of train.preprocess")
+    check_weights: bool = option(True, "refuse a folder made with another vae or text encoder")
+    cache_dir: str = option("runs/cache", "for the world: encoded latents are kept here")
+    num_clips: int = option(8192, "for the world: how many scenes are rendered and encoded")
+    seed: int = option(0, "for the world: which scenes")
+
+    def __post_init__(self) -> None:
+        check_choice("data.kind", self.kind, ("world", "folder"))
+        check_at_least("data.num_clips", self.num_clips, 1)
+
+    def check_source(self) -> None:
+        """Kind and folder fit. Not in `__post_init__`: literal paths are filled in after it."""
+        if (self.kind == "folder") != (self.folder is not None):
+            raise WanError(
+                f"data.kind={self.kind}, data.folder={self.folder}: data.kind=folder reads what "
+                "train.preprocess wrote into data.folder=, the world has no folder"
+            )
+
+
+@dataclass
+class PreprocessConfig:
+    """`train.preprocess`: clips and captions in, latents and text embeddings out."""
+
+    clips: str | None = option(
+        None, "a folder (name.mp4 beside name.txt), or a .jsonl or .csv list of video, prompt"
+    )
+    prompts: str | None = option(
+        None, "a text file of further prompts, one per line; enough by itself if no clips are used"
+    )
+    negative_prompt: str | None = option(None, "encoded too; the empty prompt always is")
+    output_dir: str = option("runs/data", "latents, texts, report.jsonl and index.json go here")
+    checkpoint: str = option("builtin:miniature", "folder or hub id with vae and text_encoder")
+    sizes: list[str] = option(
+        ["17x128x128"], "frames x height x width; a clip goes to the one that keeps most of it"
+    )
+    fps: float = option(8.0, "frames per second of the clips that training sees")
+    retime: bool = option(
+        False, "bring higher frame rates to fps by nearest frames; else they are set aside"
+    )
+    max_crop: float = option(0.5, "set clips aside that lose more than this share of the picture")
+    max_upscale: float = option(1.5, "set clips aside that must be enlarged more than this")
+    max_set_aside_share: float = option(0.05, "fail when more than this share is set aside")
+    max_set_aside: int | None = option(None, "instead: fail when more clips than this are")
+    check_only: bool = option(False, "judge all clips and write the report, encode nothing")
+    verify: bool = option(False, "read all that is stored again, encode anew what is damaged")
+    shard_clips: int = option(32, "clips per file; a killed run loses at most this many")
+    max_text_tokens: int = option(512, "captions are cut there; the report says which")
+    device: str = option("cpu", "cpu, cuda, cuda:N")
+    threads: int = option(2, "CPU threads")
+
+    def __post_init__(self) -> None:
+        check_device("device", self.device)
+        for name in ("fps", "max_upscale"):
+            check_positive(name, getattr(self, name))
+        for name in ("max_crop", "max_set_aside_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise WanError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
+        if self.max_set_aside is not None:
+            check_at_least("max_set_aside", self.max_set_aside, 0)
+        for name in ("shard_clips", "max_text_tokens", "threads"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.max_text_tokens > 512:
+            raise WanError(f"max_text_tokens={self.max_text_tokens}: the models read 512 rows")
+        if self.negative_prompt is not None:
+            check_prompt("negative_prompt", self.negative_prompt)
+        self.parsed_sizes()
+
+    def parsed_sizes(self) -> list[Size]:
+        """The sizes as numbers."""
+        if not self.sizes or len(set(self.sizes)) < len(self.sizes):
+            raise WanError(f"sizes={self.sizes}: need at least one, and none twice")
+        return [parse_size(text) for text in self.sizes]
+
+
+def parse_size(text: str) -> Size:
+    """`17x128x128` -> (17, 128, 128)."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise WanError(f"sizes: {text!r}: write frames x height x width, such as 121x704x1280")
+    return int(match[1]), int(match[2]), int(match[3])

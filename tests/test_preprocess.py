@@ -1,0 +1,507 @@
+"""Real encoded clips, sound and damaged, through the command and into training."""
+
+import json
+import shutil
+from dataclasses import replace
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train.data
+import train.preprocess
+from configs.data import DataConfig, PreprocessConfig, parse_size
+from configs.training import FinetuneConfig, LoopConfig
+from train.clips import ClipRules, best_size, fit_frames, list_clips, read_clip
+from train.data import folder_cache
+from train.finetune import finetune
+from train.frozen import component_digests
+from train.preprocess import preprocess
+from train.store import open_to_read
+from train.vae import export
+from wan.checkpoint import open_checkpoint
+from wan.errors import WanError
+from wan.miniature import WEIGHTS
+from wan.vae import VAEConfig, WanVAE
+from wan.video import write_video
+from wan.weights import load_state
+
+TINY = VAEConfig(
+    base_dim=4,
+    decoder_base_dim=4,
+    z_dim=2,
+    dim_mult=(1, 2, 2),
+    num_res_blocks=1,
+    temperal_downsample=(True, True),
+    patch_size=4,
+    in_channels=48,
+    out_channels=48,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A released layout's frozen parts: a tiny autoencoder, the miniature's text encoder."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    export(WanVAE(TINY), folder / "vae")
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(WEIGHTS / name, folder / name)
+    return folder
+
+
+def make_clip(path, frames=5, fps=8.0, size=(32, 32), caption="a gray wall", seed=0):
+    """Noise over two halves, so that compressed frames are large enough to be damaged."""
+    noise = np.random.default_rng(seed).integers(0, 60, (frames, *size, 3), dtype=np.uint8)
+    noise[:, :, size[1] // 2 :] += 150
+    write_video(path, noise, fps)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+def settings(tmp_path, model, **changes) -> PreprocessConfig:
+    config = PreprocessConfig(
+        clips=str(tmp_path / "clips"),
+        output_dir=str(tmp_path / "data"),
+        checkpoint=str(model),
+        sizes=["5x32x32"],
+        threads=1,
+    )
+    return replace(config, **changes)
+
+
+@pytest.fixture
+def clips(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    return folder
+
+
+def report(tmp_path, name="report.jsonl") -> dict[str, dict]:
+    lines = (tmp_path / "data" / name).read_text().splitlines()
+    return {row["clip"]: row for row in map(json.loads, lines)}
+
+
+def rules(**changes) -> ClipRules:
+    return replace(ClipRules([(5, 32, 32)], 8.0, False, 0.5, 1.5), **changes)
+
+
+# --- one clip -------------------------------------------------------------------------------------
+
+
+def damage(path, what):
+    """Make a sound clip a damaged one."""
+    data = bytearray(path.read_bytes())
+    body = data.find(b"mdat") + 4
+    if what == "truncated":
+        data = data[: body + (len(data) - body) // 2]
+    elif what == "header cut off":
+        data = data[:200]
+    elif what == "empty":
+        data = bytearray()
+    elif what == "flipped bits":
+        start = body + (len(data) - body) // 2
+        data[start : start + 400] = bytes(b ^ 0x5A for b in data[start : start + 400])
+    elif what == "rotated":
+        one, zero = (1 << 16).to_bytes(4, "big"), bytes(4)
+        upright = one + zero * 3 + one + zero * 3 + (1 << 30).to_bytes(4, "big")
+        turned = zero + one + zero + (-(1 << 16)).to_bytes(4, "big", signed=True) + zero * 4
+        place = data.rfind(upright)  # the track's; the film's comes first
+        data[place : place + 36] = turned + upright[-4:]
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("truncated", "damaged"),
+        ("header cut off", "damaged|no pictures"),
+        ("empty", "damaged"),
+        ("flipped bits", "damaged: \\d+ of 12 frames|Invalid data"),
+        ("rotated", "turn it by"),
+    ],
+)
+def test_damaged_clips_are_refused_with_a_reason(clips, what, reason):
+    path = make_clip(clips / "a.mp4", frames=12, size=(64, 64))
+    (clip,) = list_clips(clips)
+    read_clip(clip, rules(), {})  # sound before
+    damage(path, what)
+    with pytest.raises(WanError, match=reason):
+        read_clip(clip, rules(), {})
+
+
+def test_a_file_that_ends_between_frames_is_told_by_its_header(clips):
+    """Here every frame that is left decodes well."""
+    path = make_clip(clips / "a.mp4", frames=12, size=(64, 64))
+    with av.open(str(path)) as container:
+        sizes = [packet.size for packet in container.demux(video=0) if packet.size]
+    data = path.read_bytes()
+    path.write_bytes(data[: data.find(b"mdat") + 4 + sum(sizes[:9])])
+    facts: dict = {}
+    with pytest.raises(WanError, match=r"header says 12 frames, [89] could be decoded"):
+        read_clip(list_clips(clips)[0], rules(), facts)
+    assert facts["declared_frames"] == 12
+
+
+@pytest.mark.parametrize(
+    ("clip", "reason"),
+    [
+        ({"frames": 3}, "5x32x32: has 3 frames"),
+        ({"fps": 25.0}, "25 frames per second, not fps=8"),
+        ({"fps": 4.0}, "4 frames per second, fewer than fps=8"),
+        ({"size": (32, 128)}, "loses 75% of the picture"),
+        ({"size": (16, 16)}, "enlarged 2.00 times"),
+    ],
+)
+def test_sound_clips_that_do_not_fit_are_refused_with_a_reason(clips, clip, reason):
+    make_clip(clips / "a.mp4", **clip)
+    with pytest.raises(WanError, match=reason):
+        read_clip(list_clips(clips)[0], rules(), {})
+
+
+def write_with(path, times, color_trc=1):
+    """Frames at given times, in units of a 64th of a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"bf": "0"})
+        stream.height = stream.width = 32
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 64)
+        stream.codec_context.color_trc = color_trc
+        for time in times:
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 90, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 64)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_uneven_times_and_hdr_are_refused(clips):
+    write_with(clips / "a.mp4", [0, 8, 16, 24, 32, 40])
+    (clip,) = list_clips(clips)
+    read_clip(clip, rules(), {})
+    write_with(clips / "a.mp4", [0, 8, 9, 10, 32, 40])
+    with pytest.raises(WanError, match="uneven times"):
+        read_clip(clip, rules(), {})
+    write_with(clips / "a.mp4", [0, 8, 16, 24, 32, 40], color_trc=16)
+    with pytest.raises(WanError, match="HDR"):
+        read_clip(clip, rules(), {})
+
+
+def test_retiming_takes_the_nearest_frames_and_says_so(clips):
+    levels = np.arange(14, dtype=np.uint8)[:, None, None, None] * 16
+    write_video(clips / "a.mp4", np.broadcast_to(levels, (14, 32, 32, 3)).copy(), 24)
+    facts: dict = {}
+    video = read_clip(list_clips(clips)[0], rules(retime=True), facts)
+    taken = ((video.mean((0, 2, 3)) + 1) * 127.5 / 16).round().int().tolist()
+    assert taken == [0, 3, 6, 9, 12]
+    assert (facts["fps"], facts["retimed_to"], facts["decoded_frames"]) == (24, 8.0, 14)
+
+
+def test_a_crop_keeps_the_centre(clips):
+    make_clip(clips / "a.mp4", size=(64, 96))
+    facts: dict = {}
+    video = read_clip(list_clips(clips)[0], rules(), facts)
+    assert video.shape == (3, 5, 32, 32)
+    assert facts["crop"] == [0, 16, 64, 64]
+    assert video[..., :12].mean() < video[..., -12:].mean() - 0.3  # both halves are in it
+    assert fit_frames(np.zeros((1, 8, 8, 3), np.uint8), [0, 0, 8, 8], 4, 4).eq(-1).all()
+
+
+def test_a_clip_goes_to_the_size_that_keeps_most_of_it():
+    wide, tall, longer, image = (5, 32, 64), (5, 64, 32), (9, 32, 64), (1, 64, 64)
+    every = rules(sizes=[wide, tall, longer, image])
+    assert best_size((5, 36, 64), every, {}) == wide
+    assert best_size((9, 36, 64), every, {}) == longer
+    assert best_size((8, 100, 60), every, {}) == tall
+    assert best_size((1, 70, 70), every, {}) == image
+    assert best_size((9, 36, 64), rules(sizes=[wide, (5, 16, 32)]), {}) == wide
+
+
+def test_an_image_is_a_clip_of_one_frame(clips):
+    pixels = np.full((32, 32, 3), 51, np.uint8)
+    Image.fromarray(pixels).save(clips / "a.png")
+    (clip,) = list_clips(clips)
+    video = read_clip(clip, rules(sizes=[(5, 32, 32), (1, 32, 32)]), {})
+    torch.testing.assert_close(video, torch.full((3, 1, 32, 32), 51 / 127.5 - 1))
+    with pytest.raises(WanError, match="has 1 frames"):
+        read_clip(clip, rules(), {})
+
+
+def test_captions_come_from_text_files_or_a_list(clips, tmp_path):
+    make_clip(clips / "b.mp4", caption="  a wall \n")
+    make_clip(clips / "a.mp4", caption=None)
+    assert [clip.name for clip in list_clips(clips)] == ["a.mp4", "b.mp4"]
+    (tmp_path / "l.jsonl").write_text('\n{"video": "clips/b.mp4", "prompt": "${oc.env:HOME}"}\n')
+    (tmp_path / "l.csv").write_text('video,prompt\nclips/b.mp4,"one, two\nthree"\n')
+    (clip,) = list_clips(tmp_path / "l.jsonl")
+    assert (clip.path, clip.caption) == (tmp_path / "clips/b.mp4", "${oc.env:HOME}")
+    assert list_clips(tmp_path / "l.csv")[0].caption == "one, two\nthree"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.jsonl", "not json", "line 1: not JSON"),
+        ("l.jsonl", '\n{"prompt": "x"}', "line 2: need video and prompt"),
+        ("l.csv", "file,text\na.mp4,x", "line 2: need video and prompt"),
+        ("l.jsonl", "", "no clips there"),
+        ("l.txt", "a.mp4", "give a folder"),
+    ],
+)
+def test_lists_that_cannot_be_read_say_where(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(WanError, match=message):
+        list_clips(tmp_path / name)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_every_clip_has_a_line_and_bad_ones_are_set_aside_not_replaced(clips, tmp_path, model):
+    make_clip(clips / "good.mp4", caption="a gray wall")
+    make_clip(clips / "mute.mp4", caption=None)
+    damage(make_clip(clips / "cut.mp4", frames=12, size=(64, 64)), "truncated")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(clips / "picture.png")
+    (clips / "picture.png").write_bytes((clips / "picture.png").read_bytes()[:50])
+    (clips / "picture.txt").write_text("a picture")
+    (clips / "gone.mp4").symlink_to(clips / "nowhere.mp4")
+    (clips / "gone.txt").write_text("gone")
+    (clips / "latin.txt").write_bytes(b"caf\xe9")
+    make_clip(clips / "latin.mp4", caption=None, seed=1)
+    assert preprocess(settings(tmp_path, model, max_set_aside=5)) == 0
+    rows = report(tmp_path)
+    good = rows.pop("good.mp4")
+    assert (good["verdict"], good["size"], good["retimed_to"]) == ("ok", "5x32x32", None)
+    assert (good["declared_frames"], good["decoded_frames"], good["fps"]) == (5, 5, 8.0)
+    assert (good["crop"], good["caption_cut"]) == ([0, 0, 32, 32], False)
+    reasons = {name: row["reason"] for name, row in rows.items()}
+    assert {row["verdict"] for row in rows.values()} == {"set aside"}
+    for name, reason in {
+        "mute.mp4": "caption is missing",
+        "cut.mp4": "damaged",
+        "picture.png": "damaged or unreadable",
+        "gone.mp4": "No such file",
+        "latin.mp4": "not UTF-8",
+    }.items():
+        assert reason in reasons.pop(name)
+    assert not reasons
+    assert not any(str(tmp_path) in row["reason"] for row in rows.values())
+    cache = folder_cache(tmp_path / "data", component_digests(model))
+    assert len(cache) == 1
+    assert cache.batch(0, 2, seed=0)[1] == ["a gray wall"] * 2
+
+
+def test_too_many_bad_clips_fail_the_run(clips, tmp_path, model):
+    for name in ("a", "b"):
+        make_clip(clips / f"{name}.mp4", caption=None)
+    make_clip(clips / "c.mp4")
+    with pytest.raises(WanError, match=r"1 of the first 1 clips \(3 in all\).*0 may be"):
+        preprocess(settings(tmp_path, model))
+    with pytest.raises(WanError, match="2 of the first 2 clips"):
+        preprocess(settings(tmp_path, model, max_set_aside_share=0.34))
+    with pytest.raises(WanError, match=r"did not finish|has not finished"):
+        folder_cache(tmp_path / "data", None)
+    assert preprocess(settings(tmp_path, model, max_set_aside_share=0.67)) == 0
+    (clips / "c.mp4").unlink()
+    with pytest.raises(WanError, match="2 of the first 2 clips"):  # nothing is left
+        preprocess(settings(tmp_path, model, max_set_aside=9))
+
+
+def test_check_only_judges_all_and_changes_nothing_else(clips, tmp_path, model):
+    make_clip(clips / "a.mp4", caption=None)
+    make_clip(clips / "b.mp4")
+    make_clip(clips / "c.mp4", frames=2)
+    with pytest.raises(WanError, match="2 of the first 3 clips"):
+        preprocess(settings(tmp_path, model, check_only=True))
+    verdicts = [row["verdict"] for row in report(tmp_path, "check.jsonl").values()]
+    assert verdicts == ["set aside", "ok", "set aside"]
+    assert not list((tmp_path / "data").glob("*.safetensors"))
+    assert not (tmp_path / "data" / "report.jsonl").exists()
+
+
+class Killed(BaseException):
+    """No one catches it, as no one catches kill -9."""
+
+
+def test_a_killed_run_goes_on_after_its_last_shard(clips, tmp_path, model, monkeypatch):
+    for i in range(5):
+        make_clip(clips / f"{i}.mp4", caption=f"wall {i}", seed=i)
+    config = settings(tmp_path, model, shard_clips=2)
+    encoded = []
+
+    def encode(vae, video, chunk=None):
+        if len(encoded) == kill_at:
+            raise Killed
+        encoded.append(video)
+        return train.data.encode_float16(vae, video, chunk)
+
+    monkeypatch.setattr(train.preprocess, "encode_float16", encode)
+    kill_at = 3
+    with pytest.raises(Killed):
+        preprocess(config)
+    with pytest.raises(WanError, match="has not finished"):
+        folder_cache(tmp_path / "data", None)
+    assert len(open_to_read(tmp_path / "data", "latents").stored) == 2
+    (tmp_path / "data" / ".latents-0.safetensors.0.tmp").write_bytes(b"half a shard")
+    kill_at = -1
+    assert preprocess(config) == 0
+    assert len(encoded) == 3 + 3  # the third was lost with its shard
+    assert preprocess(config) == 0
+    assert len(encoded) == 6
+    resumed = folder_cache(tmp_path / "data", None)
+    straight = replace(config, output_dir=str(tmp_path / "straight"), shard_clips=4)
+    assert preprocess(straight) == 0
+    other = folder_cache(tmp_path / "straight", None)
+    assert (tmp_path / "straight/report.jsonl").read_text() == (
+        tmp_path / "data/report.jsonl"
+    ).read_text()
+    assert all(torch.equal(resumed.latents[i], other.latents[i]) for i in range(5))
+    # A new clip is added, a changed caption is another text; what is there is not encoded again.
+    encoded.clear()
+    make_clip(clips / "new.mp4", caption="wall", seed=9)
+    (clips / "0.txt").write_text("another wall")
+    assert preprocess(config) == 0
+    assert len(encoded) == 1
+    assert "another wall" in folder_cache(tmp_path / "data", None).batch(0, 6, seed=0)[1]
+
+
+def test_damage_after_writing_is_noticed_and_can_be_repaired(clips, tmp_path, model, capsys):
+    make_clip(clips / "a.mp4")
+    config = settings(tmp_path, model)
+    preprocess(config)
+    (shard,) = (tmp_path / "data").glob("latents-*")
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(WanError, match=r"not what was written.*verify=true"):
+        folder_cache(tmp_path / "data", None).batch(0, 1, seed=0)
+    preprocess(replace(config, verify=True))
+    assert "removed, its content is made again" in capsys.readouterr().err
+    assert shard.read_bytes() == sound
+    shard.write_bytes(sound[:-1])
+    with pytest.raises(WanError, match="cut short"):
+        folder_cache(tmp_path / "data", None)
+    preprocess(config)
+    assert shard.read_bytes() == sound
+
+
+def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model):
+    make_clip(clips / "a.mp4")
+    preprocess(settings(tmp_path, model))
+    with pytest.raises(WanError, match=r"other settings \(fps: 8.0 there, 8.05 now\)"):
+        preprocess(settings(tmp_path, model, fps=8.05))
+    digests = component_digests(model)
+    with pytest.raises(WanError, match="another vae than"):
+        folder_cache(tmp_path / "data", {**digests, "vae": "0"})
+    with pytest.raises(WanError, match="another text_encoder than"):
+        folder_cache(tmp_path / "data", {**digests, "text_encoder": "0"})
+
+
+def test_prompts_alone_are_enough_and_stored_as_encoded(tmp_path, model):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n ein Kreis, {rot} \n")
+    config = settings(
+        tmp_path,
+        model,
+        clips=None,
+        prompts=str(tmp_path / "prompts.txt"),
+        negative_prompt="blur",
+        sizes=["5x32x64"],
+    )
+    assert preprocess(config) == 0
+    cache = folder_cache(tmp_path / "data", component_digests(model))
+    assert len(cache) == 0
+    assert cache.shapes == [(2, 2, 2, 4)]
+    assert sorted(cache.prompts(0, 2, seed=0)) == ["a red circle", "ein Kreis, {rot}"]
+    rows = cache.rows_of(["a red circle", "", "blur"])
+    shown = train.preprocess.Tokenizer.from_folder(model / "tokenizer")
+    assert len(rows[0]) == len(shown("a red circle").ids)
+    assert [row.shape[1] for row in rows] == [128] * 3
+    with pytest.raises(WanError, match="no embedding of 'a blue"):
+        cache.rows_of(["", "a blue circle"])
+
+
+@pytest.mark.parametrize("text", ["17x128", "0x32x32", "5x32x32x1", "a"])
+def test_sizes_are_three_numbers(text):
+    with pytest.raises(WanError, match="frames x height x width"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clips": None}, "nothing to do"),
+        ({"sizes": ["5x30x32"]}, "multiples of 16"),
+        ({"sizes": ["6x32x32"]}, "nearest are 5 and 9"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_read(
+    clips, tmp_path, model, change, message
+):
+    make_clip(clips / "a.mp4")
+    with pytest.raises(WanError, match=message):
+        preprocess(settings(tmp_path, model, **change))
+    assert not (tmp_path / "data").exists()
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_training_on_a_folder_resumes_in_the_middle_of_an_epoch(
+    clips, tmp_path, model, monkeypatch
+):
+    """Two buckets, a batch that straddles epochs, and neither encoder in memory."""
+    for i in range(3):
+        make_clip(clips / f"{i}.mp4", caption=f"wall {i}", seed=i)
+    make_clip(clips / "wide.mp4", size=(32, 64), caption="wide")
+    preprocess(settings(tmp_path, model, sizes=["5x32x32", "5x32x64"]))
+
+    def refuse(*args):
+        raise AssertionError("a frozen part is loaded")
+
+    monkeypatch.setattr(train.data, "load_frozen", refuse)
+    config = FinetuneConfig(
+        output_dir=str(tmp_path / "straight"),
+        checkpoint=str(model),
+        from_scratch=True,
+        dit={
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 1,
+            "ffn_dim": 32,
+            "in_channels": 2,
+            "out_channels": 2,
+            "text_dim": 128,
+            "freq_dim": 32,
+        },
+        threads=1,
+        batch_size=2,
+        caption_dropout=0.5,
+        data=DataConfig(kind="folder", folder=str(tmp_path / "data")),
+        loop=LoopConfig(steps=5, log_every=1, save_every=2),
+    )
+    finetune(config)
+    halves = replace(config, output_dir=str(tmp_path / "halves"))
+    step = train.data.LatentCache.batch
+
+    def killed(self, number, size, seed):
+        if number == 3:
+            raise Killed
+        return step(self, number, size, seed)
+
+    monkeypatch.setattr(train.data.LatentCache, "batch", killed)
+    with pytest.raises(Killed):
+        finetune(halves)
+    monkeypatch.setattr(train.data.LatentCache, "batch", step)
+    finetune(halves)
+    one, two = (
+        load_state(open_checkpoint(tmp_path / run / "model/transformer"), "transformer")
+        for run in ("straight", "halves")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    # Other data under the same name is noticed.
+    (clips / "0.txt").write_text("another caption")
+    preprocess(settings(tmp_path, model, sizes=["5x32x32", "5x32x64"]))
+    with pytest.raises(WanError, match="data_digest"):
+        finetune(halves)

@@ -1,0 +1,244 @@
+"""Clips as they are found -> clips as training wants them, or the reason why not.
+
+A clip goes to one of several sizes (frames, height, width): it is read from its start, cropped
+around its centre to the size's shape and scaled. Nothing is repaired: what is damaged, too short,
+at another frame rate, sideways or too far from every size is refused, by name and with a reason.
+F frames, H height, W width.
+"""
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.data import Size
+from wan.errors import WanError
+from wan.images import load_image
+from wan.video import Frames, VideoScan, scan_video, to_uint8
+
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+SAME_RATE = 0.01  # 23.976 stands for 24
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One entry of a data set.
+
+    Attributes:
+        name: how the report speaks of it.
+        caption: None is still to be read from the text file beside it.
+    """
+
+    name: str
+    path: Path
+    caption: str | None
+
+
+@dataclass(frozen=True)
+class ClipRules:
+    """What a clip is brought to, and what is too far from that; `PreprocessConfig` explains it."""
+
+    sizes: list[Size]
+    fps: float
+    retime: bool
+    max_crop: float
+    max_upscale: float
+
+
+def list_clips(source: Path) -> list[Clip]:
+    """Every clip of a folder (sorted by name, subfolders included) or of a list, in its order.
+
+    Raises:
+        FileNotFoundError: no such folder or list.
+        WanError: nothing in it, or a list that can't be read, by its line.
+    """
+    if source.is_dir():
+        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEOS + IMAGES)
+        clips = [Clip(path.relative_to(source).as_posix(), path, None) for path in paths]
+    elif not source.exists():
+        raise FileNotFoundError(f"clips={source}: no such folder or list")
+    elif source.suffix in (".jsonl", ".csv"):
+        clips = [list_entry(source, number, row) for number, row in list_rows(source)]
+    else:
+        raise WanError(f"clips={source}: give a folder, a .jsonl or a .csv file")
+    if not clips:
+        raise WanError(f"clips={source}: no clips there ({', '.join(VIDEOS + IMAGES)})")
+    return clips
+
+
+def list_rows(path: Path) -> list[tuple[int, Any]]:
+    """(line number, row) of a list."""
+    text = read_text(path)
+    if path.suffix == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        return [(table.line_num, row) for row in table]
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [(number, json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise WanError(f"{path}, line {number}: not JSON ({error})") from error
+    return rows
+
+
+def list_entry(source: Path, number: int, row: Any) -> Clip:
+    """A row of a list; paths are relative to the list."""
+    if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"]:
+        raise WanError(
+            f"{source}, line {number}: need video and prompt, as in "
+            '{"video": "fox.mp4", "prompt": "a fox runs"} or under a CSV head of video,prompt'
+        )
+    caption = row.get("prompt")
+    return Clip(row["video"], source.parent / row["video"], caption if caption else "")
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise WanError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty."""
+    prompts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    if not prompts:
+        raise WanError(f"prompts={path}: no prompt in it; write one per line")
+    return prompts
+
+
+def read_caption(clip: Clip) -> str:
+    """What is said of a clip.
+
+    Raises:
+        WanError: nothing is.
+    """
+    beside = clip.path.with_suffix(".txt")
+    caption = clip.caption
+    if caption is None:
+        caption = read_text(beside) if beside.is_file() else ""
+    if not isinstance(caption, str) or not caption.strip():
+        where = f"into {beside.name}" if clip.caption is None else "as its prompt"
+        raise WanError(f"its caption is missing; write one sentence {where}")
+    return caption.strip()
+
+
+def read_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> Tensor:
+    """Decode, judge, crop and scale: (3, F, H, W) in [-1, 1] of the best-fitting size.
+
+    Args:
+        facts: filled as they become known, so that a refused clip has some too.
+
+    Raises:
+        WanError: the clip is refused; says why.
+        OSError: it can't be read.
+    """
+    if clip.path.suffix.lower() in IMAGES:
+        frames = to_uint8(load_image(clip.path).unsqueeze(1))
+        facts.update(decoded_frames=1, height=frames.shape[1], width=frames.shape[2])
+    else:
+        scan = scan_video(clip.path, lambda fps: frame_numbers(fps, rules))
+        frames = checked_frames(scan, rules, facts)
+    size = best_size(frames.shape[:3], rules, facts)
+    facts["size"] = "x".join(map(str, size))
+    return fit_frames(frames[: size[0]], facts["crop"], size[1], size[2])
+
+
+def frame_numbers(fps: float, rules: ClipRules) -> list[int]:
+    """Which frames of a clip stand for one at `rules.fps`: all, or the nearest in time."""
+    longest = max(size[0] for size in rules.sizes)
+    step = 1.0 if same_rate(fps, rules) else fps / rules.fps
+    return [round(i * step) for i in range(longest)]
+
+
+def same_rate(fps: float, rules: ClipRules) -> bool:
+    return abs(fps - rules.fps) <= SAME_RATE * rules.fps
+
+
+def checked_frames(scan: VideoScan, rules: ClipRules, facts: dict[str, Any]) -> Frames:
+    """The frames of a sound file at the right rate."""
+    info, rate = scan.info, scan.info.fps
+    retimed = not same_rate(rate, rules)
+    facts.update(
+        declared_frames=info.declared_frames,
+        decoded_frames=info.decoded_frames,
+        fps=round(rate, 4),
+        height=info.height,
+        width=info.width,
+    )
+    if info.declared_frames and info.decoded_frames != info.declared_frames:
+        raise WanError(
+            f"damaged: its header says {info.declared_frames} frames, {info.decoded_frames} "
+            "could be decoded"
+        )
+    if scan.damaged_frames:
+        raise WanError(f"damaged: {scan.damaged_frames} of {info.decoded_frames} frames")
+    if scan.rotation:
+        raise WanError(f"players turn it by {scan.rotation} degrees; write it upright first")
+    if scan.hdr:
+        raise WanError("HDR colours; convert it to bt709 first")
+    if not scan.even:
+        raise WanError("its frames come at uneven times; write it at a constant rate first")
+    if retimed and rate < rules.fps:
+        raise WanError(f"{rate:g} frames per second, fewer than fps={rules.fps:g}")
+    if retimed and not rules.retime:
+        raise WanError(f"{rate:g} frames per second, not fps={rules.fps:g}; retime=true picks some")
+    facts["retimed_to"] = rules.fps if retimed else None
+    return scan.frames
+
+
+def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
+    """The size that keeps most of a clip: share of frames times share of pixels.
+
+    A size that is larger than the clip invents pixels and counts as much less as one that drops
+    them. A clip must have a size's frames, and keep within `max_crop` and `max_upscale`.
+    """
+    frames, height, width = found
+    reasons, fits = [], []
+    for size in rules.sizes:
+        name = "x".join(map(str, size))
+        scale = max(size[1] / height, size[2] / width)
+        crop = centre_crop(height, width, size[1] / size[2])
+        kept = crop[2] * crop[3] / (height * width)
+        if frames < size[0]:
+            reasons.append(f"{name}: has {frames} frames at {rules.fps:g} fps")
+        elif 1 - kept > rules.max_crop:
+            reasons.append(f"{name}: loses {1 - kept:.0%} of the picture")
+        elif scale > rules.max_upscale:
+            reasons.append(f"{name}: must be enlarged {scale:.2f} times")
+        else:
+            fit = size[0] / frames * kept * min(scale, 1 / scale) ** 2
+            fits.append((fit, size, crop, scale))
+    if not fits:
+        raise WanError(f"fits no size ({'; '.join(reasons)})")
+    _, size, crop, scale = max(fits, key=lambda fit: fit[0])
+    facts.update(crop=crop, scale=round(scale, 4))
+    return size
+
+
+def centre_crop(height: int, width: int, shape: float) -> list[int]:
+    """[top, left, height, width] of the largest centred window with height / width = `shape`."""
+    inner_h = min(height, max(1, round(width * shape)))
+    inner_w = min(width, max(1, round(height / shape)))
+    return [(height - inner_h) // 2, (width - inner_w) // 2, inner_h, inner_w]
+
+
+def fit_frames(frames: Frames, crop: list[int], height: int, width: int) -> Tensor:
+    """(F, H, W, 3) uint8 -> (3, F, height, width) in [-1, 1]: crop, then antialiased bilinear."""
+    top, left, inner_h, inner_w = crop
+    window = np.ascontiguousarray(frames[:, top : top + inner_h, left : left + inner_w])
+    video = torch.empty(3, len(frames), height, width)
+    for i, frame in enumerate(torch.from_numpy(window)):  # one at a time: float32 is large
+        pixels = frame.permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, h, w)
+        pixels = torch.nn.functional.interpolate(
+            pixels, (height, width), mode="bilinear", antialias=True
+        )
+        video[:, i] = pixels[0].clamp(-1, 1)
+    return video

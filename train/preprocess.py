@@ -1,0 +1,279 @@
+"""Clips and captions -> latents and text embeddings: `python -m train.preprocess clips=clips/`.
+
+A folder (`name.mp4` beside `name.txt`) or a list of clips, images as clips of one frame, and texts
+without clips (`prompts=`). Each clip is decoded to its end, judged, brought to the size that keeps
+most of it, and encoded; report.jsonl says what became of it. Damaged clips are set aside with a
+reason; too many of them fail the run. To resume, or to add clips, run the same command again.
+"""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.data import PreprocessConfig
+from infer.cli import run_command
+from train.checkpoint import flush_to_disk
+from train.clips import Clip, ClipRules, list_clips, read_caption, read_clip, read_prompts
+from train.data import INDEX, REPORT, SET_ASIDE, encode_float16, text_key
+from train.frozen import RowsOf, TextRows, component_digests, load_frozen, text_dtype
+from train.store import TensorStore, key_of, only_writer, open_to_extend
+from wan.digests import sha256_file
+from wan.errors import WanError
+from wan.hub import resolve_model
+from wan.miniature import BUILTIN, WEIGHTS
+from wan.pipeline_config import component_config
+from wan.placement import resolve_device
+from wan.tokenizer import Tokenizer, clean_prompt, read_json_object
+from wan.umt5 import UMT5Config, UMT5Encoder
+from wan.vae import VAEConfig, WanVAE
+
+CHECK = "check.jsonl"  # the report of check_only=true, which leaves the folder as it is
+CHUNK = 16  # frames that the autoencoder takes at a time
+TEXTS_PER_SHARD = 256
+
+Row = dict[str, Any]
+
+
+def preprocess(config: PreprocessConfig) -> int:
+    if config.clips is None and config.prompts is None:
+        raise WanError("nothing to do: give clips= (a folder or a list), prompts= or both")
+    clips = list_clips(Path(config.clips)) if config.clips is not None else []
+    prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else []
+    torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    source = WEIGHTS if config.checkpoint == BUILTIN else resolve_model(config.checkpoint)
+
+    def read_settings(name: str) -> Row:
+        return read_json_object(component_config(source, name, {}))
+
+    def load_vae() -> WanVAE:
+        settings = VAEConfig.from_json(read_settings("vae"))
+        return load_frozen(lambda: WanVAE(settings), source, "vae", device, torch.float32)
+
+    def load_encoder() -> RowsOf:
+        settings = UMT5Config.from_json(read_settings("text_encoder"))
+        encoder = load_frozen(
+            lambda: UMT5Encoder(settings), source, "text_encoder", device, text_dtype(device)
+        )
+        return TextRows(encoder, tokenizer, config.max_text_tokens)
+
+    index: Row = {
+        "identity": identity(config, source, device),
+        "latent_shapes": latent_shapes(config, VAEConfig.from_json(read_settings("vae"))),
+    }
+    tokenizer = Tokenizer.from_folder(source / "tokenizer")
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        claim(folder, index)
+        latents = TensorStore(folder, "latents")
+        if not config.check_only:
+            latents = open_to_extend(folder, "latents", config.verify)
+        rows = judge_and_encode(clips, config, index, latents, load_vae)
+        good = [row for row in rows if row["verdict"] == "ok"]
+        for row in good:
+            said = tokenizer(clean_prompt(row["caption"]), config.max_text_tokens)
+            row["caption_tokens"] = said.num_tokens_before_truncation
+            row["caption_cut"] = said.truncated
+        report = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(folder / (CHECK if config.check_only else REPORT), report)
+        check_budget(rows, len(clips), config, folder)
+        print(summary(rows, prompts, folder))
+        if config.check_only:
+            return 0
+        texts = {row["caption"] for row in good} | {*prompts, "", config.negative_prompt or ""}
+        encode_texts(texts, index, open_to_extend(folder, "texts", config.verify), load_encoder)
+        index["prompts"], index["negative_prompt"] = prompts, config.negative_prompt
+        index["report_sha256"] = hashlib.sha256(report.encode()).hexdigest()
+        write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    return 0
+
+
+def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Row:
+    """What the content of a folder follows from, beside its clips and texts."""
+    names = ("sizes", "fps", "retime", "max_crop", "max_upscale", "max_text_tokens")
+    return {
+        **component_digests(source),
+        **{name: getattr(config, name) for name in names},
+        "text_dtype": str(text_dtype(device)).removeprefix("torch."),
+    }
+
+
+def latent_shapes(config: PreprocessConfig, vae: VAEConfig) -> dict[str, list[int]]:
+    """(C, T, h, w) by size.
+
+    Raises:
+        WanError: a size that the autoencoder's strides do not divide.
+    """
+    shapes, stride = {}, vae.spatial_stride
+    for name, (frames, height, width) in zip(config.sizes, config.parsed_sizes(), strict=True):
+        if height % stride or width % stride:
+            raise WanError(f"sizes: {name}: height and width must be multiples of {stride}")
+        shapes[name] = [vae.z_dim, vae.latent_frames(frames), height // stride, width // stride]
+    return shapes
+
+
+def claim(folder: Path, index: Row) -> None:
+    """Write what the folder is for before anything else is in it.
+
+    Raises:
+        WanError: it is for something else.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        write_text(path, json.dumps(index, indent=2) + "\n")
+        return
+    there, now = read_json_object(path).get("identity", {}), index["identity"]
+    changed = [name for name in now if there.get(name) != now[name]]
+    if changed:
+        lines = "; ".join(f"{name}: {there.get(name)} there, {now[name]} now" for name in changed)
+        raise WanError(
+            f"output_dir={folder} holds data of other settings ({lines}); choose another"
+        )
+
+
+def judge_and_encode(
+    clips: list[Clip],
+    config: PreprocessConfig,
+    index: Row,
+    latents: TensorStore,
+    load_vae: Callable[[], WanVAE],
+) -> list[Row]:
+    """A line of the report for each clip; what is good and not yet stored is, shard by shard.
+
+    Ends early when more clips are set aside than is allowed, except with check_only.
+    """
+    names = ("sizes", "fps", "retime", "max_crop", "max_upscale")
+    settings = {name: index["identity"][name] for name in ("vae", *names)}
+    rules = ClipRules(
+        config.parsed_sizes(), config.fps, config.retime, config.max_crop, config.max_upscale
+    )
+    known = {key: latents.facts(key) for key in latents.stored}
+    rows: list[Row] = []
+    fresh: dict[str, Tensor] = {}
+    vae: WanVAE | None = None
+    for clip in tqdm(clips, desc="clips", unit="clip"):
+        row, facts, video = judge(clip, rules, settings, known)
+        rows.append(row | facts)
+        if video is not None and not config.check_only:
+            vae = vae or load_vae()
+            fresh[row["key"]] = encode_float16(vae, video[None], CHUNK)[0].contiguous()
+            known[row["key"]] = facts
+        if len(fresh) == config.shard_clips:
+            latents.add(fresh, known)
+            fresh = {}
+        if num_set_aside(rows) > allowed(len(clips), config) and not config.check_only:
+            break
+    if fresh:
+        latents.add(fresh, known)
+    return rows
+
+
+def judge(
+    clip: Clip, rules: ClipRules, settings: Row, known: dict[str, Row]
+) -> tuple[Row, Row, Tensor | None]:
+    """A clip's line in the report, facts that follow from its file, frames (3, F, H, W) to encode.
+
+    Args:
+        settings: with the file's content, what the key of its latents follows from.
+        known: facts about what is stored already, by key; its frames are not read again.
+    """
+    row: Row = {"clip": clip.name, "verdict": "ok"}
+    facts: Row = {}
+    video = None
+    try:
+        row["caption"] = read_caption(clip)
+        row["key"] = key_of(settings, sha256_file(clip.path))
+        if row["key"] in known:
+            facts = known[row["key"]]
+        else:
+            video = read_clip(clip, rules, facts)
+    except (WanError, OSError) as error:
+        reason = str(error).replace(f"{clip.path.parent}/", "")  # a report may be handed on
+        row |= {"verdict": SET_ASIDE, "reason": reason}
+    return row, facts, video
+
+
+def num_set_aside(rows: list[Row]) -> int:
+    return sum(row["verdict"] == SET_ASIDE for row in rows)
+
+
+def allowed(num_clips: int, config: PreprocessConfig) -> int:
+    """How many clips may be set aside."""
+    if config.max_set_aside is not None:
+        return config.max_set_aside
+    return math.floor(config.max_set_aside_share * num_clips + 1e-9)
+
+
+def check_budget(rows: list[Row], num_clips: int, config: PreprocessConfig, folder: Path) -> None:
+    """Fail the run when too many clips are set aside, or all.
+
+    Raises:
+        WanError: with the first reasons.
+    """
+    bad = [row for row in rows if row["verdict"] == SET_ASIDE]
+    if len(bad) <= allowed(num_clips, config) and (len(bad) < num_clips or not num_clips):
+        return
+    first = "; ".join(f"{row['clip']}: {row['reason']}" for row in bad[:3])
+    raise WanError(
+        f"{len(bad)} of the first {len(rows)} clips ({num_clips} in all) are set aside, "
+        f"{min(allowed(num_clips, config), num_clips - 1)} may be (max_set_aside_share=, "
+        f"max_set_aside=): {first}; all reasons are in "
+        f"{folder / (CHECK if config.check_only else REPORT)}"
+    )
+
+
+def summary(rows: list[Row], prompts: list[str], folder: Path) -> str:
+    sizes = Counter(row["size"] for row in rows if row["verdict"] == "ok")
+    parts = [f"{count} clips of {size}" for size, count in sizes.items()]
+    parts += [f"{len(prompts)} prompts"] if prompts else []
+    cut = sum(row.get("caption_cut", False) for row in rows)
+    return (
+        f"{folder}: {', '.join(parts)}; {num_set_aside(rows)} clips set aside, {cut} captions cut"
+    )
+
+
+def encode_texts(
+    texts: set[str], index: Row, store: TensorStore, load_encoder: Callable[[], RowsOf]
+) -> None:
+    """Store the real rows (n, D) of each text that is not there yet."""
+    missing = sorted(text for text in texts if text_key(index, text) not in store)
+    if not missing:
+        return
+    rows_of = load_encoder()
+    with tqdm(total=len(missing), desc="texts") as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # captions that are cut: the report names each
+        for start in range(0, len(missing), TEXTS_PER_SHARD):
+            part = missing[start : start + TEXTS_PER_SHARD]
+            # One at a time: a text's embedding depends on the text alone, to the bit.
+            rows = {text_key(index, t): rows_of([t])[0].cpu().contiguous() for t in part}
+            store.add(rows, {key: {} for key in rows})
+            progress.update(len(part))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    flush_to_disk(beside)
+    os.replace(beside, path)
+
+
+if __name__ == "__main__":
+    run_command(
+        preprocess,
+        PreprocessConfig,
+        "preprocess",
+        text_keys=("negative_prompt",),
+        path_keys=("clips", "prompts", "output_dir", "checkpoint"),
+    )
