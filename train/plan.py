@@ -2,29 +2,24 @@
 
     print(format_plan(plan(PlanRequest(dit, latent_size=(31, 44, 80), num_gpus=8))))
 
-Everything follows from one list, `linear_layers`: parameters and FLOPs of the matrix products are
-exact, activations are what autograd keeps of `wan.dit` (both are tested against PyTorch's own
-counts). Three things are assumptions and stand here as constants or arguments: the share of the GPU
-that is not ours, the room that a forward needs while it runs, and the rate that is reached.
-
-Letters: B clips, L tokens, S text rows, D width, F feed-forward width, N heads, n blocks.
+The counts are those of `wan.costs`. Three things are assumptions and stand here as constants or
+arguments: the share of the GPU that is not ours, the room that a forward needs while it runs, and
+the rate that is reached.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+from wan.costs import count_parameters, kept_by_block, kept_outside, network_work
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.weights import short
 
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "full")  # of `wan.recompute`, the fewest kept bytes last
 # CUDA's context, NCCL's buffers and what the allocator cannot join.
 RESERVE = 0.08
-# A fused kernel computes the scores again: five matrix products for the two of the forward pass.
-# Source: FlashAttention-2, arXiv:2307.08691, section 3.1.2.
-ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True)
@@ -115,116 +110,7 @@ class PlanRequest:
         return math.prod(n // p for n, p in sizes)
 
 
-# --- parameters and FLOPs -------------------------------------------------------------------------
-
-
-class Linear(NamedTuple):
-    """Linear layers of one kind.
-
-    `before` tells what the gradient must reach through them: "data" nothing, "condition" what only
-    full training changes, "trunk" earlier blocks.
-    """
-
-    part: str
-    rows: int
-    fan_in: int
-    fan_out: int
-    count: int
-    before: str
-    is_float32: bool = False
-
-    @property
-    def parameters(self) -> int:
-        return self.count * (self.fan_in + 1) * self.fan_out
-
-    @property
-    def takes_lora(self) -> bool:
-        return self.part in BLOCK_PARTS
-
-    def pair_parameters(self, rank: int) -> int:
-        return self.count * rank * (self.fan_in + self.fan_out)
-
-
-BLOCK_PARTS = ("self-attention", "cross-attention", "feed-forward")
-
-
-def linear_layers(config: DiTConfig, tokens: int, rows: int) -> list[Linear]:
-    """Every linear layer of `wan.dit.WanDiT`, the patch embedding among them."""
-    d, f, n = config.width, config.ffn_dim, config.num_layers
-    patch = math.prod(config.patch_size)
-    return [
-        Linear("embeddings", tokens, config.in_channels * patch, d, 1, "data"),
-        Linear("embeddings", 1, config.freq_dim, d, 1, "data", is_float32=True),
-        Linear("embeddings", 1, d, d, 1, "condition", is_float32=True),
-        Linear("embeddings", 1, d, 6 * d, 1, "condition", is_float32=True),
-        Linear("embeddings", rows, config.text_dim, d, 1, "data"),
-        Linear("embeddings", rows, d, d, 1, "condition"),
-        Linear("self-attention", tokens, d, d, 3, "condition"),  # the first block's q, k, v
-        Linear("self-attention", tokens, d, d, 3 * (n - 1) + n, "trunk"),
-        Linear("cross-attention", tokens, d, d, 2 * n, "trunk"),  # q, out
-        Linear("cross-attention", rows, d, d, 2 * n, "condition"),  # k, v
-        Linear("feed-forward", tokens, d, f, n, "trunk"),
-        Linear("feed-forward", tokens, f, d, n, "trunk"),
-        Linear("head", tokens, d, config.out_channels * patch, 1, "trunk", is_float32=True),
-    ]
-
-
-class Parameters(NamedTuple):
-    total: int
-    float32: int  # those that stay so beside bfloat16 weights
-    block: int  # of one block
-    pairs: int  # of a LoRA beside them
-
-
-def count_parameters(config: DiTConfig, rank: int = 0) -> Parameters:
-    layers = linear_layers(config, 1, 1)
-    tables, norms = 6 * config.width, 6 * config.width  # four RMS norms and a layer norm with bias
-    small = config.num_layers * (tables + norms) + 2 * config.width
-    block = sum(layer.parameters for layer in layers if layer.part in BLOCK_PARTS)
-    return Parameters(
-        total=sum(layer.parameters for layer in layers) + small,
-        float32=sum(layer.parameters for layer in layers if layer.is_float32)
-        + config.num_layers * (tables + 2 * config.width)
-        + 2 * config.width,
-        block=block // config.num_layers + tables + norms,
-        pairs=sum(layer.pair_parameters(rank) for layer in layers if layer.takes_lora),
-    )
-
-
-class Work(NamedTuple):
-    """FLOPs for one clip; a multiplication with its addition is two."""
-
-    forward: float
-    backward: float
-    recompute: float
-
-
-def network_work(
-    config: DiTConfig,
-    tokens: int,
-    rows: int,
-    rank: int = 0,
-    checkpoint_blocks: str = "none",
-    attention_backward: float = ATTENTION_BACKWARD,
-) -> Work:
-    """One network's matrix products, trained whole or as a LoRA."""
-    forward = backward = again = 0.0
-    for layer in linear_layers(config, tokens, rows):
-        work = 2.0 * layer.rows * layer.fan_in * layer.fan_out * layer.count
-        if not rank:
-            back = work * (1 + (layer.before != "data"))  # to the weight, to the input
-        else:
-            back = work * (layer.before == "trunk")
-            if layer.takes_lora:
-                down = 2.0 * layer.rows * layer.fan_in * rank * layer.count
-                up = 2.0 * layer.rows * rank * layer.fan_out * layer.count
-                work += down + up
-                back += 2 * up + down * (1 + (layer.before == "trunk"))
-        forward, backward = forward + work, backward + back
-        again += work * (layer.part in BLOCK_PARTS)
-    attention = 4.0 * tokens * (tokens + rows) * config.width * config.num_layers
-    recompute = {"none": 0.0, "selective": again, "full": again + attention}[checkpoint_blocks]
-    return Work(forward + attention, backward + attention_backward * attention, recompute)
+# --- FLOPs ----------------------------------------------------------------------------------------
 
 
 def iteration_flops(request: PlanRequest) -> dict[str, float]:
@@ -251,51 +137,6 @@ def iteration_flops(request: PlanRequest) -> dict[str, float]:
 
 
 # --- memory ---------------------------------------------------------------------------------------
-
-
-def kept_by_block(
-    config: DiTConfig,
-    tokens: int,
-    rows: int,
-    *,
-    compute_bytes: int,
-    rank: int = 0,
-    autocast: bool = False,
-    fused_norm: bool = True,
-) -> float:
-    """Bytes that autograd keeps of one block and one clip.
-
-    Args:
-        compute_bytes: 2 or 4, of the matrix products.
-        autocast: weights are float32 and inputs are cast for each layer on its own.
-        fused_norm: whether RMS norm is one kernel, as on GPUs; else its normalised input is kept
-            too, where the norm's weight is trained.
-    """
-    d, c, trained = config.width, compute_bytes, rank == 0
-    unfused = trained and not fused_norm
-    per_channel = (
-        3 * 4  # the residual stream before each norm
-        + trained * 2 * 4  # what the scales multiply
-        + trained * 2 * 4  # what the gates multiply
-        + (3 + 2 * autocast) * c  # inputs of q/k/v, cross-attention's q, feed-forward
-        + 3 * 4 * (1 + unfused)  # q and k before their norms, in both attentions
-        + (4 + 2) * c  # q, k, v and output of attention; q and output of cross-attention
-    )
-    statistics = 4 * (3 * 2 + 3 + 2 * config.num_attention_heads)
-    per_token = d * per_channel + statistics + 2 * config.ffn_dim * c + 8 * rank * c
-    per_row = d * (4 * (1 + unfused) + (2 + 2 * autocast) * c) + 2 * rank * c
-    return float(tokens * per_token + rows * per_row)
-
-
-def kept_outside(
-    config: DiTConfig, tokens: int, rows: int, *, compute_bytes: int, rank: int = 0
-) -> float:
-    """Bytes that autograd keeps of embeddings and head, for one clip."""
-    d, c = config.width, compute_bytes
-    if rank:
-        return float(tokens * 4 * d + rows * c * d)
-    patch = config.in_channels * math.prod(config.patch_size)
-    return float(tokens * (3 * 4 * d + c * patch) + rows * c * (config.text_dim + 3 * d))
 
 
 def activation_bytes(request: PlanRequest, rank: int) -> float:
@@ -540,10 +381,10 @@ def format_plan(plan: Plan) -> str:
         "TFLOP per clip and iteration",
     ]
     lines += [f"  {part:<32}{flops / 1e12:>12.3g}" for part, flops in plan.flops.items()]
-    total = sum(plan.flops.values())
+    together = sum(plan.flops.values())
     seconds = 3600 * plan.hours / request.iterations
     lines += [
-        f"  {'together':<32}{total / 1e12:>12.3g}",
+        f"  {'together':<32}{together / 1e12:>12.3g}",
         "",
         f"{seconds:.3g} s per iteration at {request.rate / 1e12:.3g} TFLOP/s per GPU; "
         f"{plan.hours:.3g} h for {request.iterations} iterations, "
