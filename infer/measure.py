@@ -67,7 +67,8 @@ class Result:
 
     Attributes:
         features, truth: (D,) of the clip and of the example's true scene.
-        seconds: that making the clip took, without loading and measuring.
+        seconds, cpu_seconds: that making the clip took, without loading and measuring; the second
+            is of all threads, and the same on a machine that is busy with something else.
     """
 
     example: Example
@@ -76,6 +77,7 @@ class Result:
     features: Tensor
     truth: Tensor
     seconds: float
+    cpu_seconds: float
 
 
 def draw_examples(config: EvaluateConfig) -> list[Example]:
@@ -102,9 +104,10 @@ def evaluate(
     """
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         videos = source(batch)
         seconds = (time.perf_counter() - started) / len(batch)
+        cpu_seconds = (time.process_time() - cpu_started) / len(batch)
         for example, video in zip(batch, videos, strict=True):
             seen = video if video.isfinite().all() else torch.full_like(video, -1)
             detection = detect(seen)
@@ -117,6 +120,7 @@ def evaluate(
                     clip_features(seen),
                     clip_features(truth),
                     seconds,
+                    cpu_seconds,
                 ),
                 video,
             )
@@ -145,7 +149,7 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
         "distance": of all features and of each part, "kernel" and "frechet"; of two or more clips.
         "diversity": means over captions of `seed_diversity`, "clips" and "truth"; with several
         seeds per caption only.
-        "seconds_per_video": the median clip's.
+        "seconds_per_video", "cpu_seconds_per_video": the median clip's.
     """
     verdicts: dict[str, list[bool]] = {name: [] for name in NAMES}
     for result in results:
@@ -165,6 +169,7 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
         "confusion": {name: _confusion(results, name) for name in OBJECT_ATTRIBUTES},
         "measures": {name: _mean(clip[name] for clip in measured) for name in MEASURES},
         "seconds_per_video": statistics.median(result.seconds for result in results),
+        "cpu_seconds_per_video": statistics.median(result.cpu_seconds for result in results),
     }
     if len(results) > 1:
         summary["distance"] = _distances(results)
@@ -240,7 +245,8 @@ def table(summary: dict[str, Any]) -> str:
         numbers |= {f"{name} distance, {part}": value for name, value in distances.items()}
     for of, diversity in summary.get("diversity", {}).items():
         numbers |= {f"{name} over seeds, {of}": value for name, value in diversity.items()}
-    numbers["seconds per video"] = summary["seconds_per_video"]
+    for name in ("seconds", "cpu_seconds"):
+        numbers[f"{name} per video"] = summary[f"{name}_per_video"]
     for name, value in numbers.items():
         lines.append(f"{name:<28} {'-' if value is None else format(value, '.3f'):>7}")
     return "\n".join(lines)

@@ -97,8 +97,8 @@ def _of_truth(stored: Stored, name: str) -> Estimate:
     return ratio(stored.measured.values[name], stored.measured.values[f"true_{name}"])
 
 
-def _seconds(stored: Stored, _: str) -> Estimate:
-    value = stored.records["single"]["summary"]["seconds_per_video"]
+def _median(stored: Stored, name: str) -> Estimate:
+    value = stored.records["single"]["summary"][name]
     return Estimate(value, value, value)
 
 
@@ -144,7 +144,8 @@ COLUMNS = (
     Column("Fréchet distance", ".2f", _frechet),
     Column("saturation ratio", ".3f", _mean, "saturation_ratio"),
     Column("residual, px", ".2f", _mean, "residual"),
-    Column("seconds per video", ".2f", _seconds),
+    Column("seconds per video", ".2f", _median, "seconds_per_video"),
+    Column("CPU seconds per video", ".2f", _median, "cpu_seconds_per_video"),
 )
 
 Estimates = dict[str, list[Estimate | None]]  # setting -> a number per column
@@ -219,8 +220,8 @@ def draw(config: StudyConfig, stored: list[Stored], estimates: Estimates, file: 
     for one in stored:
         lines.setdefault(config.settings[one.name].line or one.name, []).append(one)
     steps = sorted({one.plan["steps"] for one in stored if one.plan is not None})
-    figure = Figure(figsize=(18, 8), layout="constrained")
-    panels = figure.subplots(2, len(COLUMNS) // 2).flat
+    figure = Figure(figsize=(18, 11), layout="constrained")
+    *panels, legend = figure.subplots(3, 4).flat
     for number, (panel, column) in enumerate(zip(panels, COLUMNS, strict=True)):
         for index, (label, members) in enumerate(lines.items()):
             style = {"color": f"C{index % 10}", "label": label}
@@ -245,8 +246,9 @@ def draw(config: StudyConfig, stored: list[Stored], estimates: Estimates, file: 
         panel.grid(alpha=0.3)
     handles = {
         label: handle
-        for panel in figure.axes
+        for panel in panels
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+    legend.legend(handles.values(), handles.keys(), loc="center")
+    legend.axis("off")
     figure.savefig(file, dpi=110)
