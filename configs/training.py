@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from configs.data import DataConfig
+from configs.parallel import CHECKPOINT_BLOCKS, ParallelConfig
 from configs.schema import (
     check_at_least,
     check_choice,
@@ -108,34 +110,6 @@ class TextEncoderTrainConfig:
 
 
 @dataclass
-class DataConfig:
-    """Where clips and captions come from."""
-
-    kind: str = option("world", "world (rendered miniature scenes) or clips (a folder)")
-    folder: str | None = option(None, "for clips: name.mp4 beside name.txt")
-    cache_dir: str = option("runs/cache", "encoded latents are kept here")
-    num_clips: int = option(8192, "for the world: how many scenes are rendered and encoded")
-    seed: int = option(0, "for the world: which scenes")
-    num_frames: int = option(17, "for clips: frames per clip, 4k + 1")
-    height: int = option(128, "for clips: pixels")
-    width: int = option(128, "for clips: pixels")
-    fps: float = option(8.0, "for clips: required frame rate")
-
-    def __post_init__(self) -> None:
-        check_choice("data.kind", self.kind, ("world", "clips"))
-        check_at_least("data.num_clips", self.num_clips, 1)
-        check_positive("data.fps", self.fps)
-
-    def check_source(self) -> None:
-        """Kind and folder fit. Not in `__post_init__`: literal paths are filled in after it."""
-        if (self.kind == "clips") != (self.folder is not None):
-            raise WanError(
-                f"data.kind={self.kind}, data.folder={self.folder}: clips need a folder, "
-                "the world has none"
-            )
-
-
-@dataclass
 class LoRAConfig:
     """Low-rank training: the base stays as it is."""
 
@@ -160,8 +134,10 @@ class FinetuneConfig:
     device: str = option("cpu", "auto, cpu, cuda, cuda:N")
     bfloat16: bool = option(True, "matrix products in bfloat16; weights stay float32")
     compile: bool = option(False, "compile the transformer")
-    checkpoint_blocks: bool = option(False, "recompute blocks in the backward pass: less memory")
-    batch_size: int = option(32, "clips per step")
+    checkpoint_blocks: str = option(
+        "none", "recomputed in the backward pass: none, full, selective"
+    )
+    batch_size: int = option(32, "clips per step, of all processes together")
     shift: float = option(3.0, "of the training noise levels; larger models want 5")
     caption_dropout: float = option(0.1, "share of clips trained without their caption")
     first_frame_share: float = option(0.0, "share of batches with a clean first frame (TI2V)")
@@ -172,16 +148,18 @@ class FinetuneConfig:
     grad_clip: float = option(1.0, "largest gradient norm")
     ema_decay: float = option(0.999, "of the averaged weights that are kept")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    max_text_tokens: int = option(512, "captions are cut there, with a warning")
+    max_text_tokens: int = option(512, "for the world: captions are cut there, with a warning")
     validation_captions: int = option(0, "for the world: captions sampled and read at each save")
     validation_steps: int = option(12, "Euler steps of those samples")
     validation_guidance: float = option(3.0, "guidance of those samples")
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("checkpoint_blocks", self.checkpoint_blocks, CHECKPOINT_BLOCKS)
         check_device("device", self.device)
         check_seed("seed", self.seed)
         check_every_step(self.attention)

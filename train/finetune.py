@@ -1,30 +1,29 @@
-"""Flow-matching training: `python -m train.finetune data.kind=clips data.folder=clips/`.
+"""Flow-matching training: `python -m train.finetune data.kind=folder data.folder=runs/data`.
 
-From a released model (all weights, or a LoRA) or from scratch; on a folder of clips with captions
-or on the miniature's rendered world. The text encoder and the autoencoder are frozen. What comes
-out is a complete folder in the released layout, or a LoRA file.
+From a released model (all weights, or a LoRA) or from scratch; on clips that `train.preprocess`
+encoded or on the miniature's rendered world. The text encoder and the autoencoder are frozen, and
+not loaded for encoded clips. What comes out is a complete folder in the released layout, or a LoRA
+file.
 """
 
-import os
 import random
-import shutil
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from configs.training import FinetuneConfig
 from infer.cli import INTERRUPTED, run_command
 from infer.command_line import ATTENTION
-from train.data import LatentCache, folder_cache, world_cache
+from train.data import LatentCache, open_data
+from train.export import export_model
+from train.frozen import Texts
 from train.loop import run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
+from train.parallel import World, start
 from train.state import TrainState
 from wan.checkpoint import open_checkpoint
 from wan.denoiser import guide
@@ -33,7 +32,7 @@ from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.flow import add_noise, velocity_target
 from wan.hub import resolve_model
-from wan.lora import add_lora, save_lora
+from wan.lora import add_lora
 from wan.miniature import BUILTIN, WEIGHTS
 from wan.miniature.captions import caption
 from wan.miniature.detect import accuracies, detect, score
@@ -46,77 +45,13 @@ from wan.pipeline_config import (
     component_config,
     override_defaults,
     read_pipeline_config,
-    write_configs,
 )
-from wan.placement import resolve_device
 from wan.samplers import sample_euler
 from wan.schedule import euler_schedule
-from wan.tokenizer import Tokenizer, clean_prompt, read_json_object
-from wan.umt5 import UMT5Config, UMT5Encoder, pad_ids
+from wan.tokenizer import read_json_object
+from wan.umt5 import UMT5Config
 from wan.vae import VAEConfig, WanVAE
-from wan.weights import load_module, save_component
-
-TEXT_LENGTH = 512  # rows of context every Wan transformer reads
-
-
-class Texts:
-    """Captions -> context rows, with a frozen encoder; padded rows are zero.
-
-    Captions of clips are encoded once by `remember`, after which the encoder is not needed; the
-    world's are new in every step. The number of rows that comes with a context lets the transformer
-    attend the zero rows as one.
-    """
-
-    def __init__(self, encoder: UMT5Encoder, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self.encoder: UMT5Encoder | None = encoder
-        self.device = encoder.token_embedding.weight.device
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        self.known: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def remember(self, captions: Iterable[str]) -> None:
-        """Encode the captions and the empty one, then let the encoder go."""
-        for text in tqdm(sorted({"", *captions}), desc="encoding captions"):
-            self.known[text] = self.encode([text])[0].cpu()
-        self.encoder = None
-
-    def __call__(self, captions: list[str]) -> tuple[Tensor, int]:
-        """B texts -> context (B, 512, D) and the number of rows that are not zero everywhere."""
-        if self.encoder is None:
-            rows = [self.known[text].to(self.device) for text in captions]
-        else:
-            rows = self.encode(captions)
-        longest = -(-max(len(row) for row in rows) // 8) * 8  # few lengths, few compilations
-        context = rows[0].new_zeros(len(rows), TEXT_LENGTH, rows[0].shape[1])
-        for row, encoded in enumerate(rows):
-            context[row, : len(encoded)] = encoded
-        return context, min(longest, TEXT_LENGTH)
-
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> list[Tensor]:
-        """Each text's real rows (n, D), from one batch."""
-        assert self.encoder is not None
-        tokens = [self.tokenizer(clean_prompt(text), self.max_tokens) for text in captions]
-        if cut := [text for text, one in zip(captions, tokens, strict=True) if one.truncated]:
-            warnings.warn(
-                f"{len(cut)} captions are longer than max_text_tokens={self.max_tokens} and lose "
-                f"their ends, the first is {cut[0][:60]!r}",
-                stacklevel=2,
-            )
-        ids, mask = pad_ids([one.ids for one in tokens])
-        encoded = self.encoder(ids.to(self.device), mask.to(self.device))
-        return [row[: len(one.ids)] for row, one in zip(encoded, tokens, strict=True)]
-
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def load_frozen(
-    build: Callable[[], M], folder: Path, name: str, device: torch.device, dtype: torch.dtype
-) -> M:
-    """A component that training only reads."""
-    module = load_module(build, open_checkpoint(folder / name), name, dtype=dtype, device=device)
-    return module.requires_grad_(False).eval()
+from wan.weights import load_module
 
 
 def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
@@ -150,9 +85,20 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
 
 
 def build_dit(
-    config: FinetuneConfig, settings: PipelineConfig, folder: Path, device: torch.device
+    config: FinetuneConfig, settings: PipelineConfig, folder: Path, world: World
 ) -> WanDiT:
-    """The transformer to train, in float32."""
+    """The transformer to train, in float32, ready for this process."""
+    dit = load_dit(config, settings, folder, world)
+    if config.compile:
+        for block in dit.blocks:
+            block.compile()
+    world.prepare(dit, config.bfloat16)
+    return dit
+
+
+def load_dit(
+    config: FinetuneConfig, settings: PipelineConfig, folder: Path, world: World
+) -> WanDiT:
 
     def build() -> WanDiT:
         return WanDiT(settings.transformer, config.attention, config.checkpoint_blocks)
@@ -161,15 +107,15 @@ def build_dit(
     if config.from_scratch:
         dit = build()
         dit.init_weights(generator)
-        return dit.to(device)
+        return dit.to(world.loading_device)
     checkpoint = open_checkpoint(folder / "transformer")
     dit = load_module(
         build,
         checkpoint,
         "transformer",
         dtype=torch.float32,
-        device=device,
-        share_mapping=False,
+        device=world.loading_device,
+        share_mapping=world.size > 1,  # shards are copies of their own
     )
     if config.lora.rank:
         add_lora(dit, config.lora.rank, config.lora.alpha, generator=generator)
@@ -177,9 +123,10 @@ def build_dit(
 
 
 def make_train_step(
-    dit: WanDiT, texts: Texts, cache: LatentCache, config: FinetuneConfig
+    dit: WanDiT, texts: Texts, cache: LatentCache, config: FinetuneConfig, world: World
 ) -> Callable[[TrainState], dict[str, float]]:
-    device = texts.device
+    device = world.device
+    own = world.rows(config.batch_size)
     trainable = [p for p in dit.parameters() if p.requires_grad]
 
     def train_step(state: TrainState) -> dict[str, float]:
@@ -194,6 +141,10 @@ def make_train_step(
         levels = sigma[:, None].repeat(1, x0.shape[2])  # (B, T)
         if given:
             levels[:, 0] = 0  # the first frame is clean, and says so by its timestep
+        # All draws are of the whole batch: what a row is does not depend on who computes it.
+        x0, noise, sigma, levels, captions = (
+            whole[own] for whole in (x0, noise, sigma, levels, captions)
+        )
         x = add_noise(x0, noise, levels[:, None, :, None, None])
         weight = (levels > 0).float()[:, None, :, None, None] if given else None
         timestep = 1000 * (levels if given else sigma)
@@ -222,12 +173,12 @@ def read_samples(
         for i in range(config.validation_captions)
     ]
     scores = []
-    for start in range(0, len(said), 32):
-        part = said[start : start + 32]
+    for first in range(0, len(said), 32):
+        part = said[first : first + 32]
         context, num_rows = texts([c.text for c in part] + [""] * len(part))
         side = STAGE // vae.config.spatial_stride
         shape = (vae.config.z_dim, vae.config.latent_frames(NUM_FRAMES), side, side)
-        x = draw_noise(shape, sample_generators(start, len(part))).to(texts.device)
+        x = draw_noise(shape, sample_generators(first, len(part))).to(texts.device)
 
         def velocity(x: Tensor, timestep: float, context=context, num_rows=num_rows) -> Tensor:
             levels = torch.full((2 * len(x),), timestep, device=x.device)
@@ -242,38 +193,16 @@ def read_samples(
     return {f"val_{name}": share for name, share in accuracies(scores).items()}
 
 
-def export(
-    dit: WanDiT, source: Path, settings: PipelineConfig, folder: Path, config: FinetuneConfig
-) -> Path:
-    """The LoRA file, or the whole released layout with the trained transformer."""
-    if config.lora.rank:
-        return save_lora(folder / "pytorch_lora_weights.safetensors", dit)
-    beside = folder / f".model-{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    for name in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(source / name, beside / name)
-    write_configs(settings, beside)
-    save_component(dit.state_dict(), beside / "transformer", "transformer")
-    model = folder / "model"
-    if model.exists():  # written by an earlier end of this same run
-        shutil.rmtree(model)
-    beside.rename(model)
-    return model
-
-
-def open_data(config: FinetuneConfig, vae: WanVAE) -> LatentCache:
-    data, root = config.data, Path(config.data.cache_dir)
-    if data.folder is None:
-        return world_cache(vae, root, data.num_clips, data.seed)
-    size = (data.num_frames, data.height, data.width)
-    return folder_cache(vae, Path(data.folder), root, *size, data.fps)
-
-
 def finetune(config: FinetuneConfig) -> int:
     config.data.check_source()
     torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    source = WEIGHTS if config.checkpoint == BUILTIN else resolve_model(config.checkpoint)
+    with start(config.parallel, config.device) as world:
+        return train(config, world)
+
+
+def train(config: FinetuneConfig, world: World) -> int:
+    with world.main_first():  # it downloads
+        source = WEIGHTS if config.checkpoint == BUILTIN else resolve_model(config.checkpoint)
     folder = Path(config.output_dir)
     if source.resolve().is_relative_to(folder.resolve()):
         raise WanError(
@@ -283,40 +212,34 @@ def finetune(config: FinetuneConfig) -> int:
     settings = read_settings(config, source)
     folder.mkdir(parents=True, exist_ok=True)
 
-    exact, half = torch.float32, torch.float32 if device.type == "cpu" else torch.bfloat16
-    vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", device, exact)
-    cache = open_data(config, vae)
-    encoder = load_frozen(
-        lambda: UMT5Encoder(settings.text_encoder), source, "text_encoder", device, half
-    )
-    texts = Texts(encoder, Tokenizer.from_folder(source / "tokenizer"), config.max_text_tokens)
-    if cache.captions is not None:
-        texts.remember(cache.captions)
-        del encoder
-    dit = build_dit(config, settings, source, device)
+    with world.main_first():  # it encodes clips
+        cache, texts, vae = open_data(
+            config.data, settings, source, world.device, config.max_text_tokens
+        )
+    dit = build_dit(config, settings, source, world)
     half = torch.bfloat16 if config.bfloat16 else torch.float32
-    dit.attention.verify(settings.transformer.attention_head_dim, device, half)
+    dit.attention.verify(settings.transformer.attention_head_dim, world.device, half)
     average = EMA(dit, config.ema_decay)
     state = TrainState(
         {"dit": dit},
         make_optimizers(dit, config.optimizer, config.lr, weight_decay=config.weight_decay),
         {"dit": average},
     )
-    if config.compile:
-        for block in dit.blocks:
-            block.compile()
 
     def on_save(state: TrainState) -> dict[str, float]:
-        if not config.validation_captions:
+        if not config.validation_captions or vae is None:
             return {}
         with average.in_place(dit):
             return read_samples(dit, texts, vae, config)
 
-    train_step = make_train_step(dit, texts, cache, config)
-    if not run_training(state, train_step, config.loop, folder, asdict(config), on_save):
+    train_step = make_train_step(dit, texts, cache, config, world)
+    identity = asdict(config) | ({"data_digest": cache.digest} if cache.digest else {})
+    if not run_training(state, train_step, config.loop, folder, identity, on_save, world):
         return INTERRUPTED
     average.copy_to(dit)
-    print(f"wrote {export(dit, source, settings, folder, config)}")
+    world.reunite(dit)
+    if world.is_main:
+        print(f"wrote {export_model(dit, source, settings, folder, config.lora.rank)}")
     return 0
 
 
