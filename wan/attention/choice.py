@@ -179,11 +179,13 @@ class NetworkAttention:
         if name == "sage":
             tolerance = QUANTISED_TOLERANCE
         with torch.no_grad():
-            for layer in set(self.layers):
+            for attention in {
+                a for layer in self.layers for a in (layer.chosen, Dense(layer.exact))
+            }:
                 bias = torch.zeros((), device=device)
-                bias = bias.where(layer.chosen.mask(q, k, SELF_TEST_GRID), -math.inf)
+                bias = bias.where(attention.mask(q, k, SELF_TEST_GRID), -math.inf)
                 expected = math_attention(q.float(), k.float(), v.float(), bias)
-                error = layer(q, k, v, SELF_TEST_GRID).float() - expected
+                error = attention(q, k, v, SELF_TEST_GRID).float() - expected
                 distance = float(error.square().mean().sqrt() / expected.square().mean().sqrt())
                 if not distance < tolerance:
                     raise WanError(
