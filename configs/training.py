@@ -134,9 +134,7 @@ class FinetuneConfig:
     device: str = option("cpu", "auto, cpu, cuda, cuda:N")
     bfloat16: bool = option(True, "matrix products in bfloat16; weights stay float32")
     compile: bool = option(False, "compile the transformer")
-    checkpoint_blocks: str = option(
-        "none", "recomputed in the backward pass: none, full, selective"
-    )
+    checkpoint_blocks: str = option("none", "recomputed in backward passes: none, full, selective")
     batch_size: int = option(32, "clips per step, of all processes together")
     shift: float = option(3.0, "of the training noise levels; larger models want 5")
     caption_dropout: float = option(0.1, "share of clips trained without their caption")

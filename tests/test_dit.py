@@ -248,7 +248,9 @@ def test_recomputing_blocks_changes_no_gradient():
         dit = random_dit(checkpoint_blocks=checkpoint_blocks)
         dit(latents, FRAMES, context).square().mean().backward()
         gradients.append([p.grad for p in dit.parameters()])
-    assert all(torch.equal(a, b) for same in zip(*gradients, strict=True) for a, b in pairwise(same))
+    assert all(
+        torch.equal(a, b) for same in zip(*gradients, strict=True) for a, b in pairwise(same)
+    )
 
 
 def test_kept_attention_is_not_computed_again():

@@ -142,13 +142,11 @@ def make_train_step(
         if given:
             levels[:, 0] = 0  # the first frame is clean, and says so by its timestep
         # All draws are of the whole batch: what a row is does not depend on who computes it.
-        x0, noise, sigma, levels, captions = (
-            whole[own] for whole in (x0, noise, sigma, levels, captions)
-        )
+        x0, noise, sigma, levels = (whole[own] for whole in (x0, noise, sigma, levels))
         x = add_noise(x0, noise, levels[:, None, :, None, None])
         weight = (levels > 0).float()[:, None, :, None, None] if given else None
         timestep = 1000 * (levels if given else sigma)
-        context, num_rows = texts(captions)
+        context, num_rows = texts(captions[own])
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
             velocity = dit(x.to(device), timestep.to(device), context, num_rows)
         target = velocity_target(x0, noise).to(device)

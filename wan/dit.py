@@ -206,7 +206,7 @@ class SelfAttention(AttentionLayers):
 
     def __init__(self, config: DiTConfig, attention: LayerAttention) -> None:
         super().__init__(config)
-        self.attention = attention
+        self.attention: Callable[..., Tensor] = attention
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], grid: Grid | None) -> Tensor:
         """(B, L, D) on a grid of tokens -> (B, L, D) in the dtype of the weights.
