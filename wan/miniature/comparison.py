@@ -115,17 +115,22 @@ class Measured:
 
 @dataclass(frozen=True)
 class Clause:
-    """One condition of a match: an estimate and the open range it must lie in."""
+    """One condition of a match: an estimate and the open range it must lie in.
+
+    `enough` is whether there are captions enough for the interval to mean what it says.
+    """
 
     name: str
     estimate: Estimate
     above: float = -math.inf
     below: float = math.inf
+    enough: bool = True
 
     @property
     def verdict(self) -> str:
-        """ "holds" or "fails" if the whole 95 % interval lies inside or outside, else "open"."""
-        if self.above < self.estimate.low and self.estimate.high < self.below:
+        """Whether the whole 95 % interval lies inside ("holds") or outside ("fails"), or "open"."""
+        inside = self.above < self.estimate.low and self.estimate.high < self.below
+        if inside and self.enough:
             return "holds"
         outside = self.estimate.high <= self.above or self.estimate.low >= self.below
         return "fails" if outside else "open"
@@ -137,6 +142,7 @@ class Clause:
 
 
 JOINT_MARGIN = 0.02
+MIN_CAPTIONS = 100  # for shares: among fewer, two settings may well never differ
 RATIO_MARGIN = 0.05
 RESIDUAL_LIMIT = 1.1
 DISTANCE_MARGIN = 0.1  # of the teacher's distance
@@ -162,7 +168,7 @@ def match(
     """
     ours, theirs = student.values, teacher.values
     clauses = [
-        Clause(f"joint, {label}: difference", difference(ours[name], theirs[name]), -JOINT_MARGIN)
+        _joint_clause(f"joint, {label}: difference", ours[name], theirs[name], -JOINT_MARGIN)
         for name, label in (("joint", "one object"), ("pair_joint", "two objects"))
         if name in ours and name in theirs
     ]
@@ -177,9 +183,16 @@ def match(
     residual = ratio(ours["residual"], theirs["residual"])
     clauses.append(Clause("temporal residual: ratio", residual, below=RESIDUAL_LIMIT))
     if baseline is not None:
-        gain = difference(ours["joint"], baseline.values["joint"])
-        clauses.append(Clause("joint above the teacher at as few steps", gain, above=0))
+        few = baseline.values["joint"]
+        clauses.append(
+            _joint_clause("joint above the teacher at as few steps", ours["joint"], few, 0)
+        )
     return clauses
+
+
+def _joint_clause(name: str, one: Tensor, other: Tensor, above: float) -> Clause:
+    enough = min(len(one), len(other)) >= MIN_CAPTIONS
+    return Clause(name, difference(one, other), above, enough=enough)
 
 
 def _distance_clause(student: Measured, teacher: Measured, floor: Measured) -> Clause:
@@ -197,8 +210,8 @@ def _distance_clause(student: Measured, teacher: Measured, floor: Measured) -> C
 
 
 def verdict(clauses: Sequence[Clause]) -> str:
-    """ "match" if every clause holds, "no match" if one fails; else "open": the clips are too few
-    to tell."""
+    """What the clauses come to: "match" if every one holds, "no match" if one fails, else "open"
+    (the clips are too few to tell)."""
     verdicts = {clause.verdict for clause in clauses}
     if "fails" in verdicts:
         return "no match"
