@@ -15,6 +15,8 @@ import train.data
 import train.preprocess
 from configs.data import DataConfig, PreprocessConfig, parse_size
 from configs.training import FinetuneConfig, LoopConfig
+from infer.cli import compose_runs
+from infer.command_line import CommandLine
 from train.clips import ClipRules, best_size, fit_frames, list_clips, read_clip
 from train.data import folder_cache
 from train.finetune import finetune
@@ -443,6 +445,14 @@ def test_what_cannot_be_done_is_refused_before_anything_is_read(
     with pytest.raises(WanError, match=message):
         preprocess(settings(tmp_path, model, **change))
     assert not (tmp_path / "data").exists()
+
+
+def test_options_are_taken_as_typed():
+    line = CommandLine(PreprocessConfig, "preprocess", ("negative_prompt",), ("clips",))
+    tokens = ["sizes=[121x704x1280,1x704x1280]", "negative_prompt=${x}, 'a'", "clips=a,b"]
+    (run,) = compose_runs(line, tokens)
+    assert run.config.parsed_sizes() == [(121, 704, 1280), (1, 704, 1280)]
+    assert (run.config.negative_prompt, run.config.clips) == ("${x}, 'a'", "a,b")
 
 
 # --- training -------------------------------------------------------------------------------------
