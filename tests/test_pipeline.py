@@ -365,9 +365,9 @@ def test_student_runs_its_timesteps_without_guidance(student):
     seen = []
     forward = student.transformer.forward
 
-    def watch(latents, timestep, context):
+    def watch(latents, timestep, context, **options):
         seen.append(timestep.item())
-        return forward(latents, timestep, context)
+        return forward(latents, timestep, context, **options)
 
     student.transformer.forward = watch
     try:

@@ -9,10 +9,10 @@ B videos, C T h w latent sizes, F frames, H W pixels, S text positions.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +26,24 @@ from wan.model_folder import load_modules, save_modules
 from wan.noise import draw_noise
 from wan.pipeline_config import BASE, FEW_STEP, PipelineConfig, read_pipeline_config
 from wan.pipeline_io import (
-    CALLBACK_TENSORS,
-    OUTPUT_TYPES,
     Generators,
     ImageInput,
     OnProgress,
     WanPipelineOutput,
     check_names,
+    check_output,
     finished_frames,
     first_frames,
     negative_list,
     noise_streams,
+    prompt_count,
     prompt_list,
     report,
 )
 from wan.placement import OFFLOAD, ExpertSlot, resolve_device, visiting
-from wan.samplers import build_sampler
 from wan.sampling_plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.schedule import FEW_STEP_TIMESTEPS, Schedule
-from wan.step_hook import Interrupted, StepCallback, StepHook
+from wan.step_hook import StepCallback, StepHook, run_sampler
 from wan.tokenizer import Tokenizer
 from wan.umt5 import UMT5Encoder, encode_text
 from wan.vae import WanVAE, decode_tiled
@@ -323,14 +322,7 @@ class WanPipeline:
             image=image is not None,
             allow_untrained=allow_untrained,
         )
-        check_names("output_type", [output_type], OUTPUT_TYPES)
-        check_names(
-            "callback_on_step_end_tensor_inputs",
-            callback_on_step_end_tensor_inputs,
-            CALLBACK_TENSORS,
-        )
-        if output_type == "latent" and self.safety_checker is not None:
-            raise WanError("output_type='latent' has no frames for the safety checker to see")
+        check_output(output_type, callback_on_step_end_tensor_inputs, self.safety_checker)
         self.transformer.attention.exact_timesteps(plan.schedule.timesteps.tolist())
         height, width, num_frames = self._size(height, width, num_frames, latents)
         if deterministic and plan.sampler != "few_step":
@@ -338,8 +330,7 @@ class WanPipeline:
         if num_videos_per_prompt < 1:
             raise WanError(f"num_videos_per_prompt={num_videos_per_prompt}: need at least 1")
         prompts = prompt_list(prompt, prompt_embeds)
-        count = len(prompts if prompts is not None else cast(Tensor, prompt_embeds))
-        batch = count * num_videos_per_prompt
+        batch = prompt_count(prompts, prompt_embeds) * num_videos_per_prompt
         generators, seeds = noise_streams(seed, generator, batch)
         pixels: Any = None
         if image is not None:
@@ -373,7 +364,7 @@ class WanPipeline:
             options["renoise"] = lambda i: draw_noise(x.shape[1:], generators, frame_first_noise)
         with self._timed("denoise"):
             denoiser, slot = self._denoiser(plan, context, negative, image_latents)
-            on_step = StepHook(
+            hook = StepHook(
                 self,
                 denoiser,
                 len(plan.schedule),
@@ -381,15 +372,8 @@ class WanPipeline:
                 callback_on_step_end_tensor_inputs,
                 on_progress,
             )
-            sample = build_sampler(plan.sampler)
-            report(on_progress, "denoise", 0, len(plan.schedule))
-            try:
-                x = sample(denoiser, x, plan.schedule, on_step=on_step, **options)
-            except Interrupted as stopped:
-                x = stopped.latents
-            finally:
-                slot.close()
-            x = denoiser.impose_image(x)
+            with closing(slot):
+                x = run_sampler(plan, x, hook, **options)
 
         output = WanPipelineOutput(x, plan, seeds)
         if output_type != "latent":
@@ -429,7 +413,7 @@ class WanPipeline:
         if length is None:
             length = self.config.defaults.max_sequence_length
         prompts = prompt_list(prompt, prompt_embeds)
-        count = len(prompts if prompts is not None else cast(Tensor, prompt_embeds))
+        count = prompt_count(prompts, prompt_embeds)
         negatives = None
         if do_classifier_free_guidance:
             negatives = negative_list(negative_prompt, negative_prompt_embeds, count)

@@ -59,6 +59,14 @@ def prompt_list(prompt: str | list[str] | None, embeds: Tensor | None) -> list[s
     return prompts
 
 
+def prompt_count(prompts: list[str] | None, embeds: Tensor | None) -> int:
+    """How many there are, given what `prompt_list` made of both."""
+    if prompts is not None:
+        return len(prompts)
+    assert embeds is not None
+    return len(embeds)
+
+
 def negative_list(
     negative: str | list[str] | None, embeds: Tensor | None, count: int
 ) -> list[str] | None:
@@ -122,6 +130,18 @@ def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
     """Refuse names that are not known, with those that are."""
     if unknown := [name for name in names if name not in known]:
         raise WanError(f"{what}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def check_output(
+    output_type: str,
+    callback_tensors: Sequence[str],
+    safety_checker: Callable[[Tensor], bool] | None,
+) -> None:
+    """Refuse what a call can't return or show."""
+    check_names("output_type", [output_type], OUTPUT_TYPES)
+    check_names("callback_on_step_end_tensor_inputs", callback_tensors, CALLBACK_TENSORS)
+    if output_type == "latent" and safety_checker is not None:
+        raise WanError("output_type='latent' has no frames for the safety checker to see")
 
 
 def finished_frames(

@@ -1,4 +1,4 @@
-"""What a pipeline does after each step of a sampler."""
+"""A sampler's run in a pipeline, and what happens after each of its steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from wan.denoiser import Denoiser
 from wan.pipeline_io import CALLBACK_TENSORS, OnProgress, check_names, report
+from wan.samplers import build_sampler
+from wan.sampling_plan import SamplingPlan
 
 # (pipeline, step, timestep, tensors by name) -> tensors to go on with, by name
 StepCallback = Callable[..., dict[str, Tensor] | None]
@@ -77,3 +79,18 @@ class StepHook:
                 changed.get("negative_prompt_embeds", denoiser.negative_context),
             )
         return changed.get("latents")
+
+
+def run_sampler(plan: SamplingPlan, x: Tensor, hook: StepHook, **options: Any) -> Tensor:
+    """From the noise x to the end of the plan, or to where the caller interrupts it.
+
+    Args:
+        options: of the plan's sampler.
+    """
+    sample = build_sampler(plan.sampler)
+    report(hook.on_progress, "denoise", 0, len(plan.schedule))
+    try:
+        x = sample(hook.denoiser, x, plan.schedule, on_step=hook, **options)
+    except Interrupted as stopped:
+        x = stopped.latents
+    return hook.denoiser.impose_image(x)
