@@ -121,6 +121,7 @@ class SettingConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance")
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     share: float = option(1.0, "of every caption set that is made: the first so many captions")
     line: str | None = option(None, "settings of one line are joined in the picture")
 
@@ -154,14 +155,8 @@ class StudyConfig:
     )
     match: MatchConfig = field(default_factory=MatchConfig)
     single: CaptionSetConfig = field(default_factory=CaptionSetConfig)
-    pair: CaptionSetConfig = field(
-        default_factory=lambda: CaptionSetConfig(num_captions=128, num_objects=2)
-    )
-    seeds: CaptionSetConfig = field(
-        default_factory=lambda: CaptionSetConfig(
-            num_captions=16, seeds_per_caption=8, split="train", omit=0.5
-        )
-    )
+    pair: CaptionSetConfig = field(default_factory=CaptionSetConfig)
+    seeds: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     batch_size: int = option(8, "clips at a time; changes no clip")
     device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
     dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
@@ -195,6 +190,7 @@ class StudyConfig:
             sampler=setting.sampler,
             guidance_scale=setting.guidance_scale,
             allow_untrained=setting.allow_untrained,
+            attention=setting.attention,
             device=self.device,
             dtype=self.dtype,
         )

@@ -111,10 +111,16 @@ class TopK:
         self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, tiles: Tiling
     ) -> Tensor:
         """Copy the chosen tiles of keys beside each tile of queries: for CPUs."""
-        batch, heads, num_tiles = q.shape[:3]
-        b = torch.arange(batch, device=q.device)[:, None, None, None]
-        n = torch.arange(heads, device=q.device)[:, None, None]
-        k, v = (x[b, n, chosen].flatten(1, 2).flatten(2, 3) for x in (k, v))  # (B, N M, kept P, K)
+        heads, num_tiles = q.shape[1:3]
+        first = torch.arange(0, q.shape[:3].numel(), num_tiles, device=q.device)
+        rows = chosen + first.view(-1, heads, 1, 1)  # in (B N M)
+        k, v = (
+            F.embedding(rows, x.flatten(3).flatten(0, 2))  # (B, N, M, kept, P K)
+            .unflatten(4, x.shape[3:])
+            .flatten(3, 4)
+            .flatten(1, 2)  # (B, N M, kept P, K)
+            for x in (k, v)
+        )
         mask = None if tiles.full else tiles.real[chosen].flatten(1, 2).flatten(2, 3).unsqueeze(2)
         out = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=mask)
         return out.unflatten(1, (heads, num_tiles))
