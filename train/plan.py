@@ -116,7 +116,8 @@ class PlanRequest:
 def iteration_flops(request: PlanRequest) -> dict[str, float]:
     """FLOPs per clip of one iteration: a critic update, and its share of a student update.
 
-    Source of the counts: `train.distill.Distillation`. An exit drawn evenly from K steps takes
+    Source of the counts: `train.distill.Distillation`, without its adversarial and regression
+    terms, what it samples to show, and saving. An exit drawn evenly from K steps takes
     (K + 1) / 2 forwards.
     """
     sizes = (request.dit, request.num_tokens, request.text_rows)
@@ -301,6 +302,7 @@ OPTIONS = {
     "shard": "parallel.shard",
     "replicate": "parallel.replicate",
     "sequence": "parallel.sequence",
+    "num_gpus": "machines.num_gpus",
 }
 
 
