@@ -47,7 +47,7 @@ class EvaluateConfig:
     max_sequence_length: int | None = option(None, "prompt tokens that are read")
     height: int = option(128, "pixels; the world is square")
     width: int = option(128, "pixels")
-    num_frames: int = option(17, "4k + 1; at least 9, so that a circling object gets half round")
+    num_frames: int = option(17, "4k + 1; at least 9, so that a circle can be told from a line")
     fps: float | None = option(None, "of a preset; everything is measured per frame")
     device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
     dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")

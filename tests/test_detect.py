@@ -183,7 +183,7 @@ def path(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def test_motions_are_named_by_their_paths():
     zero = torch.zeros(17)
-    turn = 2 * math.pi / 16 * TIME
+    turn = 2 * math.pi / 24 * TIME
     assert fit_motion(TIME, path(2 * TIME, zero)) == ("right", pytest.approx(1), pytest.approx(0))
     assert fit_motion(TIME, path(-2 * TIME, 0.3 * TIME))[0] == "left"
     assert fit_motion(TIME, path(zero, -1.2 * TIME))[:2] == ("up", pytest.approx(0.6))

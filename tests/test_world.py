@@ -1,6 +1,7 @@
 """The world draws what a scene says, keeps its promises about chance, and speaks its grammar."""
 
 import itertools
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -93,9 +94,11 @@ def test_motions_move_as_named():
         item = replace(still("star").objects[0], motion=motion, speed=2.0)
         (x0, y0), (x1, y1) = trajectory(item)[0], trajectory(item)[-1]
         assert (x1 - x0, y1 - y0) == pytest.approx((dx, dy))
-    path = trajectory(replace(still("star").objects[0], motion="circling", speed=3.5, phase=1.0))
+    circling = replace(still("star").objects[0], motion="circling", speed=3.0, phase=1.0)
+    path = trajectory(circling, 25)
     assert path[-1] == pytest.approx(path[0])  # one full turn
-    assert path[8] != pytest.approx(path[0], abs=10)
+    across = (path[12][0] - path[0][0], path[12][1] - path[0][1])
+    assert math.hypot(*across) == pytest.approx(2 * 3.0 * 24 / (2 * math.pi))
 
 
 @pytest.mark.parametrize("split", ["train", "heldout", "any"])

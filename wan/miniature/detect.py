@@ -45,13 +45,13 @@ from wan.miniature.world import (
 
 # F frames, H W pixels, N pixels of a mask, K components, P side of the patch around one object
 
-MIN_FRAMES = 9  # half a turn: fewer frames don't tell a circle from a line
+MIN_FRAMES = 9  # a third of a turn: fewer frames don't tell a circle from a line
 CONTRAST = 0.2  # RGB distance from the background; the faintest object in the world has 0.45
 MIN_AREA = 60.0  # the smallest object of the world has 385
 CORE_DEPTH = 2  # pixels this far inside an object carry its colour unmixed
 SPLIT_SHARE = 0.2  # of the inner pixels in a second colour: two objects that touch
 COLOUR_REACH = 25.0  # CIELAB; palette entries are at least 30 apart
-LINK_REACH = 16.0  # an object moves up to 5.2 pixels a frame
+LINK_REACH = 16.0  # an object moves up to 3.5 pixels a frame
 MIN_PERMANENCE = 0.5  # a track seen in a smaller share of the frames is a passing speck
 FULL_PERMANENCE = 0.8  # an object seen in a smaller share comes and goes
 SOFTNESS = (0.0, 0.1, 0.2)  # blur of an outline in radii
