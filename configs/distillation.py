@@ -103,8 +103,29 @@ class RegressionConfig:
 
 
 @dataclass
+class PlanConfig:
+    """The machines a plan is made for."""
+
+    num_gpus: int = option(8, "how many")
+    gpu_memory_gb: float = option(80.0, "memory of each, 10^9 bytes")
+    tflops: float = option(285.0, "what each reaches, measured or assumed; FastVideo's 5B: 285")
+    text_rows: int = option(512, "rows of the text that are attended")
+    other_gb: float = option(0.0, "what else stays on each GPU, such as a text encoder")
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_memory_gb", "tflops"):
+            check_positive(f"machines.{name}", getattr(self, name))
+        for name in ("num_gpus", "text_rows"):
+            check_at_least(f"machines.{name}", getattr(self, name), 1)
+        check_at_least("machines.other_gb", self.other_gb, 0)
+
+
+@dataclass
 class DistillConfig:
     """`train.distill`: a many-step teacher becomes a student of few steps."""
+
+    plan: bool = option(False, "only say what the run would take; no weights are read or fetched")
+    machines: PlanConfig = field(default_factory=PlanConfig)
 
     output_dir: str = option("runs/distill", "checkpoints, metrics, samples and the student/")
     checkpoint: str = option("builtin:miniature-teacher", "the teacher: a folder or a hub id")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from configs.distillation import DistillConfig
 from infer.cli import INTERRUPTED, run_command
 from infer.command_line import ATTENTION
+from train.checkpoint import best_checkpoint, load_checkpoint
 from train.data import open_data
 from train.export import export_model
 from train.frozen import TextRows, Texts, load_frozen, text_dtype
@@ -44,6 +45,7 @@ from train.losses import (
 )
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.parallel import World, start
+from train.plan import PlanRequest, format_plan, plan
 from train.rollout import (
     Condition,
     draw_exits,
@@ -60,7 +62,7 @@ from wan.digests import sha256_file
 from wan.dit import WanDiT
 from wan.errors import WanError
 from wan.flow import add_noise, velocity_target
-from wan.hub import resolve_model
+from wan.hub import CONFIGS, resolve_model
 from wan.lora import add_lora, fold_lora
 from wan.miniature import builtin_folder
 from wan.miniature.captions import caption
@@ -532,7 +534,37 @@ def read_teacher(config: DistillConfig, source: Path) -> PipelineConfig:
     return settings
 
 
+def plan_request(config: DistillConfig) -> PlanRequest:
+    """The run as `train.plan` reckons it; of the teacher, only settings are read."""
+    source = builtin_folder(config.checkpoint) or resolve_model(config.checkpoint, patterns=CONFIGS)
+    settings, machines, parallel = read_teacher(config, source), config.machines, config.parallel
+    return PlanRequest(
+        settings.transformer,
+        latent_shape(config, settings)[1:],
+        text_rows=machines.text_rows,
+        student_rank=config.student.lora.rank,
+        critic_rank=config.scores.critic_lora.rank,
+        steps=len(config.student.timesteps),
+        critic_ratio=config.scores.critic_ratio,
+        guidance=config.scores.guidance_scale != 1,
+        batch_size=config.batch_size,
+        bfloat16=config.bfloat16,
+        checkpoint_blocks=config.checkpoint_blocks,
+        num_gpus=machines.num_gpus,
+        shard=parallel.shard,
+        replicate=parallel.replicate,
+        sequence=parallel.sequence,
+        gpu_memory=machines.gpu_memory_gb * 1e9,
+        other_bytes=machines.other_gb * 1e9,
+        rate=machines.tflops * 1e12,
+        iterations=config.loop.steps,
+    )
+
+
 def distill(config: DistillConfig) -> int:
+    if config.plan:
+        print(format_plan(plan(plan_request(config))))
+        return 0
     torch.set_num_threads(config.threads)
     source = builtin_folder(config.checkpoint) or resolve_model(config.checkpoint)
     folder = Path(config.output_dir)
@@ -590,6 +622,9 @@ def run_distillation(
     finished = run_training(state, run.train_step, config.loop, folder, asdict(config), on_save)
     if not finished:
         return INTERRUPTED
+    if config.export == "best" and (best := best_checkpoint(folder / "checkpoints")):
+        state.load_tree(load_checkpoint(best))
+        print(f"the healthiest checkpoint is {best.name}")
     state.averages["student"].copy_to(student)
     final, rank = student_settings(config, settings), config.student.lora.rank
     if rank:

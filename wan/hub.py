@@ -1,6 +1,7 @@
 """A model by name: a local folder, or a repository on the Hugging Face hub."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -10,10 +11,16 @@ from wan.errors import WanError
 # Weights as safetensors, configs, indices, tokenizer.json and the sentencepiece model: nothing that
 # could carry code, and not the same weights a second time in another format.
 PATTERNS = ("*.safetensors", "*.json", "*spiece.model")
+CONFIGS = ("*.json",)  # what a model says about itself, in a few kilobytes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 
 
-def resolve_model(name: str | Path, revision: str | None = None, offline: bool = False) -> Path:
+def resolve_model(
+    name: str | Path,
+    revision: str | None = None,
+    offline: bool = False,
+    patterns: Sequence[str] = PATTERNS,
+) -> Path:
     """The folder of a model: `name` itself if it is one, else the hub's snapshot in its cache.
 
     Args:
@@ -21,6 +28,7 @@ def resolve_model(name: str | Path, revision: str | None = None, offline: bool =
         revision: branch, tag or commit; a commit id pins the bytes. For hub ids only.
         offline: never ask the network; what is in the cache must do. (The hub library also obeys
             HF_HUB_OFFLINE and HF_HOME.)
+        patterns: which files are fetched.
     Raises:
         WanError: neither; or it can't be fetched, with the command that fetches it.
     """
@@ -35,16 +43,18 @@ def resolve_model(name: str | Path, revision: str | None = None, offline: bool =
         raise WanError(f"{name}: no such folder, and not a hub id of the form owner/name")
     try:
         found = snapshot_download(
-            name, revision=revision, allow_patterns=list(PATTERNS), local_files_only=offline
+            name, revision=revision, allow_patterns=list(patterns), local_files_only=offline
         )
     except (OSError, ValueError) as error:  # all of the hub's errors, and the network's
-        raise WanError(unavailable(name, revision, offline, error)) from error
+        raise WanError(unavailable(name, revision, offline, patterns, error)) from error
     return Path(found)
 
 
-def unavailable(name: str, revision: str | None, offline: bool, error: Exception) -> str:
+def unavailable(
+    name: str, revision: str | None, offline: bool, patterns: Sequence[str], error: Exception
+) -> str:
     at = "" if revision is None else f" --revision {revision}"
-    include = " ".join(f"--include '{pattern}'" for pattern in PATTERNS)
+    include = " ".join(f"--include '{pattern}'" for pattern in patterns)
     reason = str(error).strip().splitlines()
     where = "offline, and not in the hub's cache" if offline else "can't be fetched from the hub"
     detail = "" if offline or not reason else f" ({type(error).__name__}: {reason[0]})"
