@@ -21,6 +21,8 @@ head.
 
 import math
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -203,13 +205,12 @@ class Processes(World):
                 fully_shard(child, mesh=self.mesh, mp_policy=policy)
 
     def reunite(self, module: nn.Module) -> None:
-        whole = {}
-        for name, weight in module.state_dict().items():
-            weight = gathered(weight)
+        for name, weight in list(module.named_parameters()):
+            whole = gathered(weight.detach())
             if self.is_main:
-                whole[name] = weight.cpu()
-        if self.is_main:
-            module.load_state_dict(whole, assign=True)
+                owner, _, leaf = name.rpartition(".")
+                plain = nn.Parameter(whole.cpu(), weight.requires_grad)
+                setattr(module.get_submodule(owner), leaf, plain)
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.size
@@ -345,12 +346,11 @@ def start(config: ParallelConfig, device: str = "cpu") -> Iterator[World]:
     dist.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         world = Processes(config, place)
-        with open(os.devnull, "w") as nowhere:
-            if world.is_main:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
+            # Linear layers return views; nothing here changes them in place.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+            with redirect_stdout(sys.stdout if world.is_main else nowhere):
                 yield world
-            else:
-                with redirect_stdout(nowhere):
-                    yield world
     finally:
         dist.destroy_process_group()
 

@@ -1,0 +1,403 @@
+"""Two processes on a CPU give what one gives: losses, weights, checkpoints, stops and failures."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from configs.parallel import ParallelConfig
+from configs.training import DataConfig, FinetuneConfig, LoopConfig
+from train.checkpoint import list_checkpoints
+from train.finetune import finetune
+from train.loop import run_training, step_generator
+from train.optim import EMA, Muon, apply_gradients
+from train.parallel import ALONE, SequenceSplit, World, gathered, share_out, start
+from train.state import TrainState
+from wan.checkpoint import open_checkpoint
+from wan.dit import WanDiT
+from wan.dit_config import DiTConfig
+from wan.errors import WanError
+from wan.weights import load_state
+
+TINY = DiTConfig(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    num_layers=2,
+    ffn_dim=40,
+    in_channels=4,
+    out_channels=4,
+    text_dim=10,
+    freq_dim=16,
+)
+BATCH = 4
+LOOP = LoopConfig(steps=4, save_every=2, log_every=1, keep_last=9)
+Weights = dict[str, torch.Tensor]
+
+
+def make_state(world: World, bfloat16: bool = False, recompute: str = "none") -> TrainState:
+    dit = WanDiT(TINY, checkpoint_blocks=recompute)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            std = max(parameter[0].numel(), 4) ** -0.5
+            parameter.normal_(mean=0.1, std=std, generator=generator)
+    world.prepare(dit, bfloat16)
+    # A large eps: Adam divides gradients by their size, and would blow rounding up where they
+    # should be zero.
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-2, eps=1e-2)
+    return TrainState({"dit": dit}, {"adamw": optimizer}, {"dit": EMA(dit, 0.9)})
+
+
+def make_step(world: World, bfloat16: bool = False):
+    def train_step(state: TrainState) -> dict[str, float]:
+        dit, generator = state.modules["dit"], step_generator(7, state.step)
+        latents, target = torch.randn(2, BATCH, 4, 3, 2, 6, generator=generator)  # 9 tokens
+        context = torch.randn(BATCH, 12, 10, generator=generator)
+        context[:, 5:] = 0
+        own = world.rows(BATCH)
+        timestep = 1000 * torch.rand(BATCH, 3, generator=generator)
+        if state.step % 2:
+            timestep = timestep[:, 0]  # one for a whole clip
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            velocity = dit(latents[own], timestep[own], context[own], 5)
+        loss = (velocity - target[own]).square().mean()
+        loss.backward()
+        norm = apply_gradients(state.optimizers, list(dit.parameters()), 1e-2, 0.5)
+        state.averages["dit"].update(dit)
+        return {"loss": loss.item(), "grad_norm": norm}
+
+    return train_step
+
+
+def whole(state: TrainState) -> dict[str, Weights]:
+    """Weights, averages and Adam's second moments."""
+    named = dict(state.modules["dit"].named_parameters())
+    moments = state.optimizers["adamw"].state
+    parts = {
+        "weights": named,
+        "averages": state.averages["dit"].weights,
+        "moments": {n: moments[p]["exp_avg_sq"] for n, p in named.items()},
+    }
+    return {
+        part: {n: gathered(t).detach().clone() for n, t in tensors.items()}
+        for part, tensors in parts.items()
+    }
+
+
+def train(world: World, folder: Path, loop: LoopConfig = LOOP, **options) -> dict[str, Weights]:
+    state = make_state(world, **options)
+    step = make_step(world, options.get("bfloat16", False))
+    assert run_training(state, step, loop, folder, {}, world=world)
+    return whole(state)
+
+
+def until_second_step(folder: Path, copy: Path) -> Path:
+    """The run as it was after its first checkpoint."""
+    shutil.copytree(folder / "checkpoints" / "step-0000002", copy / "checkpoints" / "step-0000002")
+    return copy
+
+
+def finetune_config(folder: Path, cache: Path) -> FinetuneConfig:
+    sizes = TINY.to_json() | {"in_channels": 16, "out_channels": 16, "text_dim": 128}
+    return FinetuneConfig(
+        output_dir=str(folder),
+        threads=1,
+        from_scratch=True,
+        dit={k: v for k, v in sizes.items() if k in DiTConfig.__dataclass_fields__},
+        batch_size=2,
+        bfloat16=False,
+        optimizer="adamw",
+        first_frame_share=0.5,
+        data=DataConfig(cache_dir=str(cache), num_clips=4),
+        loop=LoopConfig(steps=2, save_every=2, log_every=1),
+    )
+
+
+# What follows runs in two processes.
+
+
+def sharded(world: World, root: Path) -> dict:
+    results = {"shard": train(world, root / "shard")}
+    world.first(world.is_main and until_second_step(root / "shard", root / "resumed"))
+    results["resumed"] = train(world, root / "resumed")
+    results["from one"] = train(world, root / "one, then two")
+    for recompute in ("none", "selective"):
+        name = f"bfloat16, {recompute}"
+        results[name] = train(world, root / name, bfloat16=True, recompute=recompute)
+    results["stopped"] = stop_one(world, root / "stopped")
+    results["nan"] = break_one(world, root / "nan")
+    results["disk"] = fill_one_disk(world, root / "disk")
+    results["muon"] = muon_update(world)
+    world.reunite(dit := make_state(world).modules["dit"])
+    results["reunited"] = [type(p.data) for p in dit.parameters()] if world.is_main else None
+    return results
+
+
+def stop_one(world: World, folder: Path) -> list:
+    step = make_step(world)
+
+    def signalled(state: TrainState) -> dict[str, float]:
+        if state.step == 0 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state)
+
+    state = make_state(world)
+    finished = run_training(state, signalled, LOOP, folder, {}, world=world)
+    return world.gather((finished, state.step))
+
+
+def break_one(world: World, folder: Path) -> list:
+    def broken(state: TrainState) -> dict[str, float]:
+        return {"loss": float("nan") if world.rank == 1 and state.step == 1 else 1.0}
+
+    try:
+        run_training(make_state(world), broken, LOOP, folder, {}, world=world)
+    except WanError as error:
+        return world.gather(str(error))
+    return []
+
+
+def fill_one_disk(world: World, folder: Path) -> list:
+    import train.checkpoint as module
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    original = module.save_file
+    if world.rank == 1:
+        module.save_file = disk_full
+    try:
+        train(world, folder)
+    except (OSError, WanError) as error:
+        return world.gather(str(error))
+    finally:
+        module.save_file = original
+    return []
+
+
+def muon_update(world: World) -> torch.Tensor:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 7, bias=False)
+    world.prepare(layer)
+    layer(torch.ones(2, 5) * torch.arange(5)).square().sum().backward()
+    Muon(layer.parameters(), lr=0.1).step()
+    return gathered(layer.weight).detach().clone()
+
+
+def replicated(world: World, root: Path) -> dict:
+    return {"replicate": train(world, root / "replicate", replace(LOOP, steps=2))}
+
+
+def split(world: World, root: Path) -> dict:
+    results = {"sequence": train(world, root / "sequence")}
+    results["recomputed"] = train(world, root / "recomputed", recompute="full")
+    return results
+
+
+def run_process(rank: int, root: Path, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+    results = {}
+    cases = [
+        (sharded, ParallelConfig()),
+        (replicated, ParallelConfig(replicate=2)),
+        (split, ParallelConfig(sequence=2)),
+    ]
+    for port, (case, config) in zip(ports, cases, strict=False):
+        os.environ["MASTER_PORT"] = str(port)
+        with start(config) as world:
+            results |= case(world, root)
+    os.environ["MASTER_PORT"] = str(ports[-1])
+    finetune(finetune_config(root / "finetuned by two", root / "cache"))
+    if rank == 0:
+        torch.save(results, root / "results.pt")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def one(root) -> dict[str, Weights]:
+    return train(ALONE, root / "one")
+
+
+@pytest.fixture(scope="module")
+def two(root, one) -> dict:
+    """Results of everything that runs in two processes, which are started once."""
+    until_second_step(root / "one", root / "one, then two")
+    finetune(finetune_config(root / "finetuned by one", root / "cache"))
+    mp.spawn(run_process, (root, free_ports(4)), nprocs=2)
+    return torch.load(root / "results.pt", weights_only=False)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def assert_close(a: dict[str, Weights], b: dict[str, Weights], tolerance: float = 2e-5) -> None:
+    """Float32 rounding of sums in another order, grown over four steps of training."""
+    for part in a:
+        for name, tensor in a[part].items():
+            scale = tensor.abs().max()
+            distance = (tensor - b[part][name]).abs().max() / scale
+            assert distance < tolerance, (part, name, float(distance))
+
+
+@pytest.mark.parametrize("name", ["shard", "sequence", "recomputed"])
+def test_two_processes_train_like_one(root, one, two, name):
+    assert losses(root / name) == pytest.approx(losses(root / "one"), rel=1e-5)
+    assert_close(one, two[name])
+
+
+def test_two_copies_train_like_one(root, one, two):
+    assert losses(root / "replicate") == pytest.approx(losses(root / "one")[:2], rel=1e-5)
+    reference = train(ALONE, root / "two steps", replace(LOOP, steps=2))
+    assert_close(reference, two["replicate"])
+
+
+def test_a_resumed_sharded_run_repeats_an_unbroken_one_bit_for_bit(two):
+    for part, tensors in two["shard"].items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, two["resumed"][part][name]), (part, name)
+
+
+def test_a_checkpoint_of_two_processes_continues_in_one(root, one, two):
+    folder = until_second_step(root / "shard", root / "two, then one")
+    files = {p.name for p in (folder / "checkpoints" / "step-0000002").iterdir()}
+    assert {"state-00000.safetensors", "state-00001.safetensors"} < files
+    assert_close(one, train(ALONE, folder))
+
+
+def test_a_checkpoint_of_one_process_continues_in_two(one, two):
+    assert_close(one, two["from one"])
+
+
+def test_a_damaged_part_is_noticed(root, two, capsys):
+    folder = until_second_step(root / "shard", root / "damaged")
+    part = folder / "checkpoints" / "step-0000002" / "state-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(WanError, match="none of the 1 checkpoints"):
+        train(ALONE, folder)
+    assert "sha256" in capsys.readouterr().err
+
+
+def test_weights_gathered_in_bfloat16_train_like_autocast(root, two):
+    train(ALONE, root / "autocast", bfloat16=True)
+    # The weights of norms are rounded too, by up to 2^-9, which autocast leaves alone.
+    assert losses(root / "bfloat16, none") == pytest.approx(losses(root / "autocast"), rel=5e-3)
+
+
+def test_recomputing_sharded_blocks_changes_nothing(two):
+    for name, weight in two["bfloat16, none"]["weights"].items():
+        assert torch.equal(weight, two["bfloat16, selective"]["weights"][name])
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(root, two):
+    assert two["stopped"] == [(False, 1)] * 2
+    assert [p.name for p in list_checkpoints(root / "stopped" / "checkpoints")] == ["step-0000001"]
+
+
+def test_a_number_that_is_not_finite_in_one_process_stops_all(two):
+    assert len(two["nan"]) == 2
+    assert all("step 1: loss is nan" in message for message in two["nan"])
+
+
+def test_a_full_disk_of_one_process_stops_all_and_leaves_no_litter(root, two):
+    assert len(two["disk"]) == 2
+    assert all("No space left" in message for message in two["disk"])
+    assert list((root / "disk" / "checkpoints").iterdir()) == []
+
+
+def test_muon_updates_a_sharded_matrix_as_a_whole_one(two):
+    # Gradients are sums of small integers here, so that even Muon's bfloat16 is the same.
+    torch.testing.assert_close(two["muon"], muon_update(ALONE), rtol=0, atol=1e-3)
+
+
+def test_a_reunited_module_is_plain_again(two):
+    assert set(two["reunited"]) == {torch.Tensor}
+
+
+def test_the_command_gives_the_same_network_from_two_processes(root, two):
+    folders = [root / f"finetuned by {n}" for n in ("one", "two")]
+    assert losses(folders[1]) == pytest.approx(losses(folders[0]), rel=1e-5)
+    a, b = (
+        load_state(open_checkpoint(f / "model" / "transformer"), "transformer") for f in folders
+    )
+    assert a.keys() == b.keys()
+    # Two warm-up steps of at most 2e-5 each, wherever Adam takes rounding for a gradient.
+    assert all((a[name].float() - b[name].float()).abs().max() < 5e-5 for name in a)
+
+
+def test_alone_nothing_is_wrapped_or_averaged():
+    layer = torch.nn.Linear(2, 2)
+    with start(ParallelConfig()) as world:
+        world.prepare(layer)
+        world.reunite(layer)
+        assert not dist.is_initialized()
+        assert world.mean({"a": 0.1}) == {"a": 0.1}
+        assert world.rows(3) == slice(0, 3)
+    assert type(layer.weight) is torch.nn.Parameter
+    assert type(layer) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "shard"),
+    [
+        (ParallelConfig(), 8, 8),
+        (ParallelConfig(replicate=2), 8, 4),
+        (ParallelConfig(replicate=2, sequence=4), 8, 1),
+    ],
+)
+def test_what_is_left_shards_the_weights(config, size, shard):
+    assert share_out(config, size) == shard
+
+
+@pytest.mark.parametrize("config", [ParallelConfig(shard=2), ParallelConfig(sequence=2)])
+def test_other_numbers_of_processes_are_refused(config):
+    with pytest.raises(WanError, match="must be the number of processes, 1"), start(config):
+        pass
+
+
+def test_a_batch_is_shared_out_evenly_or_not_at_all():
+    world = World(torch.device("cpu"))
+    world.data_rank, world.data_size = 1, 2
+    assert world.rows(6) == slice(3, 6)
+    with pytest.raises(WanError, match="multiple of the 2 groups"):
+        world.rows(5)
+
+
+def test_numbers_that_only_some_processes_have_are_averaged_over_those():
+    world = World(torch.device("cpu"))
+    world.gather = lambda value: [value, {"loss": 3.0, "exit_2": 5.0}]
+    assert world.mean({"loss": 1.0, "exit_1": 4.0}) == {"loss": 2.0, "exit_1": 4.0, "exit_2": 5.0}
+
+
+def test_heads_that_cannot_be_shared_out_are_refused():
+    three = SequenceSplit.__new__(SequenceSplit)
+    three.size = 3
+    with pytest.raises(WanError, match="2 heads cannot be shared out over 3"):
+        WanDiT(TINY).split_tokens(three)
