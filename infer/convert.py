@@ -47,7 +47,8 @@ from wan.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.keys import COMPONENTS, VAELevels, detect_layout
-from wan.pipeline_config import DEFAULTS_FILE, model_index_json, scheduler_json
+from wan.miniature import builtin_folder
+from wan.pipeline_config import DEFAULTS_FILE, model_index_json, part_folder, scheduler_json
 from wan.safetensors_file import read_header
 from wan.vae import VAEConfig
 from wan.weights import (
@@ -131,7 +132,7 @@ def main(config: ConvertConfig) -> None:
     # A prefixed file is one file by definition.
     limit = sys.maxsize if config.layout == "prefixed" else int(config.shard_gb * 1e9)
     target = Target(config.layout, dtype, config.round_all, limit)
-    source = Path(config.source).expanduser()
+    source = builtin_folder(config.source) or Path(config.source).expanduser()
     if not source.exists():
         raise FileNotFoundError(f"source={source}: no such file or folder")
     with new_folder(Path(config.output).expanduser()) as folder:
@@ -291,9 +292,10 @@ def convert_diffusers_release(source: Path, folder: Path, target: Target) -> Non
         convert_component(checkpoint, "transformer", into, target, model_type=model_type)
     for name in ("vae", "text_encoder"):
         into = folder if is_official else folder / name
-        convert_component(open_checkpoint(source / name), name, into, target)
+        convert_component(open_checkpoint(part_folder(source, name)), name, into, target)
     copy_tokenizer(
-        source / "tokenizer", folder / (TOKENIZER_FOLDER if is_official else "tokenizer")
+        part_folder(source, "tokenizer"),
+        folder / (TOKENIZER_FOLDER if is_official else "tokenizer"),
     )
     if is_official:
         print("model_index.json and scheduler/ are not written: the official code holds theirs")

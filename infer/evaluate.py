@@ -39,13 +39,13 @@ from infer.measure import (
     table,
     write_record,
 )
-from infer.request import checkpoint_name, torch_dtype
+from infer.request import torch_dtype
 from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
 from wan.hub import resolve_model
 from wan.miniature.world import render
 from wan.pipeline import PIPELINES, WanPipeline, WanPipelineOutput
-from wan.pipeline_config import read_index
+from wan.pipeline_config import part_folder, read_index
 from wan.placement import resolve_device
 from wan.tokenizer import read_json_object
 from wan.vae import VAEConfig, WanVAE
@@ -88,7 +88,7 @@ def render_truth(config: EvaluateConfig) -> VideoSource:
 
 def reconstruct_truth(config: EvaluateConfig) -> VideoSource:
     """The same, encoded and decoded; needs only the vae/ folder of the checkpoint."""
-    folder = folder_of(config) / "vae"
+    folder = part_folder(folder_of(config), "vae")
     vae_config = VAEConfig.from_json(read_json_object(folder / "config.json"))
     device = device_of(config)
     vae = load_module(lambda: WanVAE(vae_config), open_checkpoint(folder), "vae", device=device)
@@ -160,7 +160,7 @@ def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> Vid
 
 
 def folder_of(config: EvaluateConfig) -> Path:
-    return resolve_model(checkpoint_name(config.checkpoint), config.revision)
+    return resolve_model(config.checkpoint, config.revision)
 
 
 def device_of(config: EvaluateConfig) -> torch.device:

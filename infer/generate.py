@@ -32,7 +32,6 @@ from infer.record import (
 from infer.request import (
     PATH_OPTIONS,
     Request,
-    checkpoint_name,
     describe,
     resolve_request,
     sampling_options,
@@ -64,7 +63,7 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = resolve_device(auto if config.device == "auto" else config.device)
     dtype = torch_dtype(config.dtype, device)
-    folder = resolve_model(checkpoint_name(config.checkpoint), config.revision)
+    folder = resolve_model(config.checkpoint, config.revision)
     model_config = read_pipeline_config(folder)
     dtype_name = str(dtype).removeprefix("torch.")
     requests = [resolve_request(job, model_config, str(device), dtype_name) for job in jobs]

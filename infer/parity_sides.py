@@ -24,7 +24,12 @@ from wan.errors import WanError
 from wan.keys import VAELevels
 from wan.model_folder import weight_kind
 from wan.pipeline import WanPipeline
-from wan.pipeline_config import PipelineConfig, SamplingDefaults, read_pipeline_config
+from wan.pipeline_config import (
+    PipelineConfig,
+    SamplingDefaults,
+    part_folder,
+    read_pipeline_config,
+)
 from wan.tokenizer import Tokenizer, read_json_object, write_tokenizer_folder
 from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import VAEConfig, WanVAE
@@ -84,7 +89,9 @@ class Sides:
 
     @property
     def vae_levels(self) -> VAELevels:
-        config = VAEConfig.from_json(read_json_object(self.folder / "vae" / "config.json"))
+        config = VAEConfig.from_json(
+            read_json_object(part_folder(self.folder, "vae") / "config.json")
+        )
         return VAELevels(config.is_residual, config.num_res_blocks)
 
     def generator(self) -> torch.Generator:
@@ -92,7 +99,7 @@ class Sides:
 
     def ours(self, part: str) -> Any:
         """One of our networks, loaded by our code."""
-        values = read_json_object(self.folder / part / "config.json")
+        values = read_json_object(part_folder(self.folder, part) / "config.json")
         kind = weight_kind(part)
 
         def build() -> nn.Module:
@@ -102,7 +109,9 @@ class Sides:
                 return WanVAE(VAEConfig.from_json(values))
             return UMT5Encoder(UMT5Config.from_json(values))
 
-        module = load_module(build, open_checkpoint(self.folder / part), kind, dtype=self.dtype)
+        module = load_module(
+            build, open_checkpoint(part_folder(self.folder, part)), kind, dtype=self.dtype
+        )
         return module.eval().requires_grad_(False)
 
     def theirs(self, part: str, dtype: torch.dtype | None = None) -> Any:
@@ -110,13 +119,15 @@ class Sides:
         library, class_name = REFERENCE_CLASSES[weight_kind(part)]
         model_class = getattr(reference(library), class_name)
         module = model_class.from_pretrained(
-            self.folder / part, torch_dtype=self.dtype if dtype is None else dtype
+            part_folder(self.folder, part), torch_dtype=self.dtype if dtype is None else dtype
         )
         return module.eval().requires_grad_(False)
 
     def their_tokenizer(self) -> Any:
         # AutoTokenizer takes tokenizer.json as it is; T5's own class rebuilds it in transformers 5.
-        return reference("transformers").AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        return reference("transformers").AutoTokenizer.from_pretrained(
+            part_folder(self.folder, "tokenizer")
+        )
 
     def their_pipeline(self, folder: Path | None = None, dtype: torch.dtype | None = None) -> Any:
         """The reference's whole pipeline, from this folder or another."""

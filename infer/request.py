@@ -14,7 +14,6 @@ from infer.record import without_home
 from wan.attention import network_attention
 from wan.errors import WanError
 from wan.images import best_size, fit_image, load_image
-from wan.miniature import BUILTIN, WEIGHTS
 from wan.pipeline_config import PipelineConfig
 from wan.sampling_plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.schedule import FEW_STEP_TABLE_SHIFT
@@ -78,11 +77,6 @@ class Request:
     @property
     def seeds(self) -> range:
         return range(self.config.seed, self.config.seed + self.config.num_videos)
-
-
-def checkpoint_name(name: str) -> str | Path:
-    """What `wan.hub.resolve_model` understands; the shipped model has a name of its own."""
-    return WEIGHTS if name == BUILTIN else name
 
 
 def resolve_request(job: Job, model: PipelineConfig, device: str, dtype: str) -> Request:

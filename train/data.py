@@ -37,7 +37,7 @@ from wan.digests import sha256_file
 from wan.errors import WanError
 from wan.miniature.captions import caption
 from wan.miniature.world import render, sample_scene, scene_rng
-from wan.pipeline_config import PipelineConfig
+from wan.pipeline_config import PipelineConfig, part_folder
 from wan.safetensors_file import map_tensors, read_header, write_tensors
 from wan.tokenizer import Tokenizer
 from wan.umt5 import UMT5Encoder
@@ -196,7 +196,7 @@ def open_data(
         device,
         text_dtype(device),
     )
-    tokenizer = Tokenizer.from_folder(source / "tokenizer")
+    tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))
     return cache, Texts(TextRows(encoder, tokenizer, max_text_tokens), device), vae
 
 

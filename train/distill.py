@@ -64,11 +64,10 @@ from wan.errors import WanError
 from wan.flow import add_noise, velocity_target
 from wan.hub import CONFIGS, resolve_model
 from wan.lora import add_lora, fold_lora
-from wan.miniature import builtin_folder
 from wan.miniature.captions import caption
 from wan.miniature.world import sample_scene, scene_rng
 from wan.noise import draw_noise, sample_generators
-from wan.pipeline_config import FEW_STEP, PipelineConfig, read_pipeline_config
+from wan.pipeline_config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
 from wan.samplers import sample_euler, sample_few_step
 from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule, few_step_schedule
 from wan.tokenizer import Tokenizer
@@ -470,7 +469,7 @@ def open_source(
         build = partial(UMT5Encoder, settings.text_encoder)
         encoder = load_frozen(build, source, "text_encoder", device, text_dtype(device))
         rows = TextRows(
-            encoder, Tokenizer.from_folder(source / "tokenizer"), config.max_text_tokens
+            encoder, Tokenizer.from_folder(part_folder(source, "tokenizer")), config.max_text_tokens
         )
         return world_captions(config), Texts(rows, device)
     cache, texts, _ = open_data(config.data, settings, source, device, config.max_text_tokens)
@@ -536,7 +535,7 @@ def read_teacher(config: DistillConfig, source: Path) -> PipelineConfig:
 
 def plan_request(config: DistillConfig) -> PlanRequest:
     """The run as `train.plan` reckons it; of the teacher, only settings are read."""
-    source = builtin_folder(config.checkpoint) or resolve_model(config.checkpoint, patterns=CONFIGS)
+    source = resolve_model(config.checkpoint, patterns=CONFIGS)
     settings, machines, parallel = read_teacher(config, source), config.machines, config.parallel
     return PlanRequest(
         settings.transformer,
@@ -566,7 +565,7 @@ def distill(config: DistillConfig) -> int:
         print(format_plan(plan(plan_request(config))))
         return 0
     torch.set_num_threads(config.threads)
-    source = builtin_folder(config.checkpoint) or resolve_model(config.checkpoint)
+    source = resolve_model(config.checkpoint)
     folder = Path(config.output_dir)
     settings = read_teacher(config, source)
     student_schedule(config)  # refuses a wrong list before anything is loaded

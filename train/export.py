@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wan.dit import WanDiT
 from wan.lora import save_lora
-from wan.pipeline_config import PipelineConfig, write_configs
+from wan.pipeline_config import PipelineConfig, part_folder, write_configs
 from wan.weights import save_component
 
 
@@ -25,7 +25,7 @@ def export_model(
     beside = folder / f".model-{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
     for name in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(source / name, beside / name)
+        shutil.copytree(part_folder(source, name), beside / name)
     write_configs(settings, beside)
     save_component(dit.state_dict(), beside / "transformer", "transformer")
     model = folder / "model"

@@ -33,7 +33,6 @@ from wan.errors import WanError
 from wan.flow import add_noise, velocity_target
 from wan.hub import resolve_model
 from wan.lora import add_lora
-from wan.miniature import BUILTIN, WEIGHTS
 from wan.miniature.captions import caption
 from wan.miniature.detect import accuracies, detect, score
 from wan.miniature.world import NUM_FRAMES, STAGE, sample_scene, scene_rng
@@ -200,7 +199,7 @@ def finetune(config: FinetuneConfig) -> int:
 
 def train(config: FinetuneConfig, world: World) -> int:
     with world.main_first():  # it downloads
-        source = WEIGHTS if config.checkpoint == BUILTIN else resolve_model(config.checkpoint)
+        source = resolve_model(config.checkpoint)
     folder = Path(config.output_dir)
     if source.resolve().is_relative_to(folder.resolve()):
         raise WanError(

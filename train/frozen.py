@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wan.checkpoint import open_checkpoint
 from wan.digests import hash_files, list_files
+from wan.pipeline_config import part_folder
 from wan.tokenizer import Tokenizer, clean_prompt
 from wan.umt5 import UMT5Encoder, pad_ids
 from wan.weights import load_module
@@ -29,7 +30,9 @@ def load_frozen(
     build: Callable[[], M], folder: Path, name: str, device: torch.device, dtype: torch.dtype
 ) -> M:
     """A component that training only reads."""
-    module = load_module(build, open_checkpoint(folder / name), name, dtype=dtype, device=device)
+    module = load_module(
+        build, open_checkpoint(part_folder(folder, name)), name, dtype=dtype, device=device
+    )
     return module.requires_grad_(False).eval()
 
 
@@ -45,7 +48,11 @@ def component_digests(folder: Path) -> dict[str, str]:
     """
     digests = {}
     for name, parts in {"vae": ("vae",), "text_encoder": ("text_encoder", "tokenizer")}.items():
-        files = {f"{part}/{n}": p for part in parts for n, p in list_files(folder / part).items()}
+        files = {
+            f"{part}/{n}": p
+            for part in parts
+            for n, p in list_files(part_folder(folder, part)).items()
+        }
         sums = hash_files(files.values())
         lines = "".join(f"{sums[path]}  {file}\n" for file, path in files.items())
         digests[name] = hashlib.sha256(lines.encode()).hexdigest()

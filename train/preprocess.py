@@ -30,8 +30,7 @@ from train.store import TensorStore, key_of, only_writer, open_to_extend
 from wan.digests import sha256_file
 from wan.errors import WanError
 from wan.hub import resolve_model
-from wan.miniature import BUILTIN, WEIGHTS
-from wan.pipeline_config import component_config
+from wan.pipeline_config import component_config, part_folder
 from wan.placement import resolve_device
 from wan.tokenizer import Tokenizer, clean_prompt, read_json_object
 from wan.umt5 import UMT5Config, UMT5Encoder
@@ -51,7 +50,7 @@ def preprocess(config: PreprocessConfig) -> int:
     prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else []
     torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
-    source = WEIGHTS if config.checkpoint == BUILTIN else resolve_model(config.checkpoint)
+    source = resolve_model(config.checkpoint)
 
     def read_settings(name: str) -> Row:
         return read_json_object(component_config(source, name, {}))
@@ -71,7 +70,7 @@ def preprocess(config: PreprocessConfig) -> int:
         "identity": identity(config, source, device),
         "latent_shapes": latent_shapes(config, VAEConfig.from_json(read_settings("vae"))),
     }
-    tokenizer = Tokenizer.from_folder(source / "tokenizer")
+    tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder):

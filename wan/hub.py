@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from wan.errors import WanError
+from wan.miniature import builtin_folder
 
 # Weights as safetensors, configs, indices, tokenizer.json and the sentencepiece model: nothing that
 # could carry code, and not the same weights a second time in another format.
@@ -24,7 +25,7 @@ def resolve_model(
     """The folder of a model: `name` itself if it is one, else the hub's snapshot in its cache.
 
     Args:
-        name: a folder, or `owner/name` on the hub.
+        name: a folder, `owner/name` on the hub, or a shipped model (`wan.miniature.BUILTIN`).
         revision: branch, tag or commit; a commit id pins the bytes. For hub ids only.
         offline: never ask the network; what is in the cache must do. (The hub library also obeys
             HF_HUB_OFFLINE and HF_HOME.)
@@ -32,6 +33,8 @@ def resolve_model(
     Raises:
         WanError: neither; or it can't be fetched, with the command that fetches it.
     """
+    if (shipped := builtin_folder(str(name))) is not None:
+        return shipped
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:

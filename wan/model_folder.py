@@ -13,7 +13,7 @@ from wan.checkpoint import open_checkpoint
 from wan.dit import WanDiT
 from wan.errors import WanError
 from wan.keys import VAELevels
-from wan.pipeline_config import PipelineConfig, write_configs
+from wan.pipeline_config import PipelineConfig, part_folder, write_configs
 from wan.pipeline_io import OnProgress, report
 from wan.umt5 import UMT5Encoder
 from wan.vae import WanVAE
@@ -33,7 +33,7 @@ def load_modules(
     """Every network of a pipeline, in evaluation mode, by the name of its folder.
 
     Args:
-        overrides: part -> a file or folder to take instead of `folder / part`.
+        overrides: part -> a file or folder to take instead of the folder's own.
 
     Raises:
         WanError: weights that are missing, damaged or of another model.
@@ -47,7 +47,7 @@ def load_modules(
     modules = {}
     for done, part in enumerate(config.components):
         report(on_progress, "load", done, len(config.components))
-        checkpoint = open_checkpoint(overrides.get(part, folder / part))
+        checkpoint = open_checkpoint(overrides.get(part) or part_folder(folder, part))
         module = load_module(
             builders[part], checkpoint, weight_kind(part), dtype=dtype, device=device
         )

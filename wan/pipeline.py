@@ -24,7 +24,7 @@ from wan.errors import WanError
 from wan.hub import resolve_model
 from wan.model_folder import load_modules, save_modules
 from wan.noise import draw_noise
-from wan.pipeline_config import BASE, FEW_STEP, PipelineConfig, read_pipeline_config
+from wan.pipeline_config import BASE, FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
 from wan.pipeline_io import (
     Generators,
     ImageInput,
@@ -197,7 +197,7 @@ class WanPipeline:
         network_attention(attention, sizes.num_layers).verify(
             sizes.attention_head_dim, target, dtype
         )
-        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+        tokenizer = Tokenizer.from_folder(part_folder(folder, "tokenizer"))
         modules = load_modules(
             folder,
             config,
@@ -212,7 +212,7 @@ class WanPipeline:
             tokenizer=tokenizer,
             device=target,
             offload=offload,
-            tokenizer_folder=folder / "tokenizer",
+            tokenizer_folder=part_folder(folder, "tokenizer"),
             safety_checker=safety_checker,
             **modules,
         )

@@ -5,6 +5,7 @@
     transformer/ [transformer_2/] vae/ text_encoder/     config.json each, and weights
     tokenizer/
     sampling_defaults.json              this project's own, optional: `SamplingDefaults`
+    shared_parts.json                   its own too: parts that lie elsewhere, `part_folder`
 
 A student's model_index.json may say `timesteps`, the list it was trained on; without it, it is that
 of the released students.
@@ -25,6 +26,7 @@ from wan.vae import VAEConfig
 
 BASE, FEW_STEP = PIPELINE_CLASSES = ("WanPipeline", "WanDMDPipeline")
 DEFAULTS_FILE = "sampling_defaults.json"
+SHARED_FILE = "shared_parts.json"
 DEFAULT_SHIFT = 5.0
 LIBRARIES = {  # component -> [library, class] in model_index.json
     "transformer": ["diffusers", "WanTransformer3DModel"],
@@ -203,10 +205,22 @@ def component_config(folder: Path, component: str, overrides: Mapping[str, Path]
     own = overrides.get(component)
     if own is not None and own.is_dir() and (own / "config.json").is_file():
         return own / "config.json"
-    path = folder / component / "config.json"
+    path = part_folder(folder, component) / "config.json"
     if not path.is_file():
         raise WanError(f"{path} is missing: the model's folder is not complete")
     return path
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """Where a part of a model lies: in its folder, or where `SHARED_FILE` there says.
+
+    Models that share parts need them once: the file holds a JSON object, part -> folder, relative
+    to its own. `infer.convert` writes the whole of such a model.
+    """
+    shared = folder / SHARED_FILE
+    if not shared.is_file():
+        return folder / part
+    return folder / str(read_json_object(shared).get(part, part))
 
 
 def read_shift(folder: Path) -> float:

@@ -1,0 +1,62 @@
+"""Two models that have parts in common: each whole to whoever loads it, stored once."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from infer.convert import ConvertConfig
+from infer.convert import main as convert
+from train.export import export_model
+from train.frozen import component_digests
+from wan.hub import resolve_model
+from wan.miniature import BUILTIN, WEIGHTS
+from wan.pipeline import PIPELINES
+from wan.pipeline_config import part_folder, read_index, read_pipeline_config
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory):
+    """The shipped student's transformer as a model of its own, all else taken from the shipped."""
+    folder = tmp_path_factory.mktemp("models") / "sharing"
+    folder.mkdir()
+    for name in ("model_index.json", "sampling_defaults.json"):
+        shutil.copy(WEIGHTS / name, folder)
+    for name in ("scheduler", "transformer"):
+        shutil.copytree(WEIGHTS / name, folder / name)
+    parts = {name: str(WEIGHTS / name) for name in ("vae", "text_encoder", "tokenizer")}
+    (folder / "shared_parts.json").write_text(json.dumps(parts))
+    return folder
+
+
+def test_a_part_is_found_in_the_folder_or_where_it_is_shared(sharing):
+    assert part_folder(sharing, "vae") == WEIGHTS / "vae"
+    assert part_folder(sharing, "transformer") == sharing / "transformer"
+    assert part_folder(WEIGHTS, "vae") == WEIGHTS / "vae"
+
+
+def video(folder):
+    pipe = PIPELINES[read_index(folder)["_class_name"]].from_pretrained(folder, dtype=torch.float32)
+    options = {"height": 64, "width": 64, "num_frames": 5, "seed": 0, "output_type": "latent"}
+    return pipe("a red circle", **options).frames
+
+
+def test_it_makes_what_the_whole_model_makes_and_is_made_whole_by_convert_and_export(
+    sharing, tmp_path
+):
+    expected = video(WEIGHTS)
+    assert torch.equal(video(sharing), expected)
+    convert(ConvertConfig(source=str(sharing), output=str(tmp_path / "whole"), layout="diffusers"))
+    assert not (tmp_path / "whole" / "shared_parts.json").exists()
+    assert torch.equal(video(tmp_path / "whole"), expected)
+    assert component_digests(sharing) == component_digests(WEIGHTS)
+    pipe = PIPELINES[read_index(sharing)["_class_name"]].from_pretrained(sharing)
+    model = export_model(
+        pipe.transformer, sharing, read_pipeline_config(sharing), tmp_path, lora_rank=0
+    )
+    assert {path.name for path in model.iterdir()} >= {"vae", "text_encoder", "tokenizer"}
+
+
+def test_shipped_models_have_names():
+    assert resolve_model(BUILTIN) == WEIGHTS
