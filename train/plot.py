@@ -1,0 +1,118 @@
+"""Draw a training run: `python -m train.plot run=runs/student_3` writes runs/student_3/plot.png.
+
+One panel per family of numbers in metrics.jsonl: what shares a name up to its last part, such as
+`critic_loss_sigma_0.2` and `critic_loss_sigma_0.4`, or `val_shape` and `val_colour`.
+"""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema import option
+from infer.cli import run_command
+from wan.errors import WanError
+
+Series = list[tuple[int, float]]  # (step, value)
+
+# Numbers that belong together though their names do not say so.
+FAMILIES = {
+    "student_grad_norm": "gradient norms",
+    "critic_grad_norm": "gradient norms",
+    "grad_norm": "gradient norms",
+    "student_mean": "student's x0",
+    "student_std": "student's x0",
+    "student_max": "student's x0",
+    "student_drift": "student over teacher",
+    "motion_ratio": "student over teacher",
+    "saturation_ratio": "student over teacher",
+    "spread_ratio": "student over teacher",
+    "health": "health and captions that came true",
+    "val_joint": "health and captions that came true",
+    "teacher_joint": "health and captions that came true",
+}
+PREFIXES = {
+    "critic_loss_sigma_": "critic's loss by noise level",
+    "exits_": "exits",
+    "val_": "right",
+}
+COLUMNS = 3
+
+
+@dataclass
+class PlotConfig:
+    """`train.plot`: a picture of a run."""
+
+    run: str = option("runs/distill", "the output_dir of a training command")
+    output: str | None = option(None, "the picture; null: plot.png beside the metrics")
+
+
+def read_series(path: Path) -> dict[str, Series]:
+    """Every number of a metrics.jsonl over steps; what was not finite is left out.
+
+    Raises:
+        WanError: there is no such file, or nothing in it yet.
+    """
+    if not path.is_file():
+        raise WanError(f"{path}: no metrics there; run= is the output_dir of a training command")
+    series: dict[str, Series] = defaultdict(list)
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                series[name].append((row["step"] + 1, value))
+    if not series:
+        raise WanError(f"{path}: no numbers yet")
+    return dict(series)
+
+
+def family(name: str) -> str:
+    """The panel a number is drawn in."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    return next((title for start, title in PREFIXES.items() if name.startswith(start)), name)
+
+
+def draw(series: dict[str, Series], path: Path, title: str) -> None:
+    """Write the picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise WanError('drawing needs matplotlib: pip install -e ".[plot]"') from error
+    panels: dict[str, list[str]] = defaultdict(list)
+    for name in series:
+        panels[family(name)].append(name)
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(4.6 * COLUMNS, 2.8 * rows), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axes, (heading, names) in zip(grid.flat, panels.items(), strict=False):
+        for name in names:
+            steps, values = zip(*series[name], strict=True)
+            label = next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)
+            axes.plot(
+                steps, values, marker="." if len(steps) < 30 else "", linewidth=1, label=label
+            )
+        axes.set_title(heading, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axes.legend(fontsize=7, frameon=False)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.remove()
+    for axes in grid[-1]:
+        axes.set_xlabel("steps", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def plot(config: PlotConfig) -> int:
+    folder = Path(config.run).expanduser()
+    output = Path(config.output) if config.output else folder / "plot.png"
+    draw(read_series(folder / "metrics.jsonl"), output, folder.name)
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(plot, PlotConfig, "plot", text_keys=(), path_keys=("run", "output"))
