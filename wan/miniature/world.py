@@ -2,7 +2,7 @@
 
 A scene holds one or two flat objects on a plain background. Its *factors* (shape, colour, size,
 motion, background, count) are what captions speak of and detectors read; its *nuisance variables*
-(start, radius, speed, phase, brightness) follow known laws and are never mentioned.
+(start, radius, speed, brightness) follow known laws and are never mentioned.
 
 All lengths are pixels of a 128 x 128 stage, x to the right and y down, pixel centres at .5; a clip
 of another size is the same scene, scaled. All speeds are pixels per frame at 8 frames per second.
@@ -60,6 +60,7 @@ SPEED = 2.0
 SPEED_JITTER = 0.10
 PATH_RADIUS = 12.0  # of a circling object's path
 TURN_FRAMES = 24  # of a full turn: two thirds of one in 17 frames
+TOP = -math.pi / 2  # where on its path a circling object starts: a phase that varied was not learnt
 BRIGHTNESS_JITTER = 0.03
 TWO_OBJECTS = 0.4  # share of scenes with two objects
 EDGE_MARGIN = 1.0
@@ -234,7 +235,7 @@ def _place(
     radius = RADIUS[size] * (1 + rng.uniform(-RADIUS_JITTER, RADIUS_JITTER))
     nominal = {"still": 0.0, "circling": 2 * math.pi * PATH_RADIUS / TURN_FRAMES}
     speed = nominal.get(motion, SPEED) * (1 + rng.uniform(-SPEED_JITTER, SPEED_JITTER))
-    phase = rng.uniform(0, 2 * math.pi) if motion == "circling" else 0.0
+    phase = TOP if motion == "circling" else 0.0
     at_origin = SceneObject(shape, colour, size, motion, radius, 0.0, 0.0, speed, phase)
     boxes = object_boxes(at_origin, num_frames)
     start = []
