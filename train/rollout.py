@@ -92,7 +92,8 @@ def guided_velocity(
         None if condition.first_frame is None else torch.cat([f for f in frames if f is not None]),
     )
     doubled = predict_velocity(dit, torch.cat([x, x]), torch.cat([timestep, timestep]), both)
-    return guide(*doubled.chunk(2), scale)
+    with_text, without = doubled.chunk(2)
+    return guide(with_text, without, scale)
 
 
 def guided_x0(

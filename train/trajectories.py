@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train.store import TensorStore, key_of
+from train.parallel import ALONE, World
+from train.store import key_of, open_to_extend, open_to_read
 from wan.noise import draw_noise, sample_generators
 from wan.samplers import sample_euler
 from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule
@@ -58,7 +59,7 @@ def sample_trajectories(
     schedule: Schedule,
     folder: Path,
     identity: str,
-    device: torch.device,
+    world: World = ALONE,
     batch_size: int = 32,
 ) -> Trajectories:
     """Sample the teacher once per caption; what is in `folder` already is not sampled again.
@@ -68,9 +69,10 @@ def sample_trajectories(
         shape: (C, T, H, W) of one sample.
         levels: the student's noise levels, all of them in `schedule`; the first is its start.
         identity: digest of the teacher and how it is sampled; part of the keys.
+        world: the processes that sample together; the main one writes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    store = TensorStore(folder, "trajectories")
+    store = open_to_extend(folder, "trajectories", verify=False)
     keys = [
         key_of(identity, schedule.sigmas.tolist(), list(levels), list(shape), i, text)
         for i, text in enumerate(captions)
@@ -80,7 +82,7 @@ def sample_trajectories(
         for start in range(0, len(missing), batch_size):
             rows = missing[start : start + batch_size]
             generators = sample_generators(rows, len(rows))
-            x = draw_noise(shape, generators).to(device)
+            x = draw_noise(shape, generators).to(world.device)
             found = [x] * (schedule.sigmas[0].item() in levels)
 
             def keep(i: int, timestep: float, sigma: float, x: Tensor, found=found) -> None:
@@ -89,10 +91,11 @@ def sample_trajectories(
 
             sample_euler(teacher([captions[row] for row in rows]), x, schedule, keep)
             path = torch.stack(found, dim=1).half().cpu()  # (B, K + 1, C, T, H, W)
-            store.add(
-                {keys[row]: one.contiguous() for row, one in zip(rows, path, strict=True)},
-                {keys[row]: {"caption": captions[row]} for row in rows},
-            )
+            if world.is_main:  # the others helped: a sharded network takes all processes
+                tensors = {keys[row]: one.contiguous() for row, one in zip(rows, path, strict=True)}
+                store.add(tensors, {keys[row]: {"caption": captions[row]} for row in rows})
             bar.update(len(rows))
+    world.gather(None)  # all is written
+    store = open_to_read(folder, "trajectories")
     paths = torch.stack([store.read(key) for key in keys])
     return Trajectories(list(captions), paths[:, :-1], paths[:, -1])

@@ -1,0 +1,426 @@
+"""One iteration of distribution matching distillation, readable from `train_step` down.
+
+Source: DMD2, arXiv:2405.14867: backward simulation, two time scales, an optional adversarial term;
+DMD, arXiv:2311.18828: the optional regression. The formulas are in `train.losses`, the student's
+chain in `train.rollout`.
+"""
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from configs.distillation import DistillConfig
+from train.frozen import Texts
+from train.gan import Discriminator, block_numbers, noised_logits
+from train.loop import step_generator
+from train.losses import (
+    adversarial_loss,
+    discriminator_loss,
+    dmd_gradient,
+    dmd_normalizer,
+    flow_matching_loss,
+    loss_with_gradient,
+    sample_score_sigmas,
+)
+from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
+from train.parallel import World
+from train.rollout import (
+    Condition,
+    draw_exits,
+    guided_velocity,
+    guided_x0,
+    predict_velocity,
+    predict_x0,
+    roll_out,
+)
+from train.state import TrainState
+from train.trajectories import Trajectories
+from wan.dit import WanDiT
+from wan.errors import WanError
+from wan.flow import add_noise, velocity_target
+from wan.noise import draw_noise, sample_generators
+from wan.pipeline_config import PipelineConfig
+from wan.samplers import sample_euler, sample_few_step
+from wan.schedule import NUM_TIMESTEPS, Schedule, few_step_schedule
+
+CRITIC_BINS = 5  # the critic's loss is logged by noise level, in as many bins of [0, 1]
+PANEL_SEED = 1_000_000  # noise of the validation samples: sample i has this plus i
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What a step reads: captions, and clips where a term needs them."""
+
+    captions: list[str]
+    latents: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step is made from, this process's rows of it.
+
+    Attributes:
+        condition, null: the captions encoded, and the negative prompt as often.
+        shape: (C, T, H, W) of what is to be made.
+        clips: (B, C, T, H, W), or None.
+    """
+
+    condition: Condition
+    null: Condition
+    shape: Sequence[int]
+    clips: Tensor | None
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The three roles; a teacher that is frozen, two that are trained."""
+
+    student: WanDiT
+    teacher: WanDiT
+    critic: WanDiT
+
+
+class Distillation:
+    """The networks and the two updates; everything a step does, readable from `train_step` down."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        settings: PipelineConfig,
+        networks: Networks,
+        texts: Texts,
+        draw: Callable[[int], Clips],
+        world: World,
+    ) -> None:
+        self.config, self.texts, self.draw, self.world = config, texts, draw, world
+        self.student, self.teacher = networks.student, networks.teacher
+        self.critic = networks.critic
+        self.trajectories: Trajectories | None = None
+        self.device = texts.device
+        self.rows = world.rows(config.batch_size)
+        self.schedule = student_schedule(config)
+        self.shape = latent_shape(config, settings)
+        self.gan_blocks: list[int] = []
+        self.discriminator: Discriminator | None = None
+        if config.gan.weight:
+            layers = settings.transformer.num_layers
+            self.gan_blocks = block_numbers(config.gan.blocks, layers)
+            with torch.random.fork_rng(devices=[]):  # the same in all processes
+                torch.manual_seed(config.seed)
+                width = settings.transformer.width
+                self.discriminator = Discriminator(width, len(self.gan_blocks))
+            self.discriminator.to(world.loading_device)
+            world.prepare(self.discriminator)
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def new_state(self) -> TrainState:
+        config = self.config
+        betas = (config.beta1, config.beta2)
+        modules: dict[str, nn.Module] = {"student": self.student, "critic": self.critic}
+        if self.discriminator is not None:
+            modules["discriminator"] = self.discriminator
+        rates = {name: config.lr if name == "student" else config.critic_lr for name in modules}
+        optimizers = {
+            name: make_optimizers(module, "adamw", rates[name], betas, config.weight_decay)["adamw"]
+            for name, module in modules.items()
+        }
+        return TrainState(modules, optimizers, {"student": EMA(self.student, config.ema_decay)})
+
+    # --- one iteration ----------------------------------------------------------------------------
+
+    def train_step(self, state: TrainState) -> dict[str, float]:
+        """Every `critic_ratio`-th iteration the student moves; then the critic follows, always."""
+        generator = step_generator(self.config.seed, state.step)
+        values: dict[str, float] = {}
+        if self.config.dmd_weight == 0:
+            return self.update_student(state, generator)
+        if self.student_moves(state.step):
+            values |= self.update_student(state, generator)
+        return values | self.update_critic(state, generator)
+
+    def student_moves(self, step: int) -> bool:
+        scores = self.config.scores
+        return step >= scores.critic_warmup and (step + 1) % scores.critic_ratio == 0
+
+    def update_student(self, state: TrainState, generator: torch.Generator) -> dict[str, float]:
+        config, values = self.config, dict[str, float]()
+        total = torch.zeros((), device=self.device)
+        if config.dmd_weight:
+            loss, seen = self.matching_loss(state.step, generator)
+            total, values = total + config.dmd_weight * loss, values | seen
+        if self.trajectories is not None:
+            loss = self.regression_loss(state.step, generator)
+            total, values = (
+                total + config.regression.weight * loss,
+                values | {"regression": float(loss.detach())},
+            )
+        total.backward()
+        check_gradients(state.step, "student", self.student)
+        lr = self.rate(state.step, config.lr)
+        parameters = trainable(self.student)
+        values["student_grad_norm"] = apply_gradients(
+            {"student": state.optimizers["student"]}, parameters, lr, config.grad_clip
+        )
+        for bystander in (self.critic, self.discriminator):  # the adversarial term passed them
+            if bystander is not None:
+                bystander.zero_grad(set_to_none=True)
+        state.averages["student"].update(self.student)
+        return values | {"loss_student": float(total.detach()), "lr": lr}
+
+    def matching_loss(
+        self, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """DMD's loss on fresh samples of the student, the adversarial term added."""
+        config, scores = self.config, self.config.scores
+        batch = self.batch(step, generator)
+        condition, null = batch.condition, batch.null
+        x0, exits = self.sample_student(batch, generator)
+        sigma, noise = self.score_levels(generator), self.noise(batch.shape, generator)
+        weight = condition.frame_weight(x0.shape[2])
+        with torch.no_grad(), self.autocast():
+            x = add_noise(x0, noise, sigma)
+            x0_critic = predict_x0(self.critic, x, sigma, condition)
+            x0_teacher = guided_x0(self.teacher, x, sigma, condition, null, scores.guidance_scale)
+            gradient = dmd_gradient(x0, x0_teacher, x0_critic, weight)
+        check_finite(step, x0_student=x0, x0_critic=x0_critic, x0_teacher=x0_teacher)
+        drift = float(x0.detach().std() / x0_teacher.std())
+        if not 1 / config.max_drift < drift < config.max_drift:
+            raise WanError(
+                f"step {step}: diverged: the student's x0 has {drift:.3g} times the spread of the "
+                f"teacher's (max_drift={config.max_drift:g}); lower lr or scores.guidance_scale"
+            )
+        loss = loss_with_gradient(x0, gradient)
+        values = {
+            "dmd_gradient": float(gradient.square().mean().sqrt()),
+            "dmd_normalizer": float(dmd_normalizer(x0.detach(), x0_teacher, weight).mean()),
+            "student_mean": float(x0.detach().mean()),
+            "student_std": float(x0.detach().std()),
+            "student_drift": drift,
+            "student_max": float(x0.detach().abs().max()),
+        }
+        counts = torch.bincount(exits, minlength=len(self.schedule)).tolist()
+        values |= {f"exits_{i}": float(count) for i, count in enumerate(counts)}
+        if self.discriminator is not None:
+            with self.autocast():
+                logits = self.logits(x0, noise, sigma, condition)
+            adversarial = adversarial_loss(logits)
+            loss = loss + config.gan.weight * adversarial
+            values["gan_student"] = float(adversarial.detach())
+        return loss, values
+
+    def regression_loss(self, step: int, generator: torch.Generator) -> Tensor:
+        """Squared distance of the student's x0 from where the teacher's trajectory ends."""
+        assert self.trajectories is not None
+        config = self.config
+        count = len(self.trajectories.captions)
+        rows = torch.randint(count, (config.batch_size,), generator=generator)[self.rows]
+        exits = self.exits(generator)
+        x, target, captions = self.trajectories.batch(rows.tolist(), exits)
+        condition = Condition(*self.texts(captions))
+        sigma = self.schedule.sigmas[exits].to(self.device)
+        with self.autocast():
+            x0 = predict_x0(self.student, x.to(self.device), sigma, condition)
+        check_finite(step, x0_student=x0)
+        return (x0 - target.to(self.device)).square().mean()
+
+    def update_critic(self, state: TrainState, generator: torch.Generator) -> dict[str, float]:
+        """Flow matching on new samples of the student as it is now."""
+        config = self.config
+        batch = self.batch(state.step, generator)
+        condition = batch.condition
+        with torch.no_grad():
+            x0, _ = self.sample_student(batch, generator)
+        sigma, noise = self.score_levels(generator), self.noise(batch.shape, generator)
+        weight = condition.frame_weight(x0.shape[2])
+        with self.autocast():
+            x = add_noise(x0, noise, sigma)
+            velocity = predict_velocity(self.critic, x, NUM_TIMESTEPS * sigma, condition)
+        target = velocity_target(x0, noise)
+        loss = flow_matching_loss(velocity, target, weight)
+        values = {"critic_loss": float(loss.detach()), **loss_by_level(velocity, target, sigma)}
+        optimizers = {"critic": state.optimizers["critic"]}
+        if self.discriminator is not None:
+            assert batch.clips is not None
+            with self.autocast():
+                verdicts = [self.logits(x, noise, sigma, condition) for x in (batch.clips, x0)]
+            told_apart = discriminator_loss(*verdicts)
+            loss = loss + config.gan.critic_weight * told_apart
+            values["gan_critic"] = float(told_apart.detach())
+            optimizers["discriminator"] = state.optimizers["discriminator"]
+        loss.backward()
+        check_gradients(state.step, "critic", self.critic)
+        parameters = [p for name in optimizers for p in trainable(state.modules[name])]
+        values["critic_grad_norm"] = apply_gradients(
+            optimizers, parameters, self.rate(state.step, config.critic_lr), config.grad_clip
+        )
+        return values | {"memory_gb": peak_memory_gb(self.device)}
+
+    # --- what both updates need -------------------------------------------------------------------
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        """Of a step; some batches are given their first frames."""
+        drawn = self.draw(step)
+        clips = None if drawn.latents is None else drawn.latents[self.rows].to(self.device)
+        first = None
+        if float(torch.rand((), generator=generator)) < self.config.first_frame_share:
+            assert clips is not None
+            first = clips[:, :, :1]
+        context, num_rows = self.texts(drawn.captions[self.rows])
+        negative = self.texts([self.config.scores.negative_prompt] * len(context))
+        shape = self.shape if clips is None else clips.shape[1:]
+        return Batch(Condition(context, num_rows, first), Condition(*negative, first), shape, clips)
+
+    def sample_student(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Samples of the student (B, C, T, H, W) and the step each left the chain at (B,)."""
+        exits = self.exits(generator)
+        noises = [self.noise(batch.shape, generator) for _ in range(len(self.schedule))]
+        deterministic, sharded = self.config.student.deterministic, self.world.size > 1
+        with self.autocast():
+            x0 = roll_out(
+                self.student, batch.condition, self.schedule, exits, noises, deterministic, sharded
+            )
+        return x0, exits
+
+    # Randomness is drawn for the whole batch: a process takes its own rows of it.
+
+    def exits(self, generator: torch.Generator) -> Tensor:
+        config, steps = self.config, len(self.schedule)
+        return draw_exits(config.batch_size, steps, config.student.exits, generator)[self.rows]
+
+    def score_levels(self, generator: torch.Generator) -> Tensor:
+        scores, batch = self.config.scores, self.config.batch_size
+        bounds = (scores.lowest, scores.highest)
+        sigma = sample_score_sigmas(batch, scores.shift, bounds, generator, scores.clamp)
+        return sigma[self.rows].to(self.device)
+
+    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        noise = torch.randn(self.config.batch_size, *shape, generator=generator)
+        return noise[self.rows].to(self.device)
+
+    def logits(self, x0: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        assert self.discriminator is not None
+        host = self.critic if self.config.gan.host == "critic" else self.teacher
+        return noised_logits(self.discriminator, host, self.gan_blocks, x0, noise, sigma, condition)
+
+    def rate(self, step: int, peak: float) -> float:
+        config = self.config
+        return learning_rate(step, peak, config.loop.steps, config.warmup, config.final_lr)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
+
+    # --- sampling for the panel and for trajectories ----------------------------------------------
+
+    def teacher_velocity(
+        self, captions: Sequence[str], guidance: float
+    ) -> Callable[[Tensor, float], Tensor]:
+        """The guided teacher as a sampler wants it."""
+        condition = Condition(*self.texts(list(captions)))
+        null = Condition(*self.texts([self.config.scores.negative_prompt] * len(captions)))
+
+        def velocity(x: Tensor, timestep: float) -> Tensor:
+            level = torch.full((len(x),), timestep, device=x.device)
+            with self.autocast():
+                return guided_velocity(self.teacher, x, level, condition, null, guidance)
+
+        return velocity
+
+    @torch.no_grad()
+    def sample_panel(self, captions: Sequence[str], schedule: Schedule | None) -> Tensor:
+        """Latents for captions from the panel's noise: the student's, or the teacher's."""
+        generators = sample_generators(PANEL_SEED, len(captions))
+        x = draw_noise(self.shape, generators).to(self.device)
+        if schedule is not None:
+            velocity = self.teacher_velocity(captions, self.config.scores.guidance_scale)
+            return sample_euler(velocity, x, schedule)
+        condition = Condition(*self.texts(list(captions)))
+
+        def student_velocity(x: Tensor, timestep: float) -> Tensor:
+            level = torch.full((len(x),), timestep, device=x.device)
+            with self.autocast():
+                return predict_velocity(self.student, x, level, condition)
+
+        return sample_few_step(
+            student_velocity,
+            x,
+            self.schedule,
+            renoise=lambda i: draw_noise(self.shape, generators),
+            deterministic=self.config.student.deterministic,
+        )
+
+    @torch.no_grad()
+    def triptych(self, x0: Tensor, text: str) -> Tensor:
+        """A sample (1, C, T, H, W), then what teacher and critic make of it noised: (3, ...)."""
+        condition = Condition(*self.texts([text]))
+        null = Condition(*self.texts([self.config.scores.negative_prompt]))
+        x0, sigma = x0.to(self.device), torch.full((1,), 0.7, device=self.device)
+        x = add_noise(x0, draw_noise(self.shape, sample_generators(0, 1)).to(self.device), sigma)
+        guidance = self.config.scores.guidance_scale
+        with self.autocast():
+            teacher = guided_x0(self.teacher, x, sigma, condition, null, guidance)
+            critic = predict_x0(self.critic, x, sigma, condition)
+        return torch.cat([x0, teacher, critic])
+
+
+# --- checks and small measures --------------------------------------------------------------------
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def check_finite(step: int, **tensors: Tensor) -> None:
+    """Stop where a tensor has a number that is not finite; nothing is repaired.
+
+    Raises:
+        WanError: names the step, the tensor and how many.
+    """
+    for name, tensor in tensors.items():
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise WanError(f"step {step}: {bad} of {tensor.numel()} numbers in {name} not finite")
+
+
+def check_gradients(step: int, role: str, module: nn.Module) -> None:
+    """As `check_finite`, for the gradients of a module."""
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            check_finite(step, **{f"the gradient of {role}.{name}": parameter.grad})
+
+
+def loss_by_level(velocity: Tensor, target: Tensor, sigma: Tensor) -> dict[str, float]:
+    """The critic's mean squared error in each bin of noise levels that occurs."""
+    error = (velocity.detach().float() - target).square().flatten(1).mean(1)
+    bins = (sigma * CRITIC_BINS).long().clamp(max=CRITIC_BINS - 1)
+    return {
+        f"critic_loss_sigma_{b / CRITIC_BINS:.1f}": float(error[bins == b].mean())
+        for b in bins.unique().tolist()
+    }
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far, in 10^9 bytes: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def student_schedule(config: DistillConfig) -> Schedule:
+    student = config.student
+    shift = config.scores.shift if student.warp else student.table_shift
+    return few_step_schedule(student.timesteps, shift, student.warp)
+
+
+def latent_shape(config: DistillConfig, settings: PipelineConfig) -> tuple[int, int, int, int]:
+    defaults = settings.defaults
+    return settings.latent_shape(
+        config.height or defaults.height,
+        config.width or defaults.width,
+        config.num_frames or defaults.num_frames,
+    )
