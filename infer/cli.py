@@ -179,7 +179,7 @@ def _execute(
     return max(codes)
 
 
-def report(error: WanError | OSError) -> int:
+def report(error: Exception) -> int:
     """Print an error as one line; the exit code that belongs to it."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

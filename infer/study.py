@@ -9,10 +9,9 @@ goes on where it stopped. A setting that fails is named at the end; the others a
 Options of a setting are changed as in settings.teacher_unipc_50.share=0.1.
 """
 
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +19,31 @@ import torch
 from tqdm import tqdm
 
 from configs.evaluation import CAPTION_SETS, EvaluateConfig, StudyConfig
-from infer.cli import Run, report, run_jobs
+from infer.cli import Run, run_jobs
 from infer.command_line import CommandLine
-from infer.evaluate import SOURCES, device_of, folder_of, generate, load_pipeline, sampling
+from infer.evaluate import SOURCES, device_of, folder_of, generate, sampling
 from infer.measure import Example, VideoSource, draw_examples, evaluate, write_record
 from infer.record import writable_folder
+from infer.resumable import (
+    LastPipeline,
+    is_stored,
+    plan_record,
+    report_failed,
+    result_key,
+    run_each,
+    weight_digests,
+)
 from infer.study_report import read_settings, write_report
-from wan.digests import hash_files, list_files
-from wan.errors import WanError
-from wan.pipeline import WanPipeline
 
 LINE = CommandLine(StudyConfig, "study", text_keys=(), path_keys=("output_dir", "checkpoint"))
 
 
-class LastPipeline:
-    """The last model that was loaded, for the next setting that wants the same."""
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._pipeline: WanPipeline | None = None
-
-    def get(self, config: EvaluateConfig) -> WanPipeline:
-        key = (folder_of(config), config.device, config.dtype)
-        if self._pipeline is None or key != self._key:
-            self._pipeline = None  # before the next one needs the room
-            self._pipeline = load_pipeline(config)
-            self._key = key
-        return self._pipeline
-
-
 def question_key(config: EvaluateConfig, examples: Sequence[Example]) -> str:
-    """sha256 of all that a result depends on: settings, captions and scenes, and weights."""
+    """The key of a result: settings, captions and scenes, and weights."""
     parts: list[Any] = [config.question(), repr(examples)]
     if config.source != "renders":
-        files = list_files(folder_of(config))
-        if not files:
-            raise WanError(f"{folder_of(config)}: no such folder, or an empty one")
-        digests = hash_files(files.values())
-        parts.append({name: digests[path] for name, path in files.items()})
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def is_stored(file: Path, key: str) -> bool:
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["key"] == key
+        parts.append(weight_digests(folder_of(config)))
+    return result_key(parts)
 
 
 def open_source(
@@ -72,13 +53,9 @@ def open_source(
     if config.source != "model":
         return SOURCES[config.source](config), None
     pipeline = models.get(config)
+    size = (config.height, config.width, config.num_frames)
     plan = pipeline.plan(**sampling(config))
-    return generate(config, pipeline), {
-        "sampler": plan.sampler,
-        "steps": len(plan.schedule),
-        "guidance_scale": plan.guidance_scale,
-        "untrained": list(plan.untrained),
-    }
+    return generate(config, pipeline), plan_record(pipeline, plan, *size)
 
 
 def run_setting(name: str, config: StudyConfig, folder: Path, models: LastPipeline) -> None:
@@ -110,16 +87,9 @@ def run_setting(name: str, config: StudyConfig, folder: Path, models: LastPipeli
 
 def run_settings(config: StudyConfig, folder: Path) -> list[str]:
     """Run the settings one after the other; the names of those that failed."""
-    failed = []
     models = LastPipeline()
-    for name in config.only or config.settings:
-        try:
-            run_setting(name, config, folder, models)
-        except (WanError, OSError) as error:
-            print(f"{name} failed:", file=sys.stderr)
-            report(error)
-            failed.append(name)
-    return failed
+    names = config.only or config.settings
+    return run_each({name: partial(run_setting, name, config, folder, models) for name in names})
 
 
 def main(run: Run[StudyConfig]) -> int:
@@ -132,8 +102,7 @@ def main(run: Run[StudyConfig]) -> int:
         print(write_report(config, stored, folder))
     else:
         print(f"{folder}: no stored results to report", file=sys.stderr)
-    if failed:
-        print(f"{len(failed)} settings failed: {', '.join(failed)}", file=sys.stderr)
+    report_failed(failed, "settings")
     return 1 if failed or not stored else 0
 
 

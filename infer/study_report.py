@@ -2,17 +2,24 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.evaluation import CAPTION_SETS, StudyConfig
-from infer.measure import wilson_interval
+from infer.report import (
+    INTERVALS,
+    Column,
+    Point,
+    draw_panels,
+    exactly,
+    markdown_table,
+    numbers,
+    share,
+)
 from wan.errors import WanError
 from wan.miniature.comparison import (
     Clause,
@@ -78,15 +85,11 @@ def _values(records: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
     for name in ("entropy", "cells"):
         values[name] = [caption["clips"][name] for caption in captions]
         values[f"true_{name}"] = [caption["truth"][name] for caption in captions]
-    return {
-        name: torch.tensor([float("nan") if v is None else float(v) for v in column])
-        for name, column in values.items()
-    }
+    return {name: numbers(column) for name, column in values.items()}
 
 
 def _share(stored: Stored, name: str) -> Estimate:
-    right = stored.measured.values[name]
-    return Estimate(float(right.mean()), *wilson_interval(int(right.sum()), len(right)))
+    return share(stored.measured.values[name])
 
 
 def _mean(stored: Stored, name: str) -> Estimate:
@@ -98,8 +101,7 @@ def _of_truth(stored: Stored, name: str) -> Estimate:
 
 
 def _median(stored: Stored, name: str) -> Estimate:
-    value = stored.records["single"]["summary"][name]
-    return Estimate(value, value, value)
+    return exactly(stored.records["single"]["summary"][name])
 
 
 def _distance(stored: Stored, _: str) -> Estimate:
@@ -107,34 +109,10 @@ def _distance(stored: Stored, _: str) -> Estimate:
 
 
 def _frechet(stored: Stored, _: str) -> Estimate:
-    value = frechet_distance(stored.measured.features, stored.measured.truth)
-    return Estimate(value, value, value)
+    return exactly(frechet_distance(stored.measured.features, stored.measured.truth))
 
 
-@dataclass(frozen=True)
-class Column:
-    """One number of a setting: its heading, how it is written, and how it is computed."""
-
-    heading: str
-    written: str
-    compute: Callable[[Stored, str], Estimate]
-    name: str = ""
-
-    def estimate(self, stored: Stored) -> Estimate | None:
-        """None where no clip of the setting shows what is measured."""
-        try:
-            return self.compute(stored, self.name)
-        except WanError:
-            return None
-
-    def cell(self, value: Estimate | None) -> str:
-        if value is None:
-            return "-"
-        one, low, high = (format(v, self.written) for v in (value.value, value.low, value.high))
-        return one if low == high else f"{one} ({low} to {high})"
-
-
-COLUMNS = (
+COLUMNS: tuple[Column[Stored], ...] = (
     Column("joint, one object", ".1%", _share, "joint"),
     Column("joint, two objects", ".1%", _share, "pair_joint"),
     Column("motion ratio", ".3f", _mean, "motion_ratio"),
@@ -154,7 +132,7 @@ Estimates = dict[str, list[Estimate | None]]  # setting -> a number per column
 def table(stored: list[Stored], estimates: Estimates) -> str:
     """Markdown, one row per setting."""
     head = ["setting", "steps", "guidance", *(column.heading for column in COLUMNS), "captions"]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for one in stored:
         plan = one.plan or {}
         cells = [c.cell(v) for c, v in zip(COLUMNS, estimates[one.name], strict=True)]
@@ -163,7 +141,7 @@ def table(stored: list[Stored], estimates: Estimates) -> str:
             [one.name, str(plan.get("steps", "-")), f"{plan.get('guidance_scale', '-')}"]
             + [*cells, " + ".join(map(str, captions))]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(head, rows)
 
 
 def compare(config: StudyConfig, stored: list[Stored]) -> tuple[str, list[Clause]]:
@@ -198,10 +176,9 @@ def write_report(config: StudyConfig, stored: list[Stored], folder: Path) -> str
         {f"{r['device']}, {r['threads']} threads" for s in stored for r in s.records.values()}
     )
     notes = (
-        "Captions: of one object + of two + with several seeds each. Intervals are 95 %: Wilson's "
-        "for shares, a bootstrap over captions for the rest. Distances are of fixed random "
-        "features, to other true clips of the same captions; the row of the renders is their "
-        f"floor. Seconds without loading, on: {'; '.join(machines)}."
+        f"Captions: of one object + of two + with several seeds each. {INTERVALS} Distances are of "
+        "fixed random features, to other true clips of the same captions; the row of the renders "
+        f"is their floor. Seconds without loading, on: {'; '.join(machines)}."
     )
     text = f"{table(stored, estimates)}\n\n{notes}\n\n```\n{decision}\n```\n"
     (folder / REPORT).write_text(text, encoding="utf-8")
@@ -211,44 +188,12 @@ def write_report(config: StudyConfig, stored: list[Stored], folder: Path) -> str
 
 def draw(config: StudyConfig, stored: list[Stored], estimates: Estimates, file: Path) -> None:
     """A panel per column over the number of steps; ceilings are horizontal lines."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator
-    except ImportError as error:
-        raise WanError('the picture needs matplotlib: pip install -e ".[plot]"') from error
-    lines: dict[str, list[Stored]] = {}
+    panels: dict[str, list[Point]] = {column.heading: [] for column in COLUMNS}
     for one in stored:
-        lines.setdefault(config.settings[one.name].line or one.name, []).append(one)
-    steps = sorted({one.plan["steps"] for one in stored if one.plan is not None})
-    figure = Figure(figsize=(18, 11), layout="constrained")
-    *panels, legend = figure.subplots(3, 4).flat
-    for number, (panel, column) in enumerate(zip(panels, COLUMNS, strict=True)):
-        for index, (label, members) in enumerate(lines.items()):
-            style = {"color": f"C{index % 10}", "label": label}
-            points = [(one.plan, estimates[one.name][number]) for one in members]
-            known = sorted(
-                (plan["steps"], e.value, e.low, e.high)
-                for plan, e in points
-                if plan is not None and e is not None
-            )
-            if known:
-                x, y, low, high = (torch.tensor(values) for values in zip(*known, strict=True))
-                errors = torch.stack((y - low, high - y)).clamp(min=0)
-                panel.errorbar(x, y, errors, marker="o", markersize=4, capsize=2, **style)
-            for plan, e in points:
-                if plan is None and e is not None:
-                    panel.axhline(e.value, linestyle="--", linewidth=1, **style)
-        panel.set_title(column.heading)
-        panel.set_xscale("log")
-        panel.set_xticks(steps, [str(count) for count in steps])
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_xlabel("steps")
-        panel.grid(alpha=0.3)
-    handles = {
-        label: handle
-        for panel in panels
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    legend.legend(handles.values(), handles.keys(), loc="center")
-    legend.axis("off")
-    figure.savefig(file, dpi=110)
+        line = config.settings[one.name].line or one.name
+        steps = None if one.plan is None else exactly(one.plan["steps"])
+        for column, value in zip(COLUMNS, estimates[one.name], strict=True):
+            if value is not None:
+                panels[column.heading].append(Point(line, steps, value))
+    ticks = sorted({one.plan["steps"] for one in stored if one.plan is not None})
+    draw_panels(panels, file, "steps", ticks)

@@ -21,8 +21,10 @@ from configs.schema import SamplerConfig
 from infer import study, study_report
 from infer.cli import Run, compose_runs, execute
 from infer.measure import draw_examples
-from infer.study import LINE, LastPipeline, main, open_source, question_key
+from infer.resumable import LastPipeline
+from infer.study import LINE, main, open_source, question_key
 from infer.study_report import read_settings
+from wan.attention_config import AttentionConfig
 from wan.errors import WanError
 
 
@@ -241,6 +243,13 @@ def test_settings_of_one_model_share_it_and_students_run_as_trained(tmp_path, mo
         **{"student": 3, "one": 1},
     }
     assert plans["few"]["sampler"] == "euler"
+    causal = replace(config.settings["few"], attention=AttentionConfig("frame_causal"))
+    config.settings["causal"] = causal
+    same = loaded.get(config.evaluation("many", "single"))
+    assert loaded.get(config.evaluation("causal", "single")) is same
+    assert same.transformer.attention.config.name == "frame_causal"
+    loaded.get(config.evaluation("many", "single"))
+    assert same.transformer.attention.config.name == "sdpa"
     assert plans["one"]["untrained"]
     with pytest.raises(WanError, match="allow_untrained"):
         open_source(config.evaluation("untrained", "single"), loaded)

@@ -1,0 +1,108 @@
+"""Long lists of things to make: what is stored is not made again, a failure stops only itself."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.evaluation import EvaluateConfig
+from infer.cli import report
+from infer.evaluate import folder_of, load_pipeline
+from wan.digests import hash_files, list_files
+from wan.errors import WanError
+from wan.pipeline import WanPipeline
+from wan.sampling_plan import SamplingPlan
+
+# What one entry of a list can fail by, while the others may still be made.
+FAILURES = (WanError, OSError, FloatingPointError, torch.OutOfMemoryError)
+
+
+class LastPipeline:
+    """The last model that was loaded, for the next entry that wants the same."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._pipeline: WanPipeline | None = None
+
+    def get(self, config: EvaluateConfig) -> WanPipeline:
+        """The model that a config names, with the attention that it names."""
+        key = (folder_of(config), config.device, config.dtype)
+        if self._pipeline is None or key != self._key:
+            self._pipeline = None  # before the next one needs the room
+            self._pipeline = load_pipeline(config)
+            self._key = key
+        else:
+            self._pipeline.set_attention(config.attention)
+        return self._pipeline
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a model; read again only if a file's size or time has changed.
+
+    Raises:
+        WanError: there is nothing to hash.
+    """
+    files = list_files(folder)
+    if not files:
+        raise WanError(f"{folder}: no such folder, or an empty one")
+    states = {name: path.stat() for name, path in files.items()}
+    return _digests(
+        tuple((name, files[name], s.st_size, s.st_mtime_ns) for name, s in states.items())
+    )
+
+
+@cache
+def _digests(files: tuple[tuple[str, Path, int, int], ...]) -> dict[str, str]:
+    digests = hash_files(path for _, path, _, _ in files)
+    return {name: digests[path] for name, path, _, _ in files}
+
+
+def result_key(parts: Sequence[Any]) -> str:
+    """sha256 of all that a result depends on: plain data, in this order."""
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
+
+
+def is_stored(file: Path, key: str) -> bool:
+    """Whether a record is there and answers this very question."""
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["key"] == key
+
+
+def plan_record(
+    pipeline: WanPipeline, plan: SamplingPlan, height: int, width: int, num_frames: int
+) -> dict[str, Any]:
+    """How a model makes its clips; density is attention's share of the FLOPs of dense attention."""
+    shape = pipeline.config.latent_shape(height, width, num_frames)[1:]
+    patches = pipeline.config.transformer.patch_size
+    frames, rows, columns = (size // patch for size, patch in zip(shape, patches, strict=True))
+    attention = pipeline.transformer.attention
+    return {
+        "sampler": plan.sampler,
+        "steps": len(plan.schedule),
+        "guidance_scale": plan.guidance_scale,
+        "untrained": list(plan.untrained),
+        "density": attention.density((frames, rows, columns), len(plan.schedule)),
+    }
+
+
+def run_each(entries: Mapping[str, Callable[[], None]]) -> list[str]:
+    """Call one after the other; the names of those that failed, each with its reason on stderr."""
+    failed = []
+    for name, make in entries.items():
+        try:
+            make()
+        except FAILURES as error:
+            print(f"{name} failed:", file=sys.stderr)
+            report(error)
+            failed.append(name)
+    return failed
+
+
+def report_failed(failed: Sequence[str], what: str) -> None:
+    """Say at the end, where it is seen, what was not made."""
+    if failed:
+        print(f"{len(failed)} {what} failed: {', '.join(failed)}", file=sys.stderr)
