@@ -156,7 +156,14 @@ class SampleConfig:
     device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
     dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    offload: str = option("none", "stage keeps only the network at work on the device")
+    offload: str = option(
+        "none", "stage keeps only the network at work on the device, block only two of its blocks"
+    )
+    quantize: str = option(
+        "none", "int8 or fp8 weights in the transformer and text encoder: half the memory"
+    )
+    compile: str = option("none", "torch.compile: dit (its blocks), all (the VAE's decoder too)")
+    preflight: bool = option(True, "refuse before loading what cannot fit into memory")
     tile: int | None = option(None, "decode in tiles of this many latents: less memory, not exact")
     verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
     lora: str | None = option(None, "a LoRA file to merge into the weights")
@@ -178,7 +185,9 @@ class SampleConfig:
             raise WanError("checkpoint= is empty: name a folder or a hub id")
         check_choice("image_fit", self.image_fit, ("crop", "resize"))
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        check_choice("offload", self.offload, ("none", "stage"))
+        check_choice("offload", self.offload, ("none", "stage", "block"))
+        check_choice("quantize", self.quantize, ("none", "int8", "fp8"))
+        check_choice("compile", self.compile, ("none", "dit", "all"))
         check_device("device", self.device)
         check_seed("seed", self.seed)
         check_at_least("num_videos", self.num_videos, 1)

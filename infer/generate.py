@@ -39,11 +39,13 @@ from infer.request import (
 )
 from wan.attention import network_attention
 from wan.hub import resolve_model
+from wan.memory import free_bytes
 from wan.noise import sample_generators
 from wan.pipeline import WanPipeline
-from wan.pipeline_config import read_pipeline_config
+from wan.pipeline_config import PipelineConfig, part_folder, read_pipeline_config
 from wan.placement import resolve_device
-from wan.tokenizer import clean_prompt
+from wan.preflight import MemoryPlan, MemoryRequest, check_fits, predict_memory, size
+from wan.tokenizer import Tokenizer, clean_prompt
 from wan.video import contact_sheet, flaw, to_uint8, write_video
 
 BAD_RESULT = 1
@@ -71,7 +73,12 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     transformer = model_config.transformer
     attention = network_attention(config.attention, transformer.num_layers)
     attention.verify(transformer.attention_head_dim, device, dtype)
+    memory = predicted_memory(requests, model_config, folder, device, dtype)
+    free = free_bytes(device) + models.bytes_on(device)
     print(describe(requests[0], folder), file=sys.stderr)
+    print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
+    if config.preflight:
+        check_fits(memory, free)
     model = models.get(folder, config, device)
     code = 0
     total = sum(request.config.num_videos for request in requests)
@@ -82,6 +89,41 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
             if done == INTERRUPTED:
                 return INTERRUPTED
     return code
+
+
+def predicted_memory(
+    requests: list[Request],
+    model: PipelineConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> MemoryPlan:
+    """What the largest of some jobs will take."""
+    tokenizer = Tokenizer.from_folder(part_folder(folder, "tokenizer"))
+
+    def num_tokens(request: Request) -> int:
+        texts = (request.prompt, request.config.negative_prompt or "")
+        limit = request.max_sequence_length
+        return max(len(tokenizer(clean_prompt(text), limit).ids) for text in texts)
+
+    largest = max(requests, key=lambda request: request.tokens)
+    config = largest.config
+    return predict_memory(
+        MemoryRequest(
+            model,
+            largest.latent_shape,
+            largest.plan,
+            prompt_tokens=max(map(num_tokens, requests)),
+            max_sequence_length=largest.max_sequence_length,
+            device=device,
+            dtype=dtype,
+            attention=config.attention,
+            has_image=any(request.image is not None for request in requests),
+            offload=config.offload,
+            quantize=config.quantize,
+            tile=config.tile,
+        )
+    )
 
 
 def make_video(
@@ -130,8 +172,8 @@ def make_video(
 def _reason(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "out of memory on the GPU; try offload=stage, dtype=bfloat16, attention=sdpa, or a "
-            "smaller height, width or num_frames"
+            "out of memory on the GPU; try offload=stage or block, quantize=int8, "
+            "dtype=bfloat16, attention=sdpa, or a smaller height, width or num_frames"
         )
     return str(error)
 

@@ -13,7 +13,7 @@ from infer.record import WeightDigests
 from infer.request import torch_dtype
 from wan.digests import verify_digests
 from wan.errors import WanError
-from wan.lora import merge_lora
+from wan.lora import LoRAMerge
 from wan.lora_files import LoRA, read_lora
 from wan.pipeline import PIPELINES, WanPipeline
 from wan.pipeline_config import PipelineConfig, read_pipeline_config
@@ -50,7 +50,10 @@ class LoadedModel:
         if config.verify:
             print(f"{verify_digests(folder)} files match their sha256", file=sys.stderr)
         model = read_pipeline_config(folder)
-        loras = read_loras(config, model)
+        loras = {
+            part: LoRAMerge(lora, config.lora_strength)
+            for part, lora in read_loras(config, model).items()
+        }
         bars = StageBars()
         try:
             self.pipeline: WanPipeline = PIPELINES[model.class_name].from_pretrained(
@@ -59,14 +62,14 @@ class LoadedModel:
                 device=device,
                 attention=config.attention,
                 offload=config.offload,
+                compile=config.compile,
+                quantize=config.quantize,
+                loras=loras,
                 on_progress=bars,
             )
         finally:
             bars.close()
-        self.merges = []
-        for part, lora in loras.items():
-            report = merge_lora(self.pipeline.modules[part], lora, config.lora_strength)
-            self.merges.append(f"{part}: {report}")
+        self.merges = [f"{part}: {merge.report}" for part, merge in loras.items()]
         self.digests = WeightDigests(folder) if config.hash_weights else None
         self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
         self.seconds = time.perf_counter() - started
@@ -85,7 +88,7 @@ class ModelCache:
 
     def get(self, folder: Path, config: SampleConfig, device: torch.device) -> LoadedModel:
         key = (
-            *(folder, device, config.dtype, config.offload),
+            *(folder, device, config.dtype, config.offload, config.compile, config.quantize),
             *(config.lora, config.lora_2, config.lora_strength, config.hash_weights),
         )
         if self._model is None or key != self._key:
@@ -96,6 +99,17 @@ class ModelCache:
         self._model.pipeline.tile = config.tile
         self._model.pipeline.set_attention(config.attention)
         return self._model
+
+    def bytes_on(self, device: torch.device) -> int:
+        """What the model at hand takes of a device: as good as free for the next one."""
+        if self._model is None:
+            return 0
+        return sum(
+            tensor.nbytes
+            for module in self._model.pipeline.modules.values()
+            for tensor in module.state_dict().values()
+            if tensor.device.type == device.type
+        )
 
 
 def read_loras(config: SampleConfig, model: PipelineConfig) -> dict[str, LoRA]:

@@ -564,12 +564,29 @@ def test_offloaded_experts_take_turns_on_the_device(tokenizer_folder, monkeypatc
         visits.append(("out", networks[id(module)]))
 
     monkeypatch.setattr("wan.placement.visiting", watched)
-    monkeypatch.setattr("wan.pipeline.visiting", watched)
     assert np.array_equal(pipeline("blue", seed=0).frames, pipeline("blue", seed=0).frames)
     first = ["text_encoder", "transformer", "transformer_2", "vae"]
     again = ["transformer", "transformer_2", "vae"]  # the prompt is known by then
     assert visits == [(way, name) for name in first + again for way in ("in", "out")]
     assert np.array_equal(pipeline(PROMPT, seed=0).frames, expected)
+
+
+@pytest.mark.parametrize(("what", "offload"), [("dit", "block"), ("all", "none")])
+def test_compiling_changes_no_video(tokenizer_folder, monkeypatch, what, offload):
+    """With the compiler's tracing, and its graphs run op by op: no C++ compiler is needed."""
+    compile_module = torch.nn.Module.compile
+
+    def traced_only(module, **options):
+        compile_module(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced_only)
+    pipeline = build(tokenizer_folder)
+    expected = pipeline(PROMPT, seed=4).frames
+    pipeline.offload = offload
+    pipeline._compile(what)
+    assert pipeline.transformer.blocks[1]._compiled_call_impl is not None
+    assert (pipeline.vae.decoder._compiled_call_impl is not None) == (what == "all")
+    np.testing.assert_allclose(pipeline(PROMPT, seed=4).frames, expected, atol=1e-5)
 
 
 def test_a_visit_leaves_the_module_as_it_was():
@@ -688,7 +705,9 @@ def test_the_official_layout_is_recognised(tmp_path):
     ("options", "message"),
     [
         ({"attention": "flash4"}, "sdpa"),
-        ({"offload": "block"}, "none, stage"),
+        ({"offload": "disk"}, "none, stage, block"),
+        ({"quantize": "int4"}, "none, int8, fp8"),
+        ({"compile": "vae"}, "none, dit, all"),
         ({"device": "abacus"}, "abacus"),
         ({"device": "cuda:99"}, "cuda:99"),
         ({"transformer_2": "elsewhere"}, "one network"),

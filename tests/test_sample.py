@@ -107,7 +107,7 @@ def test_a_prompt_becomes_a_video_with_its_record(run, tmp_path, models):
 def test_the_header_tells_every_setting_and_its_source(run):
     _, _, err = run("prompt=x", "steps=2", "shift=3")
     lines = [line.split("  ") for line in err.splitlines()]
-    rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:20]}
+    rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:22]}
     assert rows["height"] == ("32", "checkpoint")
     assert rows["steps"] == ("2", "command line")
     assert rows["shift"] == ("3.0", "command line")

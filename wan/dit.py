@@ -14,8 +14,9 @@ consecutive tokens that share a timestep: 1, T or L.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,9 @@ class Float32Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        # Tensors without values (meta), by which memory is predicted, know no autocast.
+        plain = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with plain:
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
@@ -105,6 +108,11 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     frequency = torch.exp(-math.log(10000.0) * index / half)
     angle = timestep.float().unsqueeze(-1) * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def compute_dtype(layer: nn.Linear) -> torch.dtype:
+    """The dtype of a layer's products: its bias's, as the weight may be stored in fewer bits."""
+    return layer.bias.dtype
 
 
 class RMSNorm(nn.Module):
@@ -213,7 +221,7 @@ class SelfAttention(AttentionLayers):
 
         Without a grid all tokens attend to all, whatever `attention` is.
         """
-        x = x.to(self.query.weight.dtype)
+        x = x.to(compute_dtype(self.query))
         query = apply_rope(self.split_heads(self.query_norm(self.query(x))), *rope)
         key = apply_rope(self.split_heads(self.key_norm(self.key(x))), *rope)
         value = self.split_heads(self.value(x))
@@ -229,13 +237,13 @@ class CrossAttention(AttentionLayers):
 
     def key_value(self, text: Tensor) -> KeyValue:
         """Keys and values (B, N, S, K) of the embedded text (B, S, D)."""
-        text = text.to(self.key.weight.dtype)
+        text = text.to(compute_dtype(self.key))
         return self.split_heads(self.key_norm(self.key(text))), self.split_heads(self.value(text))
 
     def forward(self, x: Tensor, text: Tensor | KeyValue, bias: Tensor | None) -> Tensor:
         """(B, L, D) and the embedded text, or its keys and values -> (B, L, D)."""
         key, value = self.key_value(text) if isinstance(text, Tensor) else text
-        query = self.query_norm(self.query(x.to(self.query.weight.dtype)))
+        query = self.query_norm(self.query(x.to(compute_dtype(self.query))))
         return self.merge_heads(self.attention(self.split_heads(query), key, value, bias))
 
 
@@ -248,7 +256,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(ffn_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x.to(self.up.weight.dtype))
+        hidden = self.up(x.to(compute_dtype(self.up)))
         return self.down(F.gelu(hidden, approximate="tanh"))
 
 
@@ -340,6 +348,8 @@ class WanDiT(nn.Module):
             )
         self.config = config
         self.run_block = CHECKPOINT_BLOCKS[checkpoint_blocks]
+        # Entered with a block around its work: `wan.placement` brings its weights meanwhile.
+        self.block_at_work: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
         self.split: TokenSplit | None = None
         self.attention = network_attention(attention, config.num_layers)
         width = config.width
@@ -387,7 +397,8 @@ class WanDiT(nn.Module):
 
         for block, text in zip(self.blocks, context.per_block, strict=True):
             arguments = (x, modulation, rope, text, context.bias, None if exact else grid)
-            x = self.run_block(block, *arguments)
+            with self.block_at_work(block):
+                x = self.run_block(block, *arguments)
 
         patches = self.head(x, time)
         if self.split is not None:
@@ -455,7 +466,8 @@ class WanDiT(nn.Module):
         key_values = []
         for block, text in zip(self.blocks, embedded.per_block, strict=True):
             assert isinstance(text, Tensor)
-            key_values.append(cast(Block, block).cross_attention.key_value(text))
+            with self.block_at_work(block):
+                key_values.append(cast(Block, block).cross_attention.key_value(text))
         return ContextCache(key_values, embedded.bias)
 
     def token_grid(self, latents: Tensor) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ and `fold_lora` turns them into plain layers again.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wan.errors import WanError
 from wan.keys import released_name
 from wan.lora_files import FOLDER_NAMES, FullDelta, LoRA, LowRank, read_lora
+from wan.quantize import refuse_quantized
 from wan.safetensors_file import write_tensors
 from wan.weights import grouped
 
@@ -28,6 +29,7 @@ __all__ = [
     "DEFAULT_TARGETS",
     "LoRA",
     "LoRALinear",
+    "LoRAMerge",
     "MergeReport",
     "add_lora",
     "fold_lora",
@@ -72,20 +74,56 @@ def merge_lora(module: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeRep
 
     Raises:
         WanError: a parameter that the module lacks or that has another shape (all of them listed,
-            with the model the LoRA seems to be for), weights not loaded yet, strength not finite.
+            with the model the LoRA seems to be for), weights not loaded yet, weights quantised,
+            strength not finite.
     """
-    if not math.isfinite(strength):
-        raise WanError(f"LoRA strength={strength}: must be a finite number")
+    merge = LoRAMerge(lora, strength)
+    refuse_quantized(module, "merge a LoRA before (from_pretrained does, given loras=)")
     parameters = dict(module.named_parameters())
-    check_fit(parameters, lora)
+    merge.check(parameters)
+    unloaded = [name for name in lora.names if parameters[name].is_meta]
+    if unloaded:
+        raise WanError(f"LoRA {lora.path}: load the model's weights first: {grouped(unloaded)}")
     for name in lora.names:
-        parameter = parameters[name]
-        total = parameter.float()
-        for change in changes_of(lora, name):
-            total = total + strength * change.delta(parameter.device).reshape(parameter.shape)
-        parameter.copy_(total)
-    ranks = tuple(sorted({pair.rank for pair in lora.pairs.values()}))
-    return MergeReport(lora.path, lora.format, strength, lora.num_tensors, ranks, tuple(lora.names))
+        parameters[name].copy_(merge(name, parameters[name]))
+    return merge.report
+
+
+@dataclass(frozen=True)
+class LoRAMerge:
+    """A LoRA on its way into weights, one parameter at a time: (our name, tensor) -> tensor.
+
+    For loading (`wan.weights.load_module`); `merge_lora` is for modules that are loaded.
+
+    Raises:
+        WanError: strength is not finite.
+    """
+
+    lora: LoRA
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise WanError(f"LoRA strength={self.strength}: must be a finite number")
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        """Refuse parameters that it does not fit; they need no values yet."""
+        check_fit(parameters, self.lora)
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        total = tensor
+        for change in changes_of(self.lora, name):
+            delta = change.delta(tensor.device).reshape(tensor.shape)
+            total = total.float() + self.strength * delta
+        return total.to(tensor.dtype)
+
+    @property
+    def report(self) -> MergeReport:
+        lora = self.lora
+        ranks = tuple(sorted({pair.rank for pair in lora.pairs.values()}))
+        return MergeReport(
+            lora.path, lora.format, self.strength, lora.num_tensors, ranks, tuple(lora.names)
+        )
 
 
 def changes_of(lora: LoRA, name: str) -> list[LowRank | FullDelta]:
@@ -97,7 +135,7 @@ def changes_of(lora: LoRA, name: str) -> list[LowRank | FullDelta]:
     return found
 
 
-def check_fit(parameters: dict[str, nn.Parameter], lora: LoRA) -> None:
+def check_fit(parameters: Mapping[str, Tensor], lora: LoRA) -> None:
     missing = [name for name in lora.names if name not in parameters]
     misfits = [
         (name, change.shape, tuple(parameters[name].shape))
@@ -118,12 +156,9 @@ def check_fit(parameters: dict[str, nn.Parameter], lora: LoRA) -> None:
     if problems:
         problems += [describe_model(parameters, lora)]
         raise WanError(f"LoRA {lora.path}: was made for another model: {'; '.join(problems)}")
-    unloaded = [name for name in lora.names if parameters[name].is_meta]
-    if unloaded:
-        raise WanError(f"LoRA {lora.path}: load the model's weights first: {grouped(unloaded)}")
 
 
-def describe_model(parameters: dict[str, nn.Parameter], lora: LoRA) -> str:
+def describe_model(parameters: Mapping[str, Tensor], lora: LoRA) -> str:
     """The size of the model, and what can be told of the one that the LoRA was made for."""
     layers = [int(m[1]) for name in lora.names if (m := re.match(r"blocks\.(\d+)\.", name))]
     model_layers = [int(m[1]) for name in parameters if (m := re.match(r"blocks\.(\d+)\.", name))]

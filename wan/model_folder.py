@@ -13,11 +13,26 @@ from wan.checkpoint import open_checkpoint
 from wan.dit import WanDiT
 from wan.errors import WanError
 from wan.keys import VAELevels
+from wan.lora import LoRAMerge
 from wan.pipeline_config import PipelineConfig, part_folder, write_configs
-from wan.pipeline_io import OnProgress, report
+from wan.pipeline_io import OnProgress, check_names, report
 from wan.umt5 import UMT5Encoder
 from wan.vae import WanVAE
-from wan.weights import load_module, save_component
+from wan.weights import build_on_meta, load_module, save_component
+
+QUANTIZED_PARTS = ("transformer", "transformer_2", "text_encoder")
+
+
+def module_builders(
+    config: PipelineConfig, attention: AttentionChoice = "sdpa"
+) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each part, by the name of its folder."""
+    return {
+        "transformer": lambda: WanDiT(config.transformer, attention),
+        "transformer_2": lambda: WanDiT(config.transformer, attention),
+        "vae": lambda: WanVAE(config.vae),
+        "text_encoder": lambda: UMT5Encoder(config.text_encoder),
+    }
 
 
 def load_modules(
@@ -28,28 +43,37 @@ def load_modules(
     dtype: torch.dtype,
     device: torch.device,
     attention: AttentionChoice,
+    quantize: str = "none",
+    loras: Mapping[str, LoRAMerge] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Every network of a pipeline, in evaluation mode, by the name of its folder.
 
     Args:
         overrides: part -> a file or folder to take instead of the folder's own.
+        quantize: of the parts in `QUANTIZED_PARTS`; see `wan.quantize`.
+        loras: part -> what is merged into it before it is quantised.
 
     Raises:
-        WanError: weights that are missing, damaged or of another model.
+        WanError: weights that are missing, damaged or of another model; a LoRA of another model.
     """
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "transformer": lambda: WanDiT(config.transformer, attention),
-        "transformer_2": lambda: WanDiT(config.transformer, attention),
-        "vae": lambda: WanVAE(config.vae),
-        "text_encoder": lambda: UMT5Encoder(config.text_encoder),
-    }
+    builders = module_builders(config, attention)
+    loras = loras or {}
+    check_names("loras", list(loras), [part for part in builders if part in config.components])
+    for part, merge in loras.items():
+        merge.check(dict(build_on_meta(builders[part]).named_parameters()))
     modules = {}
     for done, part in enumerate(config.components):
         report(on_progress, "load", done, len(config.components))
         checkpoint = open_checkpoint(overrides.get(part) or part_folder(folder, part))
         module = load_module(
-            builders[part], checkpoint, weight_kind(part), dtype=dtype, device=device
+            builders[part],
+            checkpoint,
+            weight_kind(part),
+            dtype=dtype,
+            device=device,
+            quantize=quantize if part in QUANTIZED_PARTS else "none",
+            change=loras.get(part),
         )
         modules[part] = module.eval()
     report(on_progress, "load", len(config.components), len(config.components))

@@ -8,8 +8,8 @@ B videos, C T h w latent sizes, F frames, H W pixels, S text positions.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,6 +22,7 @@ from wan.denoiser import Denoiser, Expert
 from wan.dit import WanDiT
 from wan.errors import WanError
 from wan.hub import resolve_model
+from wan.lora import LoRAMerge
 from wan.model_folder import load_modules, save_modules
 from wan.noise import draw_noise
 from wan.pipeline_config import BASE, FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
@@ -40,7 +41,8 @@ from wan.pipeline_io import (
     prompt_list,
     report,
 )
-from wan.placement import OFFLOAD, ExpertSlot, resolve_device, visiting
+from wan.placement import OFFLOAD, ExpertSlot, at_work, has_blocks, pin, resolve_device
+from wan.quantize import check_quantize, refuse_quantized
 from wan.sampling_plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.schedule import FEW_STEP_TIMESTEPS, Schedule
 from wan.step_hook import StepCallback, StepHook, run_sampler
@@ -49,6 +51,7 @@ from wan.umt5 import UMT5Encoder, encode_text
 from wan.vae import WanVAE, decode_tiled
 
 MAX_CACHED_PROMPTS = 64
+COMPILE = ("none", "dit", "all")
 
 P = TypeVar("P", bound="WanPipeline")
 
@@ -79,6 +82,7 @@ class WanPipeline:
         transformer_2: WanDiT | None = None,
         device: str | torch.device = "cpu",
         offload: str = "none",
+        compile: str = "none",
         tokenizer_folder: Path | None = None,
         safety_checker: Callable[[Tensor], bool] | None = None,
     ) -> None:
@@ -86,8 +90,12 @@ class WanPipeline:
 
         Args:
             config: its settings; must describe the given modules.
-            device: where to compute. With offload "stage" modules stay where they are and visit
-                the device for their stage only.
+            device: where to compute.
+            offload: "none"; "stage": modules stay where they are and visit the device for their
+                stage only; "block": at most two blocks of a transformer or text encoder are there
+                at a time (see `wan.placement`). No numbers change.
+            compile: "dit" compiles the blocks of the transformers with torch.compile, which takes
+                about a minute at the first step of each size; "all" the VAE's decoder too.
             tokenizer_folder: the files that `save_pretrained` copies.
             safety_checker: called with the (F, 3, H, W) frames of a video in [0, 1]; returns True
                 if they must not be shown.
@@ -95,6 +103,7 @@ class WanPipeline:
         if config.class_name != self.CLASS_NAME:
             raise WanError(f"a {config.class_name} model: use wan.{config.class_name} for it")
         check_names("offload", [offload], OFFLOAD)
+        check_names("compile", [compile], COMPILE)
         if (transformer_2 is None) != (config.boundary_ratio is None):
             raise WanError("transformer_2 and boundary_ratio: two experts need both, one neither")
         self.config = config
@@ -111,6 +120,7 @@ class WanPipeline:
         self.last_timings: dict[str, float] = {}
         self._prompt_cache: dict[tuple[str, int], Tensor] = {}
         self.to(device)
+        self._compile(compile)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -126,7 +136,21 @@ class WanPipeline:
         if self.offload == "none":
             for module in self.modules.values():
                 module.to(self.device)
+        if self.offload == "block" and self.device.type == "cuda":
+            for module in self.modules.values():
+                if has_blocks(module):
+                    pin(module)
         return self
+
+    def _compile(self, what: str) -> None:
+        """Block by block: one is compiled for all, and offloading keeps its seams between them."""
+        if what == "none":
+            return
+        for network in (self.transformer, self.transformer_2):
+            for block in () if network is None else network.blocks:
+                block.compile(dynamic=False)
+        if what == "all":
+            self.vae.decoder.compile(dynamic=False)
 
     def set_attention(self, attention: AttentionChoice) -> None:
         """Attend in another way from the next call on.
@@ -157,6 +181,9 @@ class WanPipeline:
         device: str | torch.device = "cpu",
         attention: AttentionChoice = "sdpa",
         offload: str = "none",
+        compile: str = "none",
+        quantize: str = "none",
+        loras: Mapping[str, LoRAMerge] | None = None,
         revision: str | None = None,
         offline: bool = False,
         transformer: str | Path | None = None,
@@ -171,7 +198,11 @@ class WanPipeline:
         Args:
             name: a folder in the released layout, or a hub id.
             dtype: of the weights; each module keeps in float32 what it declares.
-            device, offload: see the constructor.
+            device, offload, compile: see the constructor.
+            quantize: "none", "int8" or "fp8", of the transformers' and the text encoder's large
+                layers; see `wan.quantize`.
+            loras: to merge into "transformer" and "transformer_2" while they are read, before
+                they are quantised.
             attention: see `set_attention`.
             revision, offline: of a hub id, see `wan.hub.resolve_model`.
             transformer, transformer_2, vae, text_encoder: a folder or file with other weights for
@@ -183,6 +214,8 @@ class WanPipeline:
             WanError: anything wrong with the files or the choices; settings before weights.
         """
         check_names("offload", [offload], OFFLOAD)
+        check_names("compile", [compile], COMPILE)
+        check_quantize(quantize)
         target = resolve_device(device)
         folder = resolve_model(name, revision, offline)
         parts = {
@@ -205,6 +238,8 @@ class WanPipeline:
             dtype=dtype,
             device=target if offload == "none" else torch.device("cpu"),
             attention=attention,
+            quantize=quantize,
+            loras=loras,
             on_progress=on_progress,
         )
         return cls(
@@ -212,6 +247,7 @@ class WanPipeline:
             tokenizer=tokenizer,
             device=target,
             offload=offload,
+            compile=compile,
             tokenizer_folder=part_folder(folder, "tokenizer"),
             safety_checker=safety_checker,
             **modules,
@@ -238,8 +274,11 @@ class WanPipeline:
         """Write the released layout, which diffusers' WanPipeline loads too; dtypes are kept.
 
         Raises:
-            WanError: the folder holds something already, or the tokenizer's files are unknown.
+            WanError: the folder holds something already, the tokenizer's files are unknown, or the
+                weights are quantised.
         """
+        for module in self.modules.values():
+            refuse_quantized(module, "released layouts hold plain ones; load with quantize=none")
         save_modules(Path(folder), self.config, self.modules, self.tokenizer_folder)
 
     # --- the call ---------------------------------------------------------------------------------
@@ -504,17 +543,22 @@ class WanPipeline:
     def decode_latents(self, latents: Tensor, on_progress: OnProgress | None = None) -> Tensor:
         """Normalised latents (B, C, T, h, w) -> video (B, 3, F, H, W) in [-1, 1], on the CPU."""
         total = len(latents) * latents.shape[2]
-        videos, done = [], 0
+        config, done = self.vae.config, 0
+        frames, height, width = latents.shape[2:]
+        stride = config.spatial_stride
+        num_frames = (frames - 1) * config.temporal_stride + 1
+        video = torch.empty(len(latents), 3, num_frames, height * stride, width * stride)
         report(on_progress, "decode", 0, total)
         with self._on_device(self.vae):
-            for one in latents.to(self.device).split(1):
-                chunks = []
+            for one, room in zip(latents.to(self.device).split(1), video.split(1), strict=True):
+                start = 0
                 for chunk in self._decoded(one):
-                    chunks.append(chunk.float().cpu())
-                    done += -(-chunk.shape[2] // self.vae.config.temporal_stride)
+                    count = chunk.shape[2]
+                    room[:, :, start : start + count] = chunk  # float32 from here on
+                    start += count
+                    done += -(-count // config.temporal_stride)
                     report(on_progress, "decode", done, total)
-                videos.append(torch.cat(chunks, dim=2))
-        return torch.cat(videos)
+        return video
 
     def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
         """The frames of one video, chunk by chunk; tiles come in one piece."""
@@ -533,12 +577,7 @@ class WanPipeline:
         image_latents: Tensor | None,
     ) -> tuple[Denoiser, ExpertSlot]:
         """The velocity function of a call, and where its experts visit the device."""
-        slot = ExpertSlot(self.device)
-
-        def before_expert(network: Any) -> None:
-            if self.offload == "stage":
-                slot.bring(network)
-
+        slot = ExpertSlot(self.device, self.offload)
         low_noise = None
         if self.transformer_2 is not None:
             low_noise = Expert(self.transformer_2, plan.guidance_scale_2)
@@ -549,7 +588,7 @@ class WanPipeline:
             low_noise,
             self.config.boundary_ratio,
             image_latents,
-            before_expert,
+            slot.bring,
             self.transformer.attention.exact_timesteps(plan.schedule.timesteps.tolist()),
         )
         return denoiser, slot
@@ -573,7 +612,7 @@ class WanPipeline:
         return size
 
     def _on_device(self, module: nn.Module) -> AbstractContextManager[None]:
-        return visiting(module, self.device) if self.offload == "stage" else nullcontext()
+        return at_work(module, self.device, self.offload)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

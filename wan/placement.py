@@ -1,7 +1,12 @@
-"""Where a module is while it works: permanently on the device, or only for its stage."""
+"""Where a module is while it works: permanently on the device, or only for its stage.
+
+With offload "block" even a network at work is not there as a whole: its blocks take turns in two
+slots, one computes while the next is copied. Networks tell where a block's work begins and ends by
+`with self.block_at_work(block):`.
+"""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +14,8 @@ from torch import Tensor, nn
 
 from wan.errors import WanError
 
-OFFLOAD = ("none", "stage")
+OFFLOAD = ("none", "stage", "block")
+Home = tuple[dict[str, Any], str, Tensor]  # a module's table, the name in it, the tensor
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -33,41 +39,157 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def homes_of(module: nn.Module, without: nn.Module | None = None) -> list[Home]:
+    """Every tensor of a module and where it is kept, less those of a part."""
+    left_out = set(() if without is None else without.modules())
+    return [
+        (table, name, tensor)
+        for owner in module.modules()
+        if owner not in left_out
+        for table in (owner._parameters, owner._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+
+
+def put(home: Home, copy: Tensor) -> None:
+    """Let a copy stand in for a tensor."""
+    table, name, tensor = home
+    is_parameter = isinstance(tensor, nn.Parameter)
+    table[name] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+
+
 @contextmanager
-def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+def visiting(
+    module: nn.Module, device: torch.device, without: nn.Module | None = None
+) -> Iterator[None]:
     """Copies of the module's tensors on a device, in their place for a while.
 
     At the end the originals are back, so nothing is copied home, and weights that are views of a
     mapped file stay so. What was changed on the device meanwhile is lost.
+
+    Args:
+        without: a part of the module that stays where it is.
     """
-    homes: list[tuple[dict[str, Any], str, Tensor]] = []
+    homes = homes_of(module, without)
     try:
-        for owner in module.modules():
-            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
-            for table in tables:
-                for name, tensor in table.items():
-                    if tensor is None:
-                        continue
-                    homes.append((table, name, tensor))
-                    copy = tensor.detach().to(device)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    table[name] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+        for home in homes:
+            put(home, home[2].detach().to(device))
         yield
     finally:
         for table, name, tensor in homes:
             table[name] = tensor
 
 
+class BlockStream:
+    """Two slots on a device that the blocks of a network take turns in: `with stream(block):`.
+
+    The first use of a block copies it and waits. From then on, while a block computes, the one
+    after it (after the last, the first) is copied on a stream of its own, from pinned memory. The
+    slots are all that is ever allocated, however far the CPU runs ahead of the GPU.
+
+    Args:
+        blocks: of equal sizes and dtypes, in the order of their work.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
+        self.device = device
+        self._order = {block: i for i, block in enumerate(blocks)}
+        self._homes = [homes_of(block) for block in blocks]
+        self._slots = [
+            [torch.empty_like(tensor, device=device) for _, _, tensor in self._homes[0]]
+            for _ in range(min(2, len(blocks)))
+        ]
+        self._holds: list[int | None] = [None] * len(self._slots)  # block in each slot
+        is_cuda = device.type == "cuda"
+        self._copies = torch.cuda.Stream(device) if is_cuda else None
+        if self._copies is not None:  # the slots' memory may still have an earlier user
+            self._copies.wait_stream(torch.cuda.current_stream(device))
+        self._arrived: list[Any] = [None] * len(self._slots)  # events on the copies' stream
+        self._left: list[Any] = [None] * len(self._slots)  # events on the stream that computes
+
+    @contextmanager
+    def __call__(self, block: nn.Module) -> Iterator[None]:
+        index = self._order[block]
+        if index not in self._holds:
+            self._fetch(index, 0)
+        slot = self._holds.index(index)
+        following = (index + 1) % len(self._homes)
+        if following not in self._holds:
+            self._fetch(following, 1 - slot)
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._arrived[slot])
+        try:
+            for home, copy in zip(self._homes[index], self._slots[slot], strict=True):
+                put(home, copy)
+            yield
+        finally:
+            for table, name, tensor in self._homes[index]:
+                table[name] = tensor
+            if self._copies is not None:
+                self._left[slot] = torch.cuda.current_stream(self.device).record_event()
+
+    @torch.no_grad()
+    def _fetch(self, index: int, slot: int) -> None:
+        """Start to copy a block into a slot, once the slot's last user is done."""
+        self._holds[slot] = index
+        pairs = zip(self._slots[slot], self._homes[index], strict=True)
+        if self._copies is None:
+            for copy, (_, _, tensor) in pairs:
+                copy.copy_(tensor)
+            return
+        if self._left[slot] is not None:
+            self._copies.wait_event(self._left[slot])
+        with torch.cuda.stream(self._copies):
+            for copy, (_, _, tensor) in pairs:
+                copy.copy_(tensor, non_blocking=True)
+        self._arrived[slot] = self._copies.record_event()
+
+
+@contextmanager
+def streaming(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Like `visiting`, but the blocks of the module come one by one."""
+    network: Any = module
+    with visiting(module, device, without=network.blocks):
+        network.block_at_work = BlockStream(network.blocks, device)
+        try:
+            yield
+        finally:
+            network.block_at_work = nullcontext
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # before the slots' memory is anyone's
+
+
+def has_blocks(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "blocks", None), nn.ModuleList)
+
+
+def at_work(module: nn.Module, device: torch.device, offload: str) -> AbstractContextManager[None]:
+    """The time that a module works on a device, however it gets there."""
+    if offload == "none":
+        return nullcontext()
+    if offload == "block" and has_blocks(module):
+        return streaming(module, device)
+    return visiting(module, device)
+
+
+def pin(module: nn.Module) -> None:
+    """Keep a module's tensors in pinned memory, from which a GPU copies while it computes."""
+    for home in homes_of(module):
+        put(home, home[2].detach().pin_memory())
+
+
 class ExpertSlot:
     """Room on the device for one network at a time: `bring` one, and the one before leaves."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, offload: str) -> None:
         self.device = device
+        self.offload = offload
         self._visit = ExitStack()
 
-    def bring(self, network: nn.Module) -> None:
+    def bring(self, network: Any) -> None:
         self._visit.close()
-        self._visit.enter_context(visiting(network, self.device))
+        self._visit.enter_context(at_work(network, self.device, self.offload))
 
     def close(self) -> None:
         """Send the last one home."""

@@ -11,6 +11,8 @@ Letters: B batch, S text positions, D width, N heads, K = d_kv, width of one hea
 
 import math
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -187,6 +189,8 @@ class UMT5Encoder(nn.Module):
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.config = config
+        # Entered with a block around its work: `wan.placement` brings its weights meanwhile.
+        self.block_at_work: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
@@ -212,7 +216,8 @@ class UMT5Encoder(nn.Module):
         key_mask = None if mask is None else mask[:, None, None, :]
         x = self.token_embedding(ids).float()  # (B, S, D)
         for block in self.blocks:
-            x = block(x, buckets, key_mask)
+            with self.block_at_work(block):
+                x = block(x, buckets, key_mask)
         return self.final_norm(x)
 
 

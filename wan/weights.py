@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,10 +22,14 @@ from torch.overrides import TorchFunctionMode
 from wan.checkpoint import INDEX_SUFFIX, Checkpoint, StoredTensor, family
 from wan.errors import WanError
 from wan.keys import ALIASES, KeyLayout, VAELevels, detect_layout, our_name, released_name
+from wan.quantize import check_quantize, quantize_layers, quantize_state
 from wan.safetensors_file import map_tensors, write_tensors
 from wan.tensor_reader import read_tensors
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# Of weights that are in memory at once on their way to fewer bits.
+GROUP_BYTES = 256 << 20
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,6 +63,8 @@ def load_module(
     threads: int | None = None,
     check_finite: bool = True,
     share_mapping: bool = True,
+    quantize: str = "none",
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> M:
     """Build a module and fill every parameter from a checkpoint in any known layout.
 
@@ -71,12 +77,16 @@ def load_module(
         check_finite: refuse NaN and infinity while the tensors pass by, and warn of zero matrices.
         share_mapping: let tensors that need no conversion be views of the mapped file (on the CPU),
             copied page by page only where they are written to. False reads them into memory.
+        quantize: see `wan.quantize`; weights are read `GROUP_BYTES` at a time, so that few of them
+            are in memory in full.
+        change: called with our name and the tensor of every parameter, in its dtype and before it
+            is quantised; returns what to take for it (see `wan.lora.LoRAMerge`).
     Raises:
         WanError: names, shapes or dtypes that don't fit, both ways, grouped; or not finite.
     """
+    check_quantize(quantize)
     names = match_names(checkpoint, component)
-    with torch.device("meta"), _NoInitialisation():
-        module = build()
+    module = build_on_meta(build)
     wanted = module.state_dict()
     check_fit(checkpoint, component, names, wanted)
     float32 = cast(Any, type(module)).FLOAT32_PARAMETERS
@@ -84,19 +94,51 @@ def load_module(
         name: target_dtype(name, names.stored[name].entry.dtype, dtype, float32) for name in wanted
     }
     stored = {name: names.stored[name] for name in wanted}
-    state, zero = read_tensors(
-        stored,
-        targets,
-        torch.device(device),
-        threads=min(8, os.cpu_count() or 1) if threads is None else threads,
-        check_finite=check_finite,
-        share_mapping=share_mapping,
-    )
+    state: dict[str, Tensor] = {}
+    zero: set[str] = set()
+    for group in [list(wanted)] if quantize == "none" else group_names(wanted, targets):
+        read, zeros = read_tensors(
+            {name: stored[name] for name in group},
+            targets,
+            torch.device(device),
+            threads=min(8, os.cpu_count() or 1) if threads is None else threads,
+            check_finite=check_finite,
+            share_mapping=share_mapping,
+        )
+        zero |= zeros
+        if change is not None:
+            read = {name: change(name, tensor) for name, tensor in read.items()}
+        state |= read if quantize == "none" else quantize_state(read, quantize)
+        del read  # before the next group needs the room
     warn_of_zeros(checkpoint, [stored[name] for name in sorted(zero)])
+    if quantize != "none":
+        quantize_layers(module, quantize)
     module.load_state_dict(state, assign=True)
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not left, f"buffers without a value: {left}"
     return module
+
+
+def build_on_meta(build: Callable[[], M]) -> M:
+    """The module without values."""
+    with torch.device("meta"), _NoInitialisation():
+        return build()
+
+
+def group_names(
+    wanted: Mapping[str, Tensor], targets: Mapping[str, torch.dtype]
+) -> Iterator[list[str]]:
+    """Names in order, in groups of at most `GROUP_BYTES`; a larger tensor is one by itself."""
+    group: list[str] = []
+    size = 0
+    for name, tensor in wanted.items():
+        nbytes = tensor.numel() * targets[name].itemsize
+        if group and size + nbytes > GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += nbytes
+    yield group
 
 
 def warn_of_zeros(checkpoint: Checkpoint, zero: list[StoredTensor]) -> None:

@@ -1,0 +1,348 @@
+"""The memory that a video will take, stage by stage, before any weight is read.
+
+    plan = predict_memory(request)
+    check_fits(plan, free_bytes(device))
+
+Weights are counted from the networks built on the meta device, with the dtypes and the quantisation
+that loading gives them; what the stages need beside them, by running the stages' own code there
+(`wan.memory`). So neither can drift from what is run. Not counted: workspaces of kernels,
+fragments, the CUDA context; and compiled networks are counted as eager ones, which need more.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wan.attention_config import AttentionConfig
+from wan.denoiser import guide
+from wan.dit import WanDiT
+from wan.errors import WanError
+from wan.memory import FusedAttention, LiveBytes, peak_bytes
+from wan.model_folder import QUANTIZED_PARTS, module_builders
+from wan.pipeline_config import PipelineConfig
+from wan.placement import has_blocks
+from wan.quantize import is_quantized_weight, quantize
+from wan.samplers import build_sampler
+from wan.sampling_plan import SamplingPlan
+from wan.schedule import Schedule
+from wan.tensor_reader import CHUNK_BYTES
+from wan.umt5 import UMT5Encoder
+from wan.vae import WanVAE
+from wan.weights import GROUP_BYTES, build_on_meta, target_dtype
+
+META = torch.device("meta")
+# Share of the free memory that stays for what is not counted.
+RESERVE = 0.05
+# Latent frames after which decoding has reached its full working set: two whole chunks.
+STEADY_LATENTS = 9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """A video and how it is to be made.
+
+    Attributes:
+        latent_shape: (C, T, h, w).
+        plan: sampler, schedule and guidance.
+        prompt_tokens: of the longest text.
+        max_sequence_length: rows of the context.
+        has_image: the video starts from a given frame.
+        tile: latents per side of the tiles that are decoded, or None.
+    """
+
+    config: PipelineConfig
+    latent_shape: tuple[int, int, int, int]
+    plan: SamplingPlan
+    prompt_tokens: int
+    max_sequence_length: int
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    attention: AttentionConfig | str = "sdpa"
+    has_image: bool = False
+    offload: str = "none"
+    quantize: str = "none"
+    tile: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the worst moment of each stage.
+
+    Attributes:
+        request: what it was made for.
+        stages: on the device, by name: load, encode_text, [encode_image,] denoise, decode.
+        host: beside a device that is not the CPU: weights kept there, or the finished video.
+    """
+
+    request: MemoryRequest
+    stages: dict[str, int]
+    host: int
+
+    @property
+    def worst(self) -> str:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda name: self.stages[name])
+
+    @property
+    def peak(self) -> int:
+        return self.stages[self.worst]
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{name} {size(n)}" for name, n in self.stages.items())
+        return stages + (f"; host {size(self.host)}" if self.host else "")
+
+
+def size(num_bytes: float) -> str:
+    """For a person: `11.3 GiB`."""
+    if num_bytes >= 0.1 * GIB:
+        return f"{num_bytes / GIB:.1f} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def predict_memory(request: MemoryRequest) -> MemoryPlan:
+    """What each stage takes at its worst moment."""
+    networks = {part: network_of(request, part) for part in request.config.components}
+    weights = {part: kept_bytes(module) for part, module in networks.items()}
+    working = {
+        "encode_text": ("text_encoder", text_bytes(request)),
+        "denoise": ("transformer", denoise_bytes(request)),
+        "decode": ("vae", decode_bytes(request)),
+    }
+    if request.has_image:
+        working["encode_image"] = ("vae", image_bytes(request))
+    on_cpu = request.device.type == "cpu"
+    loading = load_bytes(request, networks)
+    stages = {"load": loading if on_cpu or request.offload == "none" else 0}
+    for stage in ("encode_text", "encode_image", "denoise", "decode"):
+        if stage in working:
+            part, more = working[stage]
+            stages[stage] = resident_bytes(request, networks, part) + more
+    video = video_bytes(request)
+    if on_cpu:
+        return MemoryPlan(request, stages | {"decode": stages["decode"] + video}, 0)
+    host = video if request.offload == "none" else sum(weights.values()) + video
+    return MemoryPlan(request, stages, max(host, 0 if request.offload == "none" else loading))
+
+
+def check_fits(plan: MemoryPlan, free: int) -> None:
+    """Refuse a plan that the device has no room for.
+
+    Raises:
+        WanError: names the worst stage, what is free, and the first options that would do.
+    """
+    request, room = plan.request, free * (1 - RESERVE)
+    if plan.peak <= room:
+        return
+    for options in alternatives(request):
+        other = predict_memory(replace(request, **options))
+        if other.peak <= room:
+            words = " ".join(f"{name}={value_name(value)}" for name, value in options.items())
+            remedy = f"{words} would take {size(other.peak)}"
+            break
+    else:
+        remedy = "no option here makes it fit: take a smaller height, width or num_frames"
+    raise WanError(
+        f"not enough memory on {request.device}: {plan.worst} would take {size(plan.peak)}, "
+        f"{size(free)} are free; {remedy} (preflight=false tries anyway)"
+    )
+
+
+def alternatives(request: MemoryRequest) -> Iterator[dict[str, Any]]:
+    """Options that need less, those that change no numbers first."""
+    offloads = [{"offload": way} for way in ("stage", "block") if request.offload != way]
+    offloads = [] if request.device.type == "cpu" else offloads
+    yield from offloads
+    fewer: list[dict[str, Any]] = []
+    if request.dtype == torch.float32:
+        fewer.append({"dtype": torch.bfloat16})
+    if request.quantize == "none":
+        fewer += [{**options, "quantize": "int8"} for options in ({}, *fewer)]
+    for options in fewer:
+        yield options
+        yield from ({**options, **offload} for offload in offloads)
+    if request.tile is None and min(request.latent_shape[2:]) > 16:
+        yield {"tile": 16}
+        yield from ({"tile": 16, **options} for options in fewer)
+        yield from ({"tile": 16, **o, **f} for f in (*fewer, {}) for o in offloads)
+
+
+def value_name(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def network_of(request: MemoryRequest, part: str) -> Any:
+    """A network without values, with the dtypes that loading would give it."""
+    build = module_builders(request.config, attention_without_kernels(request.attention))[part]
+    module: Any = build_on_meta(build)
+    float32 = type(module).FLOAT32_PARAMETERS
+    state = {
+        name: tensor.to(target_dtype(name, tensor.dtype, request.dtype, float32))
+        for name, tensor in module.state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
+    if part in QUANTIZED_PARTS:
+        quantize(module, request.quantize)
+    return module.eval().requires_grad_(False)
+
+
+def attention_without_kernels(attention: AttentionConfig | str) -> AttentionConfig | str:
+    """Kernels of other packages need what a fused kernel needs, and do not run on meta."""
+    name = attention if isinstance(attention, str) else attention.name
+    return "sdpa" if name in ("flash3", "sage") else attention
+
+
+def kept_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def resident_bytes(request: MemoryRequest, networks: dict[str, Any], part: str) -> int:
+    """Weights on the device while one part is at work."""
+    module = networks[part]
+    everything = sum(kept_bytes(other) for other in networks.values())
+    slots = 0
+    if request.offload == "block" and has_blocks(module):
+        slots = min(2, len(module.blocks)) * kept_bytes(module.blocks[0])
+    if request.device.type == "cpu":  # nothing moves; the slots come on top
+        return everything + slots
+    if request.offload == "none":
+        return everything
+    return kept_bytes(module) - (kept_bytes(module.blocks) - slots if slots else 0)
+
+
+def load_bytes(request: MemoryRequest, networks: dict[str, Any]) -> int:
+    """Weights that are kept, and what is on its way to them."""
+    before = peak = 0
+    for part, module in networks.items():
+        before += kept_bytes(module)
+        passing = min(8, os.cpu_count() or 1) * min(CHUNK_BYTES, largest_tensor(module, 4))
+        if request.quantize != "none" and part in QUANTIZED_PARTS:
+            whole = sum(
+                tensor.numel() * request.dtype.itemsize
+                for name, tensor in module.state_dict().items()
+                if is_quantized_weight(name)
+            )
+            # A group as it was read, and two float32 copies of the weight at hand.
+            passing += min(GROUP_BYTES, whole) + 2 * largest_tensor(module, 4)
+        peak = max(peak, before + passing)
+    return peak
+
+
+def largest_tensor(module: nn.Module, itemsize: int) -> int:
+    return max(tensor.numel() for tensor in module.state_dict().values()) * itemsize
+
+
+# --- what stages need beside them -----------------------------------------------------------------
+
+
+def text_bytes(request: MemoryRequest) -> int:
+    encoder: UMT5Encoder = network_of(request, "text_encoder")
+    length, width = request.max_sequence_length, request.config.text_encoder.d_model
+
+    def encode() -> Tensor:
+        context = torch.zeros(1, length, width, dtype=request.dtype, device=META)
+        tokens = min(request.prompt_tokens, length)
+        context[0, :tokens] = encoder(torch.zeros(1, tokens, dtype=torch.int64, device=META))[0]
+        return context
+
+    with FusedAttention():
+        return peak_bytes(encode)
+
+
+def denoise_bytes(request: MemoryRequest) -> int:
+    """The sampler's states, the text's keys and values, and one forward of the network."""
+    dit: WanDiT = network_of(request, "transformer")
+    scale, plan = request.plan.guidance_scale, request.plan
+    shape, steps = (1, *request.latent_shape), min(3, len(plan.schedule))
+    schedule = Schedule(
+        plan.schedule.timesteps[:steps],
+        torch.cat([plan.schedule.sigmas[:steps], plan.schedule.sigmas[-1:]]),
+        plan.schedule.description,
+    )
+    # Rows as `wan.denoiser.num_text_rows` and `wan.dit.share_padding` leave them.
+    rows = min(-(-(request.prompt_tokens + 2) // 8) * 8, request.max_sequence_length)
+    text_dim = request.config.transformer.text_dim
+
+    def context() -> Tensor:
+        length = request.max_sequence_length
+        return torch.empty(1, length, text_dim, dtype=request.dtype, device=META)
+
+    def denoise(forward: int) -> Tensor:
+        noise = torch.empty(shape, device=META)
+        contexts = [context() for _ in range(1 + (scale != 1))]
+        prepared = [dit.prepare_context(one[:, :rows]) for one in contexts]
+
+        def velocity(x: Tensor, _: float) -> Tensor:
+            x = x.clone() if request.has_image else x  # with the first frame put in
+            memory.spike(forward)
+            conditional = torch.empty(shape, device=META)
+            if scale == 1:
+                return conditional
+            memory.spike(forward)
+            return guide(conditional, torch.empty(shape, device=META), scale)
+
+        options: dict[str, Any] = {}
+        if plan.sampler == "few_step":
+            options["renoise"] = lambda i: torch.empty(shape, device=META)
+        x = build_sampler(plan.sampler)(velocity, noise, schedule, **options)
+        del prepared
+        return x
+
+    with FusedAttention(), torch.no_grad():
+        prepared = dit.prepare_context(context()[:, :rows])
+        timestep = torch.zeros((1, shape[2]) if request.has_image else (1,), device=META)
+        noise = torch.empty(shape, device=META)
+        forward = peak_bytes(lambda: dit(noise, timestep, prepared))
+        with LiveBytes() as memory:
+            denoise(forward)
+    return memory.peak
+
+
+def image_bytes(request: MemoryRequest) -> int:
+    """Encoding the first frame."""
+    vae: WanVAE = network_of(request, "vae")
+    stride = request.config.vae.spatial_stride
+    height, width = (n * stride for n in request.latent_shape[2:])
+    with FusedAttention():
+        return peak_bytes(lambda: vae.encode(torch.empty(1, 3, 1, height, width, device=META)))
+
+
+def decode_bytes(request: MemoryRequest) -> int:
+    """Decoding chunk by chunk, each handed over to the CPU; tiles are joined on the device."""
+    channels, frames, height, width = request.latent_shape
+    if request.tile is not None:
+        height, width = min(height, request.tile), min(width, request.tile)
+    needed = chunks_bytes(
+        replace(request, latent_shape=(channels, min(frames, STEADY_LATENTS), height, width))
+    )
+    if request.tile is None:
+        return needed
+    tile = video_bytes(replace(request, latent_shape=(channels, frames, height, width)))
+    # A tile's frames, joined, in float32; all frames, and divided by their weights.
+    return max(needed + video_bytes(request) + 2 * tile, 3 * video_bytes(request))
+
+
+def chunks_bytes(request: MemoryRequest) -> int:
+    vae: WanVAE = network_of(request, "vae")
+
+    def decode() -> None:
+        for chunk in vae.decode_stream(torch.empty(1, *request.latent_shape, device=META)):
+            del chunk
+
+    with FusedAttention():
+        return peak_bytes(decode)
+
+
+def video_bytes(request: MemoryRequest) -> int:
+    """The finished float32 frames."""
+    vae = request.config.vae
+    _, frames, height, width = request.latent_shape
+    pixels = 3 * height * width * vae.spatial_stride**2
+    return 4 * pixels * ((frames - 1) * vae.temporal_stride + 1)
