@@ -26,10 +26,14 @@ class DataConfig:
     cache_dir: str = option("runs/cache", "for the world: encoded latents are kept here")
     num_clips: int = option(8192, "for the world: how many scenes are rendered and encoded")
     seed: int = option(0, "for the world: which scenes")
+    repeat_circling: int = option(
+        1, "for the world: how often an epoch has each clip with a circling object, the hard motion"
+    )
 
     def __post_init__(self) -> None:
         check_choice("data.kind", self.kind, ("world", "folder"))
-        check_at_least("data.num_clips", self.num_clips, 1)
+        for name in ("num_clips", "repeat_circling"):
+            check_at_least(f"data.{name}", getattr(self, name), 1)
 
     def check_source(self) -> None:
         """Kind and folder fit. Not in `__post_init__`: literal paths are filled in after it."""

@@ -9,6 +9,7 @@ from configs.data import DataConfig
 from train.data import LatentCache, world_cache
 from train.loop import check_unchanged
 from wan.errors import WanError
+from wan.miniature.world import sample_scene, scene_rng
 from wan.vae import VAEConfig, WanVAE
 
 TINY = VAEConfig(
@@ -129,3 +130,17 @@ def test_runs_of_versions_that_encoded_clips_themselves_go_on():
     check_unchanged({"data": before}, {"data": now})
     with pytest.raises(WanError, match=r"data\.num_clips"):
         check_unchanged({"data": {**before, "num_clips": 1}}, {"data": now})
+
+
+def test_clips_with_a_circling_object_come_as_often_as_asked(vae, tmp_path):
+    plain = world_cache(vae, tmp_path, num_clips=24, seed=1)
+    cache = world_cache(vae, tmp_path, num_clips=24, seed=1, repeat_circling=3)
+    assert len(cache) == len(plain) == 24
+    counts = Counter(cache.buckets[0])
+    assert set(counts) == set(range(24))
+    assert set(counts.values()) == {1, 3}
+    repeated = [index for index, count in counts.items() if count == 3]
+    scenes = [sample_scene(scene_rng(1, i), split="train") for i in range(24)]
+    assert repeated == [
+        i for i, s in enumerate(scenes) if any(o.motion == "circling" for o in s.objects)
+    ]

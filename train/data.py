@@ -148,8 +148,14 @@ def turn_of_buckets(sizes: tuple[int, ...], turn: int, seed: int) -> list[tuple[
     return order
 
 
-def world_cache(vae: WanVAE, root: Path, num_clips: int, seed: int) -> LatentCache:
-    """Encoded clips of the miniature's world; captions are drawn anew each time a clip is used."""
+def world_cache(
+    vae: WanVAE, root: Path, num_clips: int, seed: int, repeat_circling: int = 1
+) -> LatentCache:
+    """Encoded clips of the miniature's world; captions are drawn anew each time a clip is used.
+
+    Args:
+        repeat_circling: how often a clip with a circling object comes in an epoch.
+    """
     scenes = [sample_scene(scene_rng(seed, i), split="train") for i in range(num_clips)]
 
     def batches() -> Iterator[tuple[Tensor, list[dict]]]:
@@ -162,7 +168,13 @@ def world_cache(vae: WanVAE, root: Path, num_clips: int, seed: int) -> LatentCac
     drawn = hashlib.sha256(render(scenes[:1]).numpy().tobytes()).hexdigest()
     folder = root / f"world-{digest(vae, [repr(scenes), drawn])}"
     latents, _ = cached(folder, batches, num_clips)
-    return LatentCache(latents, lambda i, rng: caption(scenes[i], rng).text)
+    numbers = list(range(num_clips))
+    circling = [i for i in numbers if any(o.motion == "circling" for o in scenes[i].objects)]
+    return LatentCache(
+        latents,
+        lambda i, rng: caption(scenes[i], rng).text,
+        buckets=[numbers + (repeat_circling - 1) * circling],
+    )
 
 
 def open_data(
@@ -188,7 +200,7 @@ def open_data(
         assert cache.rows_of is not None
         return cache, Texts(cache.rows_of, device), None
     vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", device, torch.float32)
-    cache = world_cache(vae, Path(data.cache_dir), data.num_clips, data.seed)
+    cache = world_cache(vae, Path(data.cache_dir), data.num_clips, data.seed, data.repeat_circling)
     encoder = load_frozen(
         lambda: UMT5Encoder(settings.text_encoder),
         source,
