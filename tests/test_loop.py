@@ -105,3 +105,12 @@ def test_a_number_that_not_every_step_has_is_averaged_over_those_that_do(tmp_pat
     run_training(make_state(), train_step, config, tmp_path, {})
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert line["rare"] == 2.0  # steps 1 and 3
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tmp_path):
+    def step_that_starts_another(state):
+        with pytest.raises(WanError, match="another process is writing there"):
+            run_training(make_state(), train_step, LoopConfig(steps=1), tmp_path, {})
+        return train_step(state)
+
+    assert run_training(make_state(), step_that_starts_another, LoopConfig(steps=1), tmp_path, {})

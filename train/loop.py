@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from train.checkpoint import load_latest, mark_best, save_checkpoint
 from train.metrics import MetricsLog
 from train.parallel import ALONE, World
 from train.state import TrainState
+from train.store import only_writer
 from wan.errors import WanError
 
 
@@ -75,9 +77,26 @@ def run_training(
         after the step in progress. A second one ends the process at once.
     Raises:
         WanError: a logged number is not finite (names the step; nothing is saved after that), or
-            the checkpoints there were made with other settings.
+            the checkpoints there were made with other settings; or another run writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with world.together():
+            if world.is_main:
+                stack.enter_context(only_writer(folder))
+        return _train(state, train_step, config, folder, settings, on_save, world)
+
+
+def _train(
+    state: TrainState,
+    train_step: Callable[[TrainState], dict[str, float]],
+    config: LoopConfig,
+    folder: Path,
+    settings: dict[str, Any],
+    on_save: Callable[[TrainState], dict[str, float]] | None,
+    world: World,
+) -> bool:
+    """`run_training`, in a folder that no other run writes to."""
     checkpoints = folder / "checkpoints"
     tree = load_latest(checkpoints, world)
     if tree is not None:
