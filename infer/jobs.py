@@ -57,7 +57,7 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
         return [Job(config, sources)]
     path = Path(config.prompt_file).expanduser()
     jobs = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             name = f"{path}, line {number}"
             try:
@@ -69,7 +69,7 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
     return jobs
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     if path.is_dir():
         raise WanError(f"prompt_file={path}: a folder; give a text file")
     try:

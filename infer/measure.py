@@ -304,6 +304,11 @@ def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
     _write(file, f'{head},\n "clips": [\n{clips}\n ]\n}}\n')
 
 
+def write_json(file: Path, record: dict[str, Any]) -> None:
+    """A record without results of its own."""
+    _write(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
 def _write(file: Path, content: str) -> None:
     """Write beside and rename, so that a file is whole or not there."""
     beside = file.with_name(f".{file.name}.tmp")

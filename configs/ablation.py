@@ -1,0 +1,256 @@
+"""The settings of the command that runs a grid: ablate."""
+
+import itertools
+from dataclasses import dataclass, field, replace
+
+from omegaconf import MISSING
+
+from configs.evaluation import EvaluateConfig
+from configs.schema import (
+    DTYPES,
+    SamplerConfig,
+    check_at_least,
+    check_choice,
+    check_device,
+    check_prompt,
+    check_seed,
+    option,
+)
+from wan.attention_config import AttentionConfig
+from wan.errors import WanError
+
+
+@dataclass
+class GridConfig:
+    """What is varied: every combination is one setting. An empty list varies nothing.
+
+    In a list, null means what the preset or the model's own folder says.
+    """
+
+    attention: list[str] = option([], "names of attentions, or of variants; empty: sdpa")
+    sampler: list[str | None] = option([], "names of samplers")
+    shift: list[float | None] = option([], "shifts of the noise levels")
+    guidance_scale: list[float | None] = option([], "weights of the prompt")
+    steps: list[int | None] = option([], "numbers of network evaluations")
+
+
+@dataclass
+class ModelConfig:
+    """One of several models that are compared."""
+
+    checkpoint: str = option(MISSING, "a folder or a hub id")
+    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
+    grid: GridConfig = field(default_factory=GridConfig)  # its lists replace those of all models
+
+
+@dataclass
+class ReferenceConfig:
+    """What clips are compared with: the same noise, exact attention, many steps.
+
+    None is what the preset says if it is the same model, and else what its folder says.
+    """
+
+    checkpoint: str | None = option(None, "a folder or a hub id; none: each model its own")
+    sampler: str | None = option(None, "name of a sampler")
+    steps: int | None = option(50, "network evaluations; null: as many as the model is made for")
+    shift: float | None = option(None, "shift of the noise levels")
+    guidance_scale: float | None = option(None, "weight of the prompt")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid: a model and how it is run."""
+
+    model: str
+    checkpoint: str
+    allow_untrained: bool
+    attention_name: str
+    attention: AttentionConfig
+    sampler: SamplerConfig
+    guidance_scale: float | None
+
+    def axes(self) -> dict[str, str]:
+        """What tells settings apart, in words."""
+        sampler, guidance = self.sampler, self.guidance_scale
+        steps = len(sampler.timesteps) if sampler.timesteps else sampler.steps
+        return {
+            "model": self.model,
+            "attention": self.attention_name,
+            "sampler": sampler.name or "own sampler",
+            "shift": "own shift" if sampler.shift is None else f"shift {sampler.shift:g}",
+            "guidance_scale": "own guidance" if guidance is None else f"guidance {guidance:g}",
+            "steps": "own steps" if steps is None else f"{steps} step{'s' * (steps > 1)}",
+        }
+
+
+@dataclass
+class AblateConfig:
+    """`python -m infer.ablate`: every combination of some settings, each measured.
+
+    Without a prompt, captions of the miniature's world are made and read by its detectors. With
+    prompts, clips of any model are compared with its exact many-step result on the same noise.
+    """
+
+    output_dir: str = option("runs/ablation", "results, tables, picture and contact-sheet video")
+    report_only: bool = option(False, "make no clips, only the report of what is stored")
+
+    prompt: str | None = option(None, "what the videos show; any text, exactly as typed")
+    prompt_file: str | None = option(None, "several: one prompt a line")
+    seed: int = option(0, "the first seed, of noise and, in the world, of captions")
+    num_seeds: int = option(1, "seeds seed, seed + 1, ..: each prompt gets a clip of each")
+    num_captions: int = option(64, "of the world: captions per seed")
+    num_objects: int = option(1, "of the world: 1 or 2")
+    split: str = option("heldout", "of the world: heldout, train or any combinations")
+    batch_size: int = option(8, "of the world: clips at a time; changes no clip")
+
+    checkpoint: str = option(MISSING, "the model, where `models` names none")
+    models: dict[str, ModelConfig] = field(
+        default_factory=dict, metadata={"help": "several: name -> checkpoint, see ModelConfig"}
+    )
+    grid: GridConfig = field(default_factory=GridConfig)
+    variants: dict[str, AttentionConfig] = field(
+        default_factory=dict, metadata={"help": "name -> an attention with options"}
+    )
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+
+    revision: str | None = option(None, "commit, branch or tag on the hub")
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guidance_scale: float | None = option(None, "weight of the prompt where the grid has none")
+    guidance_scale_2: float | None = option(None, "of a second expert; for models with two")
+    negative_prompt: str | None = option(None, "what videos should not show, where guided")
+    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
+    max_sequence_length: int | None = option(None, "prompt tokens that are read")
+    height: int | None = option(None, "pixels")
+    width: int | None = option(None, "pixels")
+    num_frames: int | None = option(None, "4k + 1")
+    fps: float | None = option(None, "of the videos that are written; none: 8")
+    device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
+    dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None:
+            check_prompt("prompt", self.prompt)
+        if self.prompt is not None and self.prompt_file is not None:
+            raise WanError("prompt= and prompt_file=: give only one of them")
+        check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        check_device("device", self.device)
+        check_at_least("num_seeds", self.num_seeds, 1)
+        check_seed("seed", self.seed)
+        check_seed("seed + num_seeds - 1", self.seeds[-1])
+        if self.fps is not None:
+            check_at_least("fps", self.fps, 1)
+        self.settings()
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_seeds)
+
+    @property
+    def in_world(self) -> bool:
+        """Whether captions of the miniature's world are made, for lack of prompts."""
+        return self.prompt is None and self.prompt_file is None
+
+    def check_world(self) -> None:
+        """Refuse what captions of the world can't be made with.
+
+        Not when the settings are read: a typed prompt is put into them only after that.
+        """
+        if not self.in_world:
+            return
+        if self.height != self.width or self.guidance_scale_2 is not None:
+            raise WanError(
+                "no prompt: without one, captions of the miniature's square world are made; "
+                "for other models give prompt= or prompt_file="
+            )
+        self.evaluation(self.settings()[0], self.seeds[-1])
+
+    def settings(self) -> list[Setting]:
+        """Every combination, model by model; the number of steps changes fastest.
+
+        Raises:
+            WanError: a value that no sampler or no attention can have.
+        """
+        base = ModelConfig(self.checkpoint, self.allow_untrained)
+        settings = []
+        for model, one in (self.models or {"model": base}).items():
+            lists = [
+                getattr(one.grid, name) or getattr(self.grid, name) or default
+                for name, default in (
+                    *(("attention", ["sdpa"]), ("sampler", [None]), ("shift", [None])),
+                    *(("guidance_scale", [None]), ("steps", [None])),
+                )
+            ]
+            for name, sampler, shift, guidance, steps in itertools.product(*lists):
+                if guidance is not None:
+                    check_at_least("guidance_scale", guidance, 1)
+                settings.append(
+                    Setting(
+                        model,
+                        one.checkpoint,
+                        one.allow_untrained,
+                        name,
+                        self.variants.get(name) or AttentionConfig(name),
+                        self._sampler(sampler, shift, steps),
+                        self.guidance_scale if guidance is None else guidance,
+                    )
+                )
+        names = [tuple(one.axes().values()) for one in settings]
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if twice is not None:
+            raise WanError(f"the grid has {', '.join(twice)} twice: name each value once")
+        return settings
+
+    def _sampler(self, name: str | None, shift: float | None, steps: int | None) -> SamplerConfig:
+        """The base's, with what the grid sets."""
+        base = self.sampler
+        return SamplerConfig(
+            name or base.name,
+            base.steps if steps is None else steps,
+            base.timesteps if steps is None else None,
+            base.shift if shift is None else shift,
+        )
+
+    def reference_of(self, setting: Setting) -> Setting:
+        """What the clips of a setting are compared with."""
+        chosen = self.reference
+        other = chosen.checkpoint is not None
+        base = SamplerConfig() if other else self.sampler
+        few = base.timesteps if chosen.steps is None else None
+        return Setting(
+            "reference" if other else setting.model,
+            chosen.checkpoint or setting.checkpoint,
+            False,
+            "sdpa",
+            AttentionConfig(),
+            SamplerConfig(
+                chosen.sampler or base.name,
+                base.steps if chosen.steps is None else chosen.steps,
+                few,
+                base.shift if chosen.shift is None else chosen.shift,
+            ),
+            chosen.guidance_scale or (None if other else self.guidance_scale),
+        )
+
+    def evaluation(self, setting: Setting, seed: int = 0) -> EvaluateConfig:
+        """What `infer.evaluate` would be asked for one setting and seed."""
+        config = EvaluateConfig(
+            num_captions=self.num_captions,
+            num_objects=self.num_objects,
+            split=self.split,
+            seed=seed,
+            batch_size=self.batch_size,
+            checkpoint=setting.checkpoint,
+            revision=self.revision,
+            sampler=setting.sampler,
+            guidance_scale=setting.guidance_scale,
+            negative_prompt=self.negative_prompt if self.in_world else None,
+            allow_untrained=setting.allow_untrained,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+            dtype=self.dtype,
+            attention=setting.attention,
+        )
+        if not self.in_world:  # only how the model is loaded and run is asked for
+            return config
+        sizes = {name: getattr(self, name) for name in ("height", "width", "num_frames")}
+        return replace(config, **{name: size for name, size in sizes.items() if size is not None})
