@@ -105,9 +105,7 @@ def test_every_stage_takes_what_was_predicted(tokenizer_folder, guidance, attent
     pixels = torch.zeros(3, 64, 96)
     image = measured(lambda: pipeline.encode_image(pixels, 64, 96), weights)
     pipeline.encode_prompt(PROMPT, "")  # the call finds it done
-    denoise = measured(
-        lambda: pipeline(PROMPT, seed=0, output_type="latent", **options), weights
-    )
+    denoise = measured(lambda: pipeline(PROMPT, seed=0, output_type="latent", **options), weights)
     latents = pipeline(PROMPT, seed=0, output_type="latent", **options).frames
     decode = measured(lambda: pipeline.decode_latents(latents), weights)
     assert denoise > 2 * weights
@@ -192,7 +190,7 @@ def full_size(**changes) -> MemoryRequest:
 
 def test_the_5b_needs_less_with_every_option():
     everything = predict_memory(full_size())
-    assert 22 * GIB < everything.stages["load"] < 23 * GIB
+    assert 21 * GIB < everything.stages["load"] < 22 * GIB
     stage = predict_memory(full_size(offload="stage"))
     assert stage.stages["load"] == 0
     assert 10.5 * GIB < stage.stages["encode_text"] < 11 * GIB

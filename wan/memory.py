@@ -28,6 +28,11 @@ class LiveBytes(TorchDispatchMode):
         peak: the most so far.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would load its compiler, a second and more, to keep it out of here."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
