@@ -1,11 +1,12 @@
-"""The captioned world of moving shapes and the small models trained on it."""
+"""The captioned world of moving shapes and the small model trained on it."""
 
 from pathlib import Path
 
-BUILTIN = "builtin:miniature"  # what commands call the shipped student
-BUILTIN_TEACHER = "builtin:miniature-teacher"
-WEIGHTS = Path(__file__).parent / "weights"  # where they lie, in the released folder layout
-TEACHER = Path(__file__).parent / "teacher"
+WEIGHTS = Path(__file__).parent / "weights"  # in the released folder layout
+TEACHER = WEIGHTS  # the shipped model is a teacher: it takes many steps
+
+BUILTIN = "builtin:miniature"  # what commands call the shipped model
+BUILTIN_TEACHER = "builtin:miniature-teacher"  # and the one that students learn from
 
 
 def builtin_folder(name: str) -> Path | None:
