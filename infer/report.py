@@ -1,5 +1,6 @@
 """What reports are made of: numbers with intervals, their table, and panels of them."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,8 @@ def draw_panels(
     except ImportError as error:
         raise WanError('the picture needs matplotlib: pip install -e ".[plot]"') from error
     lines = list(dict.fromkeys(point.line for points in panels.values() for point in points))
-    columns = min(4, len(panels) + 1)
-    rows = -(-(len(panels) + 1) // columns)
+    columns = math.ceil(math.sqrt(len(panels) + 1))
+    rows = math.ceil((len(panels) + 1) / columns)
     figure = Figure(figsize=(4.5 * columns, 3.7 * rows), layout="constrained")
     *places, legend = figure.subplots(rows, columns, squeeze=False).flat
     for place in places[len(panels) :]:
@@ -110,7 +111,7 @@ def draw_panels(
                     *([e.value for e in some] for some in (xs, ys)),
                     xerr=_reach(xs),
                     yerr=_reach(ys),
-                    marker="Dosv^"[index // 10 % 5],
+                    marker="os^vD"[index // 10 % 5],
                     markersize=4,
                     capsize=2,
                     **style,
