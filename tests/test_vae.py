@@ -7,6 +7,7 @@ from diffusers import AutoencoderKLWan
 from wan.errors import WanError
 from wan.keys import VAELevels, released_name
 from wan.vae import VAEConfig, WanVAE, blend_ramp, decode_tiled, patchify, unpatchify
+from wan.vae_layers import Conv3d
 
 WAN22 = VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=6)
 WAN22.latents_mean, WAN22.latents_std = (0.1,) * 6, (1.3,) * 6
@@ -175,3 +176,18 @@ def test_latents_and_chunks_out_of_range_are_refused():
         vae.decode(torch.zeros(1, 6, 2, 2, 2), 0)
     with pytest.raises(WanError, match="multiple of 4"):
         vae.encode(clip(WAN22), 3)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), (2, 1, 1))])
+def test_both_libraries_of_convolutions_give_the_same_values_and_gradients(kernel, stride):
+    layer = Conv3d(5, 6, kernel, stride=stride)
+    results = []
+    for enabled in (True, False):
+        x = torch.linspace(-1, 1, 5 * 7 * 6 * 6).reshape(1, 5, 7, 6, 6).requires_grad_()
+        layer.zero_grad()
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            y = layer(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, layer.weight.grad.clone(), layer.bias.grad.clone()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,6 @@ Letters: B batch, C channels, F pixel frames, T latent frames (or frames inside 
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from wan.vae_layers import (
     RMSNorm,
     StreamCache,
     causal_conv,
+    silu,
 )
 
 __all__ = ["StreamCache", "VAEConfig", "WanVAE", "decode_tiled"]
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         for level in self.levels:
             x = level(x, cache)
         x = self.mid(x, cache)
-        return self.conv_out(F.silu(self.norm_out(x)), cache)
+        return self.conv_out(silu(self.norm_out(x)), cache)
 
 
 class Decoder(nn.Module):
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
         z = self.mid(self.conv_in(z, cache), cache)
         for level in self.levels:
             z = level(z, cache)
-        return self.conv_out(F.silu(self.norm_out(z)), cache)
+        return self.conv_out(silu(self.norm_out(z)), cache)
 
 
 def patchify(video: Tensor, size: int) -> Tensor:
@@ -132,8 +132,8 @@ class WanVAE(nn.Module):
 
         Args:
             video: (B, 3, F, H, W) in [-1, 1], F = 4k + 1, H and W multiples of the spatial stride.
-            chunk_frames: frames per chunk after frame 0, a multiple of the temporal stride; fewer
-                need less memory. None codes the clip in one piece.
+            chunk_frames: frames per chunk, a multiple of the temporal stride; fewer need less
+                memory. The first chunk has frame 0 besides. None codes the clip in one piece.
         Raises:
             WanError: sizes the strides do not divide.
         """
@@ -148,6 +148,7 @@ class WanVAE(nn.Module):
         if chunk_frames is not None and (chunk_frames < 1 or chunk_frames % stride):
             raise WanError(f"chunk_frames={chunk_frames}: must be a multiple of {stride}")
         x = patchify(video.to(self.dtype), self.config.patch_size or 1)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         cache = StreamCache(keep=chunk_frames is not None)
         moments = []
         for chunk in split_stream(x, chunk_frames):
@@ -160,7 +161,8 @@ class WanVAE(nn.Module):
 
         Args:
             latents: (B, z, T, h, w), normalised.
-            chunk_latents: latent frames per chunk after the first; None decodes in one piece.
+            chunk_latents: latent frames per chunk, one more in the first; None decodes in one
+                piece.
         """
         return torch.cat(list(self.decode_stream(latents, chunk_latents)), dim=2)
 
@@ -181,6 +183,7 @@ class WanVAE(nn.Module):
 
     def decode_chunk(self, z: Tensor, cache: StreamCache) -> Tensor:
         """De-normalised latents to unclamped pixels, with the caller's cache."""
+        z = z.contiguous(memory_format=torch.channels_last_3d)
         x = self.decoder(self.post_quant_conv(z, cache), cache)
         return unpatchify(x, self.config.patch_size or 1)
 
@@ -197,10 +200,13 @@ class WanVAE(nn.Module):
 
 
 def split_stream(x: Tensor, size: int | None) -> list[Tensor]:
-    """Frame 0 alone, then chunks of `size` frames along dim 2; one piece if size is None."""
-    if size is None:
+    """Frame 0 and the `size` frames after it, then `size` at a time, along dim 2.
+
+    One piece if size is None. Frame 0 by itself would take longer than it does among others.
+    """
+    if size is None or x.shape[2] <= 1 + size:
         return [x]
-    return [x[:, :, :1], *x[:, :, 1:].split(size, dim=2)] if x.shape[2] > 1 else [x]
+    return [x[:, :, : 1 + size], *x[:, :, 1 + size :].split(size, dim=2)]
 
 
 def decode_tiled(
