@@ -229,8 +229,9 @@ def load_bytes(request: MemoryRequest, networks: dict[str, Any]) -> int:
                 for name, tensor in module.state_dict().items()
                 if is_quantized_weight(name)
             )
-            # A group as it was read, and two float32 copies of the weight at hand.
-            passing += min(GROUP_BYTES, whole) + 2 * largest_tensor(module, 4)
+            # A group as it was read, and two float32 copies of the weight at hand; by then the
+            # buffers of reading are gone.
+            passing = max(passing, min(GROUP_BYTES, whole) + 2 * largest_tensor(module, 4))
         peak = max(peak, before + passing)
     return peak
 
