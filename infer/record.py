@@ -152,7 +152,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     record: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
@@ -162,7 +162,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return record
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # run from a checkout

@@ -13,13 +13,18 @@ from torch.utils.flop_counter import (
 from wan.costs import (
     ATTENTION_BACKWARD,
     count_parameters,
+    decode_work,
+    encode_work,
     kept_by_block,
     kept_outside,
     network_work,
+    text_work,
 )
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.lora import add_lora, lora_state
+from wan.umt5 import UMT5Config, UMT5Encoder
+from wan.vae import VAEConfig, WanVAE
 from wan.weights import target_dtype
 
 TINY = DiTConfig(
@@ -147,3 +152,40 @@ def test_activations_are_what_autograd_keeps(precision, rank):
     )
     expected = TINY.num_layers * block + kept_outside(TINY, TOKENS, ROWS, **sizes)
     assert expected == pytest.approx(measured, rel=0.1)
+
+
+SMALL_VAES = {
+    "2.2": VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=6),
+    "2.1": VAEConfig(4, None, 4, is_residual=False, patch_size=None, in_channels=3, out_channels=3),
+}
+
+
+@pytest.mark.parametrize("generation", SMALL_VAES)
+@torch.no_grad()
+def test_the_autoencoders_flops_are_those_that_pytorch_counts(generation):
+    config = SMALL_VAES[generation]
+    with torch.device("meta"):
+        vae = WanVAE(config)
+    side, stride = 3, config.spatial_stride
+    with FlopCounterMode(display=False) as encoding:
+        latents = vae.encode(torch.empty(1, 3, 17, side * stride, 2 * stride, device="meta"))
+    with FlopCounterMode(display=False) as decoding:
+        vae.decode(latents, 2)
+    assert encoding.get_total_flops() == encode_work(config, 17, side * stride, 2 * stride)
+    assert decoding.get_total_flops() == decode_work(config, 5, side, 2)
+
+
+@torch.no_grad()
+def test_the_text_encoders_flops_are_those_that_pytorch_counts():
+    config = UMT5Config(vocab_size=9, d_model=12, d_kv=8, d_ff=20, num_layers=3, num_heads=2)
+    with torch.device("meta"):
+        encoder, ids = UMT5Encoder(config), torch.tensor([[1, 2, 3, 4, 5]])
+    with FlopCounterMode(display=False) as encoding:  # on meta, attention is two products
+        encoder(ids)
+    assert encoding.get_total_flops() == text_work(config, 5)
+
+
+def test_text_and_autoencoder_at_full_size_cost_what_is_known_of_them():
+    assert text_work(UMT5Config(), 512) == pytest.approx(4.84e12, rel=2e-3)
+    assert decode_work(VAEConfig(), 31, 44, 80) == pytest.approx(2011e12, rel=2e-3)
+    assert encode_work(VAEConfig(), 121, 704, 1280) == pytest.approx(383e12, rel=5e-3)

@@ -1,10 +1,11 @@
-"""What one DiT costs, from its sizes alone: parameters, FLOPs, and what training it keeps.
+"""What the networks cost, from their sizes alone: parameters, FLOPs, and what training keeps.
 
-Everything follows from one list, `linear_layers`. Parameters and the FLOPs of matrix products are
-exact, kept activations are those of `wan.dit` to a few per cent; tests hold all of them against
-PyTorch's own counts.
+For the DiT everything follows from one list, `linear_layers`. Parameters and the FLOPs of matrix
+products and convolutions are exact, kept activations are those of `wan.dit` to a few per cent;
+tests hold all of them against PyTorch's own counts.
 
-Letters: L tokens, S text rows, D width, F feed-forward width, N heads, n blocks.
+Letters: L tokens, S text rows, D width, F feed-forward width, N heads, n blocks; of the
+autoencoder, T latent frames, h w latent rows and columns.
 """
 
 import math
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from wan.dit_config import DiTConfig
+from wan.umt5 import UMT5Config
+from wan.vae_config import VAEConfig
 
 # A fused kernel computes the scores again: five matrix products for the two of the forward pass.
 # Source: FlashAttention-2, arXiv:2307.08691, section 3.1.2.
@@ -171,3 +174,74 @@ def kept_outside(
         return float(tokens * 4 * d + rows * c * d)
     patch = config.in_channels * math.prod(config.patch_size)
     return float(tokens * (3 * 4 * d + c * patch) + rows * c * (config.text_dim + 3 * d))
+
+
+def text_work(config: UMT5Config, tokens: int) -> float:
+    """FLOPs of encoding one text of that many tokens."""
+    inner = config.num_heads * config.d_kv
+    weights = 4 * config.d_model * inner + 3 * config.d_model * config.d_ff
+    return config.num_layers * (2.0 * tokens * weights + 4.0 * tokens**2 * inner)
+
+
+def convolution(taps: int, fan_in: int, fan_out: int, positions: int) -> float:
+    return 2.0 * taps * fan_in * fan_out * positions
+
+
+def residual_work(fan_in: int, fan_out: int, positions: int) -> float:
+    """A residual block of the autoencoder."""
+    shortcut = convolution(1, fan_in, fan_out, positions) if fan_in != fan_out else 0.0
+    first, second = (convolution(27, width, fan_out, positions) for width in (fan_in, fan_out))
+    return first + second + shortcut
+
+
+def middle_work(width: int, frames: int, area: int) -> float:
+    """Two residual blocks and attention within frames of `area` positions."""
+    positions = frames * area
+    attention = convolution(1, width, 4 * width, positions) + 4.0 * positions * area * width
+    return 2 * residual_work(width, width, positions) + attention
+
+
+def decode_work(config: VAEConfig, latent_frames: int, height: int, width: int) -> float:
+    """FLOPs of decoding (T, h, w) latents by the plain formula, with 3x3 taps after doubling."""
+    base = config.decoder_base_dim or config.base_dim
+    dims = [base * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    times = [*reversed(config.temperal_downsample), None]
+    frames, area, z = latent_frames, height * width, config.z_dim
+    total = convolution(1, z, z, frames * area) + convolution(27, z, dims[0], frames * area)
+    total += middle_work(dims[0], frames, area)
+    fan_in = dims[0]
+    for out, doubles_time in zip(dims[1:], times, strict=True):
+        total += residual_work(fan_in, out, frames * area)
+        total += config.num_res_blocks * residual_work(out, out, frames * area)
+        fan_in = out
+        if doubles_time is None:
+            continue
+        if doubles_time:
+            total += convolution(3, out, 2 * out, (frames - 1) * area)
+            frames = 2 * frames - 1
+        fan_in = out if config.is_residual else out // 2
+        area *= 4
+        total += convolution(9, out, fan_in, frames * area)
+    return total + convolution(27, dims[-1], config.out_channels, frames * area)
+
+
+def encode_work(config: VAEConfig, num_frames: int, height: int, width: int) -> float:
+    """FLOPs of encoding (F, H, W) pixels, a multiple of the strides."""
+    dims = [config.base_dim * m for m in (1, *config.dim_mult)]
+    times = [*config.temperal_downsample, None]
+    frames, area = num_frames, height * width // (config.patch_size or 1) ** 2
+    total = convolution(27, config.in_channels, dims[0], frames * area)
+    for fan_in, out, halves_time in zip(dims[:-1], dims[1:], times, strict=True):
+        total += residual_work(fan_in, out, frames * area)
+        total += (config.num_res_blocks - 1) * residual_work(out, out, frames * area)
+        if halves_time is None:
+            continue
+        area //= 4
+        total += convolution(9, out, out, frames * area)
+        if halves_time:
+            total += convolution(3, out, out, (frames - 1) // 2 * area)
+            frames = (frames - 1) // 2 + 1
+    total += middle_work(dims[-1], frames, area)
+    moments = 2 * config.z_dim
+    total += convolution(27, dims[-1], moments, frames * area)
+    return total + convolution(1, moments, moments, frames * area)

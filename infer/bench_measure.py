@@ -1,0 +1,220 @@
+"""Time and memory of functions that take turns, and a table of them.
+
+Turns make the comparison fair on a machine whose speed changes while it is measured: what slows one
+side slows the other. A row shows medians, and as spread the middle half of all calls.
+"""
+
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PROC = Path("/proc/self")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One thing, done in several ways.
+
+    Attributes:
+        target, what: of its row.
+        sides: name -> the call that is timed. The first is ours, and is compared with the last.
+        goal: times as fast as the last side that the first should be.
+        flops: of one call, or None.
+    """
+
+    target: str
+    what: str
+    sides: Mapping[str, Callable[[], Any]]
+    goal: float | None = None
+    flops: float | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One side: seconds on the wall and of all threads, per call, and bytes at the peak."""
+
+    wall: list[float]
+    cpu: list[float]
+    peak_bytes: int | None
+
+    def median(self, clock: str) -> float:
+        return statistics.median(getattr(self, clock))
+
+    def spread(self, clock: str) -> float:
+        """The interquartile range as a share of the median."""
+        low, _, high = statistics.quantiles(getattr(self, clock), n=4, method="inclusive")
+        return (high - low) / self.median(clock)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished contest; `difference` is the relative rms of the sides' results, or None."""
+
+    target: str
+    what: str
+    sides: dict[str, Timing]
+    goal: float | None = None
+    flops: float | None = None
+    difference: float | None = None
+
+    def ratio(self, clock: str) -> float | None:
+        """How many times as fast the first side is as the last."""
+        sides = list(self.sides.values())
+        if len(sides) < 2:
+            return None
+        return sides[-1].median(clock) / sides[0].median(clock)
+
+    def as_json(self) -> dict[str, Any]:
+        clocks = ("wall", "cpu")
+        sides = {
+            name: asdict(side)
+            | {f"{clock}_median": side.median(clock) for clock in clocks}
+            | {f"{clock}_spread": side.spread(clock) for clock in clocks}
+            for name, side in self.sides.items()
+        }
+        ratios = {f"{clock}_ratio": self.ratio(clock) for clock in clocks}
+        return {**vars(self), "sides": sides, **ratios}
+
+
+def run_contest(contest: Contest, repeats: int, warmup: int) -> Outcome:
+    """Warm up, compare the results, measure memory, then time the sides in turns."""
+    results = [run() for run in contest.sides.values()]
+    difference = relative_rms(results[0], results[-1]) if len(results) > 1 else None
+    results.clear()
+    for _ in range(warmup - 1):
+        for run in contest.sides.values():
+            run()
+    peaks = {name: peak_bytes(run, contest.device) for name, run in contest.sides.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contest.sides}
+    order = list(contest.sides)
+    for _ in range(repeats):
+        for name in order:
+            times[name].append(timed(contest.sides[name], contest.device))
+        order.reverse()
+    timings = {
+        name: Timing([wall for wall, _ in taken], [cpu for _, cpu in taken], peaks[name])
+        for name, taken in times.items()
+    }
+    return Outcome(contest.target, contest.what, timings, contest.goal, contest.flops, difference)
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """(wall, CPU) seconds of one call, until the device has finished."""
+    synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    synchronize(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """The most memory that a call takes beside what was there before; None where none can tell."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    resting = reset_resident_peak()
+    run()
+    peak = resident_peak()
+    return None if resting is None or peak is None else max(0, peak - resting)
+
+
+def reset_resident_peak() -> int | None:
+    """Resident bytes of this process now, from where the next peak counts (Linux only)."""
+    gc.collect()
+    if not sys.platform.startswith("linux"):
+        return None
+    with suppress(OSError, AttributeError):  # another C library: its free lists stay as they are
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        (PROC / "clear_refs").write_text("5")
+    except OSError:
+        return None
+    return resident("VmRSS")
+
+
+def resident_peak() -> int | None:
+    return resident("VmHWM") if sys.platform.startswith("linux") else None
+
+
+def resident(entry: str) -> int:
+    line = next(x for x in (PROC / "status").read_text().splitlines() if x.startswith(entry))
+    return int(line.split()[1]) * 1024
+
+
+def relative_rms(ours: Tensor, theirs: Tensor) -> float:
+    theirs = theirs.float()
+    distance = (ours.float() - theirs).square().mean().sqrt()
+    return float(distance / theirs.square().mean().sqrt())
+
+
+def named(what: str, dtype: torch.dtype) -> str:
+    return f"{what}, {str(dtype).removeprefix('torch.')}"
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+HEADER = ("target", "side", "seconds", "spread", "peak MB", "TFLOP/s", "faster", "goal", "differs")
+
+
+def table(outcomes: Sequence[Outcome], clock: str) -> str:
+    """A line per side."""
+    lines: list[tuple[str, ...]] = [HEADER]
+    for outcome in outcomes:
+        for place, (name, side) in enumerate(outcome.sides.items()):
+            seconds, peak = side.median(clock), side.peak_bytes
+            rate = f"{outcome.flops / seconds / 1e12:.3g}" if outcome.flops else ""
+            ratio, summary = outcome.ratio(clock), ("", "", "")
+            if place == 0 and ratio is not None:
+                goal = f"{outcome.goal:g}x" if outcome.goal else ""
+                summary = (f"{ratio:.2f}x", goal, f"{outcome.difference or 0:.0e}")
+            lines.append(
+                (
+                    f"{outcome.target}: {outcome.what}" if place == 0 else "",
+                    name,
+                    f"{seconds:.4g}",
+                    f"{side.spread(clock):.0%}",
+                    "" if peak is None else f"{peak / 1e6:.0f}",
+                    rate,
+                    *summary,
+                )
+            )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def profile(run: Callable[[], Any], device: torch.device, num_rows: int = 25) -> str:
+    """Where a call's time goes, operation by operation."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as taken:
+        run()
+        synchronize(device)
+    order = f"self_{device.type}_time_total"
+    return taken.key_averages().table(sort_by=order, row_limit=num_rows, max_name_column_width=48)
