@@ -127,7 +127,7 @@ class WanVAE(nn.Module):
         as_tensor = [torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (mean, std)]
         return as_tensor[0], as_tensor[1]
 
-    def encode(self, video: Tensor, chunk_frames: int | None = None) -> Tensor:
+    def encode(self, video: Tensor, chunk_frames: int | None = 8) -> Tensor:
         """Normalised latents of a clip, float32.
 
         Args:
