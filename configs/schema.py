@@ -163,7 +163,10 @@ class SampleConfig:
         "none", "int8 or fp8 weights in the transformer and text encoder: half the memory"
     )
     compile: str = option("none", "torch.compile: dit (its blocks), all (the VAE's decoder too)")
-    preflight: bool = option(True, "refuse before loading what cannot fit into memory")
+    preflight: str = option(
+        "auto",
+        "predict memory and refuse what cannot fit: always, never, auto (models above 1 GiB)",
+    )
     tile: int | None = option(None, "decode in tiles of this many latents: less memory, not exact")
     verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
     lora: str | None = option(None, "a LoRA file to merge into the weights")
@@ -188,6 +191,7 @@ class SampleConfig:
         check_choice("offload", self.offload, ("none", "stage", "block"))
         check_choice("quantize", self.quantize, ("none", "int8", "fp8"))
         check_choice("compile", self.compile, ("none", "dit", "all"))
+        check_choice("preflight", self.preflight, ("auto", "always", "never"))
         check_device("device", self.device)
         check_seed("seed", self.seed)
         check_at_least("num_videos", self.num_videos, 1)

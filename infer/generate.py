@@ -44,7 +44,15 @@ from wan.noise import sample_generators
 from wan.pipeline import WanPipeline
 from wan.pipeline_config import PipelineConfig, part_folder, read_pipeline_config
 from wan.placement import resolve_device
-from wan.preflight import MemoryPlan, MemoryRequest, check_fits, predict_memory, size
+from wan.preflight import (
+    GIB,
+    MemoryPlan,
+    MemoryRequest,
+    check_fits,
+    predict_memory,
+    size,
+    weight_bytes,
+)
 from wan.tokenizer import Tokenizer, clean_prompt
 from wan.video import contact_sheet, flaw, to_uint8, write_video
 
@@ -73,11 +81,13 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     transformer = model_config.transformer
     attention = network_attention(config.attention, transformer.num_layers)
     attention.verify(transformer.attention_head_dim, device, dtype)
-    memory = predicted_memory(requests, model_config, folder, device, dtype)
-    free = free_bytes(device) + models.bytes_on(device)
     print(describe(requests[0], folder), file=sys.stderr)
-    print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
-    if config.preflight:
+    # Prediction loads parts of PyTorch's compiler, which takes a second: longer than a small model.
+    wanted = config.preflight == "always" or weight_bytes(model_config, dtype) > GIB
+    if wanted and config.preflight != "never":
+        memory = predicted_memory(requests, model_config, folder, device, dtype)
+        free = free_bytes(device) + models.bytes_on(device)
+        print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
         check_fits(memory, free)
     model = models.get(folder, config, device)
     code = 0

@@ -118,6 +118,16 @@ def test_the_header_tells_every_setting_and_its_source(run):
     assert "float32" in err
 
 
+def test_memory_is_predicted_and_what_cannot_fit_refused_unread(
+    run, weights_stay_unread, monkeypatch
+):
+    monkeypatch.setattr(infer.generate, "free_bytes", lambda device: 1000)
+    code, _, err = run("prompt=x", "preflight=always")
+    assert code == USER_ERROR
+    assert "memory, predicted: load" in err
+    assert "not enough memory on cpu" in err
+
+
 def test_the_video_is_that_of_the_pipeline(run, tmp_path, models):
     """Loading noise from outside, saving latents and decoding apart change nothing."""
     pipe = WanDMDPipeline.from_pretrained(models / "student", dtype=torch.float32)

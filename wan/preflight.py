@@ -148,7 +148,7 @@ def check_fits(plan: MemoryPlan, free: int) -> None:
         remedy = "no option here makes it fit: take a smaller height, width or num_frames"
     raise WanError(
         f"not enough memory on {request.device}: {plan.worst} would take {size(plan.peak)}, "
-        f"{size(free)} are free; {remedy} (preflight=false tries anyway)"
+        f"{size(free)} are free; {remedy} (preflight=never tries anyway)"
     )
 
 
@@ -176,6 +176,13 @@ def value_name(value: Any) -> str:
 
 
 # --- weights --------------------------------------------------------------------------------------
+
+
+def weight_bytes(config: PipelineConfig, dtype: torch.dtype) -> int:
+    """Of all networks in one dtype, in round numbers: what stays float32 counts as the others."""
+    builders = module_builders(config)
+    networks = [build_on_meta(builders[part]) for part in config.components]
+    return sum(p.numel() for network in networks for p in network.parameters()) * dtype.itemsize
 
 
 def network_of(request: MemoryRequest, part: str) -> Any:
