@@ -186,7 +186,8 @@ def table(outcomes: Sequence[Outcome], clock: str) -> str:
             ratio, summary = outcome.ratio(clock), ("", "", "")
             if place == 0 and ratio is not None:
                 goal = f"{outcome.goal:g}x" if outcome.goal else ""
-                summary = (f"{ratio:.2f}x", goal, f"{outcome.difference or 0:.0e}")
+                differs = "" if outcome.difference is None else f"{outcome.difference:.0e}"
+                summary = (f"{ratio:.2f}x", goal, differs)
             lines.append(
                 (
                     f"{outcome.target}: {outcome.what}" if place == 0 else "",
