@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from configs.benchmark import BenchConfig
+from configs.data import PreprocessConfig
+from configs.distillation import DistillConfig
 from configs.training import FinetuneConfig, TextEncoderTrainConfig, VAETrainConfig
+from infer.ablate import LINE as ABLATE
 from infer.cli import compose_runs
-from infer.command_line import CommandLine
+from infer.command_line import ATTENTION, CommandLine
 from infer.convert import ConvertConfig
 from infer.evaluate import LINE as EVALUATE
 from infer.parity import ParityConfig
 from infer.sample import LINE as SAMPLE
+from infer.study import LINE as STUDY
+from train.plot import PlotConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +32,15 @@ LINES = {
     "infer.parity": CommandLine(ParityConfig, "parity", (), ("checkpoint",)),
     "train.vae": CommandLine(VAETrainConfig, "vae", (), PATHS[:1]),
     "train.text_encoder": CommandLine(TextEncoderTrainConfig, "text_encoder", (), PATHS[:1]),
-    "train.finetune": CommandLine(FinetuneConfig, "finetune", (), PATHS),
+    "train.finetune": CommandLine(FinetuneConfig, "finetune", (), PATHS, ATTENTION),
+    "train.distill": CommandLine(DistillConfig, "distill", (), PATHS, ATTENTION),
+    "train.preprocess": CommandLine(
+        PreprocessConfig, "preprocess", ("negative_prompt",), ("clips", "prompts", *PATHS[:2])
+    ),
+    "train.plot": CommandLine(PlotConfig, "plot", (), ("run", "output")),
+    "infer.study": STUDY,
+    "infer.bench": CommandLine(BenchConfig, "bench", (), ("checkpoint", "output_dir"), ATTENTION),
+    "infer.ablate": ABLATE,
 }
 
 
