@@ -44,6 +44,8 @@ class VAETrainConfig:
     seed: int = option(0, "renders, crops and initial weights")
     threads: int = option(2, "CPU threads")
     vae: dict[str, Any] = option({}, "fields of the released vae/config.json")
+    start: str | None = option(None, "a vae/ folder to go on from; brings its own config.json")
+    decoder_only: bool = option(False, "keep the encoder of start=: latents stay what they are")
     batch_size: int = option(4, "crops per step")
     crops_per_clip: int = option(2, "crops taken from one rendered clip")
     crop_size: int = option(64, "pixels, a multiple of the spatial stride")

@@ -9,7 +9,7 @@ from train.vae import crop_around_objects, foreground_mask, rendered_clips, trai
 from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
 from wan.vae import VAEConfig, WanVAE
-from wan.weights import load_module
+from wan.weights import load_module, load_state
 
 TINY = {
     "base_dim": 4,
@@ -50,6 +50,24 @@ def test_training_writes_a_released_layout_with_normalised_latents(tmp_path):
     # The statistics were taken on these very clips
     assert latents.mean(dim=(0, 2, 3, 4)).abs().max() < 1e-3
     torch.testing.assert_close(latents.std(dim=(0, 2, 3, 4)), torch.ones(2), atol=1e-2, rtol=0)
+
+
+def test_a_decoder_alone_moves_and_leaves_latents_as_they_are(tmp_path):
+    train_vae(settings(tmp_path / "first"))
+    start = tmp_path / "first" / "vae"
+    train_vae(settings(tmp_path / "second", start=str(start), decoder_only=True, vae={}))
+    before, after = (
+        load_state(open_checkpoint(folder), "vae") for folder in (start, tmp_path / "second/vae")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
+    settings_of = [
+        json.loads((f / "config.json").read_text()) for f in (start, tmp_path / "second/vae")
+    ]
+    assert settings_of[0] == settings_of[1]
+    with pytest.raises(WanError, match="name its vae/ folder"):
+        train_vae(settings(tmp_path / "third", decoder_only=True))
 
 
 def test_crops_hold_some_of_an_object():

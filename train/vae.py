@@ -5,6 +5,7 @@ the last ones see whole clips. There is no perceptual and no adversarial term: t
 colours and sharp edges, and an L1 with weight on the objects is enough for it.
 """
 
+import copy
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -20,10 +21,13 @@ from infer.cli import INTERRUPTED, run_command
 from train.loop import run_training, step_generator
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
+from wan.checkpoint import open_checkpoint
+from wan.errors import WanError
 from wan.keys import VAELevels
 from wan.miniature.world import render, sample_scene, scene_rng
+from wan.tokenizer import read_json_object
 from wan.vae import StreamCache, VAEConfig, WanVAE
-from wan.weights import save_component
+from wan.weights import load_state, save_component
 
 
 def initialize(vae: WanVAE) -> None:
@@ -95,7 +99,8 @@ def make_train_step(vae: WanVAE, config: VAETrainConfig):
                 generator,
             )
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
-            mean, log_variance = vae.encode_moments(clips).float().chunk(2, dim=1)
+            with torch.set_grad_enabled(not config.decoder_only):
+                mean, log_variance = vae.encode_moments(clips).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30, 20)
             noise = torch.randn(mean.shape, generator=generator)
             z = mean + (0.5 * log_variance).exp() * noise
@@ -105,7 +110,8 @@ def make_train_step(vae: WanVAE, config: VAETrainConfig):
         loss = reconstruction + config.kl_weight * divergence
         loss.backward()
         lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
-        norm = apply_gradients(state.optimizers, vae.parameters(), lr, config.grad_clip)
+        trainable = [p for p in vae.parameters() if p.requires_grad]
+        norm = apply_gradients(state.optimizers, trainable, lr, config.grad_clip)
         state.averages["vae"].update(vae)
         mse = (video.detach().clamp(-1, 1) - clips).square().mean()
         return {
@@ -159,17 +165,34 @@ def export(vae: WanVAE, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(vae.config.to_json(), indent=2) + "\n")
 
 
+def build_vae(config: VAETrainConfig) -> WanVAE:
+    """From scratch, or with the weights and settings of `start`; what is kept is frozen."""
+    if config.start is None:
+        if config.decoder_only:
+            raise WanError("decoder_only=true keeps an encoder: name its vae/ folder in start=")
+        vae = WanVAE(VAEConfig.from_json(config.vae))
+        initialize(vae)
+        return vae
+    folder = Path(config.start).expanduser()
+    settings = VAEConfig.from_json(read_json_object(folder / "config.json"))
+    vae = WanVAE(settings)
+    vae.load_state_dict(load_state(open_checkpoint(folder), "vae"))
+    if config.decoder_only:
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
+    return vae
+
+
 def train_vae(config: VAETrainConfig) -> int:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    vae = WanVAE(VAEConfig.from_json(config.vae))
-    initialize(vae)
+    vae = build_vae(config)
     optimizers = make_optimizers(vae, config.optimizer, config.lr)
     state = TrainState({"vae": vae}, optimizers, {"vae": EMA(vae, config.ema_decay)})
     validation = rendered_clips(config.validation_clips, seed=2**40)
-    averaged = WanVAE(vae.config)
+    averaged = copy.deepcopy(vae)
 
     def on_save(state: TrainState) -> dict[str, float]:
         state.averages["vae"].copy_to(averaged)
@@ -179,8 +202,9 @@ def train_vae(config: VAETrainConfig) -> int:
     if not run_training(state, train_step, config.loop, folder, asdict(config), on_save):
         return INTERRUPTED
     state.averages["vae"].copy_to(averaged)
-    mean, std = latent_statistics(averaged, config.statistics_clips, seed=2**41)
-    averaged.config = replace(averaged.config, latents_mean=tuple(mean), latents_std=tuple(std))
+    if not config.decoder_only:
+        mean, std = latent_statistics(averaged, config.statistics_clips, seed=2**41)
+        averaged.config = replace(averaged.config, latents_mean=tuple(mean), latents_std=tuple(std))
     export(averaged, folder / "vae")
     measured = measure(averaged, validation)
     (folder / "vae_report.json").write_text(json.dumps(measured, indent=2) + "\n")
@@ -189,4 +213,4 @@ def train_vae(config: VAETrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_command(train_vae, VAETrainConfig, "vae", text_keys=(), path_keys=("output_dir",))
+    run_command(train_vae, VAETrainConfig, "vae", text_keys=(), path_keys=("output_dir", "start"))
