@@ -27,7 +27,7 @@ class BenchConfig:
     targets: list[str] = option(
         [], "[text,encode,decode,dit,block,pipeline,load], of stages [text,denoise,decode]; [] all"
     )
-    checkpoint: str = option("mini", "what is compared: mini, random, a release's folder, a hub id")
+    checkpoint: str = option("mini", "mini, mini-teacher, random, a release's folder, a hub id")
     dtypes: list[str] = option([], "of the compared networks; [] as the targets are stated")
     repeats: int = option(5, "timed calls of each side, taking turns")
     warmup: int = option(1, "calls before them")

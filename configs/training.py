@@ -127,7 +127,7 @@ class FinetuneConfig:
     """`train.finetune`: flow matching, from a released model or from scratch."""
 
     output_dir: str = option("runs/finetune", "checkpoints, metrics and the trained model/")
-    checkpoint: str = option("builtin:miniature", "folder or hub id in the released layout")
+    checkpoint: str = option("builtin:miniature-teacher", "folder or hub id in the released layout")
     from_scratch: bool = option(False, "start the transformer from random weights, sized by dit")
     dit: dict[str, Any] = option({}, "for from_scratch: fields of transformer/config.json")
     sampling: dict[str, Any] = option({}, "for from_scratch: sampling_defaults of the result")

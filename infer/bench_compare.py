@@ -16,6 +16,7 @@ from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.pipeline import WanPipeline
+from wan.pipeline_config import part_folder
 from wan.tokenizer import Tokenizer
 from wan.umt5 import encode_text
 from wan.weights import save_component
@@ -55,7 +56,7 @@ def drawn(config: BenchConfig, *shape: int) -> Tensor:
 def text(sides: Sides, dtype: torch.dtype, config: BenchConfig) -> Contest:
     """Prompt to context. The reference encodes all positions, then zeroes those after the end."""
     ours, theirs = at(sides, dtype).ours("text_encoder"), at(sides, dtype).theirs("text_encoder")
-    tokenizer = Tokenizer.from_folder(sides.folder / "tokenizer")
+    tokenizer = Tokenizer.from_folder(part_folder(sides.folder, "tokenizer"))
     their_tokenizer = sides.their_tokenizer()
     length = sides.config.defaults.max_sequence_length
     prompt = prompt_of(tokenizer, config.prompt_tokens)

@@ -1,7 +1,7 @@
 """Hold our models against diffusers and transformers: python -m infer.parity [checkpoint=..]
 
     checkpoint=random   small models of both generations with random weights (the default)
-    checkpoint=mini     the miniature that comes with this project
+    checkpoint=mini     the miniature that comes with this project; mini-teacher, its teacher
     checkpoint=FOLDER   a release in the diffusers layout, or its id on the hub
     full_block=true     one block of TI2V-5B at full width, random weights
 
@@ -27,12 +27,13 @@ from infer import parity_rungs as rungs
 from infer.cli import run_command
 from infer.parity_compare import Row, table
 from infer.parity_sides import Sides, full_block_sides, random_sides, reference
-from wan import miniature
 from wan.errors import WanError
 from wan.hub import resolve_model
+from wan.miniature import BUILTIN, BUILTIN_TEACHER
 from wan.pipeline_config import read_pipeline_config
 
 FAILED = 1
+SHIPPED = {"mini": BUILTIN, "mini-teacher": BUILTIN_TEACHER}
 
 # In the order of the model itself; a rung of the second list runs for every release.
 GENERAL_RUNGS: list[Callable[[], list[Row]]] = [
@@ -54,7 +55,7 @@ RELEASE_RUNGS: list[Callable[[Sides], list[Row]]] = [
 class ParityConfig:
     """`python -m infer.parity`."""
 
-    checkpoint: str = option("random", "random, mini, a release's folder, or a hub id")
+    checkpoint: str = option("random", "random, mini, mini-teacher, a release's folder, or a hub id")
     revision: str | None = option(None, "hub commit, branch or tag")
     full_block: bool = option(False, "one full-width block of TI2V-5B instead")
     dtype: str = option(
@@ -85,12 +86,8 @@ def releases(config: ParityConfig) -> Iterator[list[Sides]]:
         with tempfile.TemporaryDirectory() as scratch:
             yield make(Path(scratch), settings)
         return
-    if config.checkpoint == "mini":
-        folder = Path(miniature.__file__).parent / "weights"
-        if not (folder / "model_index.json").is_file():
-            raise WanError(f"{folder}: this installation lacks the miniature's weights")
-    else:
-        folder = resolve_model(config.checkpoint, config.revision)
+    name = SHIPPED.get(config.checkpoint, config.checkpoint)
+    folder = resolve_model(name, config.revision)
     parts = read_pipeline_config(folder).components
     yield [Sides(Path(config.checkpoint).name, folder, parts, **settings)]
 

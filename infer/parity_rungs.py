@@ -37,6 +37,7 @@ from infer.parity_trace import (
 from wan.dit import WanDiT
 from wan.model_folder import weight_kind
 from wan.pipeline import WanPipeline
+from wan.pipeline_config import part_folder
 from wan.tokenizer import Tokenizer, clean_prompt
 from wan.umt5 import encode_text
 
@@ -71,7 +72,7 @@ def tokens(sides: Sides) -> list[Row]:
     length = sides.config.defaults.max_sequence_length
     tokenizer = sides.their_tokenizer()
     theirs = tokenizer(cleaned, max_length=length, truncation=True).input_ids
-    folder = sides.folder / "tokenizer"
+    folder = part_folder(sides.folder, "tokenizer")
     for name, missing in (("tokenizer.json", "spiece.model"), ("spiece.model", "tokenizer.json")):
         if not (folder / name).is_file():
             continue
@@ -89,7 +90,7 @@ def tokens(sides: Sides) -> list[Row]:
 def text_encoder(sides: Sides) -> list[Row]:
     """One prompt tensor by tensor, then the context of several, padding included."""
     ours, length = sides.ours("text_encoder"), sides.config.defaults.max_sequence_length
-    tokenizer = Tokenizer.from_folder(sides.folder / "tokenizer")
+    tokenizer = Tokenizer.from_folder(part_folder(sides.folder, "tokenizer"))
     texts = list(PROMPTS[:3])
     batch = sides.their_tokenizer()(
         [clean_prompt(text) for text in texts],

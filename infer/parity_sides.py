@@ -131,10 +131,17 @@ class Sides:
 
     def their_pipeline(self, folder: Path | None = None, dtype: torch.dtype | None = None) -> Any:
         """The reference's whole pipeline, from this folder or another."""
+        source = self.folder if folder is None else folder
+        shared = {  # the reference would look for them in the folder itself
+            part: self.theirs(part, dtype)
+            for part in ("vae", "text_encoder")
+            if part_folder(source, part) != source / part
+        }
         pipeline = reference("diffusers").WanPipeline.from_pretrained(
-            self.folder if folder is None else folder,
+            source,
             torch_dtype=self.dtype if dtype is None else dtype,
             tokenizer=self.their_tokenizer(),
+            **shared,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

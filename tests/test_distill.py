@@ -26,7 +26,7 @@ from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.lora import read_lora
-from wan.miniature import WEIGHTS
+from wan.miniature import STUDENT, TEACHER
 from wan.pipeline_config import BASE, SamplingDefaults, read_pipeline_config, write_configs
 from wan.weights import load_state, save_component
 
@@ -50,9 +50,9 @@ def teacher(tmp_path_factory) -> Path:
     """A released folder with the miniature's frozen parts and a tiny random transformer."""
     folder = tmp_path_factory.mktemp("teacher") / "model"
     for part in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(WEIGHTS / part, folder / part)
+        shutil.copytree(STUDENT / part, folder / part)
     settings = replace(
-        read_pipeline_config(WEIGHTS),
+        read_pipeline_config(TEACHER),
         class_name=BASE,
         timesteps=None,
         transformer=TINY,

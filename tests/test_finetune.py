@@ -13,7 +13,7 @@ from wan import WanPipeline
 from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
 from wan.lora import read_lora
-from wan.miniature import WEIGHTS
+from wan.miniature import TEACHER
 from wan.weights import load_state
 
 DIT = {
@@ -101,7 +101,7 @@ def test_a_run_cut_in_two_gives_the_weights_of_one_run(tmp_path, cache_dir):
 def test_all_weights_of_the_miniature_move(tmp_path, cache_dir):
     config = settings(tmp_path, cache_dir, lr=1e-3, ema_decay=0.0)
     finetune(config)
-    before = load_state(open_checkpoint(WEIGHTS / "transformer"), "transformer")
+    before = load_state(open_checkpoint(TEACHER / "transformer"), "transformer")
     after = transformer(config)
     still = [n for n in after if torch.equal(before[n].float(), after[n].float())]
     assert still == []

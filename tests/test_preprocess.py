@@ -26,7 +26,7 @@ from train.store import open_to_read
 from train.vae import export
 from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
-from wan.miniature import WEIGHTS
+from wan.miniature import STUDENT
 from wan.vae import VAEConfig, WanVAE
 from wan.video import write_video
 from wan.weights import load_state
@@ -51,7 +51,7 @@ def model(tmp_path_factory):
     torch.manual_seed(0)
     export(WanVAE(TINY), folder / "vae")
     for name in ("text_encoder", "tokenizer"):
-        shutil.copytree(WEIGHTS / name, folder / name)
+        shutil.copytree(STUDENT / name, folder / name)
     return folder
 
 

@@ -23,7 +23,10 @@ from train.plot import PlotConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CARD = (ROOT / "wan/miniature/weights/README.md").read_text(encoding="utf-8")
+CARDS = "".join(
+    (ROOT / f"wan/miniature/{model}/README.md").read_text(encoding="utf-8")
+    for model in ("student", "teacher")
+)
 PATHS = ("output_dir", "checkpoint", "data.folder", "data.cache_dir")
 LINES = {
     "infer.sample": SAMPLE,
@@ -51,7 +54,7 @@ def commands(text: str) -> list[str]:
     return re.findall(r"python -m (?:infer|train)\.\w+[^\n]*", joined)
 
 
-@pytest.mark.parametrize("command", commands(README) + commands(CARD))
+@pytest.mark.parametrize("command", commands(README) + commands(CARDS))
 def test_commands_name_options_that_exist(command):
     _, _, module, *options = shlex.split(command, comments=True)
     (run,) = compose_runs(LINES[module], options)
@@ -86,4 +89,4 @@ def test_ci_finds_both_setup_commands():
 
 
 def test_nothing_is_left_to_fill_in():
-    assert "@@" not in README + CARD
+    assert "@@" not in README + CARDS

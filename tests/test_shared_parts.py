@@ -11,7 +11,7 @@ from infer.convert import main as convert
 from train.export import export_model
 from train.frozen import component_digests
 from wan.hub import resolve_model
-from wan.miniature import BUILTIN, WEIGHTS
+from wan.miniature import BUILTIN, BUILTIN_TEACHER, STUDENT, TEACHER
 from wan.pipeline import PIPELINES
 from wan.pipeline_config import part_folder, read_index, read_pipeline_config
 
@@ -22,18 +22,18 @@ def sharing(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "sharing"
     folder.mkdir()
     for name in ("model_index.json", "sampling_defaults.json"):
-        shutil.copy(WEIGHTS / name, folder)
+        shutil.copy(STUDENT / name, folder)
     for name in ("scheduler", "transformer"):
-        shutil.copytree(WEIGHTS / name, folder / name)
-    parts = {name: str(WEIGHTS / name) for name in ("vae", "text_encoder", "tokenizer")}
+        shutil.copytree(STUDENT / name, folder / name)
+    parts = {name: str(STUDENT / name) for name in ("vae", "text_encoder", "tokenizer")}
     (folder / "shared_parts.json").write_text(json.dumps(parts))
     return folder
 
 
 def test_a_part_is_found_in_the_folder_or_where_it_is_shared(sharing):
-    assert part_folder(sharing, "vae") == WEIGHTS / "vae"
+    assert part_folder(sharing, "vae") == STUDENT / "vae"
     assert part_folder(sharing, "transformer") == sharing / "transformer"
-    assert part_folder(WEIGHTS, "vae") == WEIGHTS / "vae"
+    assert part_folder(STUDENT, "vae") == STUDENT / "vae"
 
 
 def video(folder):
@@ -45,12 +45,12 @@ def video(folder):
 def test_it_makes_what_the_whole_model_makes_and_is_made_whole_by_convert_and_export(
     sharing, tmp_path
 ):
-    expected = video(WEIGHTS)
+    expected = video(STUDENT)
     assert torch.equal(video(sharing), expected)
     convert(ConvertConfig(source=str(sharing), output=str(tmp_path / "whole"), layout="diffusers"))
     assert not (tmp_path / "whole" / "shared_parts.json").exists()
     assert torch.equal(video(tmp_path / "whole"), expected)
-    assert component_digests(sharing) == component_digests(WEIGHTS)
+    assert component_digests(sharing) == component_digests(STUDENT)
     pipe = PIPELINES[read_index(sharing)["_class_name"]].from_pretrained(sharing)
     model = export_model(
         pipe.transformer, sharing, read_pipeline_config(sharing), tmp_path, lora_rank=0
@@ -59,4 +59,6 @@ def test_it_makes_what_the_whole_model_makes_and_is_made_whole_by_convert_and_ex
 
 
 def test_shipped_models_have_names():
-    assert resolve_model(BUILTIN) == WEIGHTS
+    assert resolve_model(BUILTIN) == STUDENT
+    assert resolve_model(BUILTIN_TEACHER) == TEACHER
+    assert read_index(TEACHER)["_class_name"] == "WanPipeline"

@@ -86,7 +86,7 @@ def test_the_shipped_study_composes_and_its_settings_can_be_changed():
     student = config.evaluation("student_3", "pair")
     assert student.sampler == SamplerConfig()  # as its folder says
     assert student.num_objects == 2
-    steps = {s.sampler.steps for s in config.settings.values() if s.line == "teacher (Euler)"}
+    steps = {s.sampler.steps for s in config.settings.values() if s.line == "teacher (UniPC)"}
     assert steps == {50, 25, 10, 8, 4, 3, 2, 1}
 
 

@@ -1,14 +1,15 @@
-"""The captioned world of moving shapes and the small model trained on it."""
+"""The captioned world of moving shapes and the small models trained on it."""
 
 from pathlib import Path
 
-WEIGHTS = Path(__file__).parent / "weights"  # in the released folder layout
-TEACHER = WEIGHTS  # the shipped model is a teacher: it takes many steps
+# In the released folder layout; the teacher takes all but its transformer from the student
+STUDENT = Path(__file__).parent / "student"  # few steps: what commands run by default
+TEACHER = Path(__file__).parent / "teacher"  # many steps, with guidance: what it learnt from
 
-BUILTIN = "builtin:miniature"  # what commands call the shipped model
-BUILTIN_TEACHER = "builtin:miniature-teacher"  # and the one that students learn from
+BUILTIN = "builtin:miniature"
+BUILTIN_TEACHER = "builtin:miniature-teacher"
 
 
 def builtin_folder(name: str) -> Path | None:
     """Where a shipped model lies; None for any other name."""
-    return {BUILTIN: WEIGHTS, BUILTIN_TEACHER: TEACHER}.get(name)
+    return {BUILTIN: STUDENT, BUILTIN_TEACHER: TEACHER}.get(name)
