@@ -147,12 +147,11 @@ class WanVAE(nn.Module):
         stride = self.config.temporal_stride
         if chunk_frames is not None and (chunk_frames < 1 or chunk_frames % stride):
             raise WanError(f"chunk_frames={chunk_frames}: must be a multiple of {stride}")
-        x = patchify(video.to(self.dtype), self.config.patch_size or 1)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
         cache = StreamCache(keep=chunk_frames is not None)
         moments = []
-        for chunk in split_stream(x, chunk_frames):
-            moments.append(self.encoder(chunk, cache))
+        for chunk in split_stream(video, chunk_frames):
+            x = patchify(chunk.to(self.dtype), self.config.patch_size or 1)
+            moments.append(self.encoder(x.contiguous(memory_format=torch.channels_last_3d), cache))
             cache.first = False
         return self.quant_conv(torch.cat(moments, dim=2), cache)
 
