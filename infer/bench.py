@@ -39,7 +39,7 @@ def compared(config: BenchConfig) -> Iterator[Contest | Outcome]:
         sides = stack.enter_context(releases(ParityConfig(checkpoint=config.checkpoint)))[0]
         for target in config.chosen():
             if target == "load":
-                yield bench_load.contest(config, scratch / "load")
+                yield from bench_load.contests(config, scratch / "load")
             elif target == "block":
                 block = bench_compare.block_sides(
                     scratch / "block", config.block_heads, config.seed

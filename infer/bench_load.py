@@ -1,16 +1,18 @@
 """Loading a sharded release, each time in a process of its own: python -m infer.bench_load
 
-    python -m infer.bench_load FOLDER ours|reference
+    python -m infer.bench_load FOLDER ours|unchecked|reference THREADS
 
 reads the transformer of a folder in bfloat16, touches every page of it, and prints seconds and
-bytes as JSON. `infer.bench` writes the folder and takes turns.
+bytes as JSON. `infer.bench` writes the folder and takes turns. Ours looks at every value, and
+refuses NaN and infinity; `unchecked` does not, as the reference does not.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +32,17 @@ BF16 = torch.bfloat16
 PAGE = 4096
 WIDE_FROM = 2.0  # GB from which the layers are as wide as the 5B's
 SHARDS = 4
+SIDES = ("ours", "unchecked", "reference")
 
 
-def write_release(folder: Path, gigabytes: float, seed: int) -> int:
+def write_release(folder: Path, gigabytes: float, seed: int, stored: torch.dtype = BF16) -> int:
     """A sharded transformer of about that size in the released layout; its exact bytes.
 
     Its layers share their values, so that writing needs the memory of one of them.
     """
     heads = 24 if gigabytes >= WIDE_FROM else 6
     config = DiTConfig(num_attention_heads=heads, ffn_dim=14336 * heads // 24, num_layers=1)
-    one, two = (num_bytes(build_network(replace(config, num_layers=n))) for n in (1, 2))
+    one, two = (num_bytes(build_network(replace(config, num_layers=n)), stored) for n in (1, 2))
     layers = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
     config = replace(config, num_layers=layers)
     generator = torch.Generator().manual_seed(seed)
@@ -47,7 +50,7 @@ def write_release(folder: Path, gigabytes: float, seed: int) -> int:
     state = {}
     module = build_network(config)
     for name, parameter in module.state_dict().items():
-        key = (parameter.shape, stored_dtype(name))
+        key = (parameter.shape, stored_dtype(name, stored))
         if key not in values:
             values[key] = torch.randn(parameter.shape, generator=generator).to(key[1])
         state[name] = values[key]
@@ -61,18 +64,27 @@ def build_network(config: DiTConfig) -> WanDiT:
     return build_on_meta(lambda: WanDiT(config))
 
 
-def stored_dtype(name: str) -> torch.dtype:
-    return target_dtype(name, torch.float32, BF16, WanDiT.FLOAT32_PARAMETERS)
+def stored_dtype(name: str, most: torch.dtype) -> torch.dtype:
+    return target_dtype(name, torch.float32, most, WanDiT.FLOAT32_PARAMETERS)
 
 
-def num_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * stored_dtype(name).itemsize for name, p in module.named_parameters())
+def num_bytes(module: nn.Module, stored: torch.dtype) -> int:
+    sizes = ((p.numel(), stored_dtype(name, stored)) for name, p in module.named_parameters())
+    return sum(count * dtype.itemsize for count, dtype in sizes)
 
 
-def contest(config: BenchConfig, scratch: Path) -> Outcome:
-    """Seconds and peak resident memory of both sides; the files are in the page cache."""
-    size = write_release(scratch / "transformer", config.load_gb, config.seed)
-    taken: dict[str, list[dict[str, Any]]] = {"ours": [], "reference": []}
+def contests(config: BenchConfig, scratch: Path) -> Iterator[Outcome]:
+    """A release in bfloat16, which can be mapped, and one in float32, which must be converted."""
+    for stored in (BF16, torch.float32):
+        folder = scratch / str(stored).removeprefix("torch.")
+        yield contest(config, folder, stored)
+        shutil.rmtree(folder)
+
+
+def contest(config: BenchConfig, scratch: Path, stored: torch.dtype) -> Outcome:
+    """Seconds and peak resident memory of all sides; the files are in the page cache."""
+    size = write_release(scratch / "transformer", config.load_gb, config.seed, stored)
+    taken: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     order = list(taken)
     for round_ in range(config.warmup + config.repeats):
         for side in order:
@@ -88,7 +100,8 @@ def contest(config: BenchConfig, scratch: Path) -> Outcome:
         )
         for side, all_found in taken.items()
     }
-    return Outcome("load", f"{size / 1e9:.2f} GB in bfloat16", timings, goal=2.0)
+    what = f"{size / 1e9:.2f} GB of {str(stored).removeprefix('torch.')} to bfloat16"
+    return Outcome("load", what, timings, goal=2.0)
 
 
 def measured_apart(folder: Path, side: str, threads: int | None) -> dict[str, Any]:
@@ -109,6 +122,7 @@ def load_once(folder: Path, side: str) -> dict[str, Any]:
     sides = Sides("load", folder, ("transformer",), BF16)
     loaders: dict[str, Callable[[], nn.Module]] = {
         "ours": lambda: sides.ours("transformer"),
+        "unchecked": lambda: sides.ours("transformer", check_finite=False),
         "reference": lambda: sides.theirs("transformer"),
     }
     if side == "reference":

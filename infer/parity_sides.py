@@ -97,7 +97,7 @@ class Sides:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
-    def ours(self, part: str) -> Any:
+    def ours(self, part: str, check_finite: bool = True) -> Any:
         """One of our networks, loaded by our code."""
         values = read_json_object(part_folder(self.folder, part) / "config.json")
         kind = weight_kind(part)
@@ -110,7 +110,11 @@ class Sides:
             return UMT5Encoder(UMT5Config.from_json(values))
 
         module = load_module(
-            build, open_checkpoint(part_folder(self.folder, part)), kind, dtype=self.dtype
+            build,
+            open_checkpoint(part_folder(self.folder, part)),
+            kind,
+            dtype=self.dtype,
+            check_finite=check_finite,
         )
         return module.eval().requires_grad_(False)
 

@@ -92,9 +92,21 @@ def test_every_target_runs_against_the_references(tmp_path, capsys):
 
 def test_loading_is_measured_in_processes_of_their_own(tmp_path):
     config = BenchConfig(["load"], load_gb=0.03, repeats=2)
-    outcome = bench_load.contest(config, tmp_path)
-    assert [len(side.wall) for side in outcome.sides.values()] == [2, 2]
+    outcome = bench_load.contest(config, tmp_path, torch.float32)
+    assert [len(side.wall) for side in outcome.sides.values()] == [2, 2, 2]
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) >= 4
+    assert "GB of float32 to bfloat16" in outcome.what
+
+
+def test_unchecked_loading_is_told_apart_by_a_damaged_value(tmp_path):
+    bench_load.write_release(tmp_path / "transformer", 0.03, seed=0)
+    path = min((tmp_path / "transformer").glob("*.safetensors"))
+    with path.open("r+b") as file:  # the last value becomes NaN
+        file.seek(-2, 2)
+        file.write(b"\xff\xff")
+    assert bench_load.load_once(tmp_path, "unchecked")["wall"] > 0
+    with pytest.raises(WanError, match="not finite"):
+        bench_load.load_once(tmp_path, "ours")
 
 
 @pytest.mark.parametrize("profile", [False, True])
