@@ -55,7 +55,9 @@ RELEASE_RUNGS: list[Callable[[Sides], list[Row]]] = [
 class ParityConfig:
     """`python -m infer.parity`."""
 
-    checkpoint: str = option("random", "random, mini, mini-teacher, a release's folder, or a hub id")
+    checkpoint: str = option(
+        "random", "random, mini, mini-teacher, a release's folder, or a hub id"
+    )
     revision: str | None = option(None, "hub commit, branch or tag")
     full_block: bool = option(False, "one full-width block of TI2V-5B instead")
     dtype: str = option(

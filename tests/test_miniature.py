@@ -70,7 +70,11 @@ def test_tiles_change_little_away_from_their_borders(student):
 def test_the_student_takes_its_three_steps_and_refuses_others(student):
     assert student.config.timesteps == (1000, 757, 522)
     assert student.config.defaults.guidance_scale == 1.0
-    for untrained in ({"num_inference_steps": 20}, {"guidance_scale": 3.0}, {"image": torch.zeros(3, 128, 128)}):
+    for untrained in (
+        {"num_inference_steps": 20},
+        {"guidance_scale": 3.0},
+        {"image": torch.zeros(3, 128, 128)},
+    ):
         with pytest.raises(WanError, match="allow_untrained"):
             student(PROMPT, **untrained)
 
