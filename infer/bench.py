@@ -28,7 +28,7 @@ from infer.cli import run_command
 from infer.command_line import ATTENTION
 from infer.parity import ParityConfig, releases
 from infer.parity_sides import NEEDED, reference
-from infer.record import environment, package_version, writable_folder
+from infer.record import environment, package_version, processor, writable_folder
 
 
 def compared(config: BenchConfig) -> Iterator[Contest | Outcome]:
@@ -116,7 +116,8 @@ def main(config: BenchConfig) -> None:
     write_json(folder / "bench.json", outcomes, config)
     print(table(outcomes, config.clock))
     lines = missed_lines if config.stages is None else floor_lines
-    print("\n".join(["", *lines(outcomes, config), f"{folder / 'bench.json'}"]))
+    about = f"{processor()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+    print("\n".join(["", *lines(outcomes, config), about, f"{folder / 'bench.json'}"]))
 
 
 if __name__ == "__main__":

@@ -153,6 +153,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: package_version(name) for name in PACKAGES},
+        "processor": processor(),
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
@@ -160,6 +161,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         record["gpu"] = torch.cuda.get_device_name(device)
         record["cuda"] = torch.version.cuda
     return record
+
+
+def processor() -> str:
+    """The CPU's name as the system tells it; its kind, such as x86_64, where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def package_version(package: str) -> str | None:
