@@ -95,7 +95,7 @@ def run_contest(contest: Contest, repeats: int, warmup: int) -> Outcome:
     for _ in range(warmup - 1):
         for run in contest.sides.values():
             run()
-    peaks = {name: peak_bytes(run, contest.device) for name, run in contest.sides.items()}
+    peaks = {name: median_peak(run, contest.device) for name, run in contest.sides.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contest.sides}
     order = list(contest.sides)
     for _ in range(repeats):
@@ -136,6 +136,12 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     run()
     peak = resident_peak()
     return None if resting is None or peak is None else max(0, peak - resting)
+
+
+def median_peak(run: Callable[[], Any], device: torch.device, calls: int = 5) -> int | None:
+    """Of several calls: what an allocator keeps or gives back changes from one to the next."""
+    peaks = [peak for _ in range(calls) if (peak := peak_bytes(run, device)) is not None]
+    return int(statistics.median(peaks)) if peaks else None
 
 
 def reset_resident_peak() -> int | None:

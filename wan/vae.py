@@ -127,13 +127,13 @@ class WanVAE(nn.Module):
         as_tensor = [torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (mean, std)]
         return as_tensor[0], as_tensor[1]
 
-    def encode(self, video: Tensor, chunk_frames: int | None = 8) -> Tensor:
+    def encode(self, video: Tensor, chunk_frames: int | None = 4) -> Tensor:
         """Normalised latents of a clip, float32.
 
         Args:
             video: (B, 3, F, H, W) in [-1, 1], F = 4k + 1, H and W multiples of the spatial stride.
-            chunk_frames: frames per chunk, a multiple of the temporal stride; fewer need less
-                memory. The first chunk has frame 0 besides. None codes the clip in one piece.
+            chunk_frames: frames per chunk, a multiple of the temporal stride; more are
+                faster and need more memory. The first chunk has frame 0 besides. None codes the clip in one piece.
         Raises:
             WanError: sizes the strides do not divide.
         """
