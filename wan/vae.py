@@ -132,8 +132,9 @@ class WanVAE(nn.Module):
 
         Args:
             video: (B, 3, F, H, W) in [-1, 1], F = 4k + 1, H and W multiples of the spatial stride.
-            chunk_frames: frames per chunk, a multiple of the temporal stride; more are
-                faster and need more memory. The first chunk has frame 0 besides. None codes the clip in one piece.
+            chunk_frames: frames per chunk, a multiple of the temporal stride; more are faster and
+                need more memory. The first chunk has frame 0 besides. None codes the clip in one
+                piece.
         Raises:
             WanError: sizes the strides do not divide.
         """
