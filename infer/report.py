@@ -80,6 +80,8 @@ def draw_panels(
 ) -> None:
     """A panel per heading, its points with their intervals over a logarithmic x; and the legend.
 
+    Points of equal x stand side by side.
+
     Args:
         ticks: the only values to mark on the x axis.
     Raises:
@@ -87,7 +89,7 @@ def draw_panels(
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
     except ImportError as error:
         raise WanError('the picture needs matplotlib: pip install -e ".[plot]"') from error
     lines = list(dict.fromkeys(point.line for points in panels.values() for point in points))
@@ -103,12 +105,17 @@ def draw_panels(
             style = {"color": f"C{index % 10}", "label": line}
             for level in (p.y.value for p in points if p.line == line and p.x is None):
                 handles[line] = place.axhline(level, linestyle="--", linewidth=1, **style)
-            known = [(p.x, p.y) for p in points if p.line == line and p.x is not None]
+            known = [
+                (p.x, p.y, shown_at)
+                for p, shown_at in zip(points, _side_by_side(points), strict=True)
+                if p.line == line and p.x is not None
+            ]
             if known:
-                known.sort(key=lambda pair: pair[0].value)
-                xs, ys = ([pair[i] for pair in known] for i in (0, 1))
+                known.sort(key=lambda triple: triple[0].value)
+                xs, ys, shown = zip(*known, strict=True)
                 handles[line] = place.errorbar(
-                    *([e.value for e in some] for some in (xs, ys)),
+                    shown,
+                    [y.value for y in ys],
                     xerr=_reach(xs),
                     yerr=_reach(ys),
                     marker="os^vD"[index // 10 % 5],
@@ -118,14 +125,29 @@ def draw_panels(
                 )
         place.set_title(heading)
         place.set_xscale("log")
-        if ticks is not None:
+        if ticks is None:
+            place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            place.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        else:
             place.set_xticks(ticks, [str(tick) for tick in ticks])
-            place.xaxis.set_minor_locator(NullLocator())
+        place.xaxis.set_minor_locator(NullLocator())
         place.set_xlabel(x_label)
         place.grid(alpha=0.3)
     legend.legend(handles.values(), handles.keys(), loc="center")
     legend.axis("off")
     figure.savefig(file, dpi=110)
+
+
+def _side_by_side(points: Sequence[Point]) -> list[float]:
+    """Where points are drawn on the logarithmic x axis: those of equal x 3 % apart."""
+    groups: dict[float, list[int]] = {}
+    for index, point in enumerate(points):
+        groups.setdefault(0.0 if point.x is None else point.x.value, []).append(index)
+    places = [0.0] * len(points)
+    for x, group in groups.items():
+        for order, index in enumerate(group):
+            places[index] = x * 1.03 ** (order - (len(group) - 1) / 2)
+    return places
 
 
 def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:
