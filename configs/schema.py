@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from wan.attention_config import AttentionConfig
 from wan.errors import WanError
+from wan.vae_config import CHUNK_LATENTS
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
@@ -167,6 +168,9 @@ class SampleConfig:
         "auto",
         "predict memory and refuse what cannot fit: always, never, auto (models above 1 GiB)",
     )
+    chunk_latents: int = option(
+        CHUNK_LATENTS, "latent frames decoded at a time; 1 needs least memory and takes longer"
+    )
     tile: int | None = option(None, "decode in tiles of this many latents: less memory, not exact")
     verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
     lora: str | None = option(None, "a LoRA file to merge into the weights")
@@ -195,6 +199,7 @@ class SampleConfig:
         check_device("device", self.device)
         check_seed("seed", self.seed)
         check_at_least("num_videos", self.num_videos, 1)
+        check_at_least("chunk_latents", self.chunk_latents, 1)
         check_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
         for name in ("guidance_scale", "guidance_scale_2", "max_sequence_length"):
             if getattr(self, name) is not None:

@@ -84,6 +84,7 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     print(describe(requests[0], folder), file=sys.stderr)
     # Prediction loads parts of PyTorch's compiler, which takes a second: longer than a small model.
     wanted = config.preflight == "always" or weight_bytes(model_config, dtype) > GIB
+    memory = None
     if wanted and config.preflight != "never":
         memory = predicted_memory(requests, model_config, folder, device, dtype)
         free = free_bytes(device) + models.bytes_on(device)
@@ -94,7 +95,7 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     total = sum(request.config.num_videos for request in requests)
     for request in requests:
         for seed in request.seeds:
-            done = make_video(run, request, seed, model, folder, output, total > 1)
+            done = make_video(run, request, seed, model, folder, output, memory, total > 1)
             code = max(code, done)
             if done == INTERRUPTED:
                 return INTERRUPTED
@@ -131,6 +132,7 @@ def predicted_memory(
             has_image=any(request.image is not None for request in requests),
             offload=config.offload,
             quantize=config.quantize,
+            chunk_latents=config.chunk_latents,
             tile=config.tile,
         )
     )
@@ -143,10 +145,13 @@ def make_video(
     model: LoadedModel,
     folder: Path,
     output: Path,
+    memory: MemoryPlan | None,
     one_of_many: bool,
 ) -> int:
     """One video with its companions; its exit code. The record tells the story up to the end."""
     record = first_record(run, request, seed, model, folder)
+    if memory is not None:  # of the largest job, as the peak below is that of all jobs so far
+        record["predicted_memory_bytes"] = memory.stages | {"host": memory.host}
     identity = {"prompt": request.prompt, "settings": record["settings"]}
     files = reserve_files(output, identity, seed)
     if one_of_many:
@@ -182,7 +187,7 @@ def make_video(
 def _reason(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "out of memory on the GPU; try offload=stage or block, quantize=int8, "
+            "out of memory on the GPU; try offload=stage or block, chunk_latents=1, quantize=int8, "
             "dtype=bfloat16, attention=sdpa, or a smaller height, width or num_frames"
         )
     return str(error)

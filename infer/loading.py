@@ -97,6 +97,7 @@ class ModelCache:
             self._key = key
             print(self._model.describe(), file=sys.stderr)
         self._model.pipeline.tile = config.tile
+        self._model.pipeline.chunk_latents = config.chunk_latents
         self._model.pipeline.set_attention(config.attention)
         return self._model
 

@@ -27,7 +27,8 @@ SHOWN = (
     *("checkpoint", "revision", "height", "width", "num_frames", "fps", "seed", "num_videos"),
     *("sampler.name", "sampler.steps", "sampler.shift", "guidance_scale", "guidance_scale_2"),
     *("negative_prompt", "image", "max_sequence_length", "device", "dtype", "attention"),
-    *("offload", "quantize", "compile", "tile", "lora", "lora_2", "lora_strength"),
+    *("offload", "quantize", "compile", "chunk_latents", "tile"),
+    *("lora", "lora_2", "lora_strength"),
 )
 PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2")
 

@@ -511,6 +511,22 @@ def test_progress_and_timings_per_stage(pipe):
     assert all(seconds > 0 for seconds in pipe.last_timings.values())
 
 
+@pytest.mark.parametrize("tile", [None, 4])
+@pytest.mark.parametrize(("chunk", "num_chunks"), [(1, 8), (2, 4), (4, 2)])
+def test_chunks_of_decoding_differ_by_rounding_only(pipe, monkeypatch, tile, chunk, num_chunks):
+    latents = torch.randn(1, 16, 9, 8, 8, generator=seeded())
+    monkeypatch.setattr(pipe, "tile", tile)
+    expected = pipe.decode_latents(latents)
+    monkeypatch.setattr(pipe, "chunk_latents", chunk)
+    seen = []
+    video = pipe.decode_latents(latents, lambda *call: seen.append(call))
+    torch.testing.assert_close(video, expected, rtol=0, atol=2e-5)  # of float32 sums near 1
+    assert len(seen) == 1 + (num_chunks if tile is None else 1)  # tiles come in one piece
+    monkeypatch.setattr(pipe, "chunk_latents", 0)
+    with pytest.raises(WanError, match="chunk_latents=0: must be at least 1"):
+        pipe.decode_latents(latents)
+
+
 def test_safety_checker_sees_frames_before_they_are_returned(pipe):
     shown = []
 

@@ -16,6 +16,7 @@ from wan.pipeline import WanPipeline
 from wan.pipeline_config import PipelineConfig, SamplingDefaults
 from wan.preflight import (
     MemoryRequest,
+    alternatives,
     check_fits,
     kept_bytes,
     load_bytes,
@@ -115,6 +116,20 @@ def test_every_stage_takes_what_was_predicted(tokenizer_folder, guidance, attent
         assert plan.stages[name] == pytest.approx(bytes_measured, rel=TOLERANCE), name
 
 
+def test_decoding_takes_what_was_predicted_in_chunks_of_any_length(tokenizer_folder):
+    pipeline = build(tokenizer_folder)
+    size = {"height": 64, "width": 96, "num_frames": 65}
+    latents = torch.zeros(1, *pipeline.config.latent_shape(**size))
+    weights = sum(kept_bytes(module) for module in pipeline.modules.values())
+    peaks = []
+    for chunk in (1, 2, 4):
+        pipeline.chunk_latents = chunk
+        plan = predict_memory(request_of(pipeline, size, chunk_latents=chunk))
+        peaks.append(measured(lambda: pipeline.decode_latents(latents), weights))
+        assert plan.stages["decode"] == pytest.approx(peaks[-1], rel=TOLERANCE), chunk
+    assert peaks[0] < peaks[1] < peaks[2]
+
+
 def test_quantised_weights_are_predicted_as_they_are_kept(tokenizer_folder, tmp_path):
     pipeline = build(tokenizer_folder)
     pipeline.save_pretrained(tmp_path / "model")
@@ -204,6 +219,23 @@ def test_the_5b_needs_less_with_every_option():
     assert "host" in str(small)
 
 
+def test_shorter_chunks_are_offered_before_what_changes_numbers():
+    plan = predict_memory(full_size())
+    one = predict_memory(full_size(chunk_latents=1))
+    assert one.stages["decode"] < plan.stages["decode"] - 3 * GIB
+    assert one.stages | {"decode": 0} == plan.stages | {"decode": 0}
+    with pytest.raises(WanError, match=r"free; chunk_latents=1 would take 28\.\d GiB"):
+        check_fits(plan, 31 * GIB)
+    with pytest.raises(WanError, match=r"free; offload=block chunk_latents=1 would take"):
+        check_fits(plan, 12 * GIB)
+    offered = list(alternatives(full_size()))
+    assert offered[:2] == [{"chunk_latents": 1}, {"offload": "stage"}]
+    exact = [one for one in offered if not {"quantize", "dtype", "tile"} & one.keys()]
+    assert offered[: len(exact)] == exact
+    offload = {"offload": "block"}
+    assert list(alternatives(full_size(tile=16, chunk_latents=1, quantize="fp8", **offload))) == []
+
+
 def test_what_does_not_fit_is_refused_with_what_would(tokenizer_folder):
     plan = predict_memory(full_size())
     check_fits(plan, 80 * GIB)
@@ -213,7 +245,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tokenizer_folder):
         check_fits(plan, 16 * GIB)
     tiny = build(tokenizer_folder)
     size = {"height": 32, "width": 32, "num_frames": 9}
-    plan = predict_memory(request_of(tiny, size))
+    plan = predict_memory(request_of(tiny, size, chunk_latents=1))
     with pytest.raises(WanError, match="take a smaller height, width or num_frames"):
         check_fits(plan, 1000)
     needed = plan.peak

@@ -107,7 +107,7 @@ def test_a_prompt_becomes_a_video_with_its_record(run, tmp_path, models):
 def test_the_header_tells_every_setting_and_its_source(run):
     _, _, err = run("prompt=x", "steps=2", "shift=3")
     lines = [line.split("  ") for line in err.splitlines()]
-    rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:22]}
+    rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:23]}
     assert rows["height"] == ("32", "checkpoint")
     assert rows["steps"] == ("2", "command line")
     assert rows["shift"] == ("3.0", "command line")
@@ -126,6 +126,36 @@ def test_memory_is_predicted_and_what_cannot_fit_refused_unread(
     assert code == USER_ERROR
     assert "memory, predicted: load" in err
     assert "not enough memory on cpu" in err
+
+
+def test_a_prediction_is_kept_to_compare_with_the_peak(run, models):
+    code, out, err = run("prompt=x", "preflight=always", "num_frames=17")
+    assert code == 0, err
+    record = json.loads(Path(out.strip()).with_suffix(".json").read_text())
+    predicted = record["predicted_memory_bytes"]
+    assert list(predicted) == ["load", "encode_text", "denoise", "decode", "host"]
+    assert predicted["host"] == 0  # all of it is on the CPU
+    weights = sum(file.stat().st_size for file in (models / "base").rglob("diffusion*.safetensors"))
+    assert all(predicted[stage] > weights for stage in ("encode_text", "denoise", "decode"))
+    _, out, _ = run("prompt=x", "num_frames=17")
+    unpredicted = json.loads(Path(out.strip()).with_suffix(".json").read_text())
+    assert unpredicted.keys() == record.keys() - {"predicted_memory_bytes"}
+
+
+def test_chunks_of_decoding_are_chosen_recorded_and_predicted(run):
+    seen = []
+    for chunk in (1, 2, 4):
+        code, out, err = run(
+            "prompt=x", f"chunk_latents={chunk}", "num_frames=33", "preflight=always"
+        )
+        assert code == 0, err
+        record = json.loads(Path(out.strip()).with_suffix(".json").read_text())
+        assert record["settings"]["chunk_latents"]["value"] == chunk
+        seen.append(record["predicted_memory_bytes"]["decode"])
+    assert seen[0] < seen[1] < seen[2]
+    code, _, err = run("prompt=x", "chunk_latents=0")
+    assert code == USER_ERROR
+    assert err == "error: chunk_latents=0: must be a number of at least 1\n"
 
 
 def test_the_video_is_that_of_the_pipeline(run, tmp_path, models):

@@ -49,6 +49,7 @@ from wan.step_hook import StepCallback, StepHook, run_sampler
 from wan.tokenizer import Tokenizer
 from wan.umt5 import UMT5Encoder, encode_text
 from wan.vae import WanVAE, decode_tiled
+from wan.vae_config import CHUNK_LATENTS
 
 MAX_CACHED_PROMPTS = 64
 COMPILE = ("none", "dit", "all")
@@ -67,6 +68,8 @@ class WanPipeline:
         interrupt: set it from a callback to stop after the step at hand and decode what is there.
         tile: latents per side of the tiles that frames are decoded in, or None for whole frames.
             Tiles take less memory and are not exact: see `wan.vae.decode_tiled`.
+        chunk_latents: latent frames that are decoded at a time, one more at first. Fewer take less
+            memory; numbers change by the rounding of sums only.
     """
 
     CLASS_NAME: ClassVar[str] = BASE
@@ -117,6 +120,7 @@ class WanPipeline:
         self.safety_checker = safety_checker
         self.interrupt = False
         self.tile: int | None = None
+        self.chunk_latents = CHUNK_LATENTS
         self.last_timings: dict[str, float] = {}
         self._prompt_cache: dict[tuple[str, int], Tensor] = {}
         self.to(device)
@@ -563,9 +567,9 @@ class WanPipeline:
     def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
         """The frames of one video, chunk by chunk; tiles come in one piece."""
         if self.tile is None:
-            yield from self.vae.decode_stream(latents)
+            yield from self.vae.decode_stream(latents, self.chunk_latents)
         else:
-            yield decode_tiled(self.vae, latents, self.tile, self.tile // 4)
+            yield decode_tiled(self.vae, latents, self.tile, self.tile // 4, self.chunk_latents)
 
     # --- helpers ----------------------------------------------------------------------------------
 

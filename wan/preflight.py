@@ -9,6 +9,7 @@ that loading gives them; what the stages need beside them, by running the stages
 fragments, the CUDA context; and compiled networks are counted as eager ones, which need more.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from wan.errors import WanError
 from wan.memory import FusedAttention, LiveBytes, peak_bytes
 from wan.model_folder import QUANTIZED_PARTS, module_builders
 from wan.pipeline_config import PipelineConfig
-from wan.placement import has_blocks
+from wan.placement import OFFLOAD, has_blocks
 from wan.quantize import is_quantized_weight, quantize
 from wan.samplers import build_sampler
 from wan.sampling_plan import SamplingPlan
@@ -32,13 +33,12 @@ from wan.schedule import Schedule
 from wan.tensor_reader import CHUNK_BYTES
 from wan.umt5 import UMT5Encoder
 from wan.vae import WanVAE
+from wan.vae_config import CHUNK_LATENTS
 from wan.weights import GROUP_BYTES, build_on_meta, target_dtype
 
 META = torch.device("meta")
 # Share of the free memory that stays for what is not counted.
 RESERVE = 0.05
-# Latent frames after which decoding has reached its full working set: two whole chunks.
-STEADY_LATENTS = 9
 GIB = 2**30
 
 
@@ -52,6 +52,7 @@ class MemoryRequest:
         prompt_tokens: of the longest text.
         max_sequence_length: rows of the context.
         has_image: the video starts from a given frame.
+        chunk_latents: latent frames that are decoded at a time.
         tile: latents per side of the tiles that are decoded, or None.
     """
 
@@ -66,6 +67,7 @@ class MemoryRequest:
     has_image: bool = False
     offload: str = "none"
     quantize: str = "none"
+    chunk_latents: int = CHUNK_LATENTS
     tile: int | None = None
 
 
@@ -153,22 +155,22 @@ def check_fits(plan: MemoryPlan, free: int) -> None:
 
 
 def alternatives(request: MemoryRequest) -> Iterator[dict[str, Any]]:
-    """Options that need less, those that change no numbers first."""
-    offloads = [{"offload": way} for way in ("stage", "block") if request.offload != way]
-    offloads = [] if request.device.type == "cpu" else offloads
-    yield from offloads
-    fewer: list[dict[str, Any]] = []
-    if request.dtype == torch.float32:
-        fewer.append({"dtype": torch.bfloat16})
-    if request.quantize == "none":
-        fewer += [{**options, "quantize": "int8"} for options in ({}, *fewer)]
-    for options in fewer:
-        yield options
-        yield from ({**options, **offload} for offload in offloads)
-    if request.tile is None and min(request.latent_shape[2:]) > 16:
-        yield {"tile": 16}
-        yield from ({"tile": 16, **options} for options in fewer)
-        yield from ({"tile": 16, **o, **f} for f in (*fewer, {}) for o in offloads)
+    """Combinations of options that need less, those that change less of the video first.
+
+    Chunks of one latent change numbers by the rounding of sums, offloading none; a dtype and
+    quantisation do change them, and the borders of tiles can show.
+    """
+    on_cpu, later = request.device.type == "cpu", OFFLOAD[OFFLOAD.index(request.offload) + 1 :]
+    choices: list[list[dict[str, Any]]] = [  # the last one varies fastest
+        [{"tile": 16}] if request.tile is None and min(request.latent_shape[2:]) > 16 else [],
+        [{"quantize": "int8"}] if request.quantize == "none" else [],
+        [{"dtype": torch.bfloat16}] if request.dtype == torch.float32 else [],
+        [] if on_cpu else [{"offload": way} for way in later],
+        [{"chunk_latents": 1}] if request.chunk_latents > 1 else [],
+    ]
+    for chosen in itertools.product(*([{}, *one] for one in choices)):
+        if any(chosen):
+            yield {name: value for one in chosen for name, value in one.items()}
 
 
 def value_name(value: Any) -> str:
@@ -327,9 +329,9 @@ def decode_bytes(request: MemoryRequest) -> int:
     channels, frames, height, width = request.latent_shape
     if request.tile is not None:
         height, width = min(height, request.tile), min(width, request.tile)
-    needed = chunks_bytes(
-        replace(request, latent_shape=(channels, min(frames, STEADY_LATENTS), height, width))
-    )
+    # After two whole chunks beyond the first latent, decoding has reached its full working set.
+    few = min(frames, 1 + 2 * request.chunk_latents)
+    needed = chunks_bytes(replace(request, latent_shape=(channels, few, height, width)))
     if request.tile is None:
         return needed
     tile = video_bytes(replace(request, latent_shape=(channels, frames, height, width)))
@@ -341,7 +343,8 @@ def chunks_bytes(request: MemoryRequest) -> int:
     vae: WanVAE = network_of(request, "vae")
 
     def decode() -> None:
-        for chunk in vae.decode_stream(torch.empty(1, *request.latent_shape, device=META)):
+        latents = torch.empty(1, *request.latent_shape, device=META)
+        for chunk in vae.decode_stream(latents, request.chunk_latents):
             del chunk
 
     with FusedAttention():

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.errors import WanError
-from wan.vae_config import VAEConfig
+from wan.vae_config import CHUNK_LATENTS, VAEConfig
 from wan.vae_layers import (
     DecoderLevel,
     EncoderLevel,
@@ -156,7 +156,7 @@ class WanVAE(nn.Module):
             cache.first = False
         return self.quant_conv(torch.cat(moments, dim=2), cache)
 
-    def decode(self, latents: Tensor, chunk_latents: int | None = 2) -> Tensor:
+    def decode(self, latents: Tensor, chunk_latents: int | None = CHUNK_LATENTS) -> Tensor:
         """Video (B, 3, F, H, W) in [-1, 1], in the dtype of the weights.
 
         Args:
@@ -166,7 +166,9 @@ class WanVAE(nn.Module):
         """
         return torch.cat(list(self.decode_stream(latents, chunk_latents)), dim=2)
 
-    def decode_stream(self, latents: Tensor, chunk_latents: int | None = 2) -> Iterator[Tensor]:
+    def decode_stream(
+        self, latents: Tensor, chunk_latents: int | None = CHUNK_LATENTS
+    ) -> Iterator[Tensor]:
         """Like `decode`, handing out (B, 3, f, H, W) as soon as each chunk is ready."""
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
             raise WanError(
@@ -210,7 +212,11 @@ def split_stream(x: Tensor, size: int | None) -> list[Tensor]:
 
 
 def decode_tiled(
-    vae: WanVAE, latents: Tensor, tile: int = 16, overlap: int = 4, chunk_latents: int | None = 2
+    vae: WanVAE,
+    latents: Tensor,
+    tile: int = 16,
+    overlap: int = 4,
+    chunk_latents: int | None = CHUNK_LATENTS,
 ) -> Tensor:
     """Decode in spatial tiles with linear cross-fades: less memory, not the same result.
 
