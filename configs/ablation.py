@@ -7,11 +7,9 @@ from omegaconf import MISSING
 
 from configs.evaluation import EvaluateConfig
 from configs.schema import (
-    DTYPES,
     SamplerConfig,
     check_at_least,
-    check_choice,
-    check_device,
+    check_loading,
     check_prompt,
     check_seed,
     option,
@@ -46,6 +44,8 @@ class ModelConfig:
 @dataclass
 class ReferenceConfig:
     """What clips are compared with: the same noise, exact attention, many steps.
+
+    It is loaded as they are: quantised weights are compared with quantised ones.
 
     None is what the preset says if it is the same model, and else what its folder says.
     """
@@ -126,14 +126,18 @@ class AblateConfig:
     fps: float | None = option(None, "of the videos that are written; none: 8")
     device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
     dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
+    offload: str = option("none", "stage or block: less memory on the device; changes no number")
+    quantize: str = option("none", "int8 or fp8 weights in the transformer and text encoder")
+    compile: str = option(
+        "none", "torch.compile: dit, all; the seconds of an attention's first clip include it"
+    )
 
     def __post_init__(self) -> None:
         if self.prompt is not None:
             check_prompt("prompt", self.prompt)
         if self.prompt is not None and self.prompt_file is not None:
             raise WanError("prompt= and prompt_file=: give only one of them")
-        check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        check_device("device", self.device)
+        check_loading(self)
         check_at_least("num_seeds", self.num_seeds, 1)
         check_seed("seed", self.seed)
         check_seed("seed + num_seeds - 1", self.seeds[-1])
@@ -248,6 +252,9 @@ class AblateConfig:
             max_sequence_length=self.max_sequence_length,
             device=self.device,
             dtype=self.dtype,
+            offload=self.offload,
+            quantize=self.quantize,
+            compile=self.compile,
             attention=setting.attention,
         )
         if not self.in_world:  # only how the model is loaded and run is asked for

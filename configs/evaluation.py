@@ -7,11 +7,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from configs.schema import (
-    DTYPES,
     SamplerConfig,
     check_at_least,
     check_choice,
-    check_device,
+    check_loading,
     check_seed,
     option,
 )
@@ -51,6 +50,9 @@ class EvaluateConfig:
     fps: float | None = option(None, "of a preset; everything is measured per frame")
     device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
     dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
+    offload: str = option("none", "stage or block: less memory on the device; changes no number")
+    quantize: str = option("none", "int8 or fp8 weights in the transformer and text encoder")
+    compile: str = option("none", "torch.compile: dit (its blocks), all (the VAE's decoder too)")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     output: str | None = option(
@@ -63,8 +65,7 @@ class EvaluateConfig:
             raise WanError("checkpoint= is empty: name a folder or a hub id")
         check_choice("source", self.source, ("model", "renders", "vae"))
         check_choice("split", self.split, ("heldout", "train", "any"))
-        check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        check_device("device", self.device)
+        check_loading(self)
         check_seed("seed", self.seed)
         for name, least in (
             *(("num_captions", 1), ("seeds_per_caption", 1)),
@@ -94,10 +95,21 @@ class EvaluateConfig:
 
     def question(self) -> dict[str, Any]:
         """The settings that numbers depend on."""
-        free = {"batch_size", "output", "sheet"}
+        free = {"batch_size", "output", "sheet", "offload", "quantize", "compile"}
         if self.source == "renders":
             free |= {"checkpoint", "revision"}
-        return {name: value for name, value in asdict(self).items() if name not in free}
+        loading = loading_key(self) if self.source == "model" else {}
+        return {name: value for name, value in asdict(self).items() if name not in free} | loading
+
+
+def loading_key(config: Any) -> dict[str, str]:
+    """What a clip depends on of how its model is loaded; nothing by default, as keys always were.
+
+    `offload` changes no number, on a CPU its rounding at most. `compile` changes rounding only; it
+    is in for the seconds that are stored with a clip.
+    """
+    chosen = {name: getattr(config, name) for name in ("quantize", "compile")}
+    return {name: value for name, value in chosen.items() if value != "none"}
 
 
 @dataclass
@@ -160,6 +172,9 @@ class StudyConfig:
     batch_size: int = option(8, "clips at a time; changes no clip")
     device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
     dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
+    offload: str = option("none", "stage or block: less memory on the device; changes no number")
+    quantize: str = option("none", "int8 or fp8 weights in the transformer and text encoder")
+    compile: str = option("none", "torch.compile: dit (its blocks), all (the VAE's decoder too)")
 
     def __post_init__(self) -> None:
         if not self.settings:
@@ -193,6 +208,9 @@ class StudyConfig:
             attention=setting.attention,
             device=self.device,
             dtype=self.dtype,
+            offload=self.offload,
+            quantize=self.quantize,
+            compile=self.compile,
         )
 
 

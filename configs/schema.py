@@ -19,6 +19,13 @@ from wan.vae_config import CHUNK_LATENTS
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
+# How a model is loaded: the same options in every command that makes videos.
+LOADING = {
+    "dtype": ("auto", *DTYPES),
+    "offload": ("none", "stage", "block"),
+    "quantize": ("none", "int8", "fp8"),
+    "compile": ("none", "dit", "all"),
+}
 MAX_SEED = 2**32 - 1  # PyTorch's CPU generator reads 32 bits
 
 
@@ -75,6 +82,13 @@ def check_seed(name: str, value: int) -> None:
 def check_device(name: str, value: str) -> None:
     if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is None:
         raise WanError(f"{name}={value}: choose auto, cpu, mps, cuda or cuda:N")
+
+
+def check_loading(config: Any) -> None:
+    """The options of a command that say how and where its model is loaded."""
+    check_device("device", config.device)
+    for name, allowed in LOADING.items():
+        check_choice(name, getattr(config, name), allowed)
 
 
 def check_every_step(attention: AttentionConfig) -> None:
@@ -191,12 +205,8 @@ class SampleConfig:
         if not self.checkpoint:
             raise WanError("checkpoint= is empty: name a folder or a hub id")
         check_choice("image_fit", self.image_fit, ("crop", "resize"))
-        check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        check_choice("offload", self.offload, ("none", "stage", "block"))
-        check_choice("quantize", self.quantize, ("none", "int8", "fp8"))
-        check_choice("compile", self.compile, ("none", "dit", "all"))
+        check_loading(self)
         check_choice("preflight", self.preflight, ("auto", "always", "never"))
-        check_device("device", self.device)
         check_seed("seed", self.seed)
         check_at_least("num_videos", self.num_videos, 1)
         check_at_least("chunk_latents", self.chunk_latents, 1)

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.ablation import AblateConfig, Setting
+from configs.evaluation import loading_key
 from infer.ablate_report import Cell, write_report
 from infer.cli import Run, run_jobs
 from infer.command_line import CommandLine, Shortcut
@@ -169,7 +170,7 @@ def reference_key(config: AblateConfig, cell: Cell) -> str:
 
 def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
     """The key of one clip: all that its pixels depend on."""
-    how = asdict(setting)
+    how = asdict(setting) | loading_key(config)
     for label in ("model", "attention_name"):
         del how[label]
     names = ("guidance_scale_2", "negative_prompt", "max_sequence_length", "height", "width")

@@ -121,6 +121,9 @@ def load_pipeline(config: EvaluateConfig) -> WanPipeline:
         dtype=torch_dtype(config.dtype, device),
         device=device,
         attention=config.attention,
+        offload=config.offload,
+        compile=config.compile,
+        quantize=config.quantize,
     )
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from configs.evaluation import EvaluateConfig
+from configs.schema import LOADING
 from infer.cli import report
 from infer.evaluate import folder_of, load_pipeline
 from wan.digests import hash_files, list_files
 from wan.errors import WanError
 from wan.pipeline import WanPipeline
+from wan.quantize import quantization_of
 from wan.sampling_plan import SamplingPlan
 
 # What one entry of a list can fail by, while the others may still be made.
@@ -31,7 +33,8 @@ class LastPipeline:
 
     def get(self, config: EvaluateConfig) -> WanPipeline:
         """The model that a config names, with the attention that it names."""
-        key = (folder_of(config), config.device, config.dtype)
+        loading = {name: getattr(config, name) for name in LOADING}
+        key = (folder_of(config), config.device, loading)
         if self._pipeline is None or key != self._key:
             self._pipeline = None  # before the next one needs the room
             self._pipeline = load_pipeline(config)
@@ -86,6 +89,9 @@ def plan_record(
         "guidance_scale": plan.guidance_scale,
         "untrained": list(plan.untrained),
         "density": attention.density((frames, rows, columns), len(plan.schedule)),
+        "offload": pipeline.offload,
+        "quantize": quantization_of(pipeline.transformer),
+        "compile": pipeline.compile,
     }
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,35 @@ def test_what_is_stored_is_not_made_again_and_a_longer_grid_adds_to_it(done, mod
     assert run(grid(done, model)) == 0  # as it was for the other tests
 
 
+def loaded(folder: Path) -> set[tuple[str, str, str]]:
+    """How the models of the stored cells were loaded."""
+    records = (json.loads(file.read_text()) for file in (folder / "cells").glob("*.json"))
+    names = ("offload", "quantize", "compile")
+    return {tuple(record["plan"][name] for name in names) for record in records}
+
+
+def test_quantised_cells_are_made_anew_and_offloaded_ones_are_the_same(done, tmp_path, model, made):
+    assert run(grid(done, model, offload="block")) == 0
+    assert made == []  # it is stored
+    assert run(grid(tmp_path / "offloaded", model, offload="block")) == 0
+    assert len(made) == 5
+    shutil.copytree(done, tmp_path / "int8")
+    assert run(grid(tmp_path / "int8", model, quantize="int8")) == 0
+    assert len(made) == 10  # the reference too
+    compared = ("PSNR, dB", "SSIM", "flicker / reference's")
+    plain, offloaded, quantised = (
+        [[row[name] for name in compared] for row in rows(folder)]
+        for folder in (done, tmp_path / "offloaded", tmp_path / "int8")
+    )
+    for a, b in zip(offloaded, plain, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)  # a CPU rounds by where in memory a weight lies
+    for a, b in zip(quantised[::2], plain[::2], strict=True):  # of 1 step
+        assert a != pytest.approx(b, rel=1e-3)
+    assert quantised[1][0] == MAX_PSNR  # 4 steps, against 4 of the same weights
+    assert loaded(tmp_path / "offloaded") == {("block", "none", "none")}
+    assert loaded(tmp_path / "int8") == {("none", "none", "none"), ("none", "int8", "none")}
+
+
 def test_a_cell_that_fails_is_named_and_the_others_are_made(tmp_path, model, made, capsys):
     # A window of even length is refused when the attention is built.
     bad = AttentionConfig("sliding_tile", window=[2, 1, 1])
@@ -222,6 +252,8 @@ def test_a_preset_sets_what_the_grid_leaves_open():
         (["num_seeds=0"], "at least 1"),
         (["grid.guidance_scale=[0.5]"], "at least 1"),
         (["prompt=a", "prompt_file=b"], "only one"),
+        (["prompt=a", "quantize=int4"], "quantize=int4: choose one of none, int8, fp8"),
+        (["prompt=a", "offload=disk"], "offload=disk: choose one of none, stage, block"),
     ],
 )
 def test_bad_grids_are_refused_before_anything_is_made(words, message, capsys):

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 import configs
-from configs.schema import MAX_SEED, SampleConfig, SamplerConfig, option, walk_options
+from configs.schema import LOADING, MAX_SEED, SampleConfig, SamplerConfig, option, walk_options
 from infer.cli import compose_runs
 from infer.command_line import CommandLine, Shortcut, preset_names
 from wan import noise
 from wan.errors import WanError
+from wan.pipeline import COMPILE
+from wan.placement import OFFLOAD
+from wan.quantize import QUANTIZE
 
 LINE = CommandLine(
     SampleConfig, "sample", shortcuts={"steps": Shortcut("sampler.steps", ("sampler.timesteps",))}
@@ -88,8 +91,11 @@ def test_sampler_takes_at_most_one_of_steps_and_timesteps():
     assert SamplerConfig().steps is None
 
 
-def test_seeds_are_those_of_the_noise():
+def test_seeds_and_choices_are_those_of_the_model():
     assert MAX_SEED == noise.MAX_SEED
+    assert LOADING["offload"] == OFFLOAD
+    assert LOADING["quantize"] == QUANTIZE
+    assert LOADING["compile"] == COMPILE
 
 
 def test_settings_are_plain_data():

@@ -20,6 +20,7 @@ from infer.evaluate import (
     render_truth,
 )
 from infer.measure import draw_examples, evaluate, summarise, table, wilson_interval
+from infer.study import question_key
 from wan.errors import WanError
 from wan.miniature.world import HELD_OUT
 
@@ -235,6 +236,37 @@ def test_a_model_gets_every_caption_with_its_own_seed(model):
     assert not torch.equal(make([replace(examples[1], said=examples[0].said)]), videos[1:2])
 
 
+@pytest.mark.parametrize(
+    ("option", "same_clips", "same_key"),
+    [
+        ("offload=block", True, True),
+        ("offload=stage", True, True),
+        ("quantize=int8", False, False),
+        ("quantize=fp8", False, False),
+    ],
+)
+def test_quantised_weights_are_another_question_and_offloaded_ones_are_not(
+    model, option, same_clips, same_key
+):
+    plain, other = settings(*tiny(model)), settings(*tiny(model, option))
+    examples = draw_examples(plain)
+    distance = float((generate(other)(examples) - generate(plain)(examples)).abs().max())
+    # A CPU's products round by where in memory a weight lies, and blocks are copied.
+    assert (distance < 1e-4) == same_clips, distance
+    assert (question_key(other, examples) == question_key(plain, examples)) == same_key
+
+
+def test_a_question_names_what_differs_from_loading_as_ever():
+    plain = settings("offload=stage").question()
+    assert {"device", "dtype"} < plain.keys()
+    assert not {"offload", "quantize", "compile"} & plain.keys()
+    chosen = settings("quantize=fp8", "compile=dit").question()
+    assert chosen == plain | {"quantize": "fp8", "compile": "dit"}
+    for source in ("renders", "vae"):  # nothing that could be quantised makes these
+        truth = settings(f"source={source}")
+        assert settings(f"source={source}", "quantize=fp8").question() == truth.question()
+
+
 def test_reconstructions_need_only_the_autoencoder(model, tmp_path):
     (tmp_path / "vae").symlink_to(model / "vae")
     config = settings(*tiny(tmp_path, "source=vae"))
@@ -268,6 +300,9 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
         ("num_frames=5", "at least 9"),
         ("num_captions=0", "at least 1"),
         ("seeds_per_caption=0", "at least 1"),
+        ("offload=disk", "offload=disk: choose one of none, stage, block"),
+        ("quantize=int4", "quantize=int4: choose one of none, int8, fp8"),
+        ("compile=vae", "compile=vae: choose one of none, dit, all"),
     ],
 )
 def test_bad_settings_are_refused(token, message):

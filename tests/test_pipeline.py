@@ -587,15 +587,19 @@ def test_offloaded_experts_take_turns_on_the_device(tokenizer_folder, monkeypatc
     assert np.array_equal(pipeline(PROMPT, seed=0).frames, expected)
 
 
-@pytest.mark.parametrize(("what", "offload"), [("dit", "block"), ("all", "none")])
-def test_compiling_changes_no_video(tokenizer_folder, monkeypatch, what, offload):
-    """With the compiler's tracing, and its graphs run op by op: no C++ compiler is needed."""
+@pytest.fixture
+def traced_only(monkeypatch):
+    """The compiler's tracing, and its graphs run op by op: no C++ compiler is needed."""
     compile_module = torch.nn.Module.compile
 
-    def traced_only(module, **options):
+    def trace(module, **options):
         compile_module(module, backend="eager", **options)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", traced_only)
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+
+
+@pytest.mark.parametrize(("what", "offload"), [("dit", "block"), ("all", "none")])
+def test_compiling_changes_no_video(tokenizer_folder, traced_only, what, offload):
     pipeline = build(tokenizer_folder)
     expected = pipeline(PROMPT, seed=4).frames
     pipeline.offload = offload
@@ -603,6 +607,18 @@ def test_compiling_changes_no_video(tokenizer_folder, monkeypatch, what, offload
     assert pipeline.transformer.blocks[1]._compiled_call_impl is not None
     assert (pipeline.vae.decoder._compiled_call_impl is not None) == (what == "all")
     np.testing.assert_allclose(pipeline(PROMPT, seed=4).frames, expected, atol=1e-5)
+
+
+def test_a_compiled_model_takes_one_attention_after_the_other(folder, pipe, traced_only):
+    """PyTorch compiles a function in so many variants, and then, with a warning, no more."""
+    compiled = WanPipeline.from_pretrained(folder, dtype=torch.float32, compile="dit")
+    options = {"seed": 4, "num_inference_steps": 1, "output_type": "latent"}
+    # Two of each attention: of the clip to itself and to the text.
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for name in ("spatial", "temporal", "sdpa"):
+            compiled.set_attention(name)
+            latents = compiled(PROMPT, **options).frames
+    torch.testing.assert_close(latents, pipe(PROMPT, **options).frames, rtol=0, atol=1e-5)
 
 
 def test_a_visit_leaves_the_module_as_it_was():

@@ -77,12 +77,14 @@ def made(monkeypatch) -> list[int]:
 
 
 def test_the_shipped_study_composes_and_its_settings_can_be_changed():
-    (one,) = compose_runs(LINE, ["settings.teacher_unipc_50.share=0.25", "only=[renders]"])
+    words = ["settings.teacher_unipc_50.share=0.25", "only=[renders]", "quantize=int8"]
+    (one,) = compose_runs(LINE, [*words, "offload=block", "compile=dit"])
     config = one.config
     assert config.match.student == "student_3"
     teacher = config.evaluation("teacher_unipc_50", "single")
     assert teacher.num_captions == config.single.num_captions // 4
     assert teacher.sampler == SamplerConfig("unipc", 50)
+    assert (teacher.quantize, teacher.offload, teacher.compile) == ("int8", "block", "dit")
     student = config.evaluation("student_3", "pair")
     assert student.sampler == SamplerConfig()  # as its folder says
     assert student.num_objects == 2
@@ -243,6 +245,9 @@ def test_settings_of_one_model_share_it_and_students_run_as_trained(tmp_path, mo
         **{"student": 3, "one": 1},
     }
     assert plans["few"]["sampler"] == "euler"
+    again = loaded.get(replace(question, quantize="int8"))
+    assert again is not pipelines["student"]
+    assert loaded.get(replace(question, quantize="int8")) is again
     causal = replace(config.settings["few"], attention=AttentionConfig("frame_causal"))
     config.settings["causal"] = causal
     same = loaded.get(config.evaluation("many", "single"))

@@ -116,6 +116,7 @@ class WanPipeline:
         self.transformer_2 = transformer_2
         self.vae = vae
         self.offload = offload
+        self.compile = compile
         self.tokenizer_folder = tokenizer_folder
         self.safety_checker = safety_checker
         self.interrupt = False
@@ -169,9 +170,10 @@ class WanPipeline:
         """
         sizes = self.config.transformer
         dtype = self.transformer.patch_embedding.weight.dtype
-        network_attention(attention, sizes.num_layers).verify(
-            sizes.attention_head_dim, self.device, dtype
-        )
+        chosen = network_attention(attention, sizes.num_layers)
+        chosen.verify(sizes.attention_head_dim, self.device, dtype)
+        if self.compile != "none" and chosen != self.transformer.attention:
+            torch.compiler.reset()  # else, after 8 variants of a block, PyTorch compiles no more
         for network in (self.transformer, self.transformer_2):
             if network is not None:
                 network.set_attention(attention)

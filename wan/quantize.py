@@ -119,9 +119,15 @@ def quantize(module: nn.Module, kind: str) -> None:
         module.requires_grad_(False)
 
 
+def quantization_of(module: nn.Module) -> str:
+    """How a module is quantised: one of `QUANTIZE`."""
+    dtypes = {one.weight.dtype for one in module.modules() if isinstance(one, QuantizedLinear)}
+    return next((kind for kind, dtype in QUANTIZED_DTYPES.items() if dtype in dtypes), "none")
+
+
 def refuse_quantized(module: nn.Module, remedy: str) -> None:
     """An error where a module that is not quantised is needed."""
-    if any(isinstance(layer, QuantizedLinear) for layer in module.modules()):
+    if quantization_of(module) != "none":
         raise WanError(f"the weights are quantised: {remedy}")
 
 
