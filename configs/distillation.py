@@ -13,7 +13,7 @@ from configs.schema import (
     check_seed,
     option,
 )
-from configs.training import LoopConfig, LoRAConfig
+from configs.training import CHECKPOINT_BLOCKS, LoopConfig, LoRAConfig
 from wan.attention_config import AttentionConfig
 from wan.errors import WanError
 
@@ -175,6 +175,7 @@ class DistillConfig:
         check_device("device", self.device)
         check_seed("seed", self.seed)
         check_choice("export", self.export, EXPORTS)
+        check_choice("checkpoint_blocks", self.checkpoint_blocks, CHECKPOINT_BLOCKS)
         check_every_step(self.attention)
         for name in ("lr", "critic_lr"):
             check_positive(name, getattr(self, name))

@@ -30,7 +30,7 @@ from configs.evaluation import loading_key
 from infer.ablate_report import Cell, write_report
 from infer.cli import Run, run_jobs
 from infer.command_line import CommandLine, Shortcut
-from infer.evaluate import device_of, folder_of, sampling
+from infer.evaluate import folder_of, sampling
 from infer.jobs import read_text
 from infer.measure import Result, draw_examples, evaluate, write_json, write_record
 from infer.record import writable_folder
@@ -47,6 +47,7 @@ from infer.study import open_source, question_key
 from wan.errors import WanError
 from wan.measures import flicker, psnr, ssim
 from wan.pipeline import WanPipelineOutput
+from wan.placement import resolve_device
 from wan.video import to_uint8, write_video
 
 LINE = CommandLine(
@@ -190,7 +191,7 @@ def about(runner: Runner, cell: Cell, plan: dict[str, Any] | None) -> dict[str, 
         "setting": asdict(cell.setting),
         "seed": cell.seed,
         "plan": plan,
-        "device": str(device_of(runner.config.evaluation(cell.setting))),
+        "device": str(resolve_device(runner.config.device)),
         "threads": torch.get_num_threads(),
     }
 

@@ -90,7 +90,7 @@ def reconstruct_truth(config: EvaluateConfig) -> VideoSource:
     """The same, encoded and decoded; needs only the vae/ folder of the checkpoint."""
     folder = part_folder(folder_of(config), "vae")
     vae_config = VAEConfig.from_json(read_json_object(folder / "config.json"))
-    device = device_of(config)
+    device = resolve_device(config.device)
     vae = load_module(lambda: WanVAE(vae_config), open_checkpoint(folder), "vae", device=device)
     truth = render_truth(config)
 
@@ -115,7 +115,7 @@ def sampling(config: EvaluateConfig) -> dict[str, Any]:
 
 def load_pipeline(config: EvaluateConfig) -> WanPipeline:
     folder = folder_of(config)
-    device = device_of(config)
+    device = resolve_device(config.device)
     return PIPELINES[read_index(folder)["_class_name"]].from_pretrained(
         folder,
         dtype=torch_dtype(config.dtype, device),
@@ -164,11 +164,6 @@ def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> Vid
 
 def folder_of(config: EvaluateConfig) -> Path:
     return resolve_model(config.checkpoint, config.revision)
-
-
-def device_of(config: EvaluateConfig) -> torch.device:
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return resolve_device(auto if config.device == "auto" else config.device)
 
 
 SOURCES: dict[str, Callable[[EvaluateConfig], VideoSource]] = {

@@ -70,8 +70,7 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     """
     config = run.config
     output = writable_folder(config.output_dir)
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = resolve_device(auto if config.device == "auto" else config.device)
+    device = resolve_device(config.device)
     dtype = torch_dtype(config.dtype, device)
     folder = resolve_model(config.checkpoint, config.revision)
     model_config = read_pipeline_config(folder)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from configs.evaluation import CAPTION_SETS, EvaluateConfig, StudyConfig
 from infer.cli import Run, run_jobs
 from infer.command_line import CommandLine
-from infer.evaluate import SOURCES, device_of, folder_of, generate, sampling
+from infer.evaluate import SOURCES, folder_of, generate, sampling
 from infer.measure import Example, VideoSource, draw_examples, evaluate, write_record
 from infer.record import writable_folder
 from infer.resumable import (
@@ -34,6 +34,7 @@ from infer.resumable import (
     weight_digests,
 )
 from infer.study_report import read_settings, write_report
+from wan.placement import resolve_device
 
 LINE = CommandLine(StudyConfig, "study", text_keys=(), path_keys=("output_dir", "checkpoint"))
 
@@ -79,7 +80,7 @@ def run_setting(name: str, config: StudyConfig, folder: Path, models: LastPipeli
             key=key,
             config=question.question(),
             plan=plan,
-            device=str(device_of(question)),
+            device=str(resolve_device(question.device)),
             threads=torch.get_num_threads(),
         )
         print(f"{label}: {len(results)} clips", file=sys.stderr)

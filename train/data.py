@@ -32,7 +32,7 @@ from train.frozen import (
     load_frozen,
     text_dtype,
 )
-from train.store import AGAIN, TensorStore, key_of, open_to_read
+from train.store import TensorStore, key_of, open_to_read
 from wan.digests import sha256_file
 from wan.errors import WanError
 from wan.miniature.captions import caption
@@ -245,7 +245,10 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
     latents, texts = open_to_read(folder, "latents"), open_to_read(folder, "texts")
     captions = [row["caption"] for row in good] + index["prompts"]
     if missing := [row["key"] for row in good if row["key"] not in latents]:
-        raise WanError(f"{folder}: {len(missing)} of {len(good)} clips are missing; {AGAIN}")
+        raise WanError(
+            f"{folder}: {len(missing)} of {len(good)} clips are missing; run "
+            "train.preprocess there again with the same settings"
+        )
 
     def rows_of(captions: list[str]) -> list[Tensor]:
         try:

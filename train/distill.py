@@ -1,4 +1,7 @@
-"""Distribution matching distillation: `python -m train.distill recipe=dmd3`.
+"""Distribution matching distillation.
+
+    python -m train.distill                                 # the miniature, three steps
+    python -m train.distill method=fastwan3 plan=true       # what the released recipe would take
 
 A many-step teacher becomes a student of one to four steps (DMD2, arXiv:2405.14867, without
 pictures of the real world: captions are enough). Three networks, all from the teacher's weights:

@@ -336,8 +336,10 @@ def start(config: ParallelConfig, device: str = "cpu") -> Iterator[World]:
     if size == 1:
         yield World(resolve_device(device))
         return
-    if device in ("auto", "cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     elif device != "cpu":
         raise WanError(f"device={device}: several processes choose their own; cpu, cuda or auto")
     place = resolve_device(device)

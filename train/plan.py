@@ -116,7 +116,7 @@ class PlanRequest:
 def iteration_flops(request: PlanRequest) -> dict[str, float]:
     """FLOPs per clip of one iteration: a critic update, and its share of a student update.
 
-    Source of the counts: `train.distill.Distillation`, without its adversarial and regression
+    Source of the counts: `train.dmd.Distillation`, without its adversarial and regression
     terms, what it samples to show, and saving. An exit drawn evenly from K steps takes
     (K + 1) / 2 forwards.
     """

@@ -28,7 +28,7 @@ from wan.safetensors_file import (
     write_tensors,
 )
 
-AGAIN = "train.preprocess with the same settings and verify=true makes it anew"
+AGAIN = "delete the file and run the command that wrote it again"
 
 
 def key_of(*what: Any) -> str:
@@ -62,7 +62,7 @@ class TensorStore:
             notes = {key: json.loads(file.metadata[key]) for key in file.tensors}
             found = {key: Stored(file, n["sha256"], n["facts"]) for key, n in notes.items()}
         except (KeyError, TypeError, ValueError) as error:
-            raise WanError(f"{path}: not written by train.preprocess ({error!r})") from error
+            raise WanError(f"{path}: not a file of this store ({error!r}); {AGAIN}") from error
         self.stored |= found
         return list(found)
 

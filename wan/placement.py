@@ -19,15 +19,17 @@ Home = tuple[dict[str, Any], str, Tensor]  # a module's table, the name in it, t
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """A device that exists here.
+    """A device that exists here; "auto" is a CUDA device if there is one, else the CPU.
 
     Raises:
         WanError: no such device, or this build of PyTorch cannot use it.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise WanError(f"device={name}: choose cpu, cuda, cuda:N or mps") from error
+        raise WanError(f"device={name}: choose auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if count == 0:

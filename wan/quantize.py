@@ -4,8 +4,8 @@
 
 A weight (out, in) becomes 8-bit numbers q and one float32 scale per output channel, w = s q with
 s = max|w| / max|q|, symmetric around 0. A layer restores its weight in the dtype of its input just
-before the product, one layer at a time: memory and file traffic are halved against bfloat16, the
-FLOPs stay the same. `int8` rounds to 255 even steps; `fp8` (e4m3: 3 bits of mantissa) has finer
+before the product, one layer at a time: the weights take half the memory of bfloat16, the FLOPs
+stay the same. `int8` rounds to 255 even steps; `fp8` (e4m3: 3 bits of mantissa) has finer
 steps near 0 and coarser ones far from it, and is the less exact one on weights without outliers.
 
 Quantised are the linear layers of the blocks: attention and feed-forward of the DiT and of UMT5,

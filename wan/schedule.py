@@ -117,7 +117,7 @@ def few_step_schedule(
         timesteps: falling numbers in (0, 1000].
         table_shift: shift of the table.
         warp: read entry q as the table's entry number 1000 - q, so that a uniform list becomes a
-            shifted one (self-forcing students; 750 with shift 5 becomes 939.67). The model is then
+            shifted one (self-forcing students; 750 with shift 5 becomes 937.5). The model is then
             given the looked-up value.
 
     Raises:
