@@ -14,6 +14,7 @@ from wan.attention import (
     network_attention,
     sdpa_attention,
 )
+from wan.attention.choice import SELF_TEST_GRID
 from wan.attention.factorised import Spatial, Temporal
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
@@ -61,6 +62,19 @@ def test_a_kernel_that_computes_something_else_is_refused():
 
     with pytest.raises(WanError, match=r"off by .* choose sdpa"):
         network_attention(without_scale, 2).verify(16, CPU, torch.float32)
+
+
+def test_an_attention_to_the_text_that_loses_the_bias_is_refused():
+    def without_bias(q, k, v, bias=None):
+        return math_attention(q, k, v)
+
+    with pytest.raises(WanError, match=r"off by .* choose sdpa"):
+        network_attention(without_bias, 2).verify(16, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_in_the_self_test_every_sparse_variant_leaves_something_out(name):
+    assert network_attention(name, 2).density(SELF_TEST_GRID) < 0.8
 
 
 def test_sage_is_refused_where_gradients_are_wanted():

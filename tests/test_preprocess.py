@@ -377,7 +377,7 @@ def test_damage_after_writing_is_noticed_and_can_be_repaired(clips, tmp_path, mo
     (shard,) = (tmp_path / "data").glob("latents-*")
     sound = shard.read_bytes()
     shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    with pytest.raises(WanError, match=r"not what was written.*verify=true"):
+    with pytest.raises(WanError, match=r"not what was written.*delete the file"):
         folder_cache(tmp_path / "data", None).batch(0, 1, seed=0)
     preprocess(replace(config, verify=True))
     assert "removed, its content is made again" in capsys.readouterr().err
