@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
 from wan.errors import WanError
 from wan.keys import VAELevels, released_name
 from wan.vae import VAEConfig, WanVAE, blend_ramp, decode_tiled, patchify, unpatchify
-from wan.vae_layers import Conv3d
+from wan.vae_layers import Conv3d, DoublingConv2d
 
 WAN22 = VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=6)
 WAN22.latents_mean, WAN22.latents_std = (0.1,) * 6, (1.3,) * 6
@@ -191,3 +192,14 @@ def test_both_libraries_of_convolutions_give_the_same_values_and_gradients(kerne
         results.append((y.detach(), x.grad, layer.weight.grad.clone(), layer.bias.grad.clone()))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 3)])
+def test_four_small_kernels_give_what_one_gives_on_doubled_pixels(size):
+    torch.manual_seed(0)
+    layer, x = DoublingConv2d(3, 5, 3, padding=1).double(), torch.randn(2, 3, *size).double()
+    doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    expected = F.conv2d(doubled, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-7)
+    grads = [torch.autograd.grad(y.sum(), layer.weight)[0] for y in (layer(x), expected)]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
