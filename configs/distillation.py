@@ -56,6 +56,9 @@ class ScoreConfig:
     critic_ratio: int = option(5, "critic updates per student update")
     critic_warmup: int = option(0, "critic updates before the student's first")
     critic_lora: LoRAConfig = field(default_factory=LoRAConfig)
+    full_attention: bool = option(
+        False, "teacher and critic attend fully whatever attention= says, which is the student's"
+    )
 
     def __post_init__(self) -> None:
         for name in ("guidance_scale", "critic_ratio"):

@@ -14,6 +14,7 @@ from configs.data import DataConfig
 from configs.distillation import (
     DistillConfig,
     GANConfig,
+    PlanConfig,
     RegressionConfig,
     ScoreConfig,
     StudentConfig,
@@ -21,6 +22,7 @@ from configs.distillation import (
 from configs.training import LoopConfig, LoRAConfig
 from train.distill import distill
 from wan import WanDMDPipeline
+from wan.attention_config import AttentionConfig
 from wan.checkpoint import open_checkpoint
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
@@ -285,3 +287,26 @@ def test_a_student_is_no_teacher(tmp_path, teacher):
 def test_settings_that_make_no_sense_are_refused(change, message):
     with pytest.raises(WanError, match=message):
         DistillConfig(**change)
+
+
+def test_a_sparse_student_learns_from_full_attention_and_says_how_it_was_trained(
+    tmp_path, teacher, recwarn
+):
+    attention = AttentionConfig("sliding_tile", tile=[1, 1, 1], window=[3, 1, 1])
+    scores = ScoreConfig(critic_ratio=1, full_attention=True)
+    config = settings(tmp_path, teacher, attention=attention, scores=scores)
+    with pytest.MonkeyPatch.context() as patch:
+        run, _ = fresh_run(config, patch)
+    networks = (run.student, run.teacher, run.critic)
+    assert [net.attention.config.name for net in networks] == ["sliding_tile", "sdpa", "sdpa"]
+    request = module.plan_request(replace(config, machines=PlanConfig(num_gpus=3)))
+    assert request.student_density < request.score_density == 1
+    assert distill(config) == 0
+    folder = tmp_path / "run" / "model"
+    trained = read_pipeline_config(folder).defaults.attention
+    assert trained == "sliding_tile tile=[1, 1, 1] window=[3, 1, 1]"
+    recwarn.clear()
+    WanDMDPipeline.from_pretrained(folder, dtype=torch.float32, attention=attention)
+    assert not [w for w in recwarn if "was trained with" in str(w.message)]
+    with pytest.warns(UserWarning, match=r'attention=sliding_tile "attention.tile=\[1, 1, 1\]"'):
+        WanDMDPipeline.from_pretrained(folder, dtype=torch.float32)

@@ -39,6 +39,8 @@ from train.parallel import World, start
 from train.plan import PlanRequest, format_plan, plan
 from train.state import TrainState
 from train.trajectories import Trajectories, grid_through, sample_trajectories
+from wan.attention import network_attention
+from wan.attention_config import AttentionConfig
 from wan.checkpoint import open_checkpoint
 from wan.digests import sha256_file
 from wan.dit import WanDiT
@@ -106,6 +108,13 @@ def student_settings(config: DistillConfig, settings: PipelineConfig) -> Pipelin
     )
 
 
+def score_attention(config: DistillConfig) -> AttentionConfig:
+    """Of teacher and critic: where the student's is sparse they may still attend fully."""
+    if config.scores.full_attention:
+        return AttentionConfig(config.attention.exact)
+    return config.attention
+
+
 def load_networks(
     config: DistillConfig, settings: PipelineConfig, source: Path, world: World
 ) -> Networks:
@@ -113,13 +122,15 @@ def load_networks(
     half = torch.bfloat16 if config.bfloat16 else torch.float32
 
     def build() -> WanDiT:
-        return WanDiT(settings.transformer, config.attention, config.checkpoint_blocks)
+        return WanDiT(settings.transformer, score_attention(config), config.checkpoint_blocks)
 
     device = world.loading_device
     teacher = load_frozen(build, source, "transformer", device, torch.float32)
-    teacher.attention.verify(settings.transformer.attention_head_dim, world.device, half)
     critic = copy.deepcopy(teacher).requires_grad_(True)
     student = copy.deepcopy(critic)
+    student.set_attention(config.attention)
+    for module in (teacher, student):
+        module.attention.verify(settings.transformer.attention_head_dim, world.device, half)
     if config.student.start is not None:
         start_from = open_checkpoint(resolve_model(config.student.start) / "transformer")
         student.load_state_dict(load_state(start_from, "transformer"))
@@ -156,12 +167,20 @@ def plan_request(config: DistillConfig) -> PlanRequest:
     """The run as `train.plan` reckons it; of the teacher, only settings are read."""
     source = resolve_model(config.checkpoint, patterns=CONFIGS)
     settings, machines, parallel = read_teacher(config, source), config.machines, config.parallel
+    size, patches = latent_shape(config, settings)[1:], settings.transformer.patch_size
+    frames, rows, columns = (n // p for n, p in zip(size, patches, strict=True))
+    student, scores = (
+        network_attention(one, settings.transformer.num_layers).density((frames, rows, columns))
+        for one in (config.attention, score_attention(config))
+    )
     return PlanRequest(
         settings.transformer,
-        latent_shape(config, settings)[1:],
+        size,
         text_rows=machines.text_rows,
         student_rank=config.student.lora.rank,
         critic_rank=config.scores.critic_lora.rank,
+        student_density=student,
+        score_density=scores,
         steps=len(config.student.timesteps),
         critic_ratio=config.scores.critic_ratio,
         guidance=config.scores.guidance_scale != 1,

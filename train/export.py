@@ -2,8 +2,10 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+from wan.attention import SPARSE
 from wan.dit import WanDiT
 from wan.lora import save_lora
 from wan.pipeline_config import PipelineConfig, part_folder, write_configs
@@ -17,9 +19,12 @@ def export_model(
 
     Args:
         source: the folder whose other parts are copied.
-        settings: what the result says about itself.
+        settings: what the result says about itself; a sparse attention is added from `dit`.
         lora_rank: above 0 if the network carries a LoRA, which alone is written then.
     """
+    attention = dit.attention.config
+    trained = str(attention) if attention.name in SPARSE else None
+    settings = replace(settings, defaults=replace(settings.defaults, attention=trained))
     if lora_rank:
         return save_lora(folder / "pytorch_lora_weights.safetensors", dit)
     beside = folder / f".model-{os.getpid()}"

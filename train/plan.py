@@ -30,6 +30,8 @@ class PlanRequest:
         latent_size: (T, h, w) of the latents.
         text_rows: rows of the text that are attended.
         student_rank, critic_rank: of LoRAs; 0 trains all weights.
+        student_density, score_density: share of full self-attention's scores that the student, and
+            teacher and critic, compute.
         steps: of the student; the one with the gradient is drawn evenly.
         critic_ratio: critic updates per student update. An iteration is one critic update.
         batch_size: clips of all GPUs together.
@@ -46,6 +48,8 @@ class PlanRequest:
     text_rows: int = 512
     student_rank: int = 0
     critic_rank: int = 0
+    student_density: float = 1.0
+    score_density: float = 1.0
     steps: int = 3
     critic_ratio: int = 5
     guidance: bool = True
@@ -121,9 +125,10 @@ def iteration_flops(request: PlanRequest) -> dict[str, float]:
     (K + 1) / 2 forwards.
     """
     sizes = (request.dit, request.num_tokens, request.text_rows)
-    student = network_work(*sizes, request.student_rank, request.checkpoint_blocks)
-    critic = network_work(*sizes, request.critic_rank, request.checkpoint_blocks)
-    teacher = network_work(*sizes)
+    recompute, scores = request.checkpoint_blocks, request.score_density
+    student = network_work(*sizes, request.student_rank, recompute, density=request.student_density)
+    critic = network_work(*sizes, request.critic_rank, recompute, density=scores)
+    teacher = network_work(*sizes, density=scores)
     exits, share = (request.steps + 1) / 2, 1 / request.critic_ratio
     return {
         "student forward (chain)": student.forward * (exits + share * (exits - 1)),

@@ -110,8 +110,13 @@ def network_work(
     rank: int = 0,
     checkpoint_blocks: str = "none",
     attention_backward: float = ATTENTION_BACKWARD,
+    density: float = 1.0,
 ) -> Work:
-    """One network's matrix products, trained whole or as a LoRA."""
+    """One network's matrix products, trained whole or as a LoRA.
+
+    Args:
+        density: share of the scores of full self-attention that is computed.
+    """
     forward = backward = again = 0.0
     for layer in linear_layers(config, tokens, rows):
         work = 2.0 * layer.rows * layer.fan_in * layer.fan_out * layer.count
@@ -126,7 +131,7 @@ def network_work(
                 back += 2 * up + down * (1 + (layer.before == "trunk"))
         forward, backward = forward + work, backward + back
         again += work * (layer.part in BLOCK_PARTS)
-    attention = 4.0 * tokens * (tokens + rows) * config.width * config.num_layers
+    attention = 4.0 * tokens * (density * tokens + rows) * config.width * config.num_layers
     recompute = {"none": 0.0, "selective": again, "full": again + attention}[checkpoint_blocks]
     return Work(forward + attention, backward + attention_backward * attention, recompute)
 

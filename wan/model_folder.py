@@ -1,6 +1,8 @@
 """Networks from a released folder, and back into one."""
 
+import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wan.attention import AttentionChoice
+from wan.attention import AttentionChoice, network_attention
 from wan.checkpoint import open_checkpoint
 from wan.dit import WanDiT
 from wan.errors import WanError
@@ -57,6 +59,7 @@ def load_modules(
     Raises:
         WanError: weights that are missing, damaged or of another model; a LoRA of another model.
     """
+    warn_of_attention(folder, config, attention)
     builders = module_builders(config, attention)
     loras = loras or {}
     check_names("loras", list(loras), [part for part in builders if part in config.components])
@@ -78,6 +81,20 @@ def load_modules(
         modules[part] = module.eval()
     report(on_progress, "load", len(config.components), len(config.components))
     return modules
+
+
+def warn_of_attention(folder: Path, config: PipelineConfig, attention: AttentionChoice) -> None:
+    """A network that was trained with sparse attention is another one with full attention."""
+    trained = config.defaults.attention
+    chosen = str(network_attention(attention, config.transformer.num_layers).config)
+    if trained is not None and chosen != trained:
+        name, *options = re.split(r" (?=\w+=)", trained)
+        typed = " ".join([f"attention={name}", *(f'"attention.{option}"' for option in options)])
+        warnings.warn(
+            f"{folder}: was trained with attention={trained} and runs with {chosen}; "
+            f"add {typed} to run it as it was trained",
+            stacklevel=3,
+        )
 
 
 def save_modules(

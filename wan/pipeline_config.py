@@ -50,6 +50,7 @@ class SamplingDefaults:
     guidance_scale: float = 5.0
     guidance_scale_2: float | None = None  # of the low-noise expert; None: the same
     max_sequence_length: int = 512
+    attention: str | None = None  # sparse self-attention that it was trained with; None: full
 
 
 @dataclass(frozen=True)
