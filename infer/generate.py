@@ -54,7 +54,7 @@ from wan.preflight import (
     weight_bytes,
 )
 from wan.tokenizer import Tokenizer, clean_prompt
-from wan.video import contact_sheet, flaw, to_uint8, write_video
+from wan.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 
 BAD_RESULT = 1
 
@@ -260,7 +260,7 @@ def _produce(
             video = model.pipeline.decode_latents(latents, bars)[0]
         finally:
             bars.close()
-    if not bool(video.isfinite().all()):
+    if not is_finite(video):
         raise BadResultError("the decoded video is not finite")
     frames = to_uint8(video)
     if (problem := flaw(frames)) is not None:
