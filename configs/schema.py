@@ -158,7 +158,7 @@ class SampleConfig:
     guidance_scale_2: float | None = option(
         None, "the same for the low-noise expert of models with two"
     )
-    deterministic: bool = option(False, "few_step: put back predicted noise, not fresh noise")
+    deterministic: bool | None = option(None, "few_step: put back predicted noise, not fresh noise")
     frame_first_noise: bool = option(False, "draw noise in FastVideo's order: its seeds match ours")
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = option(None, "prompt tokens that are read")

@@ -27,7 +27,7 @@ SHOWN = (
     *("checkpoint", "revision", "height", "width", "num_frames", "fps", "seed", "num_videos"),
     *("sampler.name", "sampler.steps", "sampler.shift", "guidance_scale", "guidance_scale_2"),
     *("negative_prompt", "image", "max_sequence_length", "device", "dtype", "attention"),
-    *("offload", "quantize", "compile", "chunk_latents", "tile"),
+    *("offload", "quantize", "compile", "chunk_latents", "tile", "deterministic"),
     *("lora", "lora_2", "lora_strength"),
 )
 PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2")
@@ -128,7 +128,10 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
         "device": device,
         "dtype": dtype,
         "attention": str(config.attention),
+        "deterministic": config.deterministic,
     }
+    if config.deterministic is None and plan.sampler == "few_step":
+        decided["deterministic"] = model.defaults.deterministic or None  # shown where it is so
     sources["attention"] = sources["attention.name"]
     if config.sampler.shift is not None:
         decided["sampler.shift"] = config.sampler.shift

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train_checkpoint import assert_same
 
 import train.distill as module
 import train.dmd as dmd
@@ -20,6 +21,7 @@ from configs.distillation import (
     StudentConfig,
 )
 from configs.training import LoopConfig, LoRAConfig
+from train.checkpoint import list_checkpoints, load_latest
 from train.distill import distill
 from wan import WanDMDPipeline
 from wan.attention_config import AttentionConfig
@@ -145,23 +147,28 @@ def test_the_log_says_what_a_run_is_judged_by(tmp_path, teacher):
 
 
 def test_a_run_that_is_cut_goes_on_bit_for_bit(tmp_path, teacher, monkeypatch):
-    straight = settings(tmp_path / "a", teacher)
+    loop = LoopConfig(steps=6, log_every=1, save_every=3)  # between two moves of the student
+    straight = settings(tmp_path / "a", teacher, loop=loop)
     distill(straight)
-    cut = settings(tmp_path / "b", teacher)
+    cut = settings(tmp_path / "b", teacher, loop=loop)
     original = dmd.Distillation.train_step
 
-    def stop_at_three(self, state):
-        if state.step == 3:
+    def stop_after_four(self, state):
+        if state.step == 4:
             raise KeyboardInterrupt
         return original(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dmd.Distillation, "train_step", stop_at_three)
+        patch.setattr(dmd.Distillation, "train_step", stop_after_four)
         with pytest.raises(KeyboardInterrupt):
             distill(cut)
+    assert [p.name for p in list_checkpoints(tmp_path / "b/run/checkpoints")] == ["step-0000003"]
     distill(cut)
     one, two = student_weights(straight), student_weights(cut)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    trees = [load_latest(Path(c.output_dir, "checkpoints")) for c in (straight, cut)]
+    for part in ("step", "modules", "optimizers", "averages"):  # the critic's too
+        assert_same(trees[0][part], trees[1][part])
     numbers = [[line.get("critic_loss") for line in metrics(c)] for c in (straight, cut)]
     assert numbers[0] == numbers[1]
 
@@ -224,6 +231,13 @@ def test_regression_alone_needs_no_critic_and_learns(tmp_path, teacher):
     losses = [line["regression"] for line in metrics(config) if "regression" in line]
     assert losses[-1] < 0.9 * losses[0]
     assert all("critic_loss" not in line for line in metrics(config))
+    pipe = WanDMDPipeline.from_pretrained(Path(config.output_dir, "model"), dtype=torch.float32)
+    latents = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    one, other = (
+        pipe("a red circle", latents=latents, seed=seed, output_type="latent").frames
+        for seed in (1, 2)
+    )
+    assert torch.equal(one, other)  # it samples as it was trained, without fresh noise
     (shard,) = Path(config.output_dir, "trajectories").glob("*.safetensors")
     written = shard.stat().st_mtime_ns
     distill(config)  # finished already: nothing is sampled again

@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -389,6 +390,13 @@ def test_student_draws_fresh_noise_unless_deterministic(student):
     assert not np.array_equal(run(seed=1), run(seed=2))
     assert np.array_equal(run(seed=1), run(seed=1))
     assert np.array_equal(run(seed=1, deterministic=True), run(seed=2, deterministic=True))
+    own = student.config
+    student.config = replace(own, defaults=replace(own.defaults, deterministic=True))
+    try:
+        assert np.array_equal(run(seed=1), run(seed=2))
+        assert not np.array_equal(run(seed=1, deterministic=False), run(seed=1))
+    finally:
+        student.config = own
 
 
 def test_frame_first_noise_is_another_draw_of_the_same_stream(student):

@@ -317,7 +317,7 @@ class WanPipeline:
         sampler: str | None = None,
         shift: float | None = None,
         schedule: Schedule | None = None,
-        deterministic: bool = False,
+        deterministic: bool | None = None,
         frame_first_noise: bool = False,
         allow_untrained: bool = False,
         on_progress: OnProgress | None = None,
@@ -346,7 +346,8 @@ class WanPipeline:
                 a seed is drawn from PyTorch's global generator and returned.
             sampler: a name in `wan.samplers.SAMPLERS`.
             shift: of the schedule.
-            deterministic: few-step sampling puts back predicted noise instead of fresh noise.
+            deterministic: few-step sampling puts back predicted noise instead of fresh noise; None
+                is how the student was trained.
             frame_first_noise: draw noise in FastVideo's order (see `wan.noise.draw_noise`).
             allow_untrained: let a few-step student do what it was not trained for.
             on_progress: called as (stage, done, total), stages "encode", "denoise", "decode".
@@ -405,7 +406,8 @@ class WanPipeline:
                 image_latents = self.encode_image(pixels, height, width, batch)
         options: dict[str, Any] = {}
         if plan.sampler == "few_step":
-            options["deterministic"] = deterministic
+            own = self.config.defaults.deterministic
+            options["deterministic"] = own if deterministic is None else deterministic
             options["renoise"] = lambda i: draw_noise(x.shape[1:], generators, frame_first_noise)
         with self._timed("denoise"):
             denoiser, slot = self._denoiser(plan, context, negative, image_latents)

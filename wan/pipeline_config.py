@@ -51,6 +51,7 @@ class SamplingDefaults:
     guidance_scale_2: float | None = None  # of the low-noise expert; None: the same
     max_sequence_length: int = 512
     attention: str | None = None  # sparse self-attention that it was trained with; None: full
+    deterministic: bool = False  # few-step: predicted noise is put back between steps, not fresh
 
 
 @dataclass(frozen=True)
