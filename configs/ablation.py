@@ -45,7 +45,7 @@ class ModelConfig:
 class ReferenceConfig:
     """What clips are compared with: the same noise, exact attention, many steps.
 
-    It is loaded as they are: quantised weights are compared with quantised ones.
+    It is loaded as they are but never quantised, so that the error of that is measured too.
 
     None is what the preset says if it is the same model, and else what its folder says.
     """
@@ -96,6 +96,7 @@ class AblateConfig:
 
     prompt: str | None = option(None, "what the videos show; any text, exactly as typed")
     prompt_file: str | None = option(None, "several: one prompt a line")
+    prompts: list[str] = option([], "of an experiment: where neither of the two is given")
     seed: int = option(0, "the first seed, of noise and, in the world, of captions")
     num_seeds: int = option(1, "seeds seed, seed + 1, ..: each prompt gets a clip of each")
     num_captions: int = option(64, "of the world: captions per seed")
@@ -103,6 +104,7 @@ class AblateConfig:
     split: str = option("heldout", "of the world: heldout, train or any combinations")
     batch_size: int = option(8, "of the world: clips at a time; changes no clip")
 
+    made_for: list[str] = option([], "of an experiment: the model presets it fits; empty: any")
     checkpoint: str = option(MISSING, "the model, where `models` names none")
     models: dict[str, ModelConfig] = field(
         default_factory=dict, metadata={"help": "several: name -> checkpoint, see ModelConfig"}
@@ -129,7 +131,7 @@ class AblateConfig:
     offload: str = option("none", "stage or block: less memory on the device; changes no number")
     quantize: str = option("none", "int8 or fp8 weights in the transformer and text encoder")
     compile: str = option(
-        "none", "torch.compile: dit, all; the seconds of an attention's first clip include it"
+        "none", "torch.compile: dit, all; its seconds are stored apart, as warmup_seconds"
     )
 
     def __post_init__(self) -> None:
@@ -137,6 +139,10 @@ class AblateConfig:
             check_prompt("prompt", self.prompt)
         if self.prompt is not None and self.prompt_file is not None:
             raise WanError("prompt= and prompt_file=: give only one of them")
+        for text in self.prompts:
+            check_prompt("prompts", text)
+        if len(set(self.prompts)) < len(self.prompts):
+            raise WanError("prompts=: one is there twice; num_seeds= makes more of it")
         check_loading(self)
         check_at_least("num_seeds", self.num_seeds, 1)
         check_seed("seed", self.seed)
@@ -152,7 +158,11 @@ class AblateConfig:
     @property
     def in_world(self) -> bool:
         """Whether captions of the miniature's world are made, for lack of prompts."""
-        return self.prompt is None and self.prompt_file is None
+        return self.prompt is None and self.prompt_file is None and not self.prompts
+
+    def unquantized(self) -> "AblateConfig":
+        """How references are loaded."""
+        return replace(self, quantize="none")
 
     def check_world(self) -> None:
         """Refuse what captions of the world can't be made with.

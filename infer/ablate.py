@@ -2,6 +2,7 @@
 
     python -m infer.ablate experiment=attention      # full attention and the rest, 3 and 50 steps
     python -m infer.ablate experiment=steps          # 1 step to 50, teacher and student
+    python -m infer.ablate experiment=attention_5b   # the same of the 5B, on a GPU; and steps_5b
     python -m infer.ablate attention=[sdpa,spatial] steps=[4,20] grid.guidance_scale=[1,3]
     python -m infer.ablate model=wan22_ti2v_5b prompt="a fox runs" num_seeds=4 steps=[4,10,20]
 
@@ -15,7 +16,7 @@ where it stopped. What fails is named at the end, with exit code 1; the rest is 
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from infer.resumable import (
     run_each,
     weight_digests,
 )
-from infer.study import open_source, question_key
+from infer.study import open_source, question_key, warm_up
 from wan.errors import WanError
 from wan.measures import flicker, psnr, ssim
 from wan.pipeline import WanPipelineOutput
@@ -77,50 +78,66 @@ def make_captions(runner: Runner, cell: Cell) -> None:
     question = runner.config.evaluation(cell.setting, cell.seed)
     examples = draw_examples(question)
     source, plan = open_source(question, runner.models)
+    warmup_seconds = warm_up(question, examples[0], runner.models)
     results: list[Result] = []
     clips = evaluate(examples, source, question.batch_size)
     for result, video in tqdm(clips, cell.name, len(examples), unit="clip", disable=None):
         if not results:
             write_clip(runner, cell.file.with_suffix(".mp4"), video.nan_to_num(-1))
         results.append(result)
-    write_record(cell.file, results, **about(runner, cell, plan))
+    write_record(cell.file, results, **about(runner, cell, plan, warmup_seconds))
 
 
 # --- any prompts ----------------------------------------------------------------------------------
 
 
-def make_video(
-    runner: Runner, setting: Setting, seed: int, prompt: str
-) -> tuple[Tensor, dict[str, Any], dict[str, float]]:
-    """One clip (3, F, H, W) in [-1, 1], the plan of it, and the seconds of its stages."""
+@dataclass(frozen=True)
+class Clip:
+    """One clip and how it was made.
+
+    Attributes:
+        video: (3, F, H, W) in [-1, 1].
+        warmup_seconds: see `LastPipeline.warm_up`; in none of the others.
+        seconds, cpu_seconds: of all stages together; the second is of all threads.
+        stages: seconds of each, as in `WanPipeline.last_timings`.
+    """
+
+    video: Tensor
+    plan: dict[str, Any]
+    warmup_seconds: float
+    seconds: float
+    cpu_seconds: float
+    stages: dict[str, float]
+
+
+def make_video(runner: Runner, setting: Setting, seed: int, prompt: str) -> Clip:
+    """Make a clip with the model warmed up."""
     config = runner.config
     question = config.evaluation(setting)
     pipeline = runner.models.get(question)
-    options = sampling(question) | {"guidance_scale_2": config.guidance_scale_2}
-    plan = pipeline.plan(**options)
-    made = pipeline(
-        prompt,
-        config.negative_prompt if plan.guided else None,
-        config.height,
-        config.width,
-        config.num_frames,
-        seed=seed,
-        max_sequence_length=config.max_sequence_length,
-        output_type="pt",
-        **options,
-    )
+    options = sampling(question)
+    plan = pipeline.plan(**options, guidance_scale_2=config.guidance_scale_2)
+    names = ("height", "width", "num_frames", "max_sequence_length", "guidance_scale_2")
+    call = {name: getattr(config, name) for name in names}
+    call["negative_prompt"] = config.negative_prompt if plan.guided else None
+    warmup_seconds = runner.models.warm_up(question, prompt, **call)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    made = pipeline(prompt, seed=seed, output_type="pt", **call, **options)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     assert isinstance(made, WanPipelineOutput)
     video = made.frames[0].transpose(0, 1) * 2 - 1
     frames, height, width = video.shape[1:]
-    return video, plan_record(pipeline, plan, height, width, frames), dict(pipeline.last_timings)
+    record = plan_record(pipeline, plan, height, width, frames)
+    return Clip(video, record, warmup_seconds, seconds, cpu_seconds, dict(pipeline.last_timings))
 
 
 def make_reference(runner: Runner, cell: Cell, file: Path) -> None:
     """What cells are compared with, as 8-bit frames (F, H, W, 3)."""
     assert cell.prompt is not None
     setting = runner.config.reference_of(cell.setting)
+    exact = replace(runner, config=runner.config.unquantized())
     try:
-        video, _, _ = make_video(runner, setting, cell.seed, cell.prompt)
+        video = make_video(exact, setting, cell.seed, cell.prompt).video
     except WanError as error:
         raise WanError(
             f"the reference: {error}; reference.checkpoint= names another model to compare with, "
@@ -138,10 +155,8 @@ def make_compared(runner: Runner, cell: Cell, reference: Path) -> None:
     assert cell.prompt is not None
     if not reference.is_file():
         raise WanError("nothing to compare with: the reference failed, see above")
-    started, cpu_started = time.perf_counter(), time.process_time()
-    video, plan, stages = make_video(runner, cell.setting, cell.seed, cell.prompt)
-    elapsed, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    frames = to_uint8(video)
+    made = make_video(runner, cell.setting, cell.seed, cell.prompt)
+    frames = to_uint8(made.video)
     ours, exact = (
         pixels.permute(3, 0, 1, 2) / 255
         for pixels in (torch.from_numpy(frames), load_file(reference)["frames"])
@@ -152,21 +167,23 @@ def make_compared(runner: Runner, cell: Cell, reference: Path) -> None:
         "flicker": flicker(ours),
         "reference_flicker": flicker(exact),
     }
-    write_clip(runner, cell.file.with_suffix(".mp4"), video)
+    write_clip(runner, cell.file.with_suffix(".mp4"), made.video)
+    stages = made.stages
     clip = {
         "prompt": cell.prompt,
         "seed": cell.seed,
         "measures": measures,
         "seconds": stages["denoise"] + stages["decode"],  # a prompt is encoded once for all cells
-        "seconds_in_all": elapsed,
-        "cpu_seconds_in_all": cpu_seconds,
+        "seconds_in_all": made.seconds,
+        "cpu_seconds_in_all": made.cpu_seconds,
         "stages": stages,
     }
-    write_json(cell.file, {**about(runner, cell, plan), "clips": [clip]})
+    write_json(cell.file, {**about(runner, cell, made.plan, made.warmup_seconds), "clips": [clip]})
 
 
-def reference_key(config: AblateConfig, cell: Cell) -> str:
-    return clip_key(config, config.reference_of(cell.setting), cell.seed, cell.prompt)
+def reference_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
+    """The key of what a clip is compared with."""
+    return clip_key(config.unquantized(), config.reference_of(setting), seed, prompt)
 
 
 def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
@@ -184,13 +201,16 @@ def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | No
 # --- the grid -------------------------------------------------------------------------------------
 
 
-def about(runner: Runner, cell: Cell, plan: dict[str, Any] | None) -> dict[str, Any]:
+def about(
+    runner: Runner, cell: Cell, plan: dict[str, Any] | None, warmup_seconds: float
+) -> dict[str, Any]:
     """The head of a record."""
     return {
         "key": cell.key,
         "setting": asdict(cell.setting),
         "seed": cell.seed,
         "plan": plan,
+        "warmup_seconds": warmup_seconds,
         "device": str(resolve_device(runner.config.device)),
         "threads": torch.get_num_threads(),
     }
@@ -202,8 +222,10 @@ def write_clip(runner: Runner, file: Path, video: Tensor) -> None:
 
 def read_prompts(config: AblateConfig) -> list[str | None]:
     """The prompts; None alone stands for captions of the world."""
-    if config.prompt_file is None:
+    if config.in_world or config.prompt is not None:
         return [config.prompt]
+    if config.prompt_file is None:
+        return [*config.prompts]
     path = Path(config.prompt_file).expanduser()
     prompts: list[str | None] = [line.strip() for line in read_text(path).split("\n")]
     prompts = [prompt for prompt in prompts if prompt]
@@ -224,8 +246,8 @@ def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str
             question = config.evaluation(setting, seed)
             key = question_key(question, draw_examples(question))
         else:
-            key = clip_key(config, setting, seed, prompt)
-            key = result_key([key, clip_key(config, config.reference_of(setting), seed, prompt)])
+            of_clip = (config, setting, seed, prompt)
+            key = result_key([clip_key(*of_clip), reference_key(*of_clip)])
         cells.append(Cell(setting, seed, prompt, number, name, key, folder / "cells"))
 
     entries = {}
@@ -247,10 +269,10 @@ def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str
         print(f"{len(missing)} of {len(cells)} cells to make", file=sys.stderr)
     if config.in_world:
         return run_each({cell.name: partial(make_captions, runner, cell) for cell in missing})
-    files = {
-        cell.name: folder / "references" / f"{reference_key(config, cell)[:16]}.safetensors"
-        for cell in missing
-    }
+    files = {}
+    for cell in missing:
+        key = reference_key(config, cell.setting, cell.seed, cell.prompt)
+        files[cell.name] = folder / "references" / f"{key[:16]}.safetensors"
     first = {files[cell.name]: cell for cell in reversed(missing) if not files[cell.name].is_file()}
     run_each(
         {
@@ -263,9 +285,29 @@ def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str
     )
 
 
+def check_models(run: Run[AblateConfig]) -> None:
+    """Refuse a typed model that the experiment is not made for, or would never load.
+
+    Raises:
+        WanError: see above.
+    """
+    config, model = run.config, run.presets.get("model")
+    if config.made_for and model is not None and model not in config.made_for:
+        raise WanError(
+            f"model={model}: experiment={run.presets['experiment']} is made for "
+            f"model={' or '.join(config.made_for)}; leave model= out or take another experiment"
+        )
+    if config.models and run.sources.get("checkpoint") == "command line":
+        raise WanError(
+            f"checkpoint=: each of the models {', '.join(config.models)} names its own; change "
+            f"that, as in models.{next(iter(config.models))}.checkpoint=.."
+        )
+
+
 def main(run: Run[AblateConfig]) -> int:
     """The command; exit code 1 if something failed or there is nothing to report."""
     config = run.config
+    check_models(run)
     config.check_world()
     folder = writable_folder(config.output_dir)
     cells, failed = list_cells(config, folder)

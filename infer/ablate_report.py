@@ -154,9 +154,9 @@ def write_report(
         [
             WORLD_NOTE if config.in_world else REFERENCE_NOTE,
             f"{INTERVALS} A mean over one clip has none.",
-            "Seconds are without loading"
-            + ("." if config.in_world else " and without encoding the prompt.")
-            + " Density: attention's share of the FLOPs of dense attention.",
+            f"Seconds are without loading{'' if config.in_world else ', encoding the prompt'} and "
+            "what a first clip pays for (warmup_seconds in cells/; with it, where that is missing)."
+            " Density: attention's share of the FLOPs of dense attention.",
             *([f"Failed, and not in here: {'; '.join(failed)}."] if failed else []),
         ]
     )

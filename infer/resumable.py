@@ -3,7 +3,10 @@
 import hashlib
 import json
 import sys
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,16 @@ import torch
 from configs.evaluation import EvaluateConfig
 from configs.schema import LOADING
 from infer.cli import report
-from infer.evaluate import folder_of, load_pipeline
+from infer.evaluate import folder_of, load_pipeline, sampling
+from wan.attention_config import AttentionConfig
 from wan.digests import hash_files, list_files
 from wan.errors import WanError
 from wan.pipeline import WanPipeline
 from wan.quantize import quantization_of
 from wan.sampling_plan import SamplingPlan
 
-# What one entry of a list can fail by, while the others may still be made.
-FAILURES = (WanError, OSError, FloatingPointError, torch.OutOfMemoryError)
+# Failures whose message says enough; any other kind is shown with where it was raised.
+EXPECTED = (WanError, OSError, FloatingPointError, torch.OutOfMemoryError)
 
 
 class LastPipeline:
@@ -30,6 +34,8 @@ class LastPipeline:
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
         self._pipeline: WanPipeline | None = None
+        self._attention: AttentionConfig | None = None
+        self._warm: set[tuple[Any, ...]] = set()  # what ran since model and attention were set
 
     def get(self, config: EvaluateConfig) -> WanPipeline:
         """The model that a config names, with the attention that it names."""
@@ -39,9 +45,47 @@ class LastPipeline:
             self._pipeline = None  # before the next one needs the room
             self._pipeline = load_pipeline(config)
             self._key = key
-        else:
+        elif config.attention != self._attention:
             self._pipeline.set_attention(config.attention)
+        else:
+            return self._pipeline
+        self._attention = config.attention
+        self._warm.clear()
         return self._pipeline
+
+    def warm_up(self, config: EvaluateConfig, prompt: str, **call: Any) -> float:
+        """Begin a clip and drop it, where model, attention or size are new; the seconds of that.
+
+        What only a first call pays for, compiling, choosing kernels and starting CUDA, is then not
+        in the time of the clips that follow. One step is made, or as many as it takes until the
+        attention has been used and been left out, if it names steps.
+
+        Args:
+            call: what the clips are called with beside `sampling(config)`: negative_prompt, height,
+                width, num_frames and others.
+        Returns:
+            Seconds, decoding included; 0 if such a clip was made before.
+        Raises:
+            WanError: what the clips themselves would be refused for.
+        """
+        pipeline = self.get(config)
+        what = tuple(call[name] for name in ("height", "width", "num_frames"))
+        if pipeline.compile != "none":  # a text of another length is compiled for anew
+            what += (prompt, call["negative_prompt"], config.guidance_scale)
+        if what in self._warm:
+            return 0.0
+        options = sampling(config)
+        used = config.attention.uses("steps", len(pipeline.plan(**options).schedule))
+        last = max(used.index(kind) for kind in set(used))
+
+        def stop(pipeline: WanPipeline, step: int, *_: Any) -> None:
+            pipeline.interrupt = step == last
+
+        started = time.perf_counter()
+        with suppress(FloatingPointError):  # is for the clips to fail by
+            pipeline(prompt, seed=0, output_type="pt", callback_on_step_end=stop, **call, **options)
+        self._warm.add(what)
+        return time.perf_counter() - started
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
@@ -96,14 +140,21 @@ def plan_record(
 
 
 def run_each(entries: Mapping[str, Callable[[], None]]) -> list[str]:
-    """Call one after the other; the names of those that failed, each with its reason on stderr."""
+    """Call one after the other, whatever fails; only Ctrl-C stops them all.
+
+    Returns:
+        The names of those that failed, each with its reason on stderr.
+    """
     failed = []
     for name, make in entries.items():
         try:
             make()
-        except FAILURES as error:
-            print(f"{name} failed:", file=sys.stderr)
-            report(error)
+        except Exception as error:
+            print(f"{name} failed ({type(error).__name__}):", file=sys.stderr)
+            if isinstance(error, EXPECTED):
+                report(error)
+            else:
+                traceback.print_exc()
             failed.append(name)
     return failed
 

@@ -15,11 +15,16 @@ from infer import ablate
 from infer.ablate import LINE, MAX_PSNR, main
 from infer.cli import Run, compose_runs, execute
 from infer.command_line import preset_names
+from wan.attention import network_attention
+from wan.attention.choice import SELF_TEST_GRID
+from wan.attention.top_k import FLEX_BLOCK, tiling
 from wan.attention_config import AttentionConfig
 from wan.errors import WanError
+from wan.schedule import FEW_STEP_TABLE_SHIFT
 from wan.video import read_video
 
 PROMPT = "a red circle, moving right"
+GRID_5B = (31, 22, 40)  # tokens of 121x704x1280
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,11 @@ def grid(output: Path, model: Path, **changes) -> AblateConfig:
 
 def run(config: AblateConfig) -> int:
     return main(Run(config, {}, {}, ""))
+
+
+def composed(*words: str) -> AblateConfig:
+    (one,) = compose_runs(LINE, words)
+    return one.config
 
 
 @pytest.fixture
@@ -119,11 +129,19 @@ def test_what_is_stored_is_not_made_again_and_a_longer_grid_adds_to_it(done, mod
     assert run(grid(done, model)) == 0  # as it was for the other tests
 
 
-def loaded(folder: Path) -> set[tuple[str, str, str]]:
+def test_only_the_first_clip_of_an_attention_is_warmed_up_for(done, model):
+    cells, _ = ablate.list_cells(grid(done, model), done)
+    seconds = [json.loads(cell.file.read_text())["warmup_seconds"] for cell in cells]
+    sdpa_1, sdpa_4, causal_1, causal_4 = seconds
+    assert causal_1 > 0
+    assert sdpa_1 == sdpa_4 == causal_4 == 0  # the reference was of sdpa
+
+
+def loaded(folder: Path) -> set[str]:
     """How the models of the stored cells were loaded."""
-    records = (json.loads(file.read_text()) for file in (folder / "cells").glob("*.json"))
     names = ("offload", "quantize", "compile")
-    return {tuple(record["plan"][name] for name in names) for record in records}
+    plans = [json.loads(file.read_text())["plan"] for file in (folder / "cells").glob("*.json")]
+    return {" ".join(plan[name] for name in names) for plan in plans}
 
 
 def test_quantised_cells_are_made_anew_and_offloaded_ones_are_the_same(done, tmp_path, model, made):
@@ -131,9 +149,13 @@ def test_quantised_cells_are_made_anew_and_offloaded_ones_are_the_same(done, tmp
     assert made == []  # it is stored
     assert run(grid(tmp_path / "offloaded", model, offload="block")) == 0
     assert len(made) == 5
+    made.clear()
     shutil.copytree(done, tmp_path / "int8")
     assert run(grid(tmp_path / "int8", model, quantize="int8")) == 0
-    assert len(made) == 10  # the reference too
+    assert len(made) == 4  # the reference is stored: it is never quantised
+    assert run(grid(tmp_path / "anew", model, quantize="int8", grid=GridConfig(steps=[4]))) == 0
+    assert len(made) == 4 + 2
+    assert loaded(tmp_path / "anew") == {"none int8 none"}
     compared = ("PSNR, dB", "SSIM", "flicker / reference's")
     plain, offloaded, quantised = (
         [[row[name] for name in compared] for row in rows(folder)]
@@ -143,9 +165,10 @@ def test_quantised_cells_are_made_anew_and_offloaded_ones_are_the_same(done, tmp
         assert a == pytest.approx(b, rel=1e-4)  # a CPU rounds by where in memory a weight lies
     for a, b in zip(quantised[::2], plain[::2], strict=True):  # of 1 step
         assert a != pytest.approx(b, rel=1e-3)
-    assert quantised[1][0] == MAX_PSNR  # 4 steps, against 4 of the same weights
-    assert loaded(tmp_path / "offloaded") == {("block", "none", "none")}
-    assert loaded(tmp_path / "int8") == {("none", "none", "none"), ("none", "int8", "none")}
+    assert quantised[1][0] < MAX_PSNR  # 4 steps, against 4 of the weights as they are
+    assert rows(tmp_path / "anew")[0]["PSNR, dB"] == pytest.approx(quantised[1][0], rel=1e-4)
+    assert loaded(tmp_path / "offloaded") == {"block none none"}
+    assert loaded(tmp_path / "int8") == {"none int8 none", "none none none"}
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_made(tmp_path, model, made, capsys):
@@ -163,6 +186,34 @@ def test_a_cell_that_fails_is_named_and_the_others_are_made(tmp_path, model, mad
     last = printed.err.splitlines()[-1]
     assert last.startswith("3 cells failed: nowhere, bad")
     assert "Failed, and not in here" in printed.out
+
+
+def test_a_failure_of_any_kind_stops_only_its_cell(tmp_path, model, monkeypatch, capsys):
+    make = ablate.make_video
+
+    def failing(runner, setting, seed, prompt):
+        if setting.attention_name == "frame_causal":
+            raise RuntimeError("inductor: no kernel")
+        return make(runner, setting, seed, prompt)
+
+    monkeypatch.setattr(ablate, "make_video", failing)
+    both = GridConfig(attention=["frame_causal", "sdpa"], steps=[1])
+    assert run(grid(tmp_path, model, grid=both)) == 1
+    assert [row["attention"] for row in rows(tmp_path)] == ["sdpa"]
+    printed = capsys.readouterr().err
+    assert "seed 0 failed (RuntimeError):\nTraceback" in printed
+    assert "in failing" in printed
+    assert "RuntimeError: inductor: no kernel" in printed
+    assert printed.splitlines()[-1].startswith("1 cells failed: model, frame_causal")
+
+
+def test_ctrl_c_stops_the_grid(tmp_path, model, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate, "make_compared", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(grid(tmp_path, model))
 
 
 def test_without_a_reference_nothing_is_compared(tmp_path, model, capsys):
@@ -204,10 +255,9 @@ def test_the_world_is_read_by_its_detectors(tmp_path, model, monkeypatch):
 
 @pytest.mark.parametrize("name", preset_names("experiment"))
 def test_every_experiment_composes_and_its_first_cell_runs(name, tmp_path, model):
-    (composed,) = compose_runs(LINE, [f"experiment={name}", "num_captions=1", "device=cpu"])
-    config = composed.config
+    config = composed(f"experiment={name}", "num_captions=1", "device=cpu")
     settings = config.settings()
-    assert len(settings) == {"none": 1, "attention": 16, "steps": 15}[name]
+    assert len(settings) == {"none": 1, "attention": 16, "steps": 15}[name.removesuffix("_5b")]
     for setting in settings:
         assert config.evaluation(setting, 0).attention == setting.attention
     tiny = replace(
@@ -216,6 +266,8 @@ def test_every_experiment_composes_and_its_first_cell_runs(name, tmp_path, model
         checkpoint=str(model),
         models={},
         grid=GridConfig(attention=config.grid.attention[-1:], steps=[1]),
+        prompts=config.prompts[:1],
+        reference=replace(config.reference, checkpoint=None, steps=1),
         **dict.fromkeys(("height", "width"), 64),
         num_frames=9,
     )
@@ -223,10 +275,56 @@ def test_every_experiment_composes_and_its_first_cell_runs(name, tmp_path, model
     assert len(rows(tmp_path)) == 1
 
 
+def test_an_experiment_chooses_its_model_and_a_typed_one_wins():
+    own = composed("experiment=attention")
+    assert (own.checkpoint, own.device) == ("builtin:miniature-teacher", "cpu")
+    typed = composed("experiment=attention", "model=mini", "device=cuda:1")
+    assert (typed.checkpoint, typed.device) == ("builtin:miniature", "cuda:1")
+    assert typed.grid == own.grid
+    folder = composed("experiment=attention_5b", "checkpoint=models/5b", "prompt=a fox")
+    assert folder.checkpoint == "models/5b"
+    assert ablate.read_prompts(folder) == ["a fox"]
+
+
+@pytest.mark.parametrize("name", ["attention_5b", "steps_5b"])
+def test_the_experiments_of_the_5b_are_of_its_size_and_recipe(name):
+    config, preset = composed(f"experiment={name}"), composed("model=wan22_ti2v_5b", "prompt=a")
+    for same in ("checkpoint", "sampler", "guidance_scale", "negative_prompt", "dtype"):
+        assert getattr(config, same) == getattr(preset, same)
+    size = (config.num_frames, config.height, config.width)
+    assert ((size[0] - 1) // 4 + 1, size[1] // 32, size[2] // 32) == GRID_5B
+    assert len(ablate.read_prompts(config)) == 3
+    assert not config.in_world
+
+
+def test_every_attention_of_the_5b_fits_its_grid():
+    config = composed("experiment=attention_5b")
+    assert {setting.sampler.steps for setting in config.settings()} == {3, 50}
+    for setting in config.settings():
+        density = network_attention(setting.attention, 2).density(GRID_5B, setting.sampler.steps)
+        assert density == 1 if setting.attention_name == "sdpa" else 0 < density < 0.6
+        if setting.attention.name == "top_k":  # what its GPU path asks for, in the self-test too
+            for tokens in (GRID_5B, SELF_TEST_GRID):
+                tiles = tiling(tokens, tuple(setting.attention.tile), torch.device("cpu"))
+                assert tiles.tokens.shape[1] % FLEX_BLOCK == 0
+
+
+def test_the_student_of_the_5b_runs_as_its_preset_does():
+    config = composed("experiment=steps_5b")
+    teacher, student = ([s for s in config.settings() if s.model == n] for n in config.models)
+    assert [s.sampler.steps for s in student] == [3, 1, 2, 4, 8]
+    assert config.models["teacher"].checkpoint == config.reference.checkpoint == config.checkpoint
+    fast = composed("model=fastwan_ti2v_5b", "prompt=a")
+    assert {s.checkpoint for s in student} == {fast.checkpoint}
+    assert {(s.sampler.name, s.guidance_scale) for s in student} == {("few_step", 1.0)}
+    assert {s.sampler.shift for s in student} == {FEW_STEP_TABLE_SHIFT}
+    reference, most = config.reference_of(student[0]), teacher[-1]
+    assert (reference.sampler, reference.guidance_scale) == (most.sampler, most.guidance_scale)
+
+
 def test_typed_lists_become_the_grid():
     words = ["attention=[sdpa,top_k]", "steps=[null,3]", "grid.guidance_scale=[1,3]", "shift=[2]"]
-    (composed,) = compose_runs(LINE, [*words, "prompt=a cat, ${running}"])
-    config = composed.config
+    config = composed(*words, "prompt=a cat, ${running}")
     assert config.prompt == "a cat, ${running}"
     assert len(config.settings()) == 8
     assert {setting.sampler.shift for setting in config.settings()} == {2.0}
@@ -234,11 +332,11 @@ def test_typed_lists_become_the_grid():
 
 
 def test_a_preset_sets_what_the_grid_leaves_open():
-    (composed,) = compose_runs(LINE, ["model=fastwan_ti2v_5b", "prompt=a fox", "steps=[null,4]"])
-    own, four = composed.config.settings()
+    config = composed("model=fastwan_ti2v_5b", "prompt=a fox", "steps=[null,4]")
+    own, four = config.settings()
     assert own.sampler.timesteps == [1000, 757, 522]
     assert (four.sampler.steps, four.sampler.timesteps) == (4, None)
-    reference = composed.config.reference_of(own)
+    reference = config.reference_of(own)
     assert reference.sampler.steps == 50
     assert reference.attention == AttentionConfig()
 
@@ -247,6 +345,11 @@ def test_a_preset_sets_what_the_grid_leaves_open():
     ("words", "message"),
     [
         (["model=wan22_ti2v_5b"], "give prompt= or prompt_file="),
+        (["experiment=attention", "model=wan22_ti2v_5b", "prompt=a"], "made for model=mini-teach"),
+        (["experiment=steps", "model=wan22_ti2v_5b", "prompt=a"], "made for model=mini-teacher;"),
+        (["experiment=steps", "model=mini"], "leave model= out"),
+        (["experiment=steps", "checkpoint=models/mine"], "models.teacher.checkpoint="),
+        (["prompts=[a,a]"], "twice"),
         (["steps=[3,3]"], "twice"),
         (["steps=[0]"], "between 1 and 1000"),
         (["num_seeds=0"], "at least 1"),

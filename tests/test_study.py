@@ -13,6 +13,7 @@ from test_pipeline import build, write_tokenizer
 from configs.evaluation import (
     CAPTION_SETS,
     CaptionSetConfig,
+    EvaluateConfig,
     MatchConfig,
     SettingConfig,
     StudyConfig,
@@ -258,6 +259,62 @@ def test_settings_of_one_model_share_it_and_students_run_as_trained(tmp_path, mo
     assert plans["one"]["untrained"]
     with pytest.raises(WanError, match="allow_untrained"):
         open_source(config.evaluation("untrained", "single"), loaded)
+
+
+def test_a_first_clip_is_begun_once_per_model_attention_and_size(models):
+    plain = EvaluateConfig(
+        checkpoint=str(models / "teacher"),
+        sampler=SamplerConfig(steps=4),
+        guidance_scale=1.0,
+        device="cpu",
+    )
+    loaded, evaluations = LastPipeline(), []
+    loaded.get(plain).transformer.register_forward_hook(lambda *_: evaluations.append(1))
+
+    def warm_up(size: int = 32, **changes) -> tuple[bool, int]:
+        """Whether it took time, and how many evaluations."""
+        evaluations.clear()
+        call = {"height": size, "width": size, "num_frames": 9, "negative_prompt": None}
+        seconds = loaded.warm_up(replace(plain, **changes), "a circle", **call)
+        return seconds > 0, len(evaluations)
+
+    new, known = (True, 1), (False, 0)
+    assert [warm_up(), warm_up(), warm_up(sampler=SamplerConfig(steps=7))] == [new, known, known]
+    assert [warm_up(size=64), warm_up(size=32)] == [new, known]
+    causal = AttentionConfig("frame_causal")
+    assert [warm_up(attention=causal), warm_up(attention=causal)] == [new, known]
+    late = AttentionConfig("frame_causal", steps="2-")  # the first two steps leave it out
+    assert warm_up(attention=late) == (True, 3)
+    with pytest.raises(WanError, match="none of the 1 steps"):
+        warm_up(size=64, attention=late, sampler=SamplerConfig(steps=1))
+
+
+def test_the_seconds_of_a_setting_are_without_its_warm_up(tmp_path, models, monkeypatch):
+    asked = []
+    warm_up = LastPipeline.warm_up
+
+    def noting(self, config, prompt, **call):
+        asked.append((len(made), warm_up(self, config, prompt, **call)))
+        return asked[-1][1]
+
+    made: list[int] = []
+    evaluate = study.evaluate
+    monkeypatch.setattr(study, "evaluate", lambda *a: made.append(1) or evaluate(*a))
+    monkeypatch.setattr(LastPipeline, "warm_up", noting)
+    monkeypatch.setattr(study, "CAPTION_SETS", ("single", "pair"))
+    config = ceilings(
+        tmp_path,
+        settings={"few": SettingConfig(sampler=SamplerConfig(steps=1))},
+        match=MatchConfig("few", "few", floor="few"),
+        checkpoint=str(models / "teacher"),
+        single=CaptionSetConfig(num_captions=2),
+    )
+    assert study.run_settings(config, tmp_path) == []
+    stored = [json.loads((tmp_path / "few" / f"{c}.json").read_text()) for c in study.CAPTION_SETS]
+    assert [record["warmup_seconds"] for record in stored] == [seconds for _, seconds in asked]
+    assert [count for count, _ in asked] == [0, 1]  # before the clips
+    assert asked[0][1] > 0
+    assert asked[1][1] == 0  # the same model, attention and size
 
 
 def test_other_weights_are_another_question(tmp_path, models):
