@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_train_checkpoint import assert_same
 
 import train.distill as module
@@ -32,6 +33,7 @@ from wan.errors import WanError
 from wan.lora import read_lora
 from wan.miniature import STUDENT, TEACHER
 from wan.pipeline_config import BASE, SamplingDefaults, read_pipeline_config, write_configs
+from wan.schedule import few_step_schedule
 from wan.weights import load_state, save_component
 
 TINY = DiTConfig(
@@ -275,12 +277,43 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_named(tmp_path, teache
         run.train_step(state)
 
 
-def test_a_student_that_drifts_away_stops_the_run(tmp_path, teacher, monkeypatch):
-    run, _ = fresh_run(settings(tmp_path, teacher, max_drift=1.5), monkeypatch)
-    with torch.no_grad():
-        run.student.head.proj.weight.mul_(50)
+@pytest.mark.parametrize("factor", [50, 0.0])
+def test_a_student_whose_spread_leaves_the_teachers_stops_the_run(
+    tmp_path, teacher, monkeypatch, factor
+):
+    run, _ = fresh_run(settings(tmp_path, teacher, max_drift=3.0), monkeypatch)
+    panel = load_file(tmp_path / "run/teacher_panel.safetensors")["latents"]
+    assert run.teacher_std == pytest.approx(float(panel.std()))
+    run.matching_loss(0, torch.Generator().manual_seed(0))
+    run.schedule = few_step_schedule([1000])
+    monkeypatch.setattr(dmd, "roll_out", lambda *args: factor * torch.randn(3, 16, 3, 4, 4))
     with pytest.raises(WanError, match=r"step 0: diverged: .* lower lr"):
         run.matching_loss(0, torch.Generator().manual_seed(0))
+
+
+def test_the_teachers_panel_is_kept_for_the_same_teacher_and_guidance_only(
+    tmp_path, teacher, monkeypatch
+):
+    file = tmp_path / "run/teacher_panel.safetensors"
+    made = []
+    for guidance in (2.0, 2.0, 5.0):
+        scores = ScoreConfig(guidance_scale=guidance)
+        fresh_run(settings(tmp_path, teacher, scores=scores), monkeypatch)
+        made.append((file.stat().st_mtime_ns, load_file(file)["latents"]))
+    assert made[0][0] == made[1][0]
+    assert not torch.equal(made[1][1], made[2][1])
+
+
+def test_a_run_does_not_go_on_with_another_teacher(tmp_path, teacher):
+    own = shutil.copytree(teacher, tmp_path / "teacher")
+    config = settings(tmp_path, own, loop=LoopConfig(steps=2, save_every=2))
+    distill(config)
+    state = load_state(open_checkpoint(own / "transformer"), "transformer")
+    changed = {name: tensor + 1 for name, tensor in state.items()}
+    (own / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    save_component(changed, own / "transformer", "transformer")
+    with pytest.raises(WanError, match="teacher_digest"):
+        distill(replace(config, loop=LoopConfig(steps=4, save_every=2)))
 
 
 def test_a_student_is_no_teacher(tmp_path, teacher):

@@ -1,10 +1,19 @@
+"""The loop: resume, stop, refuse, log, and name the best."""
+
 import json
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_train_checkpoint import assert_same, files_of_at_most
 from torch import nn
 
 from configs.training import LoopConfig
+from train.checkpoint import best_checkpoint, list_checkpoints, load_latest
 from train.loop import run_training, step_generator
 from train.optim import EMA, make_optimizers
 from train.state import TrainState
@@ -114,3 +123,124 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tmp_
         return train_step(state)
 
     assert run_training(make_state(), step_that_starts_another, LoopConfig(steps=1), tmp_path, {})
+
+
+def lines_of(folder) -> list[dict]:
+    """The log without what the clock says."""
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k != "seconds_per_step"} for x in lines]
+
+
+def test_a_signal_adds_no_candidate_for_the_best_and_no_line(tmp_path):
+    def measure(state):
+        return {"health": {2: 0.5, 3: 0.9, 4: 0.4}[state.step]}
+
+    def signalled(state):
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state)
+
+    config = LoopConfig(steps=4, log_every=4, save_every=2)
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    assert run_training(make_state(), train_step, config, straight, {}, measure)
+    assert not run_training(make_state(), signalled, config, cut, {}, measure)
+    assert load_latest(cut / "checkpoints")["step"] == 3
+    assert best_checkpoint(cut / "checkpoints").name == "step-0000002"
+    assert run_training(make_state(), train_step, config, cut, {}, measure)
+    assert best_checkpoint(cut / "checkpoints").name == "step-0000002"
+    assert lines_of(cut) == lines_of(straight)
+
+
+def test_a_line_over_steps_before_and_after_a_resume_is_that_of_an_unbroken_run(tmp_path):
+    config = LoopConfig(steps=8, log_every=4, save_every=3)
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    run_training(make_state(), train_step, config, straight, {})
+
+    def broken(state):
+        if state.step == 5:
+            raise KeyboardInterrupt
+        return train_step(state)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(make_state(), broken, config, cut, {})
+    run_training(make_state(), train_step, config, cut, {})
+    assert lines_of(cut) == lines_of(straight)
+
+
+def test_a_finished_run_may_be_asked_for_its_best(tmp_path):
+    config = LoopConfig(steps=2, save_every=1)
+    run_training(make_state(), train_step, config, tmp_path, {"export": "last"})
+    assert run_training(make_state(), train_step, config, tmp_path, {"export": "best"})
+
+
+def test_speed_counts_steps_and_not_what_is_done_at_a_save(tmp_path, monkeypatch):
+    now = 0.0
+
+    def takes(seconds, values):
+        nonlocal now
+        now += seconds
+        return values
+
+    monkeypatch.setattr("train.loop.time", SimpleNamespace(perf_counter=lambda: now))
+    config = LoopConfig(steps=6, log_every=2, save_every=3)
+    run_training(
+        make_state(),
+        lambda state: takes(0.5, {"loss": 1.0, "clips": 4.0}),
+        config,
+        tmp_path,
+        {},
+        lambda state: takes(100.0, {}),
+    )
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["seconds_per_step"] for x in lines] == [0.5] * 3
+    assert [x["clips_per_second"] for x in lines] == [8.0] * 3
+    assert all("clips" not in x for x in lines)
+
+
+@pytest.mark.parametrize("full", ["metrics", "checkpoint"])
+def test_a_full_disk_ends_a_run_that_goes_on_from_its_last_checkpoint(tmp_path, full):
+    """Files can't grow beyond a size that step 5's line, or checkpoint 6, comes to."""
+    config = LoopConfig(steps=8, log_every=1, save_every=3)
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    run_training(make_state(), train_step, config, straight, {})
+    metrics = cut / "metrics.jsonl"
+
+    def until_full(state):
+        if full == "metrics" and state.step == 5:
+            limit.enter_context(files_of_at_most(metrics.stat().st_size + 9))
+        if full == "checkpoint" and state.step == 5:
+            limit.enter_context(files_of_at_most(metrics.stat().st_size + 200))
+        return train_step(state)
+
+    with ExitStack() as limit, pytest.raises(OSError, match="large") as caught:
+        run_training(make_state(), until_full, config, cut, {})
+    named = {"metrics": "metrics.jsonl", "checkpoint": "step-0000006"}
+    assert named[full] in str(caught.value)
+    assert metrics.read_text().endswith("\n") == (full == "checkpoint")  # or half a line is left
+    assert [p.name for p in list_checkpoints(cut / "checkpoints")] == ["step-0000003"]
+    run_training(make_state(), train_step, config, cut, {})
+    assert lines_of(cut) == lines_of(straight)
+    assert_same(load_latest(cut / "checkpoints"), load_latest(straight / "checkpoints"))
+
+
+def test_wandb_gets_what_a_save_wrote_once_the_checkpoint_is_safe(tmp_path, monkeypatch):
+    sent = []
+    run = SimpleNamespace(define_metric=lambda *a, **k: None, finish=lambda: None)
+    run.log = lambda values: sent.append(
+        (values, [p.name for p in list_checkpoints(tmp_path / "checkpoints")])
+    )
+    fake = SimpleNamespace(init=lambda **k: run, Image=lambda path: path, Video=None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def draw(state):
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        (tmp_path / f"samples/{state.step:07d}-sheet.png").touch()
+        return {}
+
+    config = LoopConfig(steps=2, save_every=1, wandb_project="x")
+    run_training(make_state(), train_step, config, tmp_path, {}, draw)
+    pictures = [(v, there) for v, there in sent if "samples/sheet" in v]
+    assert [v["samples/sheet"] for v, _ in pictures] == [
+        str(tmp_path / f"samples/000000{n}-sheet.png") for n in (1, 2)
+    ]
+    assert [there[-1] for _, there in pictures] == ["step-0000001", "step-0000002"]

@@ -1,11 +1,60 @@
+"""The log of a run: lines of JSON that nothing of wandb can stop."""
+
 import json
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
-from train.metrics import MetricsLog
+from train.metrics import MetricsLog, media_files, read_metrics
 from wan.errors import WanError
+
+
+class FakeWandb:
+    """What of wandb is used: the module and its run in one. `fails` names calls that raise."""
+
+    def __init__(self, *fails: str) -> None:
+        self.fails = fails
+        self.sent: list[dict] = []
+        self.calls: list[str] = []
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.fails:
+            raise RuntimeError(f"{name}: the network is down")
+
+    def init(self, **settings):
+        self._call("init")
+        self.settings = settings
+        return self
+
+    def define_metric(self, *_, **__):
+        self._call("define_metric")
+
+    def log(self, values: dict) -> None:
+        self._call("log")
+        self.sent.append(values)
+
+    def finish(self) -> None:
+        self._call("finish")
+
+    def Image(self, path: str):
+        self._call("Image")
+        return ("image", path)
+
+    def Video(self, path: str, format: str):
+        self._call("Video")
+        return (format, path)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    def install(*fails: str) -> FakeWandb:
+        fake = FakeWandb(*fails)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        return fake
+
+    return install
 
 
 def test_numbers_that_json_has_no_name_for_become_null(tmp_path):
@@ -15,14 +64,67 @@ def test_numbers_that_json_has_no_name_for_become_null(tmp_path):
     assert json.loads(line) == {"step": 0, "loss": None, "rate": 1.0}
 
 
-def test_wandb_is_a_mirror_that_is_only_asked_for_by_name(tmp_path, monkeypatch):
-    sent = []
-    run = SimpleNamespace(define_metric=lambda *a, **k: None, log=sent.append)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **k: run))
+def test_half_a_line_is_no_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n{"step": 1, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.5}]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    log = MetricsLog(tmp_path)
+    log.path = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        log.write(0, loss=1.0)
+
+
+def test_wandb_is_a_mirror_that_is_only_asked_for_by_name(tmp_path, use):
+    wandb = use()
     MetricsLog(tmp_path).write(0, loss=1.0)
-    assert sent == []
+    assert wandb.calls == []
     MetricsLog(tmp_path, wandb_project="x").write(1, loss=2.0)
-    assert sent == [{"trainer/step": 1, "loss": 2.0}]
+    assert wandb.sent == [{"trainer/step": 1, "loss": 2.0}]
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, use):
+    ids = []
+    for _ in range(2):
+        wandb = use()
+        MetricsLog(tmp_path, wandb_project="x").close()
+        ids.append(wandb.settings["id"])
+    assert ids[0] == ids[1] != ""
+
+
+def test_wandb_gets_pictures_and_clips_as_the_files_they_are(tmp_path, use):
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for name in ("0000020-triptych.png", "0000020-0.mp4", "0000020-note.txt", "0000010-0.mp4"):
+        (folder / name).touch()
+    wandb = use()
+    log = MetricsLog(tmp_path, wandb_project="x")
+    log.show(19, media_files(tmp_path, 20))
+    log.show(29, media_files(tmp_path, 30))  # nothing was written then
+    assert wandb.sent == [
+        {
+            "trainer/step": 19,
+            "samples/triptych": ("image", str(folder / "0000020-triptych.png")),
+            "samples/0": ("mp4", str(folder / "0000020-0.mp4")),
+        }
+    ]
+
+
+@pytest.mark.parametrize("fails", ["init", "define_metric", "log", "finish", "Image"])
+def test_an_error_of_wandb_is_told_once_and_the_lines_go_on(tmp_path, use, capsys, fails):
+    use(fails)
+    log = MetricsLog(tmp_path, wandb_project="x")
+    for step in range(3):
+        log.write(step, loss=1.0)
+        log.show(step, [tmp_path / f"samples/{step:07d}-a.png"])
+    log.close()
+    assert [row["step"] for row in read_metrics(log.path)] == [0, 1, 2]
+    told = capsys.readouterr().err
+    assert told.count("warning: wandb:") == 1
+    assert f"{fails}: the network is down" in told
 
 
 def test_asking_for_wandb_without_it_says_how_to_install_it(tmp_path, monkeypatch):

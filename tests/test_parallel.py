@@ -9,23 +9,38 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_distill
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from test_distill import metrics, settings, student_weights
 
+import train.dmd as dmd
+from configs.distillation import (
+    DistillConfig,
+    GANConfig,
+    RegressionConfig,
+    ScoreConfig,
+    StudentConfig,
+)
 from configs.parallel import ParallelConfig
-from configs.training import DataConfig, FinetuneConfig, LoopConfig
-from train.checkpoint import list_checkpoints
+from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
+from train.checkpoint import list_checkpoints, load_checkpoint
+from train.distill import distill
 from train.finetune import finetune
 from train.loop import run_training, step_generator
-from train.optim import EMA, Muon, apply_gradients
+from train.optim import EMA, Muon, apply_gradients, make_optimizers
 from train.parallel import ALONE, SequenceSplit, World, gathered, share_out, start
 from train.state import TrainState
 from wan.checkpoint import open_checkpoint
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.weights import load_state
+from wan.pipeline_config import SamplingDefaults, read_pipeline_config, write_configs
+from wan.weights import load_state, save_component
+
+teacher = test_distill.teacher  # a fixture
 
 TINY = DiTConfig(
     num_attention_heads=2,
@@ -396,8 +411,187 @@ def test_numbers_that_only_some_processes_have_are_averaged_over_those():
     assert world.mean({"loss": 1.0, "exit_1": 4.0}) == {"loss": 2.0, "exit_1": 4.0, "exit_2": 5.0}
 
 
+def test_counts_of_different_clips_are_added_and_greatest_values_stay_greatest():
+    world = World(torch.device("cpu"))
+    world.size, world.data_size = 4, 2  # two and two share their clips
+    own = {"exits_0": 1.0, "student_max": 2.0, "memory_gb": 5.0}
+    others = {"exits_0": 3.0, "student_max": 4.0, "memory_gb": 1.0}
+    world.gather = lambda value: [value, value, others, others]
+    assert world.mean(own) == {"exits_0": 4.0, "student_max": 4.0, "memory_gb": 5.0}
+
+
+def test_samples_are_made_in_chunks_by_each_group_its_share():
+    asked = []
+
+    def make(rows: list[int]) -> torch.Tensor:
+        asked.append(rows)
+        return torch.tensor(rows)
+
+    world = World(torch.device("cpu"))
+    assert world.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
+    assert asked == [[0, 1], [2, 3], [4]]
+    asked.clear()
+    world.size, world.data_size, world.data_rank = 4, 2, 1
+    world.gather = lambda value: [torch.tensor([0, 1, 2])] * 2 + [value] * 2
+    assert world.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
+    assert asked == [[3, 4], [4]]  # as many calls as the other group: networks are sharded
+
+
 def test_heads_that_cannot_be_shared_out_are_refused():
     three = SequenceSplit.__new__(SequenceSplit)
     three.size = 3
     with pytest.raises(WanError, match="2 heads cannot be shared out over 3"):
         WanDiT(TINY).split_tokens(three)
+
+
+# --- train.distill --------------------------------------------------------------------------------
+
+PLAIN = LoopConfig(steps=4, save_every=2, log_every=1, keep_last=9)
+SHORT = LoopConfig(steps=2, save_every=2, log_every=1)
+BOTH = ScoreConfig(2.0, shift=3.0, critic_ratio=1)  # student and critic move in every step
+ADVERSARIAL = {
+    "gan": GANConfig(0.5, 0.5, blocks=[0, -1]),
+    "first_frame_share": 0.5,
+    "scores": BOTH,
+    "loop": SHORT,
+}
+RUNS = {
+    "plain": {"loop": PLAIN},
+    "gan": ADVERSARIAL,
+    "gan of the teacher": ADVERSARIAL | {"gan": GANConfig(0.5, 0.5, host="teacher")},
+    "lora": {
+        "student": StudentConfig(lora=LoRAConfig(rank=2)),
+        "scores": replace(BOTH, critic_lora=LoRAConfig(rank=2)),
+        "regression": RegressionConfig(weight=0.5, num_pairs=5, steps=4),
+        "loop": SHORT,
+    },
+}
+# Run, how it is shared out, and what it goes on from.
+IN_TWO = {
+    "plain": ("plain", ParallelConfig()),
+    "plain, sequence": ("plain", ParallelConfig(sequence=2)),
+    "gan": ("gan", ParallelConfig()),
+    "gan, sequence": ("gan", ParallelConfig(sequence=2)),
+    "gan of the teacher, sequence": ("gan of the teacher", ParallelConfig(sequence=2)),
+    "lora": ("lora", ParallelConfig()),
+    "one, then two": ("plain", ParallelConfig()),
+    "two, then two": ("plain", ParallelConfig()),
+}
+
+
+def distill_config(folder: Path, restless: Path, run: str, **changes) -> DistillConfig:
+    """Three captions are validated: with two processes, one of them makes two."""
+    config = settings(folder, restless, batch_size=2, validation_captions=3)
+    return replace(config, lr=1e-2, critic_lr=1e-2, **RUNS[run], **changes)
+
+
+def calm_optimizers(*arguments, **options) -> dict[str, torch.optim.Optimizer]:
+    """As for `make_state`: with a large eps rounding stays small and sizes of gradients show."""
+    optimizers = make_optimizers(*arguments, **options)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-2
+    return optimizers
+
+
+def distill_in_two(rank: int, root: Path, restless: Path, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dmd.make_optimizers = calm_optimizers
+    for port, (name, (run, parallel)) in zip(ports, IN_TWO.items(), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        if name == "two, then two" and rank == 0:
+            until_second_step(root / "two/plain/run", root / "two" / name / "run")
+        assert distill(distill_config(root / "two" / name, restless, run, parallel=parallel)) == 0
+
+
+@pytest.fixture(scope="module")
+def restless(teacher) -> Path:
+    """The tiny teacher, but with no weights at zero, for 5 tokens: an odd number."""
+    pipeline = read_pipeline_config(teacher)
+    write_configs(replace(pipeline, defaults=SamplingDefaults(32, 32, 17, 8, 4, 3.0)), teacher)
+    dit, generator = WanDiT(pipeline.transformer), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            std = max(parameter[0].numel(), 4) ** -0.5
+            parameter.normal_(mean=0.1, std=std, generator=generator)
+    (teacher / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    save_component(dit.state_dict(), teacher / "transformer", "transformer")
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def distilled(root, restless) -> Path:
+    """Folder of `one` and `two`, each with the runs that so many processes finished."""
+    one, two = root / "one", root / "two"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmd, "make_optimizers", calm_optimizers)
+        for run in RUNS:
+            assert distill(distill_config(one / run, restless, run)) == 0
+        until_second_step(one / "plain/run", two / "one, then two/run")
+        mp.spawn(distill_in_two, (root, restless, free_ports(len(IN_TWO))), nprocs=2)
+        until_second_step(two / "plain/run", one / "two, then one/run")
+        assert distill(distill_config(one / "two, then one", restless, "plain")) == 0
+    return root
+
+
+TOLERANCE = 3e-6  # float32 rounding, grown over two to four steps that move weights by up to 1e-2
+LOGGED = ("exits_", "student_max", "critic_loss", "loss_student", "gan_", "regression")
+LOGGED += ("student_grad_norm", "critic_grad_norm", "motion_ratio", "spread_ratio")
+
+
+def assert_same_weights(one: Weights, two: Weights) -> None:
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("name", IN_TWO)
+def test_two_processes_distil_the_student_of_one(distilled, restless, name):
+    run, _ = IN_TWO[name]
+    one = distill_config(distilled / "one" / run, restless, run)
+    two = distill_config(distilled / "two" / name, restless, run)
+    expected, seen = metrics(one), metrics(two)
+    for line, other in zip(expected[-len(seen) :], seen, strict=True):
+        assert line.keys() == other.keys()
+        for key in line:
+            if key.startswith(LOGGED):
+                assert other[key] == pytest.approx(line[key], rel=3e-5), key
+    assert_same_weights(student_weights(one), student_weights(two))
+
+
+def test_a_resumed_distillation_in_two_repeats_an_unbroken_one_bit_for_bit(distilled, restless):
+    straight, resumed = (
+        student_weights(distill_config(distilled / "two" / name, restless, "plain"))
+        for name in ("plain", "two, then two")
+    )
+    assert all(torch.equal(weight, resumed[name]) for name, weight in straight.items())
+
+
+def test_a_distillation_in_two_goes_on_in_one(distilled, restless):
+    straight, resumed = (
+        student_weights(distill_config(distilled / "one" / name, restless, "plain"))
+        for name in ("plain", "two, then one")
+    )
+    assert_same_weights(straight, resumed)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_checkpoint_has_the_students_weights_and_their_average_apart(distilled, step):
+    one, two = (
+        load_checkpoint(distilled / number / f"plain/run/checkpoints/step-{step:07d}")
+        for number in ("one", "two")
+    )
+    for part in ("modules", "averages"):
+        a, b = (tree[part]["student"] for tree in (one, two))
+        assert_same_weights(a.get("weights", a), b.get("weights", b))
+
+
+@pytest.mark.parametrize("name", ["plain", "plain, sequence"])
+def test_the_teachers_panel_does_not_depend_on_who_makes_it(distilled, name):
+    one, two = (
+        load_file(distilled / folder / "run" / "teacher_panel.safetensors")["latents"]
+        for folder in ("one/plain", f"two/{name}")
+    )
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)

@@ -1,10 +1,14 @@
 """Training checkpoints: what is saved comes back, and damage is noticed."""
 
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,7 +19,6 @@ from train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_latest,
-    mark_best,
     save_checkpoint,
     split_tensors,
 )
@@ -98,6 +101,30 @@ def test_no_checkpoint_is_not_an_error_but_only_damaged_ones_are(tmp_path):
         load_latest(tmp_path)
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond so many bytes: writing fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"x": torch.ones(50_000)}, {"x": ["many words"] * 20_000}],
+    ids=["tensors", "numbers and names"],
+)
+def test_what_does_not_fit_on_the_disk_is_an_os_error_that_names_the_file(tmp_path, state):
+    save_checkpoint(tmp_path, 1, {"step": 1})
+    with files_of_at_most(100_000), pytest.raises(OSError, match="step-0000002") as caught:
+        save_checkpoint(tmp_path, 2, state)
+    assert "large" in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001"]
+
+
 def test_a_failed_save_leaves_earlier_checkpoints_and_no_litter(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"step": 1})
 
@@ -136,13 +163,70 @@ def test_a_process_killed_while_saving_leaves_a_checkpoint_that_loads(tmp_path):
     assert torch.equal(tree["x"], torch.full((200_000,), tree["step"]))
 
 
+KILLED_AT = """
+import os, shutil, signal, sys
+from pathlib import Path
+import torch
+import train.checkpoint as module
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+for folder in map(Path, sys.argv[1:]):
+    if os.fork() == 0:
+        home, name = (shutil, "rmtree") if folder.name == "rmtree" else (module, folder.name)
+        setattr(home, name, die)
+        module.save_checkpoint(folder, 4, {"step": 4, "x": torch.ones(9)}, 1, health=0.95)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.wait()[1]), folder
+"""
+
+
+def test_wherever_a_save_is_killed_the_newest_and_the_best_are_there(tmp_path):
+    before = ("split_tensors", "save_file", "flush_to_disk", "sha256_file", "commit")
+    after = ("prune", "rmtree")  # the new checkpoint has its name
+    folders = [tmp_path / moment for moment in before + after]
+    for folder in folders:
+        for step, health in ((1, 0.5), (2, 0.9), (3, 0.7)):
+            save_checkpoint(folder, step, {"step": step}, 1, health=health)
+    subprocess.run([sys.executable, "-c", KILLED_AT, *map(str, folders)], check=True)
+    for folder in folders:
+        committed = folder.name in after
+        assert load_latest(folder)["step"] == (4 if committed else 3)
+        assert best_checkpoint(folder).name == f"step-000000{4 if committed else 2}"
+        save_checkpoint(folder, 5, {"step": 5}, 1, health=0.1)
+        best = "step-0000004" if committed else "step-0000002"
+        assert sorted(p.name for p in folder.iterdir()) == [best, "step-0000005"]
+
+
 def test_the_best_checkpoint_outlives_the_last_ones(tmp_path):
     for step, health in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6), (5, 0.8)):
-        save_checkpoint(tmp_path, step, {"step": step}, keep_last=2)
-        mark_best(tmp_path, step, health)
+        save_checkpoint(tmp_path, step, {"step": step}, keep_last=2, health=health)
     assert [p.name for p in list_checkpoints(tmp_path)] == [f"step-000000{n}" for n in (2, 4, 5)]
     assert load_checkpoint(best_checkpoint(tmp_path)) == {"step": 2}
     save_checkpoint(tmp_path, 1, {"step": 1})  # set back: what came later is gone, the best too
     assert best_checkpoint(tmp_path) is None
-    mark_best(tmp_path, 1, 0.1)
+    save_checkpoint(tmp_path, 2, {"step": 2}, health=0.1)
+    assert best_checkpoint(tmp_path).name == "step-0000002"
+
+
+def test_a_run_set_back_keeps_the_best_of_what_it_goes_on_from(tmp_path):
+    for step, health in ((1, 0.6), (2, 0.5), (3, 0.9)):
+        save_checkpoint(tmp_path, step, {"step": step}, keep_last=3, health=health)
+    save_checkpoint(tmp_path, 2, {"step": 2}, keep_last=1, health=0.5)  # 3 was damaged
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000001", "step-0000002"]
+
+
+def test_only_what_was_measured_can_be_the_best_and_of_equals_the_newest_is(tmp_path):
+    for step, health in ((1, float("nan")), (2, 0.4), (3, 0.4), (4, None)):
+        save_checkpoint(tmp_path, step, {"step": step}, keep_last=9, health=health)
+    assert best_checkpoint(tmp_path).name == "step-0000003"
+
+
+def test_the_best_that_earlier_versions_noted_beside_the_checkpoints_still_counts(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step})
+    (tmp_path / "best.json").write_text(json.dumps({"step": 1, "value": 0.7}))
     assert best_checkpoint(tmp_path).name == "step-0000001"
+    save_checkpoint(tmp_path, 3, {"step": 3}, keep_last=1, health=0.8)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000003"]

@@ -2,7 +2,8 @@
 
 A checkpoint is written beside its place, flushed to the disk, and renamed; a folder under its final
 name is complete. `manifest.json` holds the sha256 of each file, and loading verifies it, so that a
-damaged checkpoint is noticed and the one before it is used, loudly.
+damaged checkpoint is noticed and the one before it is used, loudly. The manifest also says how
+healthy the checkpoint was measured to be: which one is the best follows from those that are there.
 
 Of a sharded run every process writes a file with its own rows of each tensor, and says in the
 file's header which they are. Any number of processes can read them, one included: each takes the
@@ -10,6 +11,7 @@ rows it needs, from whichever files have them.
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +30,7 @@ from wan.errors import WanError
 
 PREFIX = "step-"
 UNFINISHED = ".writing-"
-BEST = "best.json"
+BEST = "best.json"  # of earlier versions: the step and health of the best, beside the checkpoints
 
 
 def split_tensors(tree: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
@@ -68,13 +70,14 @@ def write_part(folder: Path, state: dict[str, Any], world: World) -> dict[str, s
             local, (first_rows[path], _) = stored
             own[path] = local.cpu().contiguous().clone()  # clone: tied weights share memory
     files = []
-    if world.size == 1:
-        save_file(own, folder / "state.safetensors")
-        files.append("state.safetensors")
-    elif own:
-        header = {"first_rows": json.dumps(first_rows)}
-        files.append(f"state-{world.rank:05d}.safetensors")
-        save_file(own, folder / files[-1], header)
+    if world.size == 1 or own:
+        alone = world.size == 1
+        files.append("state.safetensors" if alone else f"state-{world.rank:05d}.safetensors")
+        header = None if alone else {"first_rows": json.dumps(first_rows)}
+        try:
+            save_file(own, folder / files[-1], header)
+        except SafetensorError as error:  # how a full disk is told there
+            raise OSError(f"{folder / files[-1]}: {error}") from error
     if world.is_main:
         (folder / "state.json").write_text(json.dumps(tree))
         files.append("state.json")
@@ -84,12 +87,19 @@ def write_part(folder: Path, state: dict[str, Any], world: World) -> dict[str, s
 
 
 def save_checkpoint(
-    root: Path, step: int, state: dict[str, Any], keep_last: int = 2, world: World = ALONE
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    keep_last: int = 2,
+    world: World = ALONE,
+    health: float | None = None,
 ) -> Path:
     """Write `root/step-N`, then remove all but the best and the last `keep_last` up to N.
 
     All processes call this; the folder must be one that all of them see.
 
+    Args:
+        health: by which the best is told, higher is better; None or not finite: no candidate.
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
@@ -104,50 +114,70 @@ def save_checkpoint(
         parts = world.gather(digests)
         with world.together():
             if world.is_main:
-                commit(beside, final, step, {k: v for part in parts for k, v in part.items()})
+                every_digest = {k: v for part in parts for k, v in part.items()}
+                commit(beside, final, step, every_digest, health)
                 prune(root, final, keep_last)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a write does not say where
+            raise OSError(error.errno, error.strerror, str(final)) from error
+        raise
     finally:
         if world.is_main:
             shutil.rmtree(beside, ignore_errors=True)
     return final
 
 
-def commit(beside: Path, final: Path, step: int, digests: dict[str, str]) -> None:
+def commit(
+    beside: Path, final: Path, step: int, digests: dict[str, str], health: float | None
+) -> None:
     """Give a checkpoint whose files are on the disk its manifest and its name."""
-    manifest = {"step": step, "sha256": dict(sorted(digests.items()))}
+    manifest: dict[str, Any] = {"step": step, "sha256": dict(sorted(digests.items()))}
+    if health is not None and math.isfinite(health):
+        manifest["health"] = health
     (beside / "manifest.json").write_text(json.dumps(manifest))
     for path in (beside / "manifest.json", beside):
         flush_to_disk(path)
     if final.exists():  # left by a run that was set back to an earlier step
-        shutil.rmtree(final)
+        discard(final)
     beside.rename(final)
     flush_to_disk(final.parent)
 
 
 def prune(root: Path, final: Path, keep_last: int) -> None:
-    # Later steps are of a run that was set back to an earlier one, because they were damaged.
-    earlier = [p for p in list_checkpoints(root) if p.name < final.name]
-    later = [p for p in list_checkpoints(root) if p.name > final.name]
-    outdated = [p for p in earlier[: len(earlier) - (keep_last - 1)] if p != best_checkpoint(root)]
-    for old in [*later, *outdated]:
-        shutil.rmtree(old)
+    for folder in list_checkpoints(root):
+        # Later steps are of a run that was set back to an earlier one, because they were damaged.
+        if folder.name > final.name:
+            discard(folder)
+    best, there = best_checkpoint(root), list_checkpoints(root)
+    for folder in there[:-keep_last]:
+        if folder != best:
+            discard(folder)
 
 
-def mark_best(root: Path, step: int, value: float) -> None:
-    """Note that `root/step-N` is the best so far, if no checkpoint that is still there beats it."""
-    if best_checkpoint(root) is not None and json.loads((root / BEST).read_text())["value"] > value:
-        return
-    beside = root / f".{BEST}-{os.getpid()}"
-    beside.write_text(json.dumps({"step": step, "value": value}))
-    beside.replace(root / BEST)
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; a kill midway leaves nothing under its name."""
+    aside = folder.with_name(f"{UNFINISHED}{folder.name}-discarded")
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def best_checkpoint(root: Path) -> Path | None:
-    """The checkpoint that `mark_best` noted; None if there is none, or no longer."""
-    if not (root / BEST).exists():
-        return None
-    folder = root / f"{PREFIX}{json.loads((root / BEST).read_text())['step']:07d}"
-    return folder if folder.is_dir() else None
+    """The healthiest checkpoint, the newest of equals; None if none has been measured."""
+    measured = [(health_of(folder), folder) for folder in list_checkpoints(root)]
+    candidates = [(health, folder) for health, folder in measured if health is not None]
+    return max(candidates)[1] if candidates else None
+
+
+def health_of(folder: Path) -> float | None:
+    """What the manifest says a checkpoint was measured at; None if it does not say."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if "health" in manifest:
+            return manifest["health"]
+        noted = json.loads((folder.parent / BEST).read_text())
+        return noted["value"] if noted["step"] == manifest["step"] else None
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None  # damage is told where it is loaded
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -32,17 +32,17 @@ from train.checkpoint import best_checkpoint, load_checkpoint
 from train.data import open_data
 from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
 from train.export import export_model
-from train.frozen import TextRows, Texts, load_frozen, text_dtype
+from train.frozen import TextRows, Texts, load_frozen, text_dtype, transformer_digest
 from train.health import Samples, decode, panel_numbers, world_panel, write_pictures
 from train.loop import run_training
 from train.parallel import World, start
 from train.plan import PlanRequest, format_plan, plan
 from train.state import TrainState
+from train.store import key_of
 from train.trajectories import Trajectories, grid_through, sample_trajectories
 from wan.attention import network_attention
 from wan.attention_config import AttentionConfig
 from wan.checkpoint import open_checkpoint
-from wan.digests import sha256_file
 from wan.dit import WanDiT
 from wan.errors import WanError
 from wan.hub import CONFIGS, resolve_model
@@ -50,7 +50,7 @@ from wan.lora import add_lora, fold_lora
 from wan.miniature.captions import caption
 from wan.miniature.world import sample_scene, scene_rng
 from wan.pipeline_config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
-from wan.safetensors_file import write_tensors
+from wan.safetensors_file import read_header, write_tensors
 from wan.schedule import euler_schedule
 from wan.tokenizer import Tokenizer
 from wan.umt5 import UMT5Encoder
@@ -104,7 +104,12 @@ def student_settings(config: DistillConfig, settings: PipelineConfig) -> Pipelin
         settings,
         class_name=FEW_STEP,
         timesteps=tuple(round(t, 4) for t in schedule.timesteps.tolist()),
-        defaults=replace(settings.defaults, num_inference_steps=len(schedule), guidance_scale=1.0),
+        defaults=replace(
+            settings.defaults,
+            num_inference_steps=len(schedule),
+            guidance_scale=1.0,
+            deterministic=config.student.deterministic,
+        ),
     )
 
 
@@ -163,6 +168,17 @@ def read_teacher(config: DistillConfig, source: Path) -> PipelineConfig:
     return settings
 
 
+def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
+    """Captions of the miniature's world teach nothing about anything else."""
+    _, _, height, width = latent_shape(config, settings)
+    if config.data.kind == "world" and height != width:
+        raise WanError(
+            "data.kind=world: captions of moving shapes in square clips, which "
+            f"{config.checkpoint} does not make. Store prompts with train.preprocess prompts=FILE "
+            "checkpoint=... and give data.kind=folder data.folder="
+        )
+
+
 def plan_request(config: DistillConfig) -> PlanRequest:
     """The run as `train.plan` reckons it; of the teacher, only settings are read."""
     source = resolve_model(config.checkpoint, patterns=CONFIGS)
@@ -214,21 +230,24 @@ def run_distillation(config: DistillConfig, world: World) -> int:
         source = resolve_model(config.checkpoint)
     folder = Path(config.output_dir)
     settings = read_teacher(config, source)
+    check_world(config, settings)
     folder.mkdir(parents=True, exist_ok=True)
     vae = load_frozen(partial(WanVAE, settings.vae), source, "vae", world.device, torch.float32)
     with world.main_first():  # it may encode clips
         draw, texts, digest = open_source(config, settings, source, world.device)
     networks = load_networks(config, settings, source, world)
+    teacher_digest = world.first(transformer_digest(source) if world.is_main else "")
     run = Distillation(config, settings, networks, texts, draw, world)
     if config.regression.weight:
-        run.trajectories = make_trajectories(run, settings, source, folder)
+        run.trajectories = make_trajectories(run, settings, folder, teacher_digest)
     state = run.new_state()
 
     said, captions = None, draw(0).captions[: config.validation_captions]
     if config.data.kind == "world":
         said = world_panel(config.validation_captions, config.seed)
         captions = [one.text for one in said]
-    reference = teacher_panel(run, settings, vae, captions, folder)
+    reference = teacher_panel(run, settings, vae, captions, folder, teacher_digest)
+    run.teacher_std = float(reference.latents.std())
 
     def on_save(state: TrainState) -> dict[str, float]:
         with state.averages["student"].in_place(networks.student):
@@ -241,11 +260,15 @@ def run_distillation(config: DistillConfig, world: World) -> int:
             write_pictures(pictures, state.step, samples, reference, list(three), write)
         return panel_numbers(samples, reference, said)
 
-    identity = asdict(config) | ({"data_digest": digest} if digest else {})
+    identity = asdict(config) | {"teacher_digest": teacher_digest}
+    if digest is not None:
+        identity["data_digest"] = digest
     if not run_training(state, run.train_step, config.loop, folder, identity, on_save, world):
         return INTERRUPTED
-    best = best_checkpoint(folder / "checkpoints") if config.export == "best" else None
-    if best is not None:
+    if config.export == "best":
+        best = best_checkpoint(folder / "checkpoints")
+        if best is None:
+            raise WanError(f"export=best: no checkpoint in {folder} was measured; use export=last")
         state.load_tree(load_checkpoint(best, world))
         print(f"the healthiest checkpoint is {best.name}")
     state.averages["student"].copy_to(networks.student)
@@ -271,21 +294,29 @@ def export_student(
 
 
 def teacher_panel(
-    run: Distillation, settings: PipelineConfig, vae: WanVAE, captions: list[str], folder: Path
+    run: Distillation,
+    settings: PipelineConfig,
+    vae: WanVAE,
+    captions: list[str],
+    folder: Path,
+    digest: str,
 ) -> Samples:
-    """The teacher's samples for the panel; made once and kept."""
+    """The teacher's samples for the panel; made once and kept, for the same question."""
     path = folder / "teacher_panel.safetensors"
-    if run.world.first(path.exists()):
-        return decode(vae, load_file(path)["latents"].to(run.device))
     schedule = euler_schedule(run.config.validation_steps, settings.shift)
+    scores = run.config.scores
+    how = (digest, scores.guidance_scale, scores.negative_prompt, schedule.sigmas.tolist())
+    key = key_of(*how, captions, list(run.shape))
+    if run.world.first(path.exists() and read_header(path).metadata.get("key") == key):
+        return decode(vae, load_file(path)["latents"].to(run.device))
     latents = run.sample_panel(captions, schedule)
     if run.world.is_main:
-        write_tensors(path, {"latents": latents.cpu()})
+        write_tensors(path, {"latents": latents.cpu()}, {"key": key})
     return decode(vae, latents)
 
 
 def make_trajectories(
-    run: Distillation, settings: PipelineConfig, source: Path, folder: Path
+    run: Distillation, settings: PipelineConfig, folder: Path, digest: str
 ) -> Trajectories:
     regression, config = run.config.regression, run.config
     guidance = regression.guidance_scale or config.scores.guidance_scale
@@ -296,7 +327,6 @@ def make_trajectories(
     while len(captions) < regression.num_pairs:
         captions += run.draw(batch).captions
         batch += 1
-    weights = sorted((source / "transformer").glob("*.safetensors"))
     return sample_trajectories(
         lambda texts: run.teacher_velocity(texts, guidance),
         captions[: regression.num_pairs],
@@ -304,8 +334,9 @@ def make_trajectories(
         levels,
         grid_through(levels, regression.steps, shift),
         folder / "trajectories",
-        " ".join([*map(sha256_file, weights), str(guidance), config.scores.negative_prompt]),
+        " ".join([digest, str(guidance), config.scores.negative_prompt]),
         run.world,
+        run.chunk,
     )
 
 

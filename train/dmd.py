@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from configs.distillation import DistillConfig
 from train.frozen import Texts
 from train.gan import Discriminator, block_numbers, noised_logits
-from train.loop import step_generator
+from train.health import saturated_share
+from train.loop import CLIPS, step_generator
 from train.losses import (
     adversarial_loss,
     discriminator_loss,
@@ -100,6 +101,7 @@ class Distillation:
         self.student, self.teacher = networks.student, networks.teacher
         self.critic = networks.critic
         self.trajectories: Trajectories | None = None
+        self.teacher_std = 1.0  # of the teacher's own samples, once they are there
         self.device = texts.device
         self.rows = world.rows(config.batch_size)
         self.schedule = student_schedule(config)
@@ -170,7 +172,8 @@ class Distillation:
             if bystander is not None:
                 bystander.zero_grad(set_to_none=True)
         state.averages["student"].update(self.student)
-        return values | {"loss_student": float(total.detach()), "lr": lr}
+        counted = {"memory_gb": peak_memory_gb(self.device), CLIPS: float(config.batch_size)}
+        return values | {"loss_student": float(total.detach()), "lr": lr, **counted}
 
     def matching_loss(
         self, step: int, generator: torch.Generator
@@ -188,11 +191,13 @@ class Distillation:
             x0_teacher = guided_x0(self.teacher, x, sigma, condition, null, scores.guidance_scale)
             gradient = dmd_gradient(x0, x0_teacher, x0_critic, weight)
         check_finite(step, x0_student=x0, x0_critic=x0_critic, x0_teacher=x0_teacher)
-        drift = float(x0.detach().std() / x0_teacher.std())
+        # What the teacher sees in the student's own samples would grow with them.
+        drift = float(x0.detach().std()) / self.teacher_std
         if not 1 / config.max_drift < drift < config.max_drift:
             raise WanError(
                 f"step {step}: diverged: the student's x0 has {drift:.3g} times the spread of the "
-                f"teacher's (max_drift={config.max_drift:g}); lower lr or scores.guidance_scale"
+                f"teacher's samples (max_drift={config.max_drift:g}); lower lr or "
+                "scores.guidance_scale"
             )
         loss = loss_with_gradient(x0, gradient)
         values = {
@@ -202,6 +207,8 @@ class Distillation:
             "student_std": float(x0.detach().std()),
             "student_drift": drift,
             "student_max": float(x0.detach().abs().max()),
+            "student_saturated": saturated_share(x0),
+            "teacher_saturated": saturated_share(x0_teacher),
         }
         counts = torch.bincount(exits, minlength=len(self.schedule)).tolist()
         values |= {f"exits_{i}": float(count) for i, count in enumerate(counts)}
@@ -235,6 +242,7 @@ class Distillation:
         condition = batch.condition
         with torch.no_grad():
             x0, _ = self.sample_student(batch, generator)
+        self.world.reshard(self.student)
         sigma, noise = self.score_levels(generator), self.noise(batch.shape, generator)
         weight = condition.frame_weight(x0.shape[2])
         with self.autocast():
@@ -253,12 +261,13 @@ class Distillation:
             values["gan_critic"] = float(told_apart.detach())
             optimizers["discriminator"] = state.optimizers["discriminator"]
         loss.backward()
-        check_gradients(state.step, "critic", self.critic)
+        for name in optimizers:
+            check_gradients(state.step, name, state.modules[name])
+        lr = self.rate(state.step, config.critic_lr)
         parameters = [p for name in optimizers for p in trainable(state.modules[name])]
-        values["critic_grad_norm"] = apply_gradients(
-            optimizers, parameters, self.rate(state.step, config.critic_lr), config.grad_clip
-        )
-        return values | {"memory_gb": peak_memory_gb(self.device)}
+        values["critic_grad_norm"] = apply_gradients(optimizers, parameters, lr, config.grad_clip)
+        counted = {"memory_gb": peak_memory_gb(self.device), CLIPS: float(config.batch_size)}
+        return values | {"critic_lr": lr, **counted}
 
     # --- what both updates need -------------------------------------------------------------------
 
@@ -312,7 +321,10 @@ class Distillation:
         return learning_rate(step, peak, config.loop.steps, config.warmup, config.final_lr)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
+        """Without its cache: before PyTorch 2.11 that hands casts of weights made under no_grad, as
+        in the student's chain, to the forward that wants their gradient."""
+        enabled = self.config.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
 
     # --- sampling for the panel and for trajectories ----------------------------------------------
 
@@ -330,15 +342,34 @@ class Distillation:
 
         return velocity
 
+    @property
+    def chunk(self) -> int:
+        """Clips that this process has in memory at once: in sampling as in training."""
+        return self.rows.stop - self.rows.start
+
+    def start(self, generators: list[torch.Generator]) -> Tensor:
+        """Pure noise of one sample each."""
+        return draw_noise(self.shape, generators).to(self.device)
+
     @torch.no_grad()
     def sample_panel(self, captions: Sequence[str], schedule: Schedule | None) -> Tensor:
         """Latents for captions from the panel's noise: the student's, or the teacher's."""
-        generators = sample_generators(PANEL_SEED, len(captions))
-        x = draw_noise(self.shape, generators).to(self.device)
-        if schedule is not None:
-            velocity = self.teacher_velocity(captions, self.config.scores.guidance_scale)
-            return sample_euler(velocity, x, schedule)
-        condition = Condition(*self.texts(list(captions)))
+
+        def sample(rows: list[int]) -> Tensor:
+            generators = sample_generators([PANEL_SEED + row for row in rows], len(rows))
+            texts = [captions[row] for row in rows]
+            if schedule is None:
+                return self.sample_few(texts, generators)
+            velocity = self.teacher_velocity(texts, self.config.scores.guidance_scale)
+            return sample_euler(velocity, self.start(generators), schedule)
+
+        latents = self.world.spread(sample, range(len(captions)), self.chunk)
+        self.world.reshard(self.student, self.teacher)
+        return latents.to(self.device)
+
+    def sample_few(self, captions: list[str], generators: list[torch.Generator]) -> Tensor:
+        """The student's samples, made as it makes them when it is used."""
+        condition = Condition(*self.texts(captions))
 
         def student_velocity(x: Tensor, timestep: float) -> Tensor:
             level = torch.full((len(x),), timestep, device=x.device)
@@ -347,7 +378,7 @@ class Distillation:
 
         return sample_few_step(
             student_velocity,
-            x,
+            self.start(generators),
             self.schedule,
             renoise=lambda i: draw_noise(self.shape, generators),
             deterministic=self.config.student.deterministic,
@@ -364,6 +395,7 @@ class Distillation:
         with self.autocast():
             teacher = guided_x0(self.teacher, x, sigma, condition, null, guidance)
             critic = predict_x0(self.critic, x, sigma, condition)
+        self.world.reshard(self.teacher, self.critic)
         return torch.cat([x0, teacher, critic])
 
 

@@ -20,7 +20,7 @@ from infer.command_line import ATTENTION
 from train.data import LatentCache, open_data
 from train.export import export_model
 from train.frozen import Texts
-from train.loop import run_training, step_generator
+from train.loop import CLIPS, run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.parallel import World, start
@@ -154,7 +154,7 @@ def make_train_step(
         lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
         norm = apply_gradients(state.optimizers, trainable, lr, config.grad_clip)
         state.averages["dit"].update(dit)
-        return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
+        return {"loss": loss.item(), "grad_norm": norm, "lr": lr, CLIPS: float(config.batch_size)}
 
     return train_step
 

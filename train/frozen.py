@@ -59,6 +59,13 @@ def component_digests(folder: Path) -> dict[str, str]:
     return digests
 
 
+def transformer_digest(folder: Path) -> str:
+    """Which transformer a model folder has."""
+    files = list_files(part_folder(folder, "transformer"))
+    sums = hash_files(path for name, path in files.items() if name.endswith(".safetensors"))
+    return hashlib.sha256("".join(sorted(sums.values())).encode()).hexdigest()
+
+
 class TextRows:
     """Captions -> the real rows of each (n, D), by a frozen encoder."""
 

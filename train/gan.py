@@ -3,9 +3,10 @@
 Source: DMD2, arXiv:2405.14867, section 4.3: a small head on the features of the critic tells noised
 clips of the data from noised clips of the student; features of the frozen teacher serve as well.
 
-B batch, L tokens, D width.
+B batch, L tokens, l of them in one process, D width.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -53,7 +54,10 @@ def block_numbers(blocks: Sequence[int], num_layers: int) -> list[int]:
 
 @contextmanager
 def read_blocks(dit: WanDiT, blocks: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Collect what leaves these blocks, (B, L, D) each, in the order of the network."""
+    """Collect what leaves these blocks, (B, L, D) each, in the order of the network.
+
+    Where tokens are shared out over processes these are the process's own: (B, l, D).
+    """
     found: list[Tensor] = []
     handles = [
         dit.blocks[number].register_forward_hook(
@@ -81,4 +85,7 @@ def noised_logits(
     x = add_noise(x0, noise, sigma)
     with read_blocks(host, blocks) as features:
         predict_velocity(host, x, NUM_TIMESTEPS * sigma, condition)
+    if host.split is not None:  # a mean is over all tokens of a clip, and over no padding
+        length = math.prod(host.token_grid(x))
+        features = [host.split.collect(one, length) for one in features]
     return discriminator(features)

@@ -7,6 +7,7 @@ miniature's world the detectors say besides how often the video shows what its c
 """
 
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from wan.video import contact_sheet, to_uint8
 # V validation captions; videos are (V, 3, F, H, W) in [-1, 1], latents (V, C, T, H, W)
 
 UNSEEN = 2**42  # stream of scenes that no training draws
+SATURATED = 3.0  # of latents, whose mean is 0 and variance 1 over clips by the model's statistics
 
 
 def world_panel(count: int, seed: int) -> list[Caption]:
@@ -41,6 +43,14 @@ def motion(videos: Tensor) -> float:
 def saturation(videos: Tensor) -> float:
     """Mean spread of a pixel's three channels: its colourfulness, in [0, 2]."""
     return float((videos.amax(dim=1) - videos.amin(dim=1)).mean())
+
+
+def saturated_share(latents: Tensor) -> float:
+    """Share of numbers beyond +-SATURATED, in [0, 1]; 0.0027 if they are normal.
+
+    Too much guidance, or a student that runs away along the score, shows here first.
+    """
+    return float((latents.detach().abs() > SATURATED).float().mean())
 
 
 @dataclass(frozen=True)
@@ -122,16 +132,24 @@ def write_pictures(
 ) -> None:
     """Clips of the student (mp4), a sheet of student above teacher, and the triptych.
 
+    A disk that is full costs the pictures, not the checkpoint that comes after them: a warning says
+    so, and what was written of this step goes.
+
     Args:
-        triptych: one noised sample of the student, and what teacher and critic make of it: videos.
+        triptych: a sample of the student, and what teacher and critic make of it noised: videos.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     pairs = [
         video
         for ours, theirs in zip(student.videos[:shown], teacher.videos[:shown], strict=True)
         for video in (ours, theirs)
     ]
-    stack_sheets(pairs).save(folder / f"{step:07d}-student-teacher.png")
-    stack_sheets(triptych).save(folder / f"{step:07d}-triptych.png")
-    for number, video in enumerate(student.videos[:shown]):
-        write_clip(folder / f"{step:07d}-{number}.mp4", video)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack_sheets(pairs).save(folder / f"{step:07d}-student-teacher.png")
+        stack_sheets(triptych).save(folder / f"{step:07d}-triptych.png")
+        for number, video in enumerate(student.videos[:shown]):
+            write_clip(folder / f"{step:07d}-{number}.mp4", video)
+    except OSError as error:
+        print(f"warning: {folder}: no pictures of step {step}: {error}", file=sys.stderr)
+        for path in folder.glob(f"{step:07d}-*"):
+            path.unlink(missing_ok=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from configs.training import LoopConfig
-from train.checkpoint import load_latest, mark_best, save_checkpoint
-from train.metrics import MetricsLog
+from train.checkpoint import load_latest, save_checkpoint
+from train.metrics import MetricsLog, media_files
 from train.parallel import ALONE, World
 from train.state import TrainState
 from train.store import only_writer
@@ -27,11 +27,13 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 HEALTH = "health"  # the measured number by which a checkpoint is called the best
+CLIPS = "clips"  # the number of clips in a step, of all processes; logged as a rate
 
 # Settings that a resumed run may change: they have no part in what is computed.
 FREE_SETTINGS = {
     "output_dir",
     "threads",
+    "export",
     "loop.log_every",
     "loop.save_every",
     "loop.keep_last",
@@ -67,9 +69,12 @@ def run_training(
         settings: of the whole run, as `dataclasses.asdict` gives them; they are kept in
             `folder/config.json` and in every checkpoint.
         train_step: one optimisation step on `state`; returns numbers to log. It must depend on
-            `state` alone, so that a resumed run repeats an unbroken one bit for bit.
-        on_save: measured and logged before each checkpoint (validation, sample clips). If it
-            returns `HEALTH`, the checkpoint where that was highest is kept beside the last ones.
+            `state` alone, so that a resumed run repeats an unbroken one bit for bit. `CLIPS`
+            among them becomes clips_per_second.
+        on_save: measured and logged before each checkpoint (validation, sample clips), but for
+            the one that a signal asks for between two others. If it returns `HEALTH`, the
+            checkpoint where that was highest is kept beside the last ones. What it writes as
+            `media_files` finds it is mirrored to wandb too.
         world: of all processes, which step and stop together; numbers are averaged over them, and
             the main one prints and logs.
     Returns:
@@ -78,6 +83,8 @@ def run_training(
     Raises:
         WanError: a logged number is not finite (names the step; nothing is saved after that), or
             the checkpoints there were made with other settings; or another run writes there.
+        OSError: the metrics or a checkpoint could not be written. As after any other end, the same
+            command goes on from the last checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -99,10 +106,12 @@ def _train(
     """`run_training`, in a folder that no other run writes to."""
     checkpoints = folder / "checkpoints"
     tree = load_latest(checkpoints, world)
+    seen: dict[str, list[float]] = {}  # since the last line of the log; not every step has all
     if tree is not None:
         if not config.allow_changes:
             check_unchanged(tree.get("settings", {}), settings)
         state.load_tree(tree)
+        seen = tree.get("seen", {})  # earlier versions did not save it
         if world.is_main:
             print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
     log: MetricsLog | None = None
@@ -123,7 +132,6 @@ def _train(
         signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
 
     previous = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    seen: dict[str, list[float]] = {}  # since the last line of the log; not every step has all
     started, counted = time.perf_counter(), 0
     try:
         while state.step < config.steps and not stopping:
@@ -139,20 +147,27 @@ def _train(
             state.step += 1
             counted += 1
             if state.step % config.log_every == 0 or state.step == config.steps:
-                elapsed = time.perf_counter() - started
                 means = {name: sum(values) / len(values) for name, values in seen.items()}
-                pace, done = elapsed / counted, f"{state.step}/{config.steps}"
-                text = f"{done}  {format_numbers(means)}  {pace:.2f} s/step"
-                report(text, means | {"seconds_per_step": pace})
+                clips, pace = means.pop(CLIPS, None), (time.perf_counter() - started) / counted
+                speed = {"seconds_per_step": pace}
+                if clips is not None:
+                    speed["clips_per_second"] = clips / pace
+                done = f"{state.step}/{config.steps}"
+                report(f"{done}  {format_numbers(means)}  {pace:.2f} s/step", means | speed)
                 seen, started, counted = {}, time.perf_counter(), 0
-            if state.step % config.save_every == 0 or state.step == config.steps or stopping:
-                if on_save is not None and (measured := on_save(state)):
+            due = state.step % config.save_every == 0 or state.step == config.steps
+            if due or stopping:
+                paused = time.perf_counter()
+                # Asked to stop, there may be no time to measure; nor is the best to depend on it.
+                measured = on_save(state) if due and on_save is not None else {}
+                if measured:
                     report("    " + format_numbers(measured), measured)
-                tree = {**state.to_tree(), "settings": settings}
-                save_checkpoint(checkpoints, state.step, tree, config.keep_last, world)
-                if world.is_main and on_save is not None and HEALTH in measured:
-                    mark_best(checkpoints, state.step, measured[HEALTH])
-                started = time.perf_counter()
+                tree = {**state.to_tree(), "settings": settings, "seen": seen}
+                health = measured.get(HEALTH)
+                save_checkpoint(checkpoints, state.step, tree, config.keep_last, world, health)
+                if log is not None:
+                    log.show(state.step - 1, media_files(folder, state.step))
+                started += time.perf_counter() - paused
     finally:
         if log is not None:
             log.close()

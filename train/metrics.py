@@ -2,15 +2,31 @@
 
 import json
 import math
+import sys
 import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from wan.errors import WanError
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; half a line, of a run that was killed or goes on, is none."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def media_files(folder: Path, step: int) -> list[Path]:
+    """What the save after `step` steps has to show: samples/0000200-triptych.png and the like."""
+    found = (folder / "samples").glob(f"{step:07d}-*")
+    return sorted(path for path in found if path.suffix in (".png", ".mp4"))
+
+
 class MetricsLog:
     """Appends to `metrics.jsonl`. After a resume, lines of steps to be repeated are dropped first.
+
+    wandb is a mirror: what goes wrong there is told once, as a warning, and the run goes on.
 
     Args:
         folder: where the run lives.
@@ -19,6 +35,7 @@ class MetricsLog:
         config: the run's settings, shown by wandb.
     Raises:
         WanError: wandb is asked for and not installed.
+        OSError: the file can't be written; what was there is untouched.
     """
 
     def __init__(
@@ -29,49 +46,91 @@ class MetricsLog:
         config: dict[str, Any] | None = None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        text = self.path.read_text() if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may leave half a line
-        kept = [line for line in whole if json.loads(line)["step"] < first_step]
+        rows = read_metrics(self.path) if self.path.exists() else []
+        kept = [row for row in rows if row["step"] < first_step]
         beside = self.path.with_suffix(".jsonl.part")
-        beside.write_text("".join(line + "\n" for line in kept))
+        beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         beside.replace(self.path)
-        self.wandb = None
+        self.wandb: Any = None
+        self.warned = False
         if wandb_project is not None:
-            self.wandb = start_wandb(folder, wandb_project, config or {})
+            check_wandb(wandb_project)
+            self.mirror(lambda: self.start_wandb(folder, wandb_project, config or {}))
 
     def write(self, step: int, **values: float | int | str) -> None:
-        """One line. JSON has no NaN or infinity: they are written as null."""
+        """One line. JSON has no NaN or infinity: they are written as null.
+
+        Raises:
+            OSError: names the file. Half a line may be left, which the next run drops.
+        """
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.wandb is not None:
-            self.wandb.log({"trainer/step": step, **values})
+            self.mirror(lambda: self.wandb.log({"trainer/step": step, **values}))
+
+    def show(self, step: int, media: Sequence[Path]) -> None:
+        """Pictures (png) and clips (mp4) of a save, to wandb as the files they are."""
+        if self.wandb is not None and media:
+            self.mirror(lambda: self.wandb.log({"trainer/step": step, **as_media(media)}))
 
     def close(self) -> None:
         if self.wandb is not None:
-            self.wandb.finish()
+            self.mirror(self.wandb.finish)
 
-
-def start_wandb(folder: Path, project: str, config: dict[str, Any]):
-    try:
+    def start_wandb(self, folder: Path, project: str, config: dict[str, Any]) -> None:
         import wandb
+
+        identity = folder / "wandb_id.txt"  # a resumed run goes on in the same wandb run
+        if not identity.exists() or not identity.read_text().strip():
+            identity.write_text(uuid.uuid4().hex[:12])
+        run = wandb.init(
+            project=project,
+            dir=folder,
+            config=config,
+            name=folder.name,
+            id=identity.read_text().strip(),
+            resume="allow",
+        )
+        run.define_metric("*", step_metric="trainer/step")
+        self.wandb = run
+
+    def mirror(self, send: Callable[[], Any]) -> None:
+        """Do something with wandb; the first failure is told, none ends the run."""
+        try:
+            send()
+        except Exception as error:  # the network's, the server's, wandb's own: of any kind
+            if not self.warned:
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                print(f"warning: wandb: {text}; {self.path} goes on", file=sys.stderr)
+            self.warned = True
+
+
+def check_wandb(project: str) -> None:
+    try:
+        import wandb  # noqa: F401
     except ImportError as error:
         raise WanError(
             f"wandb_project={project!r}: wandb is not installed; pip install 'wan-few-step[train]'"
         ) from error
-    identity = folder / "wandb_id.txt"  # a resumed run goes on in the same wandb run
-    if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:12])
-    run = wandb.init(
-        project=project,
-        dir=folder,
-        config=config,
-        name=folder.name,
-        id=identity.read_text().strip(),
-        resume="allow",
-    )
-    run.define_metric("*", step_metric="trainer/step")
-    return run
+
+
+def as_media(paths: Sequence[Path]) -> dict[str, Any]:
+    """Files as wandb wants them, named without their step: samples/triptych for
+    samples/0000200-triptych.png."""
+    import wandb
+
+    return {
+        f"samples/{path.stem.partition('-')[2]}": (
+            wandb.Video(str(path), format="mp4")
+            if path.suffix == ".mp4"
+            else wandb.Image(str(path))
+        )
+        for path in paths
+    }

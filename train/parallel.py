@@ -5,6 +5,7 @@
         world.prepare(dit, bfloat16)     # before optimisers and averages are made
         rows = world.rows(batch_size)    # of the whole batch, this process's
         run_training(..., world=world)   # steps, stops and saves together
+    world.reshard(dit)               # after sampling, before its weights are touched or saved
         world.reunite(dit)               # whole again in the main process, to export
 
 Started plainly, a command is alone: `World` then does nothing at all and modules stay as they are.
@@ -23,7 +24,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from functools import partial
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from configs.parallel import ParallelConfig
@@ -46,6 +47,10 @@ from wan.placement import resolve_device
 T = TypeVar("T")
 Rows = tuple[int, int]  # first row and number of rows
 PATIENCE = timedelta(days=1)  # of processes while another one encodes clips or writes a model
+
+# Logged numbers, by how their names begin, that are no averages over the processes that have them.
+COUNTS = ("exits_",)  # of clips: added up over the groups that see different ones
+GREATEST = ("student_max", "memory_gb")
 
 
 class World:
@@ -86,6 +91,13 @@ class World:
             WanError: the heads are not divisible by `parallel.sequence`.
         """
 
+    def reshard(self, *modules: nn.Module) -> None:
+        """After forwards without a backward pass, before anything else touches the weights.
+
+        Such a forward leaves some weights gathered, a copy that the module goes on with whatever
+        an optimiser, an average or a checkpoint then makes of the shards.
+        """
+
     def reunite(self, module: nn.Module) -> None:
         """Undo `prepare` in the main process, on the CPU; the others' module is done with."""
 
@@ -116,11 +128,36 @@ class World:
         return self.gather(value)[0]
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """Each number averaged over the processes that have it."""
+        """Each number averaged over the processes that have it; but see `COUNTS`, `GREATEST`."""
         everyone = self.gather(values)
         names = dict.fromkeys(name for each in everyone for name in each)
         known = {name: [each[name] for each in everyone if name in each] for name in names}
-        return {name: sum(found) / len(found) for name, found in known.items()}
+        return {name: self._joined(name, found) for name, found in known.items()}
+
+    def _joined(self, name: str, found: list[float]) -> float:
+        if name.startswith(COUNTS):
+            return sum(found) * self.data_size / self.size  # those that share a clip all count it
+        return max(found) if name.startswith(GREATEST) else sum(found) / len(found)
+
+    def spread(
+        self, make: Callable[[list[int]], Tensor], numbers: Sequence[int], chunk: int
+    ) -> Tensor:
+        """What `make` makes of numbers, a row of each, by every group a share of them.
+
+        All processes call it equally often, as sharded networks need: where a share would be
+        shorter than the others, the last number is made again.
+
+        Args:
+            make: up to `chunk` numbers -> a tensor with as many rows.
+        Returns:
+            all rows in order, in every process, on the CPU.
+        """
+        count = len(numbers)
+        share = -(-count // self.data_size)
+        own = [numbers[min(self.data_rank * share + i, count - 1)] for i in range(share)]
+        made = torch.cat([make(own[i : i + chunk]).cpu() for i in range(0, share, chunk)])
+        by_group = self.gather(made)[:: self.size // self.data_size]
+        return torch.cat(by_group)[:count]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -203,6 +240,12 @@ class Processes(World):
             kept = any(part in w for w in weights for part in WanDiT.FLOAT32_PARAMETERS)
             if weights and not kept and not isinstance(child, nn.ModuleList):
                 fully_shard(child, mesh=self.mesh, mp_policy=policy)
+
+    def reshard(self, *modules: nn.Module) -> None:
+        for module in modules:
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
 
     def reunite(self, module: nn.Module) -> None:
         for name, weight in list(module.named_parameters()):

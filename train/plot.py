@@ -4,7 +4,6 @@ One panel per family of numbers in metrics.jsonl: what shares a name up to its l
 `critic_loss_sigma_0.2` and `critic_loss_sigma_0.4`, or `val_shape` and `val_colour`.
 """
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from configs.schema import option
 from infer.cli import run_command
+from train.metrics import read_metrics
 from wan.errors import WanError
 
 Series = list[tuple[int, float]]  # (step, value)
@@ -24,6 +24,10 @@ FAMILIES = {
     "student_mean": "student's x0",
     "student_std": "student's x0",
     "student_max": "student's x0",
+    "student_saturated": "share of saturated latents",
+    "teacher_saturated": "share of saturated latents",
+    "lr": "learning rates",
+    "critic_lr": "learning rates",
     "student_drift": "student over teacher",
     "motion_ratio": "student over teacher",
     "saturation_ratio": "student over teacher",
@@ -57,8 +61,7 @@ def read_series(path: Path) -> dict[str, Series]:
     if not path.is_file():
         raise WanError(f"{path}: no metrics there; run= is the output_dir of a training command")
     series: dict[str, Series] = defaultdict(list)
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_metrics(path):
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 series[name].append((row["step"] + 1, value))

@@ -15,27 +15,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.parallel import ALONE, World
-from train.store import key_of, open_to_extend, open_to_read
+from train.store import TensorStore, key_of, open_to_extend, open_to_read
 from wan.noise import draw_noise, sample_generators
 from wan.samplers import sample_euler
 from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule
+
+PER_FILE = 32  # trajectories, or a few more; a killed run loses at most those of one file
 
 Velocity = Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Teacher samples: the state at each of the student's noise levels, and the end."""
+    """Teacher samples: the state at each of the student's noise levels, and the end.
+
+    They stay on the disk, (K + 1, C, T, H, W) float16 each: for a large model they are more than
+    memory holds.
+    """
 
     captions: list[str]
-    states: Tensor  # (N, K, C, T, H, W) float16
-    x0: Tensor  # (N, C, T, H, W) float16
+    keys: list[str]
+    store: TensorStore
 
     def batch(self, rows: Sequence[int], steps: Tensor) -> tuple[Tensor, Tensor, list[str]]:
         """States at the given step of each row, ends and captions, float32."""
-        index = torch.as_tensor(rows)
-        captions = [self.captions[row] for row in rows]
-        return self.states[index, steps].float(), self.x0[index].float(), captions
+        paths = torch.stack([self.store.read(self.keys[row]) for row in rows])  # (B, K + 1, ...)
+        states = paths[torch.arange(len(rows)), steps]
+        return states.float(), paths[:, -1].float(), [self.captions[row] for row in rows]
 
 
 def grid_through(levels: Sequence[float], steps: int, shift: float) -> Schedule:
@@ -60,7 +66,7 @@ def sample_trajectories(
     folder: Path,
     identity: str,
     world: World = ALONE,
-    batch_size: int = 32,
+    chunk: int = 32,
 ) -> Trajectories:
     """Sample the teacher once per caption; what is in `folder` already is not sampled again.
 
@@ -69,33 +75,41 @@ def sample_trajectories(
         shape: (C, T, H, W) of one sample.
         levels: the student's noise levels, all of them in `schedule`; the first is its start.
         identity: digest of the teacher and how it is sampled; part of the keys.
-        world: the processes that sample together; the main one writes.
+        world: the processes that sample together, each its share; the main one writes.
+        chunk: captions that a process samples at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    store = open_to_extend(folder, "trajectories", verify=False)
     keys = [
         key_of(identity, schedule.sigmas.tolist(), list(levels), list(shape), i, text)
         for i, text in enumerate(captions)
     ]
-    missing = [i for i, key in enumerate(keys) if key not in store]
-    with tqdm(total=len(keys), initial=len(keys) - len(missing), desc="trajectories") as bar:
-        for start in range(0, len(missing), batch_size):
-            rows = missing[start : start + batch_size]
-            generators = sample_generators(rows, len(rows))
-            x = draw_noise(shape, generators).to(world.device)
-            found = [x] * (schedule.sigmas[0].item() in levels)
 
-            def keep(i: int, timestep: float, sigma: float, x: Tensor, found=found) -> None:
-                if sigma == 0 or any(abs(sigma - level) < 1e-6 for level in levels):
-                    found.append(x)
+    def sample(rows: list[int]) -> Tensor:
+        x = draw_noise(shape, sample_generators(rows, len(rows))).to(world.device)
+        found = [x] * (schedule.sigmas[0].item() in levels)
 
-            sample_euler(teacher([captions[row] for row in rows]), x, schedule, keep)
-            path = torch.stack(found, dim=1).half().cpu()  # (B, K + 1, C, T, H, W)
-            if world.is_main:  # the others helped: a sharded network takes all processes
-                tensors = {keys[row]: one.contiguous() for row, one in zip(rows, path, strict=True)}
+        def keep(i: int, timestep: float, sigma: float, x: Tensor) -> None:
+            if sigma == 0 or any(abs(sigma - level) < 1e-6 for level in levels):
+                found.append(x)
+
+        sample_euler(teacher([captions[row] for row in rows]), x, schedule, keep)
+        return torch.stack(found, dim=1).half()  # (B, K + 1, C, T, H, W)
+
+    with world.together():
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            store = open_to_extend(folder, "trajectories", verify=True)
+    missing = world.first([i for i, key in enumerate(keys) if world.is_main and key not in store])
+    bar = tqdm(total=len(keys), desc="trajectories", disable=not world.is_main)
+    bar.update(len(keys) - len(missing))
+    at_once = chunk * world.data_size
+    per_file = at_once * -(-PER_FILE // at_once)
+    for start in range(0, len(missing), per_file):
+        rows = missing[start : start + per_file]
+        paths = world.spread(sample, rows, chunk)
+        with world.together():
+            if world.is_main:
+                tensors = dict(zip((keys[row] for row in rows), paths.unbind(), strict=True))
                 store.add(tensors, {keys[row]: {"caption": captions[row]} for row in rows})
-            bar.update(len(rows))
-    world.gather(None)  # all is written
-    store = open_to_read(folder, "trajectories")
-    paths = torch.stack([store.read(key) for key in keys])
-    return Trajectories(list(captions), paths[:, :-1], paths[:, -1])
+        bar.update(len(rows))
+    bar.close()
+    return Trajectories(list(captions), keys, open_to_read(folder, "trajectories"))

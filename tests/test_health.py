@@ -1,0 +1,205 @@
+"""What a save says of the student, against numbers that are known."""
+
+from types import SimpleNamespace
+
+import pytest
+import test_distill
+import torch
+from PIL import Image
+from torch import nn
+
+from configs.distillation import GANConfig
+from train.dmd import Distillation
+from train.health import (
+    SATURATED,
+    Samples,
+    health,
+    motion,
+    panel_numbers,
+    ratios,
+    saturated_share,
+    saturation,
+    world_panel,
+    write_pictures,
+)
+from train.parallel import ALONE
+from wan.errors import WanError
+
+teacher = test_distill.teacher
+
+
+def plain(red: float, green: float, blue: float, frames: int = 3) -> torch.Tensor:
+    """A video (3, F, 16, 16) of one colour."""
+    colour = torch.tensor([red, green, blue])[:, None, None, None]
+    return colour.expand(3, frames, 16, 16).clone()
+
+
+def flashing(change: float) -> torch.Tensor:
+    """(1, 3, 5, 4, 4): every pixel moves up and down by `change` from frame to frame."""
+    return (change * (torch.arange(5) % 2)).float()[:, None, None].expand(1, 3, 5, 4, 4)
+
+
+def test_motion_is_the_change_of_a_pixel_per_frame():
+    assert motion(flashing(0.3)) == pytest.approx(0.3)
+    assert motion(flashing(0.3)[:, :, :1]) == 0
+
+
+def test_saturation_is_the_spread_of_the_channels_whatever_the_brightness():
+    grey, coloured = plain(0.8, 0.8, 0.8), plain(1.0, 0.0, -0.5)
+    assert saturation(grey[None]) == 0
+    assert saturation(coloured[None]) == pytest.approx(1.5)
+    assert saturation(torch.stack([grey, coloured])) == pytest.approx(0.75)
+
+
+def test_latents_are_saturated_beyond_three_deviations_of_either_sign():
+    latents = torch.zeros(1, 4, 2, 5, 5)  # 200 numbers
+    latents[0, 0, 0, 0, :3] = torch.tensor([SATURATED + 0.1, -SATURATED - 0.1, SATURATED])
+    assert saturated_share(latents) == pytest.approx(2 / 200)
+    normal = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+    assert saturated_share(normal) == pytest.approx(0.0027, rel=0.1)
+
+
+def test_ratios_are_student_over_teacher():
+    noise = torch.randn(1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    colours = plain(0.4, 0.0, 0.0, frames=5)[..., :4, :4]
+    teacher = Samples(noise, flashing(0.4) + colours)
+    student = Samples(1.5 * noise, flashing(0.1) + 2 * colours)
+    values = ratios(student, teacher)
+    assert values["motion_ratio"] == pytest.approx(0.25, rel=1e-4)
+    assert values["saturation_ratio"] == pytest.approx(2.0, rel=1e-4)
+    assert values["spread_ratio"] == pytest.approx(1.5, rel=1e-4)
+    assert set(ratios(teacher, teacher).values()) == {1.0}
+
+
+def test_two_that_stand_still_are_equally_healthy():
+    still = Samples(torch.ones(1, 4, 1, 2, 2).cumsum(1), plain(0.1, 0.1, 0.1)[None])
+    assert health(ratios(still, still)) == 1
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_health_falls_the_same_way_with_too_little_and_too_much(ratio):
+    well = {"motion_ratio": 1.0, "saturation_ratio": 1.0, "spread_ratio": 1.0}
+    assert health(well) == 1
+    for name in well:
+        assert health(well | {name: ratio}) == pytest.approx(0.5)
+    assert health(well | {"val_joint": 0.0}) == 0.5
+    assert health(dict.fromkeys(well, 0.0)) == 0
+
+
+def test_the_panel_reads_videos_only_where_it_knows_the_world():
+    latents = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    samples = Samples(latents, torch.stack([plain(0.3, 0.1, 0.0, frames=9)] * 2))
+    assert panel_numbers(samples, samples, None).keys() == {
+        *("motion_ratio", "saturation_ratio", "spread_ratio", "health")
+    }
+    values = panel_numbers(samples, samples, world_panel(2, seed=0))
+    assert values["val_joint"] == values["teacher_joint"] == 0  # nothing moves there
+    assert values["health"] == pytest.approx(0.5)
+
+
+class Sees(nn.Module):
+    """A network that sees one clean latent in everything; with a caption another than without."""
+
+    def __init__(self, with_caption: float, without: float) -> None:
+        super().__init__()
+        self.seen = torch.tensor([without, with_caption])
+
+    def forward(self, x, timestep, context, num_rows):
+        said = context[:, 0, 0].long()  # 1 where there is a caption
+        x0 = self.seen[said][:, None, None, None, None]
+        sigma = timestep[:, None, None, None, None] / 1000
+        return (x - x0) / sigma
+
+
+def test_the_triptych_is_student_then_guided_teacher_then_critic():
+    run = SimpleNamespace(
+        texts=lambda texts: (torch.tensor([float(t != "") for t in texts])[:, None, None], 1),
+        config=SimpleNamespace(
+            scores=SimpleNamespace(negative_prompt="", guidance_scale=3.0), bfloat16=False
+        ),
+        device=torch.device("cpu"),
+        world=ALONE,
+        shape=(4, 1, 2, 2),
+        teacher=Sees(5.0, 4.0),
+        critic=Sees(-7.0, 0.0),
+    )
+    run.autocast = lambda: Distillation.autocast(run)
+    x0 = torch.full((1, 4, 1, 2, 2), 2.0)
+    three = Distillation.triptych(run, x0, "a red circle")
+    torch.testing.assert_close(three[0], x0[0])  # the student's own, as it was sampled
+    torch.testing.assert_close(three[1], torch.full((4, 1, 2, 2), 4 + 3.0 * (5 - 4)))
+    torch.testing.assert_close(three[2], torch.full((4, 1, 2, 2), -7.0))
+
+
+RED, GREEN, BLUE = (plain(*(1.0 if i == n else -1.0 for i in range(3))) for n in range(3))
+
+
+def rows_of(path, count: int) -> list[str]:
+    """Which channel leads in each row of sheets."""
+    image = Image.open(path)
+    height = image.height // count
+    pixels = [image.getpixel((8, height * i + 8)) for i in range(count)]  # in the first frame
+    return ["RGB"[pixel.index(255)] for pixel in pixels]
+
+
+def picture_samples() -> tuple[Samples, Samples]:
+    latents = torch.zeros(2, 4, 1, 2, 2)
+    return Samples(latents, torch.stack([RED, GREEN])), Samples(latents, torch.stack([BLUE, BLUE]))
+
+
+def test_pictures_show_student_above_teacher_and_the_triptych_in_its_order(tmp_path):
+    student, teacher = picture_samples()
+    clips = {}
+    write_pictures(tmp_path / "samples", 7, student, teacher, [RED, GREEN, BLUE], clips.__setitem__)
+    assert rows_of(tmp_path / "samples/0000007-triptych.png", 3) == ["R", "G", "B"]
+    assert rows_of(tmp_path / "samples/0000007-student-teacher.png", 4) == ["R", "B", "G", "B"]
+    assert [path.name for path in clips] == ["0000007-0.mp4", "0000007-1.mp4"]
+    assert all(torch.equal(a, b) for a, b in zip(clips.values(), (RED, GREEN), strict=True))
+
+
+def test_a_disk_without_room_for_pictures_is_told_and_nothing_of_them_stays(tmp_path, capsys):
+    def disk_full(path, video):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "0000006-0.mp4").touch()
+    write_pictures(tmp_path, 7, *picture_samples(), [RED, GREEN, BLUE], disk_full)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000006-0.mp4"]
+    assert "no pictures of step 7: [Errno 28] No space left" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*matrices of zeros")
+def test_pictures_that_cannot_be_written_cost_neither_checkpoint_nor_health(
+    tmp_path, teacher, capsys
+):
+    config = test_distill.settings(tmp_path, teacher)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/samples").touch()  # no folder can be made there
+    assert test_distill.distill(config) == 0
+    assert (tmp_path / "run/checkpoints/step-0000004/manifest.json").exists()
+    assert [x["step"] for x in test_distill.metrics(config) if "health" in x] == [1, 3]
+    assert capsys.readouterr().err.count("no pictures of step") == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*matrices of zeros")
+def test_a_gradient_of_the_discriminator_that_is_not_finite_is_named(
+    tmp_path, teacher, monkeypatch
+):
+    config = test_distill.settings(tmp_path, teacher, gan=GANConfig(0.1, host="teacher"))
+    run, state = test_distill.fresh_run(config, monkeypatch)
+    with torch.no_grad():
+        next(run.discriminator.parameters()).fill_(float("nan"))
+    with pytest.raises(WanError, match=r"step 0: .* in the gradient of discriminator\.\S+ not"):
+        run.update_critic(state, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore:.*matrices of zeros")
+def test_the_log_has_both_rates_the_saturation_and_the_throughput(tmp_path, teacher):
+    config = test_distill.settings(tmp_path, teacher)
+    test_distill.distill(config)
+    steps = [line for line in test_distill.metrics(config) if "critic_loss" in line]
+    for line in steps:
+        assert line["critic_lr"] > 0
+        assert line["clips_per_second"] == pytest.approx(3 / line["seconds_per_step"])
+    assert [line.keys() >= {"lr", "student_saturated", "teacher_saturated"} for line in steps] == [
+        *(False, True, False, True)
+    ]

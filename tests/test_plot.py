@@ -1,0 +1,96 @@
+"""A picture of a run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from train.plot import PlotConfig, draw, family, plot, read_series
+from wan.errors import WanError
+
+LINES = [
+    {"step": 0, "loss": 2.0, "critic_loss_sigma_0.2": 1.0, "note": "text"},
+    {"step": 1, "loss": None, "critic_loss_sigma_0.4": 3.0},
+    {"step": 1, "health": 0.5},
+]
+
+
+def write(folder, lines, end="\n"):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + end)
+
+
+def test_a_series_counts_finished_steps_and_leaves_out_what_is_no_number(tmp_path):
+    write(tmp_path, LINES)
+    assert read_series(tmp_path / "metrics.jsonl") == {
+        "loss": [(1, 2.0)],
+        "critic_loss_sigma_0.2": [(1, 1.0)],
+        "critic_loss_sigma_0.4": [(2, 3.0)],
+        "health": [(2, 0.5)],
+    }
+
+
+def test_a_run_that_is_writing_its_next_line_can_be_drawn(tmp_path):
+    write(tmp_path, LINES, end='\n{"step": 2, "lo')
+    assert read_series(tmp_path / "metrics.jsonl")["loss"] == [(1, 2.0)]
+
+
+def test_numbers_that_belong_together_share_a_panel():
+    together = [
+        ("critic_loss_sigma_0.0", "critic_loss_sigma_0.8"),
+        ("exits_0", "exits_2"),
+        ("student_grad_norm", "critic_grad_norm"),
+        ("lr", "critic_lr"),
+        ("student_saturated", "teacher_saturated"),
+        ("motion_ratio", "spread_ratio"),
+    ]
+    for one, other in together:
+        assert family(one) == family(other)
+    assert family("val_joint") == family("health") != family("val_shape")
+    assert family("something_new") == "something_new"
+
+
+@pytest.mark.parametrize("lines", [None, [{"step": 0, "loss": None}]])
+def test_a_run_without_numbers_is_told(tmp_path, lines):
+    if lines is not None:
+        write(tmp_path, lines)
+    with pytest.raises(WanError, match=r"no metrics there|no numbers yet"):
+        read_series(tmp_path / "metrics.jsonl")
+
+
+def test_there_is_a_panel_for_each_family_and_a_line_for_each_number(tmp_path, monkeypatch):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figures = []
+    original = figure_module.Figure
+
+    def remember(*args, **kwargs):
+        figures.append(original(*args, **kwargs))
+        return figures[-1]
+
+    monkeypatch.setattr(figure_module, "Figure", remember)
+    series = {"loss": [(1, 2.0), (2, 1.0)], "exits_0": [(1, 3.0)], "exits_1": [(2, 4.0)]}
+    draw(series, tmp_path / "plot.png", "a run")
+    loss, exits = figures[0].axes
+    assert [axes.get_title() for axes in (loss, exits)] == ["loss", "exits"]
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 2], [2, 1]]]
+    assert [line.get_label() for line in exits.lines] == ["0", "1"]
+
+
+def test_the_picture_lies_beside_the_metrics_or_where_it_is_asked_for(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "run", LINES)
+    assert plot(PlotConfig(str(tmp_path / "run"))) == 0
+    plot(PlotConfig(str(tmp_path / "run"), str(tmp_path / "elsewhere.png")))
+    sizes = {Image.open(p).size for p in (tmp_path / "run/plot.png", tmp_path / "elsewhere.png")}
+    assert len(sizes) == 1
+    assert capsys.readouterr().out.splitlines()[0] == f"wrote {tmp_path / 'run/plot.png'}"
+
+
+def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "train.plot", f"run={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no metrics there" in done.stderr
