@@ -18,6 +18,7 @@ from wan.errors import WanError
 COMPARED = ("text", "encode", "decode", "dit", "block", "pipeline", "load")
 STAGES = ("text", "denoise", "decode")
 SIZES = ("full", "tiny")
+COMPILERS = ("inductor", "aot_eager", "eager")
 
 
 @dataclass
@@ -46,9 +47,12 @@ class BenchConfig:
     )
     device: str = option("cpu", "cpu or cuda")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parity: bool = option(True, "of stages: first hold bfloat16 on the device against diffusers")
     compile: bool = option(True, "time stages compiled too")
+    compile_backend: str = option("inductor", "inductor; eager and aot_eager only trace (tests)")
+    goal_seconds: float = option(6.0, "of all stages together; 6 is for TI2V-5B on one H100")
     peak_tflops: float = option(790.0, "rate of the floor; 790 is dense bfloat16 on an H100")
-    profile: bool = option(False, "write where each side's time goes, operation by operation")
+    profile: bool = option(False, "write where each side's time goes; of loading, print it")
     output_dir: str = option("outputs/bench", "for bench.json and profiles")
 
     def __post_init__(self) -> None:
@@ -65,6 +69,7 @@ class BenchConfig:
         for dtype in self.dtypes:
             check_choice("dtypes", dtype, DTYPES)
         check_choice("clock", self.clock, ("wall", "cpu"))
+        check_choice("compile_backend", self.compile_backend, COMPILERS)
         check_every_step(self.attention)
         check_at_least("repeats", self.repeats, 2)  # one has no spread
         for name in ("warmup", "prompt_tokens", "steps", "block_heads"):
@@ -74,8 +79,8 @@ class BenchConfig:
         for name in ("height", "width", "num_frames"):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
-        check_positive("load_gb", self.load_gb)
-        check_positive("peak_tflops", self.peak_tflops)
+        for name in ("load_gb", "peak_tflops", "goal_seconds"):
+            check_positive(name, getattr(self, name))
         check_seed("seed", self.seed)
 
     def chosen(self) -> tuple[str, ...]:

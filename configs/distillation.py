@@ -130,7 +130,7 @@ class DistillConfig:
     plan: bool = option(False, "only say what the run would take; no weights are read or fetched")
     machines: PlanConfig = field(default_factory=PlanConfig)
 
-    output_dir: str = option("runs/distill", "checkpoints, metrics, samples and the student/")
+    output_dir: str = option("runs/distill", "checkpoints, metrics, samples; the student in model/")
     checkpoint: str = option("builtin:miniature-teacher", "the teacher: a folder or a hub id")
     seed: int = option(0, "captions, noise, noise levels, exits")
     threads: int = option(2, "CPU threads")
@@ -191,5 +191,11 @@ class DistillConfig:
             raise WanError(f"max_drift={self.max_drift}: must be above 1 (3: a third to threefold)")
         if not (self.dmd_weight or self.regression.weight):
             raise WanError("dmd_weight=0 and regression.weight=0: nothing would teach the student")
+        ratio, first = self.scores.critic_ratio, self.scores.critic_warmup
+        if self.dmd_weight and self.loop.steps // ratio <= first // ratio:
+            raise WanError(
+                f"loop.steps={self.loop.steps}: the student moves in every {ratio}th step "
+                f"(scores.critic_ratio) after the first {first} (scores.critic_warmup): never"
+            )
         if self.gan.weight and not self.dmd_weight:
             raise WanError("gan.weight without dmd_weight: the term stands beside DMD's, not alone")

@@ -3,7 +3,7 @@
     python -m infer.ablate experiment=attention      # full attention and the rest, 3 and 50 steps
     python -m infer.ablate experiment=steps          # 1 step to 50, teacher and student
     python -m infer.ablate experiment=attention_5b   # the same of the 5B, on a GPU; and steps_5b
-    python -m infer.ablate attention=[sdpa,spatial] steps=[4,20] grid.guidance_scale=[1,3]
+    python -m infer.ablate model=mini-teacher attention=[sdpa,spatial] steps=[4,20]
     python -m infer.ablate model=wan22_ti2v_5b prompt="a fox runs" num_seeds=4 steps=[4,10,20]
 
 Without a prompt, captions of the miniature's world are made and its detectors say whether clips
@@ -45,6 +45,7 @@ from infer.resumable import (
     weight_digests,
 )
 from infer.study import open_source, question_key, warm_up
+from wan.attention import build_attention
 from wan.errors import WanError
 from wan.measures import flicker, psnr, ssim
 from wan.pipeline import WanPipelineOutput
@@ -286,12 +287,15 @@ def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str
 
 
 def check_models(run: Run[AblateConfig]) -> None:
-    """Refuse a typed model that the experiment is not made for, or would never load.
+    """Refuse a typed model that the experiment is not made for, or would never load, and names of
+    attentions that do not exist.
 
     Raises:
         WanError: see above.
     """
     config, model = run.config, run.presets.get("model")
+    for setting in config.settings():  # a mistyped name, before anything is made
+        build_attention(setting.attention.name, **setting.attention.options())
     if config.made_for and model is not None and model not in config.made_for:
         raise WanError(
             f"model={model}: experiment={run.presets['experiment']} is made for "

@@ -1,4 +1,4 @@
-"""What is timed against diffusers and transformers: the same weights, inputs and dtype."""
+"""Beside diffusers and transformers: what is timed, and what is checked before a GPU is timed."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,15 +10,21 @@ from torch import Tensor
 
 from configs.benchmark import BenchConfig
 from infer.bench_measure import Contest, named
+from infer.bench_stages import StageSize
+from infer.parity_compare import Row, compare_to_truth
+from infer.parity_rungs import rounded
 from infer.parity_sides import Sides, randomise, write_config
+from wan.attention import ATTENTION, BACKENDS
 from wan.costs import decode_work, encode_work, network_work, text_work
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
+from wan.keys import VAELevels
 from wan.pipeline import WanPipeline
 from wan.pipeline_config import part_folder
 from wan.tokenizer import Tokenizer
 from wan.umt5 import encode_text
+from wan.vae import VAEConfig, WanVAE
 from wan.weights import save_component
 
 CPU = torch.device("cpu")
@@ -108,6 +114,7 @@ def encode(sides: Sides, dtype: torch.dtype, config: BenchConfig) -> Contest:
         named(f"{frames}x{height}x{width}", dtype),
         {OURS: lambda: ours.encode(video), THEIRS: run_theirs},
         goal=3 if dtype == torch.float32 else 1.5,
+        memory_goal=1,
         flops=encode_work(ours.config, frames, height, width),
     )
 
@@ -127,6 +134,7 @@ def decode(sides: Sides, dtype: torch.dtype, config: BenchConfig) -> Contest:
         named(f"{frames}x{height}x{width}", dtype),
         {OURS: lambda: ours.decode(latents), THEIRS: run_theirs},
         goal=3 if dtype == torch.float32 else 1.5,
+        memory_goal=1,
         flops=decode_work(ours.config, *shape[1:]),
     )
 
@@ -225,7 +233,94 @@ def at(sides: Sides, dtype: torch.dtype) -> Sides:
 def block_sides(folder: Path, heads: int, seed: int) -> Sides:
     """One block of the 5B's shape, `heads` heads wide, with random weights."""
     config = DiTConfig(num_attention_heads=heads, ffn_dim=14336 * heads // 24, num_layers=1)
+    return dit_sides(folder, config, seed)
+
+
+def dit_sides(folder: Path, config: DiTConfig, seed: int) -> Sides:
     module = randomise(WanDiT(config), torch.Generator().manual_seed(seed))
     save_component(module.state_dict(), folder / "transformer", "transformer")
     write_config(folder / "transformer", config.to_json())
-    return Sides("block", folder, ("transformer",))
+    return Sides(f"{config.width} wide", folder, ("transformer",))
+
+
+def vae_sides(folder: Path, config: VAEConfig, seed: int) -> Sides:
+    module = randomise(WanVAE(config), torch.Generator().manual_seed(seed))
+    levels = VAELevels(config.is_residual, config.num_res_blocks)
+    save_component(module.state_dict(), folder / "vae", "vae", vae_levels=levels)
+    write_config(folder / "vae", config.to_json())
+    return Sides("decode", folder, ("vae",))
+
+
+# --- parity on the device of the stages -----------------------------------------------------------
+
+# A kernel may be wrong on both sides (bfloat16 convolutions of cuDNN 9.8 to 9.10 were): beyond this
+# relative rms nothing passes. Random weights leave about 1e-2.
+MOST_OF_BFLOAT16 = 5e-2
+SMALL_LATENTS = (3, 4, 4)
+
+
+def parity_rows(
+    size: StageSize, device: torch.device, config: BenchConfig, scratch: Path
+) -> Iterator[Row]:
+    """bfloat16 on `device`: one block of full width, four narrow ones, the decoder.
+
+    Held against diffusers in bfloat16 on the same device, with diffusers in float32 on the CPU as
+    the truth for both, as in `infer.parity`.
+    """
+    attention = exact_name(config)
+    wide = replace(size.transformer, num_layers=1)
+    narrow = replace(wide, num_attention_heads=2, ffn_dim=512, num_layers=4)
+    for name, sizes in (("wide", wide), ("narrow", narrow)):
+        sides = dit_sides(scratch / name, sizes, config.seed)
+        what = f"{sizes.num_layers} of {sizes.width} channels, attention {attention}"
+        yield held("blocks", what, *velocities(sides, attention, device, config))
+    sides = vae_sides(scratch / "vae", size.vae, config.seed)
+    yield held("decode", f"{SMALL_LATENTS} latents", *clips(sides, device, config))
+
+
+def exact_name(config: BenchConfig) -> str:
+    """The chosen attention, or where that is no exact one, what stands in for it elsewhere."""
+    name = config.attention.name
+    return name if name in {*ATTENTION, *BACKENDS} - {"sage"} else config.attention.exact
+
+
+def held(rung: str, what: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> Row:
+    row = compare_to_truth(rung, what, ours, theirs, truth)
+    return replace(row, tolerance=min(row.tolerance, MOST_OF_BFLOAT16))
+
+
+def velocities(
+    sides: Sides, attention: str, device: torch.device, config: BenchConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of us, of diffusers, and the truth: (B, C, T, h, w) on the CPU."""
+    ours = at(sides, torch.bfloat16).ours("transformer").to(device)
+    ours.set_attention(attention)
+    latents = rounded(drawn(config, 1, ours.config.in_channels, *BLOCK_LATENTS[1:]))
+    context = rounded(drawn(config, 1, 512, ours.config.text_dim))
+    num_tokens = min(config.prompt_tokens, context.shape[1])
+    context[:, num_tokens:] = 0
+    timestep = torch.tensor([700.0])
+
+    def theirs(dtype: torch.dtype, where: torch.device) -> Tensor:
+        model = sides.theirs("transformer", dtype).to(where)
+        arguments = (latents.to(where, dtype), timestep.to(where), context.to(where, dtype))
+        return model(*arguments, return_dict=False)[0].float().cpu()
+
+    prepared = ours.prepare_context(context.to(device, torch.bfloat16), num_tokens)
+    found = ours(latents.to(device), timestep.to(device), prepared).cpu()
+    return found, theirs(torch.bfloat16, device), theirs(torch.float32, CPU)
+
+
+def clips(sides: Sides, device: torch.device, config: BenchConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Of us, of diffusers, and the truth: (B, 3, F, H, W) on the CPU."""
+    ours = at(sides, torch.bfloat16).ours("vae").to(device)
+    latents = rounded(drawn(config, 1, ours.config.z_dim, *SMALL_LATENTS))
+    mean, std = ours.latent_statistics(CPU)
+
+    def theirs(dtype: torch.dtype, where: torch.device) -> Tensor:
+        z = (latents * std + mean).to(where, dtype)
+        model = sides.theirs("vae", dtype).to(where)
+        return model.decode(z, return_dict=False)[0].float().cpu()
+
+    found = ours.decode(latents.to(device)).float().cpu()
+    return found, theirs(torch.bfloat16, device), theirs(torch.float32, CPU)

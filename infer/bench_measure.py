@@ -30,6 +30,8 @@ class Contest:
         sides: name -> the call that is timed. The first is ours, and is compared with the last.
         goal: times as fast as the last side that the first should be.
         flops: of one call, or None.
+        memory_goal: how much of the last side's peak the first may take, at most.
+        note: what a reader of the row must know besides, such as the kernel that ran.
     """
 
     target: str
@@ -38,15 +40,21 @@ class Contest:
     goal: float | None = None
     flops: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    memory_goal: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One side: seconds on the wall and of all threads, per call, and bytes at the peak."""
+    """One side: seconds on the wall and of all threads, per call, and bytes at the peak.
+
+    `first` is the first call's time on the wall: what is compiled is compiled in it.
+    """
 
     wall: list[float]
     cpu: list[float]
     peak_bytes: int | None
+    first: float | None = None
 
     def median(self, clock: str) -> float:
         return statistics.median(getattr(self, clock))
@@ -59,7 +67,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished contest; `difference` is the relative rms of the sides' results, or None."""
+    """A finished contest.
+
+    Attributes:
+        difference: relative rms of the first and the last side's results, or None.
+        memory_goal, note: see `Contest`.
+        weights_bytes: of the weights, if the peaks include them; None where peaks are beside them.
+        goal_seconds: that the first side should take, at most.
+        phases: side -> what it does -> seconds, where that was asked for.
+    """
 
     target: str
     what: str
@@ -67,6 +83,11 @@ class Outcome:
     goal: float | None = None
     flops: float | None = None
     difference: float | None = None
+    memory_goal: float | None = None
+    weights_bytes: int | None = None
+    goal_seconds: float | None = None
+    note: str = ""
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def ratio(self, clock: str) -> float | None:
         """How many times as fast the first side is as the last."""
@@ -74,6 +95,35 @@ class Outcome:
         if len(sides) < 2:
             return None
         return sides[-1].median(clock) / sides[0].median(clock)
+
+    def memory_ratio(self) -> float | None:
+        """The first side's peak over the weights that it includes, else over the last side's."""
+        peaks = [side.peak_bytes for side in self.sides.values()]
+        limit = peaks[-1] if self.weights_bytes is None else self.weights_bytes
+        return peaks[0] / limit if peaks[0] is not None and limit else None
+
+    def misses(self, clock: str) -> list[str]:
+        """Every aim that was not reached, in words."""
+        missed = []
+        seconds = next(iter(self.sides.values())).median(clock)
+        ratio, memory = self.ratio(clock), self.memory_ratio()
+        if self.goal is not None and ratio is not None and ratio < self.goal:
+            missed.append(f"{ratio:.2f}x of {self.goal:g}x")
+        if self.goal_seconds is not None and seconds > self.goal_seconds:
+            missed.append(f"{seconds:.3g} s, the aim is {self.goal_seconds:g} s")
+        if self.memory_goal is not None and memory is not None and memory > self.memory_goal:
+            whose = "the reference's" if self.weights_bytes is None else "the weights"
+            missed.append(f"peak memory {memory:.2f}x {whose}, the aim is {self.memory_goal:g}x")
+        return [f"{self.target}, {self.what}: {text}" for text in missed]
+
+    def goals(self) -> str:
+        """The aims, as the table shows them."""
+        aims = (
+            (self.goal, "{:g}x"),
+            (self.goal_seconds, "{:g} s"),
+            (self.memory_goal, "memory {:g}x"),
+        )
+        return ", ".join(text.format(value) for value, text in aims if value is not None)
 
     def as_json(self) -> dict[str, Any]:
         clocks = ("wall", "cpu")
@@ -84,29 +134,47 @@ class Outcome:
             for name, side in self.sides.items()
         }
         ratios = {f"{clock}_ratio": self.ratio(clock) for clock in clocks}
-        return {**vars(self), "sides": sides, **ratios}
+        return {**vars(self), "sides": sides, **ratios, "memory_ratio": self.memory_ratio()}
 
 
 def run_contest(contest: Contest, repeats: int, warmup: int) -> Outcome:
     """Warm up, compare the results, measure memory, then time the sides in turns."""
-    results = [run() for run in contest.sides.values()]
-    difference = relative_rms(results[0], results[-1]) if len(results) > 1 else None
+    order = list(contest.sides)
+    results, first = {}, {}
+    for name in reversed(order):  # the first side last: libraries have been set up by then
+        started = time.perf_counter()
+        results[name] = contest.sides[name]()
+        synchronize(contest.device)
+        first[name] = time.perf_counter() - started
+    difference = None
+    if len(order) > 1:
+        difference = relative_rms(results[order[0]], results[order[-1]])
     results.clear()
     for _ in range(warmup - 1):
         for run in contest.sides.values():
             run()
     peaks = {name: median_peak(run, contest.device) for name, run in contest.sides.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contest.sides}
-    order = list(contest.sides)
     for _ in range(repeats):
         for name in order:
             times[name].append(timed(contest.sides[name], contest.device))
         order.reverse()
     timings = {
-        name: Timing([wall for wall, _ in taken], [cpu for _, cpu in taken], peaks[name])
+        name: Timing(
+            [wall for wall, _ in taken], [cpu for _, cpu in taken], peaks[name], first[name]
+        )
         for name, taken in times.items()
     }
-    return Outcome(contest.target, contest.what, timings, contest.goal, contest.flops, difference)
+    return Outcome(
+        contest.target,
+        contest.what,
+        timings,
+        contest.goal,
+        contest.flops,
+        difference,
+        contest.memory_goal,
+        note=contest.note,
+    )
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
@@ -139,7 +207,12 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def median_peak(run: Callable[[], Any], device: torch.device, calls: int = 5) -> int | None:
-    """Of several calls: what an allocator keeps or gives back changes from one to the next."""
+    """Of several calls: what the CPU's allocator keeps or gives back changes between them.
+
+    PyTorch counts a GPU's memory itself, so that one call tells.
+    """
+    if device.type == "cuda":
+        return peak_bytes(run, device)
     peaks = [peak for _ in range(calls) if (peak := peak_bytes(run, device)) is not None]
     return int(statistics.median(peaks)) if peaks else None
 
@@ -179,30 +252,31 @@ def named(what: str, dtype: torch.dtype) -> str:
 
 # --- what is shown --------------------------------------------------------------------------------
 
-HEADER = ("target", "side", "seconds", "spread", "peak MB", "TFLOP/s", "faster", "goal", "differs")
+HEADER = (
+    *("target", "side", "first call", "seconds", "spread", "peak MB"),
+    *("TFLOP/s", "floor", "faster", "goal", "differs"),
+)
 
 
-def table(outcomes: Sequence[Outcome], clock: str) -> str:
-    """A line per side."""
+def table(outcomes: Sequence[Outcome], clock: str, peak_tflops: float | None = None) -> str:
+    """A line per side; `floor` is the time that a row's FLOPs need at `peak_tflops`."""
     lines: list[tuple[str, ...]] = [HEADER]
     for outcome in outcomes:
         for place, (name, side) in enumerate(outcome.sides.items()):
-            seconds, peak = side.median(clock), side.peak_bytes
-            rate = f"{outcome.flops / seconds / 1e12:.3g}" if outcome.flops else ""
-            ratio, summary = outcome.ratio(clock), ("", "", "")
-            if place == 0 and ratio is not None:
-                goal = f"{outcome.goal:g}x" if outcome.goal else ""
-                differs = "" if outcome.difference is None else f"{outcome.difference:.0e}"
-                summary = (f"{ratio:.2f}x", goal, differs)
+            seconds, ratio, flops = side.median(clock), outcome.ratio(clock), outcome.flops
+            floor = f"{flops / peak_tflops / 1e12:.3g}" if flops and peak_tflops else ""
+            faster = "" if ratio is None else f"{ratio:.2f}x"
+            differs = "" if outcome.difference is None else f"{outcome.difference:.0e}"
             lines.append(
                 (
                     f"{outcome.target}: {outcome.what}" if place == 0 else "",
                     name,
+                    "" if side.first is None else f"{side.first:.3g}",
                     f"{seconds:.4g}",
                     f"{side.spread(clock):.0%}",
-                    "" if peak is None else f"{peak / 1e6:.0f}",
-                    rate,
-                    *summary,
+                    peak_text(side.peak_bytes, outcome.weights_bytes),
+                    f"{flops / seconds / 1e12:.3g}" if flops else "",
+                    *((floor, faster, outcome.goals(), differs) if place == 0 else [""] * 4),
                 )
             )
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
@@ -213,6 +287,12 @@ def table(outcomes: Sequence[Outcome], clock: str) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def peak_text(peak: int | None, weights: int | None) -> str:
+    if peak is None:
+        return ""
+    return f"{peak / 1e6:.0f} {'+ weights' if weights is None else 'with weights'}"
 
 
 def profile(run: Callable[[], Any], device: torch.device, num_rows: int = 25) -> str:

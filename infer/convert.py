@@ -298,7 +298,11 @@ def convert_diffusers_release(source: Path, folder: Path, target: Target) -> Non
         folder / (TOKENIZER_FOLDER if is_official else "tokenizer"),
     )
     if is_official:
-        print("model_index.json and scheduler/ are not written: the official code holds theirs")
+        print(
+            "model_index.json, scheduler/ and sampling defaults are not written: the official code "
+            "holds those of the official models. Steps, size and, of a student, its timesteps are "
+            "lost: converted back, the folder will be a base model"
+        )
         return
     for name in ("model_index.json", "scheduler/scheduler_config.json", DEFAULTS_FILE):
         if (source / name).is_file():
@@ -326,6 +330,11 @@ def convert_official_release(source: Path, folder: Path, target: Target) -> None
     copy_tokenizer(source / TOKENIZER_FOLDER, tokenizer)
     if not is_official:
         pipeline = official_pipeline(configs, len(experts))
+        print(
+            f"guessed, as official files do not say: a {pipeline.class_name} of shift "
+            f"{pipeline.shift:g} and the official defaults; a student needs the model_index.json "
+            "that it had"
+        )
         index = model_index_json(pipeline)
         if not (tokenizer / "tokenizer.json").is_file():
             index["tokenizer"] = ["transformers", "T5TokenizerFast"]  # the one that reads pieces

@@ -35,6 +35,8 @@ PACKAGES = (
     *("wan-few-step", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "ftfy"),
     *("hydra-core", "omegaconf", "av", "pillow", "huggingface-hub"),
 )
+# Kernels that may be there: recorded where they are.
+KERNELS = ("triton", "flash-attn", "flash-attn-3", "sageattention")
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,11 @@ class WeightDigests:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a video was made: versions and hardware, nothing about the person."""
+    kernels = {name: version for name in KERNELS if (version := package_version(name))}
     record: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: package_version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES} | kernels,
         "processor": processor(),
         "device": str(device),
         "threads": torch.get_num_threads(),
@@ -160,7 +163,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         record["gpu"] = torch.cuda.get_device_name(device)
         record["cuda"] = torch.version.cuda
+        record["cudnn"] = torch.backends.cudnn.version()
+        record["driver"] = driver_version()
     return record
+
+
+def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Of NVIDIA's kernel module, such as 550.54.15; None where the system does not tell."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)*", file.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return found[0] if found else None
 
 
 def processor() -> str:

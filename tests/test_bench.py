@@ -1,12 +1,15 @@
 """The benchmark: what it counts, and that every target runs."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from configs.benchmark import COMPARED, STAGES, BenchConfig
-from infer import bench, bench_load
+from infer import bench, bench_compare, bench_load, bench_stages, record
 from infer.bench_compare import prompt_of
 from infer.bench_measure import (
     Contest,
@@ -17,6 +20,8 @@ from infer.bench_measure import (
     run_contest,
     table,
 )
+from wan.attention import AttentionConfig
+from wan.dit_config import DiTConfig
 from wan.errors import WanError
 
 CPU = torch.device("cpu")
@@ -33,12 +38,28 @@ def test_a_row_says_median_middle_half_and_how_many_times_as_fast():
     assert outcome.ratio("wall") == 3.0
     assert outcome.sides["ours"].median("cpu") == 4
     assert outcome.sides["ours"].spread("wall") == pytest.approx((5.5 - 1.5) / 2)
-    header, ours, theirs = table([outcome], "wall").splitlines()
+    header, ours, theirs = table([outcome], "wall", peak_tflops=16).splitlines()
     assert ours.split()[:2] == ["dit:", "small"]
-    assert [word in ours for word in ("3.00x", "4x", "1e-07")] == [True] * 3
+    assert [word in ours for word in ("3.00x", "4x", "1e-07", "  0.5  ")] == [True] * 4
     assert "TFLOP/s" in header
-    assert theirs.split() == ["reference", "6", "0%", "1", "1.33"]
+    assert theirs.split() == ["reference", "6", "0%", "1", "+", "weights", "1.33"]
     json.dumps(outcome.as_json())
+
+
+def test_every_missed_aim_is_named_and_no_other():
+    slow = {"ours": timing(2, 2), "reference": timing(4, 4)}
+    small = {**slow, "reference": replace(slow["reference"], peak_bytes=5 * 10**5)}
+    met = Outcome("decode", "clip", slow, 2.0, memory_goal=1.0, goal_seconds=2.0)
+    assert met.misses("wall") == []
+    assert met.goals() == "2x, 2 s, memory 1x"
+    for outcome, text in (
+        (replace(met, goal=3.0), "2.00x of 3x"),
+        (replace(met, goal_seconds=1.9), "2 s, the aim is 1.9 s"),
+        (replace(met, sides=small), "peak memory 2.00x the reference's, the aim is 1x"),
+        (replace(met, weights_bytes=8 * 10**5), "peak memory 1.25x the weights, the aim is 1x"),
+    ):
+        assert outcome.misses("wall") == [f"decode, clip: {text}"]
+    assert "1 with weights" in table([replace(met, weights_bytes=1)], "wall")
 
 
 def test_sides_take_turns_after_warming_up_and_are_compared():
@@ -55,6 +76,7 @@ def test_sides_take_turns_after_warming_up_and_are_compared():
     outcome = run_contest(contest, repeats=4, warmup=1)
     assert outcome.difference == pytest.approx(0.5)
     assert "".join(calls[-8:]) == "abbaabba"
+    assert all(side.first > 0 for side in outcome.sides.values())
     assert [len(side.wall) for side in outcome.sides.values()] == [4, 4]
 
 
@@ -91,11 +113,28 @@ def test_every_target_runs_against_the_references(tmp_path, capsys):
 
 
 def test_loading_is_measured_in_processes_of_their_own(tmp_path):
-    config = BenchConfig(["load"], load_gb=0.03, repeats=2)
+    config = BenchConfig(["load"], load_gb=0.03, repeats=2, profile=True)
     outcome = bench_load.contest(config, tmp_path, torch.float32)
     assert [len(side.wall) for side in outcome.sides.values()] == [2, 2, 2]
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) >= 4
     assert "GB of float32 to bfloat16" in outcome.what
+    written = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    network = bench_load.build_network(DiTConfig.from_json(written))
+    assert outcome.weights_bytes == bench_load.num_bytes(network, torch.bfloat16)
+    assert "load: 0.0" in bench.phase_lines(outcome)[0]
+    assert "  convert and place" in "\n".join(bench.phase_lines(outcome))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_phases_of_loading_are_those_that_happen(tmp_path, stored):
+    bench_load.write_release(tmp_path / "transformer", 0.03, seed=0, stored=stored)
+    ours = bench_load.load_once(tmp_path, "ours", with_phases=True)["phases"]
+    unchecked = bench_load.load_once(tmp_path, "unchecked", with_phases=True)["phases"]
+    always = {"open headers", "match names", "build on meta", "map", "touch every page"}
+    read = {"allocate", "read", "convert and place"} if stored == torch.float32 else set()
+    assert set(ours) == always | read | {"check values"}
+    assert set(unchecked) == always | read
+    assert bench_load.load_once(tmp_path, "ours")["phases"] == {}
 
 
 def test_unchecked_loading_is_told_apart_by_a_damaged_value(tmp_path):
@@ -113,16 +152,178 @@ def test_unchecked_loading_is_told_apart_by_a_damaged_value(tmp_path):
 def test_stages_of_a_tiny_model_run_alone(tmp_path, capsys, profile):
     bench.main(
         BenchConfig(
-            stages="tiny", compile=False, repeats=2, profile=profile, output_dir=str(tmp_path)
+            stages="tiny",
+            compile=False,
+            parity=False,
+            repeats=2,
+            profile=profile,
+            output_dir=str(tmp_path),
         )
     )
     text = capsys.readouterr().out
-    for stage in STAGES:
+    for stage in (*STAGES, "end to end"):
         assert f"{stage}: " in text
     assert "TFLOP need" in text
+    assert "missed" not in text
     profiles = [path.read_text() for path in sorted(tmp_path.glob("profile_*.txt"))]
     assert len(profiles) == (3 if profile else 0)
     assert all("aten::" in text for text in profiles)
+
+
+def test_compiled_stages_are_added_up_and_a_missed_aim_is_named(tmp_path, capsys, monkeypatch):
+    def absent(library: str):
+        raise WanError("not installed")
+
+    monkeypatch.setattr(bench, "reference", absent)
+    bench.main(
+        BenchConfig(
+            stages="tiny",
+            compile_backend="eager",
+            goal_seconds=1e-6,
+            repeats=2,
+            output_dir=str(tmp_path),
+        )
+    )
+    text = capsys.readouterr().out
+    assert "parity with diffusers: NOT CHECKED" in text.splitlines()[0]
+    total = "text + denoise + decode, bfloat16, parity NOT CHECKED"
+    assert f"end to end: {total}" in text
+    assert f"missed: end to end, {total}: " in text
+    assert "the aim is 1e-06 s" in text
+    assert text.count("compiling took") == 4
+    assert "denoise: attention sdpa, for which PyTorch takes FLASH_ATTENTION" in text
+    *stages, sums = json.loads((tmp_path / "bench.json").read_text())["outcomes"]
+    assert [stage["target"] for stage in stages] == list(STAGES)
+    for side in ("compiled", "eager"):
+        for number in ("wall_median", "cpu_median", "first"):
+            parts = [stage["sides"][side][number] for stage in stages]
+            assert sums["sides"][side][number] == pytest.approx(sum(parts))
+    assert sums["flops"] == sum(stage["flops"] for stage in stages)
+    assert all(stage["difference"] < 2e-2 for stage in stages)
+    assert all(s["sides"]["compiled"]["first"] > s["sides"]["eager"]["first"] for s in stages)
+
+
+@pytest.mark.gpu
+def test_stages_run_on_a_gpu_once_parity_is_checked(tmp_path, capsys):
+    config = BenchConfig(stages="tiny", device="cuda", repeats=2, compile=False)
+    bench.main(replace(config, output_dir=str(tmp_path)))
+    text = capsys.readouterr().out
+    assert "parity with diffusers: 3 of 3 rows ok" in text
+    assert torch.cuda.get_device_name() in text.splitlines()[-2]
+
+
+def test_the_eager_side_leaves_compiled_what_blocks_call():
+    ran = []
+
+    def backend(name: str, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        def run(*arguments):
+            ran.append(name)
+            return graph(*arguments)
+
+        return run
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return flex(x) + 1
+
+    @torch.compiler.disable  # so that the block's graph does not swallow it
+    def flex(x: torch.Tensor) -> torch.Tensor:
+        return kernel(x)
+
+    kernel = torch.compile(lambda x: 2 * x, backend=partial(backend, "kernel"))
+    block, x = Block(), torch.ones(2)
+    block.compile(backend=partial(backend, "block"))
+    assert block(x).tolist() == [3, 3]
+    assert set(ran) == {"kernel", "block"}
+    ran.clear()
+    with bench_stages.uncompiled([block]):
+        assert block(x).tolist() == [3, 3]
+    assert ran == ["kernel"]
+    block(x)
+    assert "block" in ran
+
+
+def test_flops_are_those_that_the_attention_computes():
+    size, grid = bench_stages.SIZES["tiny"], (3, 2, 2)
+    dense = bench_stages.WanDiT(size.transformer)
+    spatial = bench_stages.WanDiT(size.transformer, "spatial")  # a frame of three
+    work = bench_stages.velocity_work(dense, grid, size.rows)
+    assert work == bench_stages.network_work(size.transformer, 12, size.rows).forward
+    left_out = 2 / 3 * 4 * 12**2 * size.transformer.width * size.transformer.num_layers
+    assert bench_stages.velocity_work(spatial, grid, size.rows) == pytest.approx(work - left_out)
+
+
+def test_an_illegal_size_is_refused_before_weights_are_drawn():
+    with pytest.raises(WanError, match="height=33"):
+        next(bench_stages.contests(BenchConfig(stages="full", height=33)))
+
+
+# --- parity before timing -------------------------------------------------------------------------
+
+
+def test_blocks_and_decoder_are_held_against_diffusers_in_bfloat16():
+    rows = bench.check_parity(BenchConfig(stages="tiny", prompt_tokens=9))
+    assert [row.rung for row in rows] == ["blocks", "blocks", "decode"]
+    assert all(row.passed and row.relative_rms > 1e-3 for row in rows)
+    text = bench.parity_text(rows, BenchConfig(stages="tiny"))
+    assert "attention sdpa" in text
+    assert text.endswith("3 of 3 rows ok")
+
+
+def test_what_computes_something_else_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr("wan.vae.silu", torch.relu)
+    monkeypatch.setattr(bench, "run_contest", lambda *_: pytest.fail("timed"))
+    config = BenchConfig(stages="tiny", compile=False, output_dir=str(tmp_path))
+    with pytest.raises(WanError, match=r"nothing is timed; first: decode, \(3, 4, 4\) latents"):
+        bench.main(config)
+
+
+@pytest.mark.parametrize(
+    ("attention", "held"),
+    [("cudnn", "cudnn"), ("spatial", "flash"), ("sage", "flash"), ("math", "math")],
+)
+def test_parity_is_that_of_the_exact_kernel(attention, held):
+    choice = AttentionConfig(attention, exact="flash")
+    assert bench_compare.exact_name(BenchConfig(attention=choice)) == held
+
+
+def test_a_kernel_that_is_wrong_on_both_sides_does_not_pass():
+    truth = torch.ones(8)
+    row = bench_compare.held("decode", "", truth * 1.1, truth * 0.5, truth)
+    assert not row.passed
+
+
+# --- what the numbers were taken on ---------------------------------------------------------------
+
+
+def test_the_last_line_names_gpu_driver_and_libraries():
+    about = {"packages": {"torch": "2.13"}, "processor": "CPU", "threads": 2}
+    assert bench.machine(about) == "CPU, 2 threads, PyTorch 2.13"
+    gpu = {"gpu": "H100", "driver": "550.54", "cuda": "12.8", "cudnn": None}
+    assert bench.machine(about | gpu) == "H100, driver 550.54, CUDA 12.8, PyTorch 2.13"
+
+
+def test_the_driver_is_read_from_its_own_file(tmp_path):
+    file = tmp_path / "version"
+    assert record.driver_version(file) is None
+    kernel = (
+        "NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build\nGCC version: 12.3"
+    )
+    file.write_text(f"NVRM version: {kernel}.0")
+    assert record.driver_version(file) == "550.54.15"
+
+
+def test_kernels_are_recorded_where_they_are_installed(monkeypatch):
+    def version(package: str) -> str | None:
+        return "3.1" if package in ("triton", "torch") else None
+
+    monkeypatch.setattr(record, "package_version", version)
+    packages = record.environment(CPU)["packages"]
+    assert packages["triton"] == "3.1"
+    assert "sageattention" not in packages
+
+
+# --- settings -------------------------------------------------------------------------------------
 
 
 def test_random_networks_have_the_dtypes_of_loaded_ones():
@@ -146,6 +347,8 @@ def test_random_networks_have_the_dtypes_of_loaded_ones():
         ({"clock": "sun"}, "wall, cpu"),
         ({"dtypes": ["float8"]}, "float32, bfloat16"),
         ({"load_gb": 0.0}, "above 0"),
+        ({"goal_seconds": 0.0}, "above 0"),
+        ({"compile_backend": "gcc"}, "inductor, aot_eager, eager"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options, message):

@@ -327,6 +327,10 @@ def test_a_student_is_no_teacher(tmp_path, teacher):
     [
         ({"dmd_weight": 0.0}, "nothing would teach"),
         ({"max_drift": 1.0}, "above 1"),
+        (
+            {"scores": ScoreConfig(critic_ratio=3, critic_warmup=4), "loop": LoopConfig(steps=5)},
+            "after the first 4.*never",
+        ),
         ({"export": "nicest"}, "last, best"),
         ({"first_frame_share": 2.0}, "between 0 and 1|lie in"),
     ],

@@ -829,3 +829,20 @@ def test_the_package_offers_both_pipelines():
     assert wan.WanError is WanError
     with pytest.raises(AttributeError, match="Flux"):
         wan.Flux  # noqa: B018
+
+
+def test_diffusers_names_for_less_memory_change_no_number(student):
+    expected = student(PROMPT, seed=3).frames
+    try:
+        for enable in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+            getattr(student, enable)("cpu")
+            assert np.array_equal(student(PROMPT, seed=3).frames, expected)
+        assert student.offload == "block"
+        student.set_offload("none")
+        student.enable_attention_slicing()
+        np.testing.assert_allclose(student(PROMPT, seed=3).frames, expected, atol=1e-4)
+        with pytest.raises(WanError, match="offload: unknown disk"):
+            student.set_offload("disk")
+    finally:
+        student.set_offload("none")
+        student.set_attention("sdpa")

@@ -48,7 +48,7 @@ COLUMNS = 3
 class PlotConfig:
     """`train.plot`: a picture of a run."""
 
-    run: str = option("runs/distill", "the output_dir of a training command")
+    run: str = option("runs/student_3", "the output_dir of a training command")
     output: str | None = option(None, "the picture; null: plot.png beside the metrics")
 
 

@@ -157,6 +157,35 @@ class WanPipeline:
         if what == "all":
             self.vae.decoder.compile(dynamic=False)
 
+    def set_offload(self, offload: str) -> None:
+        """Keep weights elsewhere from the next call on; see the constructor.
+
+        Raises:
+            WanError: no such way.
+        """
+        check_names("offload", [offload], OFFLOAD)
+        self.offload = offload
+        if offload != "none":
+            for module in self.modules.values():
+                module.to("cpu")
+        self.to(self.device)
+
+    # What diffusers calls it.
+
+    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """`offload="stage"` on that device."""
+        self.device = resolve_device(device)
+        self.set_offload("stage")
+
+    def enable_sequential_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """`offload="block"` on that device."""
+        self.device = resolve_device(device)
+        self.set_offload("block")
+
+    def enable_attention_slicing(self) -> None:
+        """`set_attention("sliced")`: exact, in less memory where no fused kernel is at hand."""
+        self.set_attention("sliced")
+
     def set_attention(self, attention: AttentionChoice) -> None:
         """Attend in another way from the next call on.
 

@@ -53,7 +53,7 @@ def prompt_list(prompt: str | list[str] | None, embeds: Tensor | None) -> list[s
         raise WanError("prompt and prompt_embeds: give one of them, and only one")
     if prompt is None:
         return None
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts or not all(isinstance(text, str) for text in prompts):
         raise WanError(f"prompt={prompt!r}: need a text or a list of texts")
     return prompts
