@@ -45,7 +45,8 @@ from infer.resumable import (
     weight_digests,
 )
 from infer.study import open_source, question_key, warm_up
-from wan.attention import build_attention
+from wan.attention import ATTENTION, BACKENDS, SPARSE
+from wan.attention.choice import check_known
 from wan.errors import WanError
 from wan.measures import flicker, psnr, ssim
 from wan.pipeline import WanPipelineOutput
@@ -295,7 +296,7 @@ def check_models(run: Run[AblateConfig]) -> None:
     """
     config, model = run.config, run.presets.get("model")
     for setting in config.settings():  # a mistyped name, before anything is made
-        build_attention(setting.attention.name, **setting.attention.options())
+        check_known(setting.attention.name, {**ATTENTION, **BACKENDS, **SPARSE})
     if config.made_for and model is not None and model not in config.made_for:
         raise WanError(
             f"model={model}: experiment={run.presets['experiment']} is made for "

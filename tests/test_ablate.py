@@ -353,6 +353,7 @@ def test_a_preset_sets_what_the_grid_leaves_open():
         (["steps=[3,3]"], "twice"),
         (["steps=[0]"], "between 1 and 1000"),
         (["num_seeds=0"], "at least 1"),
+        (["attention=[sdpa,spatal]"], "did you mean 'spatial'"),
         (["grid.guidance_scale=[0.5]"], "at least 1"),
         (["prompt=a", "prompt_file=b"], "only one"),
         (["prompt=a", "quantize=int4"], "quantize=int4: choose one of none, int8, fp8"),

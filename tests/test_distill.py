@@ -201,7 +201,7 @@ def test_each_update_moves_its_own_network_and_leaves_no_gradient_elsewhere(
 def test_without_guidance_a_critic_that_is_the_teacher_gives_no_direction(
     tmp_path, teacher, monkeypatch
 ):
-    scores = ScoreConfig(guidance_scale=1.0)
+    scores = ScoreConfig(guidance_scale=1.0, critic_ratio=2)
     run, _ = fresh_run(settings(tmp_path, teacher, scores=scores), monkeypatch)
     _, values = run.matching_loss(0, torch.Generator().manual_seed(0))
     assert values["dmd_gradient"] == 0
@@ -297,7 +297,7 @@ def test_the_teachers_panel_is_kept_for_the_same_teacher_and_guidance_only(
     file = tmp_path / "run/teacher_panel.safetensors"
     made = []
     for guidance in (2.0, 2.0, 5.0):
-        scores = ScoreConfig(guidance_scale=guidance)
+        scores = ScoreConfig(guidance_scale=guidance, critic_ratio=2)
         fresh_run(settings(tmp_path, teacher, scores=scores), monkeypatch)
         made.append((file.stat().st_mtime_ns, load_file(file)["latents"]))
     assert made[0][0] == made[1][0]
