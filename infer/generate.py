@@ -50,8 +50,8 @@ from wan.preflight import (
     MemoryRequest,
     check_fits,
     predict_memory,
+    rough_bytes,
     size,
-    weight_bytes,
 )
 from wan.tokenizer import Tokenizer, clean_prompt
 from wan.video import contact_sheet, flaw, is_finite, to_uint8, write_video
@@ -82,13 +82,15 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     attention.verify(transformer.attention_head_dim, device, dtype)
     print(describe(requests[0], folder), file=sys.stderr)
     # Prediction loads parts of PyTorch's compiler, which takes a second: longer than a small model.
-    wanted = config.preflight == "always" or weight_bytes(model_config, dtype) > GIB
+    largest = max(requests, key=lambda request: request.tokens).latent_shape
+    wanted = config.preflight == "always" or rough_bytes(model_config, largest, dtype) > GIB
     memory = None
     if wanted and config.preflight != "never":
         memory = predicted_memory(requests, model_config, folder, device, dtype)
-        free = free_bytes(device) + models.bytes_on(device)
+        host = torch.device("cpu")
+        free, free_host = (free_bytes(where) + models.bytes_on(where) for where in (device, host))
         print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
-        check_fits(memory, free)
+        check_fits(memory, free, None if device == host else free_host)
     model = models.get(folder, config, device)
     code = 0
     total = sum(request.config.num_videos for request in requests)

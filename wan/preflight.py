@@ -1,28 +1,41 @@
 """The memory that a video will take, stage by stage, before any weight is read.
 
     plan = predict_memory(request)
-    check_fits(plan, free_bytes(device))
+    check_fits(plan, free_bytes(device), free_bytes(cpu))
 
 Weights are counted from the networks built on the meta device, with the dtypes and the quantisation
 that loading gives them; what the stages need beside them, by running the stages' own code there
-(`wan.memory`). So neither can drift from what is run. Not counted: workspaces of kernels,
-fragments, the CUDA context; and compiled networks are counted as eager ones, which need more.
+(`wan.memory`). So neither can drift from what is run. On a CPU the copies that its kernels make and
+the holes of its heap are counted too, and the prediction is the resident memory of the process,
+less Python and the libraries. Not counted on GPUs: workspaces of kernels, fragments, the CUDA
+context. Compiled networks are counted as eager ones, which need more.
 """
 
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wan.attention import (
+    SPARSE,
+    AttentionChoice,
+    AttentionFunction,
+    Grid,
+    build_attention,
+    sdpa_attention,
+)
+from wan.attention.pattern import Pattern, attend_blocks, block_mask
 from wan.attention_config import AttentionConfig
 from wan.denoiser import guide
 from wan.dit import WanDiT
 from wan.errors import WanError
-from wan.memory import FusedAttention, LiveBytes, peak_bytes
+from wan.memory import FusedAttention, LiveBytes, ProcessBytes, peak_bytes
 from wan.model_folder import QUANTIZED_PARTS, module_builders
 from wan.pipeline_config import PipelineConfig
 from wan.placement import OFFLOAD, has_blocks
@@ -39,6 +52,11 @@ from wan.weights import GROUP_BYTES, build_on_meta, target_dtype
 META = torch.device("meta")
 # Share of the free memory that stays for what is not counted.
 RESERVE = 0.05
+# What the holes of a process's heap add on the CPU, see `wan.memory.ProcessBytes`. Measured with
+# glibc 2.36: 0.2 to 0.4 in the one pass over an image, 0.3 to 0.8 where all forwards have the same
+# sizes, 0.8 to 1.9 in decoding, whose chunks do not. The same program has others each time it runs,
+# as its addresses are random.
+HOLES = {"encode_text": 0.0, "encode_image": 0.2, "denoise": 0.6, "decode": 1.2}
 GIB = 2**30
 
 
@@ -54,6 +72,8 @@ class MemoryRequest:
         has_image: the video starts from a given frame.
         chunk_latents: latent frames that are decoded at a time.
         tile: latents per side of the tiles that are decoded, or None.
+        malloc_keeps: on a CPU, whether malloc is glibc's as it comes, which keeps most of what is
+            freed. With MALLOC_MMAP_THRESHOLD_=65536 it gives back and takes longer.
     """
 
     config: PipelineConfig
@@ -69,6 +89,20 @@ class MemoryRequest:
     quantize: str = "none"
     chunk_latents: int = CHUNK_LATENTS
     tile: int | None = None
+    malloc_keeps: bool = True
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens along T, H and W."""
+        patch = self.config.transformer.patch_size
+        frames, rows, columns = (n // p for n, p in zip(self.latent_shape[1:], patch, strict=True))
+        return frames, rows, columns
+
+    def counter(self, stage: str) -> LiveBytes:
+        """What counts a stage's bytes on the device."""
+        if self.device.type != "cpu":
+            return LiveBytes()
+        return ProcessBytes(HOLES[stage] if self.malloc_keeps else None)
 
 
 @dataclass(frozen=True)
@@ -78,7 +112,7 @@ class MemoryPlan:
     Attributes:
         request: what it was made for.
         stages: on the device, by name: load, encode_text, [encode_image,] denoise, decode.
-        host: beside a device that is not the CPU: weights kept there, or the finished video.
+        host: beside a device that is not the CPU: weights kept there, and the finished video.
     """
 
     request: MemoryRequest
@@ -109,7 +143,6 @@ def size(num_bytes: float) -> str:
 def predict_memory(request: MemoryRequest) -> MemoryPlan:
     """What each stage takes at its worst moment."""
     networks = {part: network_of(request, part) for part in request.config.components}
-    weights = {part: kept_bytes(module) for part, module in networks.items()}
     working = {
         "encode_text": ("text_encoder", text_bytes(request)),
         "denoise": ("transformer", denoise_bytes(request)),
@@ -126,46 +159,66 @@ def predict_memory(request: MemoryRequest) -> MemoryPlan:
             stages[stage] = resident_bytes(request, networks, part) + more
     video = video_bytes(request)
     if on_cpu:
-        return MemoryPlan(request, stages | {"decode": stages["decode"] + video}, 0)
-    host = video if request.offload == "none" else sum(weights.values()) + video
-    return MemoryPlan(request, stages, max(host, 0 if request.offload == "none" else loading))
+        stages["decode"] += written_bytes(request)
+        return MemoryPlan(request, stages, 0)
+    if request.offload == "none":
+        return MemoryPlan(request, stages, video)
+    kept = sum(host_bytes(request, module) for module in networks.values())
+    return MemoryPlan(request, stages, max(kept + video, loading))
 
 
-def check_fits(plan: MemoryPlan, free: int) -> None:
-    """Refuse a plan that the device has no room for.
+def check_fits(plan: MemoryPlan, free: int, free_host: int | None = None) -> None:
+    """Refuse a plan that the device, or the host beside it, has no room for.
+
+    Args:
+        free: bytes of the device.
+        free_host: bytes of the host, where the device is not the CPU.
 
     Raises:
         WanError: names the worst stage, what is free, and the first options that would do.
     """
-    request, room = plan.request, free * (1 - RESERVE)
-    if plan.peak <= room:
+
+    def problem_of(plan: MemoryPlan) -> str | None:
+        """What is too large, and for where."""
+        if plan.peak > free * (1 - RESERVE):
+            needed = f"{plan.worst} would take {size(plan.peak)}, {size(free)} are free"
+            return f"{plan.request.device}: {needed}"
+        if free_host is not None and plan.host > free_host * (1 - RESERVE):
+            what = "the finished video" if plan.request.offload == "none" else "weights and video"
+            return f"the host: {what} would take {size(plan.host)}, {size(free_host)} are free"
+        return None
+
+    if (problem := problem_of(plan)) is None:
         return
-    for options in alternatives(request):
-        other = predict_memory(replace(request, **options))
-        if other.peak <= room:
+    on_host = problem.startswith("the host")
+    for options in alternatives(plan.request, on_host):
+        other = predict_memory(replace(plan.request, **options))
+        if problem_of(other) is None:
             words = " ".join(f"{name}={value_name(value)}" for name, value in options.items())
-            remedy = f"{words} would take {size(other.peak)}"
+            beside = f" and {size(other.host)} of the host" if on_host else ""
+            remedy = f"{words} would take {size(other.peak)}{beside}"
             break
     else:
         remedy = "no option here makes it fit: take a smaller height, width or num_frames"
-    raise WanError(
-        f"not enough memory on {request.device}: {plan.worst} would take {size(plan.peak)}, "
-        f"{size(free)} are free; {remedy} (preflight=never tries anyway)"
-    )
+    raise WanError(f"not enough memory on {problem}; {remedy} (preflight=never tries anyway)")
 
 
-def alternatives(request: MemoryRequest) -> Iterator[dict[str, Any]]:
+def alternatives(request: MemoryRequest, on_host: bool = False) -> Iterator[dict[str, Any]]:
     """Combinations of options that need less, those that change less of the video first.
 
     Chunks of one latent change numbers by the rounding of sums, offloading none; a dtype and
     quantisation do change them, and the borders of tiles can show.
+
+    Args:
+        on_host: it is the host that lacks memory, and less offloading that helps.
     """
-    on_cpu, later = request.device.type == "cpu", OFFLOAD[OFFLOAD.index(request.offload) + 1 :]
+    on_cpu, at = request.device.type == "cpu", OFFLOAD.index(request.offload)
+    others = OFFLOAD[:at][::-1] if on_host else OFFLOAD[at + 1 :]
     choices: list[list[dict[str, Any]]] = [  # the last one varies fastest
         [{"tile": 16}] if request.tile is None and min(request.latent_shape[2:]) > 16 else [],
         [{"quantize": "int8"}] if request.quantize == "none" else [],
         [{"dtype": torch.bfloat16}] if request.dtype == torch.float32 else [],
-        [] if on_cpu else [{"offload": way} for way in later],
+        [] if on_cpu else [{"offload": way} for way in others],
         [{"chunk_latents": 1}] if request.chunk_latents > 1 else [],
     ]
     for chosen in itertools.product(*([{}, *one] for one in choices)):
@@ -187,9 +240,29 @@ def weight_bytes(config: PipelineConfig, dtype: torch.dtype) -> int:
     return sum(p.numel() for network in networks for p in network.parameters()) * dtype.itemsize
 
 
+def rough_bytes(
+    config: PipelineConfig, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> int:
+    """About what latents of a (C, T, h, w) shape take with all weights: is predicting worth it?
+
+    The finished frames; and the larger of decoding, 6 activations of a chunk at its largest, and a
+    transformer's feed-forward layer.
+    """
+    vae, dit = config.vae, config.transformer
+    _, frames, height, width = shape
+    video = 12 * ((frames - 1) * vae.temporal_stride + 1) * height * width * vae.spatial_stride**2
+    stride = vae.spatial_stride // (vae.patch_size or 1)
+    chunk = 1 + CHUNK_LATENTS * vae.temporal_stride
+    channels = (vae.decoder_base_dim or vae.base_dim) * max(vae.dim_mult[:2])
+    decode = 6 * channels * chunk * height * width * stride**2
+    tokens = frames * height * width // math.prod(dit.patch_size)
+    denoise = tokens * (2 * dit.ffn_dim + 4 * dit.width)
+    return weight_bytes(config, dtype) + video + max(decode, denoise) * dtype.itemsize
+
+
 def network_of(request: MemoryRequest, part: str) -> Any:
     """A network without values, with the dtypes that loading would give it."""
-    build = module_builders(request.config, attention_without_kernels(request.attention))[part]
+    build = module_builders(request.config, counted_attention(request))[part]
     module: Any = build_on_meta(build)
     float32 = type(module).FLOAT32_PARAMETERS
     state = {
@@ -202,10 +275,43 @@ def network_of(request: MemoryRequest, part: str) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def attention_without_kernels(attention: AttentionConfig | str) -> AttentionConfig | str:
-    """Kernels of other packages need what a fused kernel needs, and do not run on meta."""
-    name = attention if isinstance(attention, str) else attention.name
-    return "sdpa" if name in ("flash3", "sage") else attention
+def counted_attention(request: MemoryRequest) -> AttentionChoice:
+    """The attention that takes on meta what the request's takes on its device.
+
+    Kernels of other packages do not run on meta, and need what PyTorch's fused kernel needs.
+    """
+    choice = request.attention
+    config = AttentionConfig(choice) if isinstance(choice, str) else choice
+    if config.name in ("flash3", "sage"):
+        return "sdpa"
+    if request.device.type == "cuda" and config.name in SPARSE:
+        sparse: Any = build_attention(config.name, **config.options())
+        if not getattr(sparse.of_layer(0), "DISJOINT", False):
+            return counted_flex(sparse, request.grid)
+    return choice
+
+
+def counted_flex(sparse: Any, grid: Grid) -> AttentionFunction:
+    """Overlapping windows on a GPU: FlexAttention, of which meta makes the result alone.
+
+    The block mask is made in the first layer, and before it all (L, L) places that it sums up.
+    """
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
+        return torch.empty_like(q)
+
+    @cache
+    def mask() -> tuple[Any, Tensor, Tensor]:
+        return block_mask.__wrapped__(sparse, grid, META)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        if k.shape != q.shape:  # to the text
+            return sdpa_attention(q, k, v, bias)
+        if isinstance(sparse, Pattern):
+            return attend_blocks(q, k, v, *mask(), kernel=kernel)
+        return sparse.on_gpu(q, k, v, grid, kernel)
+
+    return attend
 
 
 def kept_bytes(module: nn.Module) -> int:
@@ -226,27 +332,34 @@ def resident_bytes(request: MemoryRequest, networks: dict[str, Any], part: str) 
     return kept_bytes(module) - (kept_bytes(module.blocks) - slots if slots else 0)
 
 
+def host_bytes(request: MemoryRequest, module: nn.Module) -> int:
+    """Weights that stay on the host, beside a device that borrows them.
+
+    A file may hold them as they are wanted; then they are its pages, and what is counted here is
+    what the system must read again if it gives them up. Not so for what is pinned, of which PyTorch
+    rounds every tensor up to a power of two.
+    """
+    if request.offload == "block" and request.device.type == "cuda" and has_blocks(module):
+        sizes = (tensor.nbytes for tensor in module.state_dict().values())
+        return sum(1 << (num_bytes - 1).bit_length() for num_bytes in sizes)
+    return kept_bytes(module)
+
+
 def load_bytes(request: MemoryRequest, networks: dict[str, Any]) -> int:
     """Weights that are kept, and what is on its way to them."""
     before = peak = 0
     for part, module in networks.items():
         before += kept_bytes(module)
-        passing = min(8, os.cpu_count() or 1) * min(CHUNK_BYTES, largest_tensor(module, 4))
+        sizes = {name: tensor.numel() for name, tensor in module.state_dict().items()}
+        passing = min(8, os.cpu_count() or 1) * min(CHUNK_BYTES, 4 * max(sizes.values()))
         if request.quantize != "none" and part in QUANTIZED_PARTS:
-            whole = sum(
-                tensor.numel() * request.dtype.itemsize
-                for name, tensor in module.state_dict().items()
-                if is_quantized_weight(name)
-            )
+            quantized = [size for name, size in sizes.items() if is_quantized_weight(name)]
             # A group as it was read, and two float32 copies of the weight at hand; by then the
             # buffers of reading are gone.
-            passing = max(passing, min(GROUP_BYTES, whole) + 2 * largest_tensor(module, 4))
+            group = min(GROUP_BYTES, sum(quantized) * request.dtype.itemsize)
+            passing = max(passing, group + 2 * 4 * max(quantized))
         peak = max(peak, before + passing)
     return peak
-
-
-def largest_tensor(module: nn.Module, itemsize: int) -> int:
-    return max(tensor.numel() for tensor in module.state_dict().values()) * itemsize
 
 
 # --- what stages need beside them -----------------------------------------------------------------
@@ -263,7 +376,7 @@ def text_bytes(request: MemoryRequest) -> int:
         return context
 
     with FusedAttention():
-        return peak_bytes(encode)
+        return peak_bytes(encode, request.counter("encode_text"))
 
 
 def denoise_bytes(request: MemoryRequest) -> int:
@@ -309,8 +422,8 @@ def denoise_bytes(request: MemoryRequest) -> int:
         prepared = dit.prepare_context(context()[:, :rows])
         timestep = torch.zeros((1, shape[2]) if request.has_image else (1,), device=META)
         noise = torch.empty(shape, device=META)
-        forward = peak_bytes(lambda: dit(noise, timestep, prepared))
-        with LiveBytes() as memory:
+        forward = peak_bytes(lambda: dit(noise, timestep, prepared), request.counter("denoise"))
+        with request.counter("denoise") as memory:
             denoise(forward)
     return memory.peak
 
@@ -320,8 +433,12 @@ def image_bytes(request: MemoryRequest) -> int:
     vae: WanVAE = network_of(request, "vae")
     stride = request.config.vae.spatial_stride
     height, width = (n * stride for n in request.latent_shape[2:])
+
+    def encode() -> Tensor:
+        return vae.encode(torch.empty(1, 3, 1, height, width, device=META))
+
     with FusedAttention():
-        return peak_bytes(lambda: vae.encode(torch.empty(1, 3, 1, height, width, device=META)))
+        return peak_bytes(encode, request.counter("encode_image"))
 
 
 def decode_bytes(request: MemoryRequest) -> int:
@@ -344,11 +461,24 @@ def chunks_bytes(request: MemoryRequest) -> int:
 
     def decode() -> None:
         latents = torch.empty(1, *request.latent_shape, device=META)
-        for chunk in vae.decode_stream(latents, request.chunk_latents):
-            del chunk
+        for _chunk in vae.decode_stream(latents, request.chunk_latents):
+            pass  # it lives until the next one is there, as in the pipeline
 
     with FusedAttention():
-        return peak_bytes(decode)
+        return peak_bytes(decode, request.counter("decode"))
+
+
+def written_bytes(request: MemoryRequest) -> int:
+    """Of the finished frames, those that are there while the last chunk is decoded.
+
+    The system hands out a buffer's pages when they are first written.
+    """
+    channels, frames, height, width = request.latent_shape
+    if request.tile is not None or frames <= 1 + request.chunk_latents:
+        return 0
+    last = (frames - 2) % request.chunk_latents + 1  # latents; the first chunk has one more
+    shape = (channels, frames - last, height, width)
+    return video_bytes(replace(request, latent_shape=shape))
 
 
 def video_bytes(request: MemoryRequest) -> int:

@@ -129,11 +129,21 @@ def block_mask(pattern: Pattern, grid: Grid, device: torch.device) -> tuple[Any,
 
 
 def attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any, order: Tensor, position: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    order: Tensor,
+    position: Tensor,
+    kernel: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """FlexAttention (arXiv:2412.05496) on tokens put in `order`."""
-    out = flex_kernel()(q[:, :, order], k[:, :, order], v[:, :, order], block_mask=mask)
-    return out[:, :, position]
+    """FlexAttention (arXiv:2412.05496) on tokens put in `order`.
+
+    Args:
+        kernel: what stands for FlexAttention where memory is counted (`wan.preflight`).
+    """
+    attend = kernel or flex_kernel()
+    return attend(q[:, :, order], k[:, :, order], v[:, :, order], block_mask=mask)[:, :, position]
 
 
 @cache

@@ -7,8 +7,9 @@ B batch, N heads, L tokens, K channels of a head; M tiles of up to P tokens.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,8 +101,20 @@ class TopK:
         Raises:
             WanError: on a GPU, a tile that is no multiple of the kernel's block.
         """
+        return self._attend(
+            q, k, v, grid, self._attend_blocks if q.is_cuda else self._attend_gathered
+        )
+
+    def on_gpu(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, kernel: Callable[..., Tensor]
+    ) -> Tensor:
+        """The same as GPUs do it, on any device, with another kernel than FlexAttention's."""
+        return self._attend(q, k, v, grid, partial(self._attend_blocks, kernel=kernel))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, attend: Callable[..., Tensor]
+    ) -> Tensor:
         tiles = tiling(grid, self.tile, q.device)
-        attend = self._attend_blocks if q.is_cuda else self._attend_gathered
         chosen = self.choose(q, k, grid)
         q, k, v = (x[:, :, tiles.tokens] for x in (q, k, v))  # (B, N, M, P, K)
         out = attend(q, k, v, chosen, tiles)
@@ -126,7 +139,13 @@ class TopK:
         return out.unflatten(1, (heads, num_tiles))
 
     def _attend_blocks(
-        self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, tiles: Tiling
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chosen: Tensor,
+        tiles: Tiling,
+        kernel: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """FlexAttention on the chosen blocks, each a tile: for GPUs."""
         size = q.shape[3]
@@ -136,7 +155,8 @@ class TopK:
                 f"multiple of {FLEX_BLOCK}, for example [4, 4, 8]"
             )
         mask = chosen_blocks(chosen, tiles.real.flatten(), size)
-        out = flex_kernel()(*(x.flatten(2, 3) for x in (q, k, v)), block_mask=mask)
+        attend = kernel or flex_kernel()
+        out = attend(*(x.flatten(2, 3) for x in (q, k, v)), block_mask=mask)
         return out.unflatten(2, (-1, size))
 
 
