@@ -296,7 +296,7 @@ def test_every_stage_takes_of_the_process_what_was_predicted(dtype):
 def test_what_malloc_keeps_is_predicted():
     """As glibc comes. No more than roughly: holes differ from run to run, up to twofold."""
     for stage, _, predicted, taken in predicted_and_measured(torch.float32, malloc_keeps=True):
-        assert predicted == pytest.approx(taken, rel=0.4), stage
+        assert taken / 2 < predicted < 2 * taken, stage
 
 
 LOAD = """
@@ -387,18 +387,25 @@ def test_shorter_chunks_are_offered_before_what_changes_numbers():
     assert list(alternatives(full_size(tile=16, chunk_latents=1, quantize="fp8", **offload))) == []
 
 
-def test_a_host_that_is_too_small_is_told_what_would_help():
-    block = predict_memory(full_size(offload="block"))
-    check_fits(block, 80 * GIB, 64 * GIB)
-    with pytest.raises(
-        WanError, match=r"on the host: weights and video .* 16.0 GiB are free; "
-    ) as e:
-        check_fits(block, 80 * GIB, 16 * GIB)
-    assert "offload=none would take" in str(e.value)
-    with pytest.raises(WanError, match=r"quantize=int8 would take .* of the host"):
-        check_fits(predict_memory(full_size(offload="stage")), 20 * GIB, 16 * GIB)
-    # Pinned memory comes in powers of two, which the 5B's layers are not.
-    assert block.host > 1.2 * predict_memory(full_size(offload="stage")).host
+def test_a_host_that_is_too_small_is_told_what_would_help(tokenizer_folder):
+    size = {"height": 32, "width": 32, "num_frames": 9}
+    offloaded = request_of(build(tokenizer_folder), size, CUDA, offload="stage")
+    plan, video = predict_memory(offloaded), video_bytes(offloaded)
+    assert predict_memory(replace(offloaded, offload="none")).host == video
+    check_fits(plan, GIB, 2 * plan.host)
+    check_fits(plan, GIB)  # nothing is known of the host
+    refused = "not enough memory on the host: weights and video would take .*; offload=none would"
+    with pytest.raises(WanError, match=refused):
+        check_fits(plan, GIB, int(1.1 * video))
+    with pytest.raises(WanError, match="smaller height, width or num_frames"):
+        check_fits(plan, GIB, video // 2)
+
+
+def test_what_the_host_keeps_of_the_5b():
+    plans = [predict_memory(full_size(offload=way)) for way in ("stage", "block")]
+    # Pinned memory comes in powers of two, and the 5B's matrices are no such sizes.
+    assert 1.2 < plans[1].host / plans[0].host < 2
+    assert predict_memory(full_size(offload="stage", quantize="int8")).host < 0.65 * plans[0].host
 
 
 @pytest.mark.parametrize("name", ["sliding_tile", "frame_causal", "top_k"])
