@@ -180,7 +180,7 @@ class SampleConfig:
     compile: str = option("none", "torch.compile: dit (its blocks), all (the VAE's decoder too)")
     preflight: str = option(
         "auto",
-        "predict memory and refuse what cannot fit: always, never, auto (models above 1 GiB)",
+        "predict memory and refuse what cannot fit: always, never, auto (from about 1 GiB on)",
     )
     chunk_latents: int = option(
         CHUNK_LATENTS, "latent frames decoded at a time; 1 needs least memory and takes longer"

@@ -25,6 +25,7 @@ Frames = NDArray[np.uint8]
 
 BT709, UNSPECIFIED = 1, 2  # numbers in H.264's colour fields
 PQ, HLG = 16, 18  # transfer curves of HDR
+FRAMES_AT_ONCE = 8  # that are converted
 CRF = 17  # visually lossless; 0 would be lossless, 23 is x264's own choice
 
 
@@ -65,8 +66,12 @@ def to_uint8(video: Tensor) -> Frames:
     if not is_finite(video):
         bad = int((~video.isfinite()).sum())
         raise WanError(f"video: {bad} of {video.numel()} values are not finite")
-    levels = video.float().clamp(-1, 1).add_(1).mul_(127.5).round_()  # clamp has made a copy
-    return levels.byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    frames = np.empty((*video.shape[1:], 3), dtype=np.uint8)
+    for i in range(0, len(frames), FRAMES_AT_ONCE):  # a whole video would be in memory thrice
+        part = video[:, i : i + FRAMES_AT_ONCE]
+        levels = part.float().clamp(-1, 1).add_(1).mul_(127.5).round_()  # clamp has made a copy
+        frames[i : i + FRAMES_AT_ONCE] = levels.byte().permute(1, 2, 3, 0).cpu().numpy()
+    return frames
 
 
 def write_video(
