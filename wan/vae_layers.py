@@ -59,7 +59,10 @@ def convolve(
 
 
 def convolve_layer(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    assert layer.padding_mode == "zeros"
     assert not isinstance(layer.padding, str)
+    assert layer.groups == 1
+    assert set(layer.dilation) == {1}
     return convolve(x, layer.weight, layer.bias, layer.stride, layer.padding)
 
 
