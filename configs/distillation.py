@@ -165,7 +165,9 @@ class DistillConfig:
     grad_clip: float = option(1.0, "largest gradient norm")
     ema_decay: float = option(0.99, "of the averaged student that is kept")
 
-    validation_captions: int = option(8, "captions sampled at each save, student beside teacher")
+    validation_captions: int = option(
+        8, "captions sampled at each save, twice each, student beside teacher"
+    )
     validation_steps: int = option(25, "Euler steps of the teacher for those")
     export: str = option("last", "which student is written at the end: last, or best by health")
     max_drift: float = option(

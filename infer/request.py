@@ -135,9 +135,7 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
     sources["attention"] = sources["attention.name"]
     if config.sampler.shift is not None:
         decided["sampler.shift"] = config.sampler.shift
-    patches = model.transformer.patch_size
-    frames, rows, columns = (n // p for n, p in zip(shape[1:], patches, strict=True))
-    grid = (frames, rows, columns)
+    grid = model.transformer.token_grid(shape[1:])
     attention = network_attention(config.attention, model.transformer.num_layers)
     return Request(
         job=replace(job, config=config),

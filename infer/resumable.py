@@ -123,16 +123,15 @@ def plan_record(
     pipeline: WanPipeline, plan: SamplingPlan, height: int, width: int, num_frames: int
 ) -> dict[str, Any]:
     """How a model makes its clips; density is attention's share of the FLOPs of dense attention."""
-    shape = pipeline.config.latent_shape(height, width, num_frames)[1:]
-    patches = pipeline.config.transformer.patch_size
-    frames, rows, columns = (size // patch for size, patch in zip(shape, patches, strict=True))
+    shape = pipeline.config.latent_shape(height, width, num_frames)
+    grid = pipeline.config.transformer.token_grid(shape[1:])
     attention = pipeline.transformer.attention
     return {
         "sampler": plan.sampler,
         "steps": len(plan.schedule),
         "guidance_scale": plan.guidance_scale,
         "untrained": list(plan.untrained),
-        "density": attention.density((frames, rows, columns), len(plan.schedule)),
+        "density": attention.density(grid, len(plan.schedule)),
         "offload": pipeline.offload,
         "quantize": quantization_of(pipeline.transformer),
         "compile": pipeline.compile,

@@ -11,8 +11,10 @@ from torch import nn
 from configs.distillation import GANConfig
 from train.dmd import Distillation
 from train.health import (
+    RATIOS,
     SATURATED,
     Samples,
+    diversity,
     health,
     motion,
     panel_numbers,
@@ -24,6 +26,7 @@ from train.health import (
 )
 from train.parallel import ALONE
 from wan.errors import WanError
+from wan.miniature.world import OBJECT_ATTRIBUTES
 
 teacher = test_distill.teacher
 
@@ -59,8 +62,31 @@ def test_latents_are_saturated_beyond_three_deviations_of_either_sign():
     assert saturated_share(normal) == pytest.approx(0.0027, rel=0.1)
 
 
+def test_diversity_is_what_two_clips_of_a_caption_differ_by_overall_and_not_where():
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(3, 4, 2, 5, 5, generator=generator)
+    elsewhere = one.flip(-1)  # the same things in other places
+    assert diversity(torch.cat([one, elsewhere])) == pytest.approx(0, abs=1e-6)
+    tinted = elsewhere.clone()
+    tinted[1, :2] += 0.6  # two of four channels of one caption in three
+    assert diversity(torch.cat([one, tinted])) == pytest.approx(0.6 * 0.5**0.5 / 3, rel=1e-5)
+
+
+def test_the_panel_asks_for_one_object_for_two_and_for_something_left_open():
+    panel = world_panel(30, seed=0)
+    unsaid = [
+        sum(getattr(one, name) is None for one in said.objects for name in OBJECT_ATTRIBUTES)
+        + (said.background is None)
+        for said in panel
+    ]
+    assert [len(said.objects) for said in panel] == [1, 2, 1] * 10
+    assert sum(unsaid[0::3]) == sum(unsaid[1::3]) == 0
+    assert sum(map(bool, unsaid[2::3])) >= 7
+    assert world_panel(4, seed=0) == panel[:4]
+
+
 def test_ratios_are_student_over_teacher():
-    noise = torch.randn(1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     colours = plain(0.4, 0.0, 0.0, frames=5)[..., :4, :4]
     teacher = Samples(noise, flashing(0.4) + colours)
     student = Samples(1.5 * noise, flashing(0.1) + 2 * colours)
@@ -68,17 +94,18 @@ def test_ratios_are_student_over_teacher():
     assert values["motion_ratio"] == pytest.approx(0.25, rel=1e-4)
     assert values["saturation_ratio"] == pytest.approx(2.0, rel=1e-4)
     assert values["spread_ratio"] == pytest.approx(1.5, rel=1e-4)
+    assert values["diversity_ratio"] == pytest.approx(1.5, rel=1e-4)
     assert set(ratios(teacher, teacher).values()) == {1.0}
 
 
 def test_two_that_stand_still_are_equally_healthy():
-    still = Samples(torch.ones(1, 4, 1, 2, 2).cumsum(1), plain(0.1, 0.1, 0.1)[None])
+    still = Samples(torch.ones(2, 4, 1, 2, 2).cumsum(1), plain(0.1, 0.1, 0.1)[None])
     assert health(ratios(still, still)) == 1
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
 def test_health_falls_the_same_way_with_too_little_and_too_much(ratio):
-    well = {"motion_ratio": 1.0, "saturation_ratio": 1.0, "spread_ratio": 1.0}
+    well = dict.fromkeys(RATIOS, 1.0)
     assert health(well) == 1
     for name in well:
         assert health(well | {name: ratio}) == pytest.approx(0.5)
@@ -90,9 +117,9 @@ def test_the_panel_reads_videos_only_where_it_knows_the_world():
     latents = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     samples = Samples(latents, torch.stack([plain(0.3, 0.1, 0.0, frames=9)] * 2))
     assert panel_numbers(samples, samples, None).keys() == {
-        *("motion_ratio", "saturation_ratio", "spread_ratio", "health")
+        *(*RATIOS, "health"),
     }
-    values = panel_numbers(samples, samples, world_panel(2, seed=0))
+    values = panel_numbers(samples, samples, world_panel(1, seed=0))
     assert values["val_joint"] == values["teacher_joint"] == 0  # nothing moves there
     assert values["health"] == pytest.approx(0.5)
 

@@ -307,11 +307,9 @@ from wan.weights import load_module
 
 checkpoint = open_checkpoint(sys.argv[1])
 torch.ones(300, 300).bfloat16().float() @ torch.ones(300, 300)
-before = status("VmRSS")
 config = DiTConfig(**eval(sys.argv[2]))
-dit = load_module(lambda: WanDiT(config), checkpoint, "transformer", dtype=torch.bfloat16,
-                  quantize=sys.argv[3])
-print(status("VmHWM") - before)
+print(peak(lambda: load_module(lambda: WanDiT(config), checkpoint, "transformer",
+                               dtype=torch.bfloat16, quantize=sys.argv[3])))
 """
 
 
@@ -326,7 +324,9 @@ def test_loading_takes_what_was_predicted(tmp_path, kind):
     save_component(dit.state_dict(), tmp_path, "transformer")
     stored = kept_bytes(dit)
     del dit
-    taken = peak_of_process(LOAD, str(tmp_path), repr(settings), kind)
+    # With a malloc that gives back: glibc's own keeps as much again in one of seven runs of int8.
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    taken = peak_of_process(LOAD, str(tmp_path), repr(settings), kind, **environment)
     pipeline = PipelineConfig("WanPipeline", config, VAE, replace(TEXT, d_model=256))
     plan = plan_sampling(pipeline, SamplingRequest())
     request = MemoryRequest(pipeline, (16, 1, 8, 8), plan, 8, 16, CPU, quantize=kind)

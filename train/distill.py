@@ -183,10 +183,10 @@ def plan_request(config: DistillConfig) -> PlanRequest:
     """The run as `train.plan` reckons it; of the teacher, only settings are read."""
     source = resolve_model(config.checkpoint, patterns=CONFIGS)
     settings, machines, parallel = read_teacher(config, source), config.machines, config.parallel
-    size, patches = latent_shape(config, settings)[1:], settings.transformer.patch_size
-    frames, rows, columns = (n // p for n, p in zip(size, patches, strict=True))
+    size = latent_shape(config, settings)[1:]
+    grid = settings.transformer.token_grid(size)
     student, scores = (
-        network_attention(one, settings.transformer.num_layers).density((frames, rows, columns))
+        network_attention(one, settings.transformer.num_layers).density(grid)
         for one in (config.attention, score_attention(config))
     )
     return PlanRequest(
@@ -246,6 +246,7 @@ def run_distillation(config: DistillConfig, world: World) -> int:
     if config.data.kind == "world":
         said = world_panel(config.validation_captions, config.seed)
         captions = [one.text for one in said]
+    captions *= 2  # two clips of each, which should differ
     reference = teacher_panel(run, settings, vae, captions, folder, teacher_digest)
     run.teacher_std = float(reference.latents.std())
 

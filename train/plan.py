@@ -77,10 +77,7 @@ class PlanRequest:
         for name in ("gpu_memory", "rate"):
             if not getattr(self, name) > 0:
                 raise WanError(f"{name}={getattr(self, name)}: must be above 0")
-        if any(n % p for n, p in zip(self.latent_size, self.dit.patch_size, strict=True)):
-            raise WanError(
-                f"latents of {self.latent_size}: must be multiples of {self.dit.patch_size}"
-            )
+        self.dit.token_grid(self.latent_size)  # refuses other sizes
         if self.num_shards * self.replicate != self.num_gpus:
             raise WanError(
                 f"shard={self.shard}, replicate={self.replicate}, sequence={self.sequence}: their "
@@ -110,8 +107,7 @@ class PlanRequest:
 
     @property
     def num_tokens(self) -> int:
-        sizes = zip(self.latent_size, self.dit.patch_size, strict=True)
-        return math.prod(n // p for n, p in sizes)
+        return math.prod(self.dit.token_grid(self.latent_size))
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------

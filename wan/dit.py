@@ -474,22 +474,12 @@ class WanDiT(nn.Module):
         """Tokens along T, H and W.
 
         Raises:
-            WanError: not 5-D, other channels, sizes patches do not divide, or too long an axis.
+            WanError: not 5-D, other channels, or sizes that `DiTConfig.token_grid` refuses.
         """
-        config = self.config
-        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
-            raise WanError(
-                f"latents {tuple(latents.shape)}: need (B, {config.in_channels}, T, H, W)"
-            )
-        sizes = latents.shape[2:]
-        if any(n < 1 or n % p for n, p in zip(sizes, config.patch_size, strict=True)):
-            raise WanError(
-                f"latents with T, H, W = {tuple(sizes)}: must be multiples of {config.patch_size}"
-            )
-        t, h, w = (n // p for n, p in zip(sizes, config.patch_size, strict=True))
-        if max(t, h, w) > config.rope_max_seq_len:
-            raise WanError(f"a grid of {t}x{h}x{w} tokens: no axis above {config.rope_max_seq_len}")
-        return t, h, w
+        channels = self.config.in_channels
+        if latents.ndim != 5 or latents.shape[1] != channels:
+            raise WanError(f"latents {tuple(latents.shape)}: need (B, {channels}, T, H, W)")
+        return self.config.token_grid(latents.shape[2:])
 
     def timestep_groups(self, timestep: Tensor, batch: int, grid: tuple[int, int, int]) -> Tensor:
         """Timesteps of groups of consecutive tokens: (B,), (B, T) or (B, L) -> (B, G).

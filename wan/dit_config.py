@@ -4,6 +4,7 @@ Source: `transformer/config.json` of the Wan releases in diffusers' layout, `con
 official ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -38,6 +39,22 @@ class DiTConfig:
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    def token_grid(self, latent_size: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens along T, H and W of latents with these T, H and W.
+
+        Raises:
+            WanError: sizes that patches do not divide, or too long an axis.
+        """
+        if any(n < 1 or n % p for n, p in zip(latent_size, self.patch_size, strict=True)):
+            raise WanError(
+                f"latents with T, H, W = {tuple(latent_size)}: must be multiples of "
+                f"{self.patch_size}"
+            )
+        t, h, w = (n // p for n, p in zip(latent_size, self.patch_size, strict=True))
+        if max(t, h, w) > self.rope_max_seq_len:
+            raise WanError(f"a grid of {t}x{h}x{w} tokens: no axis above {self.rope_max_seq_len}")
+        return t, h, w
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "DiTConfig":

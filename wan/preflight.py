@@ -94,9 +94,7 @@ class MemoryRequest:
     @property
     def grid(self) -> Grid:
         """Tokens along T, H and W."""
-        patch = self.config.transformer.patch_size
-        frames, rows, columns = (n // p for n, p in zip(self.latent_shape[1:], patch, strict=True))
-        return frames, rows, columns
+        return self.config.transformer.token_grid(self.latent_shape[1:])
 
     def counter(self, stage: str) -> LiveBytes:
         """What counts a stage's bytes on the device."""
