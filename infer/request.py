@@ -98,6 +98,11 @@ def resolve_request(job: Job, model: PipelineConfig, device: str, dtype: str) ->
 
 def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Request:
     config, sources = job.config, dict(job.sources)
+    if config.lora is None and config.lora_strength != 1:
+        raise WanError(
+            f"lora_strength={config.lora_strength:g} without lora=: there is nothing to weigh; "
+            "name the LoRA file with lora=FILE"
+        )
     values: dict[str, Any] = {}
     for name in FROM_MODEL:
         values[name] = getattr(config, name)

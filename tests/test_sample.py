@@ -320,6 +320,7 @@ def weights_stay_unread(monkeypatch):
         (["prompt=x", "lora=missing.safetensors"], "base", ["missing.safetensors"]),
         (["prompt=x", "lora_2=y"], "base", ["lora_2=", "two experts"]),
         (["prompt=x", "lora=y"], "experts", ["lora_2=", "two experts"]),
+        (["prompt=x", "lora_strength=0.5"], "base", ["lora_strength=0.5 without lora="]),
         pytest.param(
             ["prompt=x", "device=cuda"],
             "base",
