@@ -174,6 +174,9 @@ class DistillConfig:
         3.0, "the run stops if the student's spread leaves the teacher's by it"
     )
     data: DataConfig = field(default_factory=DataConfig)
+    omit: list[float] = option(
+        [], "for the world: chances that captions leave things unsaid, in turn; []: always 0.15"
+    )
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
@@ -198,6 +201,14 @@ class DistillConfig:
             raise WanError(
                 f"loop.steps={self.loop.steps}: the student moves in every {ratio}th step "
                 f"(scores.critic_ratio) after the first {first} (scores.critic_warmup): never"
+            )
+        for chance in self.omit:
+            if not 0 <= chance <= 1:
+                raise WanError(f"omit={self.omit}: probabilities, from 0 to 1")
+        if self.omit and (self.data.kind != "world" or self.gan.weight or self.first_frame_share):
+            raise WanError(
+                f"omit={self.omit}: is for captions alone; with data.kind=folder, gan.weight or "
+                "first_frame_share they are those of the clips"
             )
         if self.gan.weight and not self.dmd_weight:
             raise WanError("gan.weight without dmd_weight: the term stands beside DMD's, not alone")

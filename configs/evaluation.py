@@ -147,6 +147,7 @@ class MatchConfig:
     """Names of the settings that the match rule compares."""
 
     student: str = option(MISSING, "the few-step model")
+    repeats: list[str] = option([], "the same trained again from other seeds: the mean is compared")
     teacher: str = option(MISSING, "the many-step model")
     baseline: str | None = option(None, "the teacher at as few steps as the student")
     floor: str = option("renders", "the truth against other draws of the truth")
@@ -184,7 +185,8 @@ class StudyConfig:
                 raise WanError(f"setting {name!r}: letters, digits and _ . - only")
             for captions in CAPTION_SETS:
                 self.evaluation(name, captions)
-        named = [*(self.only or ()), self.match.student, self.match.teacher, self.match.floor]
+        named = [*(self.only or ()), self.match.student, *self.match.repeats]
+        named += [self.match.teacher, self.match.floor]
         named += [self.match.baseline] if self.match.baseline is not None else []
         for name in named:
             check_choice("settings named", name, tuple(self.settings))

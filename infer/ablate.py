@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -51,6 +51,7 @@ from wan.errors import WanError
 from wan.measures import flicker, psnr, ssim
 from wan.pipeline import WanPipelineOutput
 from wan.placement import resolve_device
+from wan.safetensors_file import write_tensors
 from wan.video import to_uint8, write_video
 
 LINE = CommandLine(
@@ -147,9 +148,7 @@ def make_reference(runner: Runner, cell: Cell, file: Path) -> None:
         ) from error
     frames = torch.from_numpy(to_uint8(video))
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.tmp")
-    save_file({"frames": frames}, beside)
-    beside.replace(file)
+    write_tensors(file, {"frames": frames})
 
 
 def make_compared(runner: Runner, cell: Cell, reference: Path) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.evaluation import EvaluateConfig
+from wan.files import write_text
 from wan.miniature.captions import Caption, caption, sample_scene_for
 from wan.miniature.detect import Detection, Score, detect, score
 from wan.miniature.metrics import (
@@ -34,6 +34,7 @@ from wan.miniature.metrics import (
     shown_by_scene,
 )
 from wan.miniature.world import ATTRIBUTES, OBJECT_ATTRIBUTES, Scene, render, sample_scene
+from wan.safetensors_file import write_tensors
 
 # B batch, F frames, H W pixels, D features
 
@@ -292,25 +293,16 @@ def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
         "clips": torch.stack([result.features for result in results]),
         "truth": torch.stack([result.truth for result in results]),
     }
-    beside = file.with_name(f".{file.stem}.safetensors.tmp")
-    save_file(features, beside)
-    beside.replace(file.with_suffix(".safetensors"))
+    write_tensors(file.with_suffix(".safetensors"), features)
     summary = summarise(results)
     record = {**more, "summary": summary, "torch": torch.__version__}
     if "diversity" in summary:
         record["captions"] = caption_diversities(results)
     head = json.dumps(record, indent=1)[:-2]
     clips = ",\n".join("  " + json.dumps(to_json(result)) for result in results)
-    _write(file, f'{head},\n "clips": [\n{clips}\n ]\n}}\n')
+    write_text(file, f'{head},\n "clips": [\n{clips}\n ]\n}}\n')
 
 
 def write_json(file: Path, record: dict[str, Any]) -> None:
     """A record without results of its own."""
-    _write(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
-
-
-def _write(file: Path, content: str) -> None:
-    """Write beside and rename, so that a file is whole or not there."""
-    beside = file.with_name(f".{file.name}.tmp")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(file)
+    write_text(file, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -10,7 +10,6 @@ The number counts up in a folder, the letters are a hash of prompt and settings,
 
 import hashlib
 import json
-import os
 import platform
 import re
 import resource
@@ -24,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wan.digests import hash_files, list_files
 from wan.errors import WanError
+from wan.files import write_text
+from wan.safetensors_file import write_tensors
 
 RECORD_VERSION = 1
 PACKAGES = (
@@ -98,26 +98,14 @@ def reserve_files(folder: Path, settings: dict[str, Any], seed: int) -> OutputFi
 
 def write_record(files: OutputFiles, record: dict[str, Any]) -> None:
     """Replace the record as a whole: a reader sees the old one or the new one, never half."""
-    beside = files.folder / f".{files.stem}.json.tmp"
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, files.record)
+    write_text(files.record, text + "\n")
 
 
 def save_latents(path: Path, latents: Tensor, **about: Any) -> None:
-    """Latents (B, C, T, h, w) with what they are, beside their place first and then renamed."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Latents (B, C, T, h, w) in float32, with what they are."""
     texts = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
-    save_file({"latents": latents.detach().float().cpu().contiguous()}, beside, texts)
-    beside.chmod(0o666 & ~current_umask())  # safetensors makes its files private
-    os.replace(beside, path)
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write_tensors(path, {"latents": latents.float()}, texts)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

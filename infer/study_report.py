@@ -148,16 +148,22 @@ def compare(config: StudyConfig, stored: list[Stored]) -> tuple[str, list[Clause
     """The verdict of the match rule in one line, and its clauses."""
     names = config.match
     by_name = {one.name: one.measured for one in stored}
-    needed = [names.student, names.teacher, names.floor]
+    students = [names.student, *names.repeats]
+    needed = [*students, names.teacher, names.floor]
     needed += [] if names.baseline is None else [names.baseline]
-    title = f"{names.student} against {names.teacher}"
+    several = f" (mean of {len(students)} trainings)" if names.repeats else ""
+    title = f"{names.student}{several} against {names.teacher}"
     missing = [name for name in needed if name not in by_name]
     if missing:
         return f"{title}: no verdict, as there are no results of {', '.join(missing)}", []
-    student, teacher, floor = (by_name[name] for name in needed[:3])
     baseline = None if names.baseline is None else by_name[names.baseline]
     try:
-        clauses = match(student, teacher, floor, baseline)
+        clauses = match(
+            [by_name[name] for name in students],
+            by_name[names.teacher],
+            by_name[names.floor],
+            baseline,
+        )
     except WanError as error:
         return f"{title}: no verdict: {error}", []
     return f"{title}: {verdict(clauses)}", clauses

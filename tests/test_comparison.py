@@ -121,12 +121,12 @@ def changed(base: Measured, **values: torch.Tensor) -> Measured:
 
 
 def verdicts(student: Measured, baseline: Measured | None = None) -> dict[str, str]:
-    clauses = match(student, good(), good(), baseline)
+    clauses = match([student], good(), good(), baseline)
     return {clause.name: clause.verdict for clause in clauses}
 
 
 def test_a_model_matches_itself():
-    clauses = match(good(), good(), good())
+    clauses = match([good()], good(), good())
     assert len(clauses) == 8
     assert verdict(clauses) == "match"
 
@@ -156,6 +156,38 @@ def test_another_distribution_fails_its_clause():
     ]
 
 
+def test_of_several_trainings_the_mean_of_each_caption_is_compared():
+    trainings = [changed(good(), entropy=torch.full((400,), value)) for value in (0.7, 0.8, 0.96)]
+    unlike = replace(good(), features=good().features + 1)
+    found = {c.name: c for c in match(trainings, good(), good())}
+    entropy = found["entropy of what is unsaid: ratio"]
+    assert entropy.estimate.value == pytest.approx((0.7 + 0.8 + 0.96) / 3 / 0.8)
+    assert entropy.verdict == "holds"  # although the first alone fails
+    apart, mixed = (
+        next(c for c in match(students, good(), good()) if "distance" in c.name).estimate.value
+        for students in ([unlike], [good(), unlike])
+    )
+    assert mixed == pytest.approx(apart / 2)
+
+
+def test_more_trainings_narrow_the_interval_and_gaps_are_no_numbers():
+    def widths(count: int) -> float:
+        students = [
+            changed(good(), motion_ratio=1 + 0.3 * normal(400, seed=s)) for s in range(count)
+        ]
+        clauses = match(students, good(), good())
+        span = next(c.estimate for c in clauses if c.name.startswith("motion"))
+        return span.high - span.low
+
+    assert widths(4) < 0.65 * widths(1)
+    gap = torch.ones(400)
+    gap[7] = math.nan
+    whole, holed = changed(good(), residual=torch.ones(400)), changed(good(), residual=gap)
+    clauses = match([whole, holed], changed(good(), residual=torch.ones(400)), good())
+    residual = next(c for c in clauses if "residual" in c.name)
+    assert residual.estimate.value == residual.estimate.low == 1
+
+
 def test_a_student_must_beat_the_teacher_at_as_few_steps():
     name = "joint above the teacher at as few steps"
     assert verdicts(good(), good())[name] == "fails"
@@ -164,7 +196,7 @@ def test_a_student_must_beat_the_teacher_at_as_few_steps():
 
 def test_three_captions_show_no_share_even_if_the_clips_are_the_same():
     few = good(3)
-    found = {clause.name: clause.verdict for clause in match(few, few, few)}
+    found = {clause.name: clause.verdict for clause in match([few], few, few)}
     assert [name for name, one in found.items() if one == "open"] == [
         "joint, one object: difference",
         "joint, two objects: difference",
@@ -175,7 +207,7 @@ def test_three_captions_show_no_share_even_if_the_clips_are_the_same():
 def test_few_captions_leave_it_open():
     few = good(20)
     unlike = changed(few, joint=few.values["joint"].roll(1))
-    assert verdict(match(unlike, few, few)) == "open"
+    assert verdict(match([unlike], few, few)) == "open"
 
 
 def test_estimates_need_a_number():

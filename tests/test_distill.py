@@ -332,12 +332,27 @@ def test_a_student_is_no_teacher(tmp_path, teacher):
             "after the first 4.*never",
         ),
         ({"export": "nicest"}, "last, best"),
+        ({"omit": [0.15, 1.5]}, "probabilities"),
+        ({"omit": [0.5], "gan": GANConfig(0.1)}, "those of the clips"),
         ({"first_frame_share": 2.0}, "between 0 and 1|lie in"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change, message):
     with pytest.raises(WanError, match=message):
         DistillConfig(**change)
+
+
+def test_captions_leave_unsaid_what_they_are_told_to():
+    whole, bare, alternating = (
+        module.world_captions(DistillConfig(omit=omit, batch_size=40))(3).captions
+        for omit in ([0.0], [1.0], [0.0, 1.0])
+    )
+    assert all("moving" not in text and "background" not in text for text in bare)
+    assert alternating[0::2] == whole[0::2]
+    assert alternating[1::2] == bare[1::2]
+    plain = module.world_captions(DistillConfig(batch_size=40))(3).captions
+    assert plain == module.world_captions(DistillConfig(omit=[0.15], batch_size=40))(3).captions
+    assert len(set(plain) - {*whole, *bare}) > 10
 
 
 def test_a_sparse_student_learns_from_full_attention_and_says_how_it_was_trained(

@@ -114,6 +114,9 @@ def test_the_report_has_a_row_per_setting_a_picture_and_the_rule(done, capsys):
     assert run(ceilings(done, report_only=True)) == 0
     printed = capsys.readouterr().out
     assert "again against renders: open" in printed  # three captions show nothing
+    twice = replace(ceilings(done), match=MatchConfig("again", ["renders"], "renders"))
+    assert run(replace(twice, report_only=True)) == 0
+    assert "again (mean of 2 trainings) against renders: open" in capsys.readouterr().out
     assert "motion ratio: ratio" in printed
     rows = [line for line in (done / "report.md").read_text().splitlines() if line[:1] == "|"]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| renders", "| again"]
@@ -188,9 +191,10 @@ def test_a_report_of_nothing_says_so(tmp_path, capsys):
     [
         ({"only": ["teacher"]}, "choose one of renders, again"),
         ({"match": MatchConfig(student="again", teacher="teacher")}, "choose one of"),
+        ({"match": MatchConfig("again", ["third"], "renders")}, "choose one of"),
         ({"settings": {}}, "at least one setting"),
         (
-            {"settings": {"../up": SettingConfig()}, "match": MatchConfig("../up", "../up")},
+            {"settings": {"../up": SettingConfig()}, "match": MatchConfig("../up", teacher="../up")},
             "letters",
         ),
     ],
@@ -231,7 +235,7 @@ def test_settings_of_one_model_share_it_and_students_run_as_trained(tmp_path, mo
         "untrained": replace(student, sampler=SamplerConfig(steps=7)),
         "renders": SettingConfig(source="renders"),
     }
-    match = MatchConfig("student", "many")
+    match = MatchConfig("student", teacher="many")
     config = ceilings(tmp_path, settings=settings, match=match)
     loaded = LastPipeline()
     plans, pipelines = {}, {}
@@ -305,7 +309,7 @@ def test_the_seconds_of_a_setting_are_without_its_warm_up(tmp_path, models, monk
     config = ceilings(
         tmp_path,
         settings={"few": SettingConfig(sampler=SamplerConfig(steps=1))},
-        match=MatchConfig("few", "few", floor="few"),
+        match=MatchConfig("few", teacher="few", floor="few"),
         checkpoint=str(models / "teacher"),
         single=CaptionSetConfig(num_captions=2),
     )
@@ -322,7 +326,7 @@ def test_other_weights_are_another_question(tmp_path, models):
     config = ceilings(
         tmp_path,
         settings={"model": SettingConfig()},
-        match=MatchConfig("model", "model", floor="model"),
+        match=MatchConfig("model", teacher="model", floor="model"),
         checkpoint=str(copy),
     )
     question = config.evaluation("model", "single")

@@ -27,6 +27,7 @@ from torch import Tensor
 from train.parallel import ALONE, Rows, World
 from wan.digests import sha256_file
 from wan.errors import WanError
+from wan.files import flush_to_disk
 
 PREFIX = "step-"
 UNFINISHED = ".writing-"
@@ -265,11 +266,3 @@ def load_latest(root: Path, world: World = ALONE) -> dict[str, Any] | None:
     if folders:
         raise WanError(f"{root}: none of the {len(folders)} checkpoints can be read")
     return None
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

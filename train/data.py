@@ -10,7 +10,6 @@ another cache, never a stale one.
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from train.frozen import (
 from train.store import TensorStore, key_of, open_to_read
 from wan.digests import sha256_file
 from wan.errors import WanError
+from wan.files import write_text
 from wan.miniature.captions import caption
 from wan.miniature.world import render, sample_scene, scene_rng
 from wan.pipeline_config import PipelineConfig, part_folder
@@ -337,9 +337,7 @@ def cached(
                 write_tensors(folder / f"latents-{number:05d}.safetensors", {"latents": latents})
                 lines += rows
                 progress.update(len(rows))
-        beside = folder / f".clips.jsonl-{os.getpid()}"
-        beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        beside.replace(listing)
+        write_text(listing, "".join(json.dumps(line) + "\n" for line in lines))
     files = [read_header(path) for path in sorted(folder.glob("latents-*.safetensors"))]
     parts = [map_tensors(file)["latents"] for file in files]
     rows = [json.loads(line) for line in listing.read_text().splitlines()]

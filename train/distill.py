@@ -47,7 +47,7 @@ from wan.dit import WanDiT
 from wan.errors import WanError
 from wan.hub import CONFIGS, resolve_model
 from wan.lora import add_lora, fold_lora
-from wan.miniature.captions import caption
+from wan.miniature.captions import OMIT, caption
 from wan.miniature.world import sample_scene, scene_rng
 from wan.pipeline_config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
 from wan.safetensors_file import read_header, write_tensors
@@ -61,12 +61,14 @@ from wan.weights import load_state
 
 def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
     """Captions of scenes of the training split, new ones in every step."""
+    omits = config.omit or [OMIT]
 
     def draw(step: int) -> Clips:
         captions = []
         for row in range(config.batch_size):
             rng = scene_rng(config.data.seed, step * config.batch_size + row)
-            captions.append(caption(sample_scene(rng, "train"), rng).text)
+            scene, omit = sample_scene(rng, "train"), omits[row % len(omits)]
+            captions.append(caption(scene, rng, omit).text)
         return Clips(captions)
 
     return draw

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import WanError
+from wan.files import write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -48,9 +49,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         rows = read_metrics(self.path) if self.path.exists() else []
         kept = [row for row in rows if row["step"] < first_step]
-        beside = self.path.with_suffix(".jsonl.part")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        beside.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.wandb: Any = None
         self.warned = False
         if wandb_project is not None:

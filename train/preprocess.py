@@ -9,7 +9,6 @@ reason; too many of them fail the run. To resume, or to add clips, run the same 
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from tqdm import tqdm
 
 from configs.data import PreprocessConfig
 from infer.cli import run_command
-from train.checkpoint import flush_to_disk
 from train.clips import Clip, ClipRules, list_clips, read_caption, read_clip, read_prompts
 from train.data import INDEX, REPORT, SET_ASIDE, encode_float16, text_key
 from train.frozen import RowsOf, TextRows, component_digests, load_frozen, text_dtype
 from train.store import TensorStore, key_of, only_writer, open_to_extend
 from wan.digests import sha256_file
 from wan.errors import WanError
+from wan.files import write_text
 from wan.hub import resolve_model
 from wan.pipeline_config import component_config, part_folder
 from wan.placement import resolve_device
@@ -258,14 +257,6 @@ def encode_texts(
             rows = {text_key(index, t): rows_of([t])[0].cpu().contiguous() for t in part}
             store.add(rows, {key: {} for key in rows})
             progress.update(len(part))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    flush_to_disk(beside)
-    os.replace(beside, path)
 
 
 if __name__ == "__main__":

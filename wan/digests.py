@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from wan.errors import WanError
+from wan.files import write_text
 
 MANIFEST = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -52,9 +53,8 @@ def write_manifest(folder: str | Path) -> Path:
     if broken:
         raise WanError(f"{folder}: {', '.join(broken)}: not regular files, can't be hashed")
     digests = hash_files(files.values())
-    beside = folder / f".{MANIFEST}.tmp"
-    beside.write_text("".join(f"{digests[path]}  {name}\n" for name, path in files.items()))
-    os.replace(beside, folder / MANIFEST)
+    listing = "".join(f"{digests[path]}  {name}\n" for name, path in files.items())
+    write_text(folder / MANIFEST, listing)
     return folder / MANIFEST
 
 

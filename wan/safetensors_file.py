@@ -16,10 +16,8 @@ import os
 import re
 import shlex
 import stat
-import uuid
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError
+from wan.files import written_beside
 
 # The format allows 100 MB. A whole Wan model in one file needs 150 kB; the small limit keeps a
 # hostile header from taking seconds and gigabytes to parse.
@@ -352,17 +351,8 @@ def write_tensors(
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     raw += b" " * (-len(raw) % 8)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for name in names:
-                tensor = tensors[name].detach().cpu().contiguous()
-                file.write(raw_bytes(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            beside.unlink()
-        raise
+    with written_beside(path) as beside, beside.open("xb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name in names:
+            tensor = tensors[name].detach().cpu().contiguous()
+            file.write(raw_bytes(tensor))

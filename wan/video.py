@@ -5,7 +5,6 @@ F frames, H height, W width. Frames are (F, H, W, 3) uint8 RGB; a video as the m
 """
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from wan.errors import WanError
+from wan.files import written_beside
 
 Frames = NDArray[np.uint8]
 
@@ -98,10 +98,9 @@ def write_video(
     if path.suffix != ".mp4":
         raise WanError(f"{path}: the name of a video must end in .mp4")
     rate = frame_rate(fps)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        _encode(partial, frames, rate, metadata or {})
-        info = _inspect(partial)
+    with written_beside(path) as beside:
+        _encode(beside, frames, rate, metadata or {})
+        info = _inspect(beside)
         expected = (*frames.shape[:3], float(rate))
         found = (info.decoded_frames, info.height, info.width, info.fps)
         if found != expected or info.declared_frames != info.decoded_frames:
@@ -109,9 +108,6 @@ def write_video(
                 f"{path}: reads back as frames, height, width, fps {found} (its header says "
                 f"{info.declared_frames} frames) instead of {expected}; is the disk full?"
             )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return info
 
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from wan.checkpoint import INDEX_SUFFIX, Checkpoint, StoredTensor, family
 from wan.errors import WanError
+from wan.files import write_text
 from wan.keys import ALIASES, KeyLayout, VAELevels, detect_layout, our_name, released_name
 from wan.quantize import check_quantize, quantize_layers, quantize_state
 from wan.safetensors_file import map_tensors, write_tensors
@@ -418,9 +419,7 @@ def write_shards(
         weight_map = {t: name for name, s in zip(names, shards, strict=True) for t in s}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         written.append(folder / f"{stem}{INDEX_SUFFIX}")
-        beside = written[-1].with_name(f".{written[-1].name}.tmp")
-        beside.write_text(json.dumps(index, indent=2) + "\n")
-        os.replace(beside, written[-1])
+        write_text(written[-1], json.dumps(index, indent=2) + "\n")
     return written
 
 

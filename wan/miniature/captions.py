@@ -23,6 +23,7 @@ from wan.miniature.world import (
     sample_scene_with,
 )
 
+OMIT = 0.15  # chance that an attribute goes unsaid in the captions that the teacher was trained on
 # The first word of each list is the plain one and is said more often than the others together.
 NOUNS = {
     "circle": ("circle", "disc"),
@@ -116,7 +117,7 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
 
-def caption(scene: Scene, rng: random.Random, omit: float = 0.15) -> Caption:
+def caption(scene: Scene, rng: random.Random, omit: float = OMIT) -> Caption:
     """Describe a scene.
 
     Args:

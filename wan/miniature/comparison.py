@@ -152,7 +152,10 @@ DIVERSITY = {"entropy": "entropy of what is unsaid", "cells": "cells of the stag
 
 
 def match(
-    student: Measured, teacher: Measured, floor: Measured, baseline: Measured | None = None
+    students: Sequence[Measured],
+    teacher: Measured,
+    floor: Measured,
+    baseline: Measured | None = None,
 ) -> list[Clause]:
     """The conditions under which a student matches its teacher, each with its numbers.
 
@@ -162,17 +165,19 @@ def match(
     (the teacher at the student's number of steps), joint accuracy above it.
 
     Args:
+        students: of several trainings that differ in nothing but their seed. What is compared is
+            their mean, caption by caption: it says what the recipe gives, not what one seed did.
         floor: the truth measured against other draws of the truth.
     Raises:
         WanError: a setting shows nothing to measure one of these by.
     """
-    ours, theirs = student.values, teacher.values
+    ours, theirs = _mean_of_trainings(students), teacher.values
     clauses = [
         _joint_clause(f"joint, {label}: difference", ours[name], theirs[name], -JOINT_MARGIN)
         for name, label in (("joint", "one object"), ("pair_joint", "two objects"))
         if name in ours and name in theirs
     ]
-    clauses.append(_distance_clause(student, teacher, floor))
+    clauses.append(_distance_clause(students, teacher, floor))
     for name, label in RATIOS.items():
         span = (1 - RATIO_MARGIN, 1 + RATIO_MARGIN)
         clauses.append(Clause(f"{label}: ratio", ratio(ours[name], theirs[name]), *span))
@@ -190,16 +195,27 @@ def match(
     return clauses
 
 
+def _mean_of_trainings(students: Sequence[Measured]) -> dict[str, Tensor]:
+    """Each caption's mean over the trainings that have a number for it."""
+    means = {}
+    for name in students[0].values:
+        columns = [student.values[name] for student in students]
+        num = min(map(len, columns))
+        means[name] = torch.stack([column[:num].double() for column in columns]).nanmean(0)
+    return means
+
+
 def _joint_clause(name: str, one: Tensor, other: Tensor, above: float) -> Clause:
     enough = min(len(one), len(other)) >= MIN_CAPTIONS
     return Clause(name, difference(one, other), above, enough=enough)
 
 
-def _distance_clause(student: Measured, teacher: Measured, floor: Measured) -> Clause:
-    num = min(len(one.features) for one in (student, teacher, floor))
-    ours, theirs, least = (
-        kernel_terms(one.features[:num], one.truth[:num]) for one in (student, teacher, floor)
+def _distance_clause(students: Sequence[Measured], teacher: Measured, floor: Measured) -> Clause:
+    num = min(len(one.features) for one in (*students, teacher, floor))
+    *trainings, theirs, least = (
+        kernel_terms(one.features[:num], one.truth[:num]) for one in (*students, teacher, floor)
     )
+    ours = torch.stack(trainings).mean(0)
     counts = resamples(num)
     rounds = kernel_distance(least, counts)
     error = float(rounds[rounds.isfinite()].std())  # no pair is left where one caption is drawn
