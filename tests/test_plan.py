@@ -43,6 +43,35 @@ def test_an_iterations_forwards_are_those_of_the_chain():
     assert iteration_flops(replace(request, steps=1))["student forward (chain)"] == one
 
 
+def test_regression_adds_a_forward_and_backward_and_trajectories_before():
+    one = network_work(FULL_5B, 27280, 512).forward
+    request = replace(CANONICAL, critic_ratio=2)
+    both = replace(request, num_pairs=100, trajectory_steps=16)
+    plain, more = iteration_flops(request), iteration_flops(both)
+    doubled = {
+        *("student forward (with gradient)", "student backward", "student recomputed"),
+    }
+    for part in plain:
+        assert more[part] == plain[part] * (2 if part in doubled else 1)
+    hours = 100 * 16 * 2 * one / (CANONICAL.rate * CANONICAL.num_gpus * 3600)
+    assert estimate(both).trajectory_hours == pytest.approx(hours)
+    assert estimate(request).trajectory_hours == 0
+    assert "trajectories" not in format_plan(estimate(request))
+    assert f"{hours:.3g} h before them for the teacher's 100" in format_plan(estimate(both))
+
+
+def test_regression_alone_needs_neither_chain_nor_scores():
+    alone = iteration_flops(
+        replace(CANONICAL, matching=False, num_pairs=100, trajectory_steps=16, critic_ratio=5)
+    )
+    one = network_work(FULL_5B, 27280, 512, checkpoint_blocks="full")
+    assert {part: flops for part, flops in alone.items() if flops} == {
+        "student forward (with gradient)": one.forward,
+        "student backward": one.backward,
+        "student recomputed": one.recompute,
+    }
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 

@@ -194,7 +194,10 @@ def test_a_report_of_nothing_says_so(tmp_path, capsys):
         ({"match": MatchConfig("again", ["third"], "renders")}, "choose one of"),
         ({"settings": {}}, "at least one setting"),
         (
-            {"settings": {"../up": SettingConfig()}, "match": MatchConfig("../up", teacher="../up")},
+            {
+                "settings": {"../up": SettingConfig()},
+                "match": MatchConfig("../up", teacher="../up"),
+            },
             "letters",
         ),
     ],

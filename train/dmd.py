@@ -151,17 +151,15 @@ class Distillation:
 
     def update_student(self, state: TrainState, generator: torch.Generator) -> dict[str, float]:
         config, values = self.config, dict[str, float]()
-        total = torch.zeros((), device=self.device)
+        total = 0.0
+        # One backward pass per term: no two of them hold their activations at once.
         if config.dmd_weight:
-            loss, seen = self.matching_loss(state.step, generator)
-            total, values = total + config.dmd_weight * loss, values | seen
+            loss, values = self.matching_loss(state.step, generator)
+            total += self.backward(config.dmd_weight * loss)
         if self.trajectories is not None:
             loss = self.regression_loss(state.step, generator)
-            total, values = (
-                total + config.regression.weight * loss,
-                values | {"regression": float(loss.detach())},
-            )
-        total.backward()
+            values["regression"] = float(loss.detach())
+            total += self.backward(config.regression.weight * loss)
         check_gradients(state.step, "student", self.student)
         lr = self.rate(state.step, config.lr)
         parameters = trainable(self.student)
@@ -173,7 +171,12 @@ class Distillation:
                 bystander.zero_grad(set_to_none=True)
         state.averages["student"].update(self.student)
         counted = {"memory_gb": peak_memory_gb(self.device), CLIPS: float(config.batch_size)}
-        return values | {"loss_student": float(total.detach()), "lr": lr, **counted}
+        return values | {"loss_student": total, "lr": lr, **counted}
+
+    @staticmethod
+    def backward(loss: Tensor) -> float:
+        loss.backward()
+        return float(loss.detach())
 
     def matching_loss(
         self, step: int, generator: torch.Generator

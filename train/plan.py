@@ -34,6 +34,9 @@ class PlanRequest:
             teacher and critic, compute.
         steps: of the student; the one with the gradient is drawn evenly.
         critic_ratio: critic updates per student update. An iteration is one critic update.
+        matching: whether the scores teach the student; if not, an iteration is a student update by
+            regression.
+        num_pairs, trajectory_steps: of the teacher's trajectories for a regression; 0 is none.
         batch_size: clips of all GPUs together.
         bfloat16: matrix products in bfloat16; trained weights, AdamW and the average are float32.
         frozen_bytes: per weight of networks that are not trained.
@@ -53,6 +56,9 @@ class PlanRequest:
     steps: int = 3
     critic_ratio: int = 5
     guidance: bool = True
+    matching: bool = True
+    num_pairs: int = 0
+    trajectory_steps: int = 0
     batch_size: int = 8
     bfloat16: bool = True
     frozen_bytes: int = 4
@@ -116,26 +122,35 @@ class PlanRequest:
 def iteration_flops(request: PlanRequest) -> dict[str, float]:
     """FLOPs per clip of one iteration: a critic update, and its share of a student update.
 
-    Source of the counts: `train.dmd.Distillation`, without its adversarial and regression
-    terms, what it samples to show, and saving. An exit drawn evenly from K steps takes
-    (K + 1) / 2 forwards.
+    Source of the counts: `train.dmd.Distillation`, without its adversarial term, what it samples
+    to show, and saving. An exit drawn evenly from K steps takes (K + 1) / 2 forwards; regression
+    starts from a stored state.
     """
     sizes = (request.dit, request.num_tokens, request.text_rows)
     recompute, scores = request.checkpoint_blocks, request.score_density
     student = network_work(*sizes, request.student_rank, recompute, density=request.student_density)
     critic = network_work(*sizes, request.critic_rank, recompute, density=scores)
     teacher = network_work(*sizes, density=scores)
-    exits, share = (request.steps + 1) / 2, 1 / request.critic_ratio
+    exits, matching = (request.steps + 1) / 2, request.matching
+    share = 1 / request.critic_ratio if matching else 1.0
+    terms = matching + bool(request.num_pairs)
     return {
-        "student forward (chain)": student.forward * (exits + share * (exits - 1)),
-        "student forward (with gradient)": student.forward * share,
-        "student backward": student.backward * share,
-        "student recomputed": student.recompute * share,
-        "critic forward": critic.forward * (1 + share),
-        "critic backward": critic.backward,
-        "critic recomputed": critic.recompute,
-        "teacher forward": teacher.forward * (1 + request.guidance) * share,
+        "student forward (chain)": student.forward * (exits + share * (exits - 1)) * matching,
+        "student forward (with gradient)": student.forward * share * terms,
+        "student backward": student.backward * share * terms,
+        "student recomputed": student.recompute * share * terms,
+        "critic forward": critic.forward * (1 + share) * matching,
+        "critic backward": critic.backward * matching,
+        "critic recomputed": critic.recompute * matching,
+        "teacher forward": teacher.forward * (1 + request.guidance) * share * matching,
     }
+
+
+def trajectory_flops(request: PlanRequest) -> float:
+    """FLOPs of the teacher's trajectories, sampled once before the first iteration."""
+    sizes = (request.dit, request.num_tokens, request.text_rows)
+    forward = network_work(*sizes, density=request.score_density).forward
+    return forward * (1 + request.guidance) * request.trajectory_steps * request.num_pairs
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -229,6 +244,7 @@ class Plan:
         flops: per clip and iteration, by part.
         memory: bytes per GPU by role; `workspace` and `gathered` come on top while one runs.
         hours: for all iterations.
+        trajectory_hours: before them.
     """
 
     request: PlanRequest
@@ -238,6 +254,7 @@ class Plan:
     workspace: float
     gathered: float
     hours: float
+    trajectory_hours: float
 
     @property
     def peak(self) -> float:
@@ -269,6 +286,7 @@ def estimate(request: PlanRequest) -> Plan:
         parameters[role] = (counts.total + counts.pairs, counts.pairs if rank else counts.total)
     flops = iteration_flops(request)
     per_gpu = sum(flops.values()) * request.batch_size / request.num_gpus
+    together = request.rate * 3600 * request.num_gpus
     return Plan(
         request=request,
         parameters=parameters,
@@ -277,6 +295,7 @@ def estimate(request: PlanRequest) -> Plan:
         workspace=workspace_bytes(request),
         gathered=gathered_bytes(request),
         hours=request.iterations * per_gpu / request.rate / 3600,
+        trajectory_hours=trajectory_flops(request) / together,
     )
 
 
@@ -393,4 +412,9 @@ def format_plan(plan: Plan) -> str:
         f"{plan.hours:.3g} h for {request.iterations} iterations, "
         f"{plan.hours * request.num_gpus:.3g} GPU hours",
     ]
+    if request.num_pairs:
+        lines.append(
+            f"{plan.trajectory_hours:.3g} h before them for the teacher's {request.num_pairs} "
+            "trajectories"
+        )
     return "\n".join(lines)
