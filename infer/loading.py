@@ -16,7 +16,7 @@ from wan.errors import WanError
 from wan.lora import LoRAMerge
 from wan.lora_files import LoRA, read_lora
 from wan.pipeline import PIPELINES, WanPipeline
-from wan.pipeline_config import PipelineConfig, read_pipeline_config
+from wan.pipeline_config import PipelineConfig, part_folder, read_pipeline_config
 from wan.weights import census_line
 
 
@@ -47,9 +47,12 @@ class LoadedModel:
 
     def __init__(self, folder: Path, config: SampleConfig, device: torch.device) -> None:
         started = time.perf_counter()
-        if config.verify:
-            print(f"{verify_digests(folder)} files match their sha256", file=sys.stderr)
         model = read_pipeline_config(folder)
+        if config.verify:
+            # A model may share parts of another's folder.
+            parts = [part_folder(folder, part).resolve().parent for part in model.components]
+            number = sum(verify_digests(one) for one in dict.fromkeys([folder.resolve(), *parts]))
+            print(f"{number} files match their sha256", file=sys.stderr)
         loras = {
             part: LoRAMerge(lora, config.lora_strength)
             for part, lora in read_loras(config, model).items()

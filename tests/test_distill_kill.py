@@ -36,6 +36,7 @@ def command(output: Path, teacher: Path, bfloat16: bool) -> list[str]:
         *(f"bfloat16={bfloat16}", "compile=false", "threads=1", "batch_size=3", "max_drift=1000"),
         *("lr=1e-3", "critic_lr=1e-3", "warmup=1", "ema_decay=0.5"),
         *("scores.critic_ratio=2", "scores.critic_warmup=0", "scores.guidance_scale=2"),
+        *("regression.num_pairs=4", "regression.steps=4"),
         *("validation_captions=1", "validation_steps=2"),
         *("loop.steps=8", "loop.log_every=1", "loop.save_every=3"),
     ]

@@ -6,6 +6,7 @@ import torch
 
 from infer.parity_sides import Sides
 from wan import WanDMDPipeline, WanError, WanPipeline
+from wan.digests import verify_manifest
 from wan.miniature import STUDENT, TEACHER
 from wan.miniature.detect import detect
 
@@ -35,6 +36,12 @@ def video(pipe) -> np.ndarray:
 def test_the_weights_take_at_most_24_megabytes():
     files = [path for folder in (STUDENT, TEACHER) for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 24e6
+
+
+@pytest.mark.parametrize("folder", [STUDENT, TEACHER], ids=lambda folder: folder.name)
+def test_the_shipped_files_are_those_that_were_measured(folder):
+    """After a change: `wan.digests.write_manifest(folder)`, once its card says what it is."""
+    assert verify_manifest(folder) >= 6
 
 
 def test_the_default_prompt_shows_what_it_says(video):

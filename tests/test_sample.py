@@ -22,6 +22,8 @@ from infer.generate import BAD_RESULT
 from infer.loading import LoadedModel, StageBars
 from infer.record import OutputFiles, reserve_files, without_home
 from infer.sample import LINE, SampleCommand
+from wan.digests import write_manifest
+from wan.miniature import STUDENT, TEACHER
 from wan.noise import draw_noise, sample_generators
 from wan.pipeline import WanDMDPipeline, WanPipeline
 from wan.video import read_video
@@ -342,6 +344,23 @@ def test_requests_that_cannot_work(run, tmp_path, weights_stay_unread, tokens, m
     for word in words:
         assert word in err
     assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_verify_also_reads_the_parts_that_another_folder_lends(run, tmp_path):
+    for folder in (STUDENT, TEACHER):
+        shutil.copytree(folder, tmp_path / folder.name)
+        write_manifest(tmp_path / folder.name)
+    tokens = ("prompt=x", f"checkpoint={tmp_path / TEACHER.name}", "verify=true", "steps=1")
+    code, _, err = run(*tokens)
+    assert code == 0
+    assert "files match their sha256" in err
+    weights = tmp_path / STUDENT.name / "vae/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, _, err = run(*tokens)
+    assert code == USER_ERROR
+    assert "vae/diffusion_pytorch_model.safetensors has other content" in err
 
 
 def test_what_a_student_was_not_trained_for_can_be_insisted_on(run, tmp_path):
