@@ -57,9 +57,8 @@ def diversity(latents: Tensor) -> float:
     """How much two clips of one caption differ overall: rms over channels of the difference of
     their means over space and time, mean over captions.
 
-    Where things are differs from noise to noise in any student; what is lost first, the choice of
-    what a caption leaves open, shows in the means: the miniature's student of full 400 updates kept
-    a quarter of its teacher's, while the distance of whole latents grew.
+    Where things are differs from noise to noise in any student, so whole latents keep their
+    distance; what is lost first, the choice of what a caption leaves open, shows in the means.
     """
     means = latents.float().mean(dim=(2, 3, 4))
     one, other = means.chunk(2)
