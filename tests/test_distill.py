@@ -318,6 +318,12 @@ def test_a_run_does_not_go_on_with_another_teacher(tmp_path, teacher):
         distill(replace(config, loop=LoopConfig(steps=4, save_every=2)))
 
 
+def test_a_student_to_start_from_must_be_there(tmp_path, teacher):
+    student = StudentConfig(start=str(tmp_path / "first/model"))
+    with pytest.raises(WanError, match=r"student\.start=.*first/model.*train that student first"):
+        distill(settings(tmp_path, teacher, student=student))
+
+
 def test_a_student_is_no_teacher(tmp_path, teacher):
     distill(settings(tmp_path, teacher))
     with pytest.raises(WanError, match="is a few-step student itself"):

@@ -139,7 +139,11 @@ def load_networks(
     for module in (teacher, student):
         module.attention.verify(settings.transformer.attention_head_dim, world.device, half)
     if config.student.start is not None:
-        start_from = open_checkpoint(resolve_model(config.student.start) / "transformer")
+        try:
+            folder = resolve_model(config.student.start)
+        except WanError as error:
+            raise WanError(f"student.start={error}; train that student first") from error
+        start_from = open_checkpoint(folder / "transformer")
         student.load_state_dict(load_state(start_from, "transformer"))
     for module, lora in ((student, config.student.lora), (critic, config.scores.critic_lora)):
         if lora.rank:
