@@ -152,6 +152,17 @@ class MatchConfig:
     baseline: str | None = option(None, "the teacher at as few steps as the student")
     floor: str = option("renders", "the truth against other draws of the truth")
 
+    @property
+    def students(self) -> list[str]:
+        """All trainings of the student."""
+        return [self.student, *self.repeats]
+
+    @property
+    def names(self) -> list[str]:
+        """Everything that a verdict needs."""
+        baseline = [] if self.baseline is None else [self.baseline]
+        return [*self.students, self.teacher, self.floor, *baseline]
+
 
 @dataclass
 class StudyConfig:
@@ -185,10 +196,7 @@ class StudyConfig:
                 raise WanError(f"setting {name!r}: letters, digits and _ . - only")
             for captions in CAPTION_SETS:
                 self.evaluation(name, captions)
-        named = [*(self.only or ()), self.match.student, *self.match.repeats]
-        named += [self.match.teacher, self.match.floor]
-        named += [self.match.baseline] if self.match.baseline is not None else []
-        for name in named:
+        for name in [*(self.only or ()), *self.match.names]:
             check_choice("settings named", name, tuple(self.settings))
 
     def evaluation(self, name: str, captions: str) -> EvaluateConfig:

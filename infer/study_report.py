@@ -146,22 +146,19 @@ def table(stored: list[Stored], estimates: Estimates) -> str:
 
 def compare(config: StudyConfig, stored: list[Stored]) -> tuple[str, list[Clause]]:
     """The verdict of the match rule in one line, and its clauses."""
-    names = config.match
+    rule = config.match
     by_name = {one.name: one.measured for one in stored}
-    students = [names.student, *names.repeats]
-    needed = [*students, names.teacher, names.floor]
-    needed += [] if names.baseline is None else [names.baseline]
-    several = f" (mean of {len(students)} trainings)" if names.repeats else ""
-    title = f"{names.student}{several} against {names.teacher}"
-    missing = [name for name in needed if name not in by_name]
+    several = f" (mean of {len(rule.students)} trainings)" if rule.repeats else ""
+    title = f"{rule.student}{several} against {rule.teacher}"
+    missing = [name for name in rule.names if name not in by_name]
     if missing:
         return f"{title}: no verdict, as there are no results of {', '.join(missing)}", []
-    baseline = None if names.baseline is None else by_name[names.baseline]
+    baseline = None if rule.baseline is None else by_name[rule.baseline]
     try:
         clauses = match(
-            [by_name[name] for name in students],
-            by_name[names.teacher],
-            by_name[names.floor],
+            [by_name[name] for name in rule.students],
+            by_name[rule.teacher],
+            by_name[rule.floor],
             baseline,
         )
     except WanError as error:

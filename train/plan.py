@@ -285,8 +285,7 @@ def estimate(request: PlanRequest) -> Plan:
         counts = count_parameters(request.dit, rank)
         parameters[role] = (counts.total + counts.pairs, counts.pairs if rank else counts.total)
     flops = iteration_flops(request)
-    per_gpu = sum(flops.values()) * request.batch_size / request.num_gpus
-    together = request.rate * 3600 * request.num_gpus
+    per_hour = 3600 * request.rate * request.num_gpus
     return Plan(
         request=request,
         parameters=parameters,
@@ -294,8 +293,8 @@ def estimate(request: PlanRequest) -> Plan:
         memory=memory,
         workspace=workspace_bytes(request),
         gathered=gathered_bytes(request),
-        hours=request.iterations * per_gpu / request.rate / 3600,
-        trajectory_hours=trajectory_flops(request) / together,
+        hours=request.iterations * request.batch_size * sum(flops.values()) / per_hour,
+        trajectory_hours=trajectory_flops(request) / per_hour,
     )
 
 

@@ -253,7 +253,7 @@ def rough_bytes(
     chunk = 1 + CHUNK_LATENTS * vae.temporal_stride
     channels = (vae.decoder_base_dim or vae.base_dim) * max(vae.dim_mult[:2])
     decode = 6 * channels * chunk * height * width * stride**2
-    tokens = frames * height * width // math.prod(dit.patch_size)
+    tokens = math.prod(dit.token_grid(shape[1:]))
     denoise = tokens * (2 * dit.ffn_dim + 4 * dit.width)
     return weight_bytes(config, dtype) + video + max(decode, denoise) * dtype.itemsize
 
