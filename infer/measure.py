@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.evaluation import EvaluateConfig
 from wan.files import write_text
 from wan.miniature.captions import Caption, caption, sample_scene_for
-from wan.miniature.detect import Detection, Score, detect, score
+from wan.miniature.detect import DetectedObject, Detection, Score, detect, score
 from wan.miniature.metrics import (
     MEASURES,
     PARTS,
@@ -262,9 +263,7 @@ def _confusion_lines(name: str, confusion: dict[str, dict[str, int]]) -> list[st
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """One clip's line of the record; measured lengths and shares to four places."""
-    seen = asdict(result.detection)
-    seen["objects"] = [_rounded(item) for item in seen["objects"]]
+    """One clip's line of the record."""
     return {
         "prompt": result.example.said.text,
         "seed": result.example.seed,
@@ -272,16 +271,13 @@ def to_json(result: Result) -> dict[str, Any]:
             "background": result.example.said.background,
             "objects": [asdict(stated) for stated in result.example.said.objects],
         },
-        "seen": seen,
+        "seen": asdict(result.detection),
         "right": result.score.attributes,
         "joint": result.score.joint,
-        "measures": _rounded(clip_measures(result.example.said, result.score)),
-        "seconds": round(result.seconds, 4),
+        "measures": clip_measures(result.example.said, result.score),
+        "seconds": result.seconds,
+        "cpu_seconds": result.cpu_seconds,
     }
-
-
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
 
 
 def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
@@ -301,6 +297,28 @@ def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
     head = json.dumps(record, indent=1)[:-2]
     clips = ",\n".join("  " + json.dumps(to_json(result)) for result in results)
     write_text(file, f'{head},\n "clips": [\n{clips}\n ]\n}}\n')
+
+
+def read_results(file: Path, examples: Sequence[Example]) -> list[Result]:
+    """The results that `write_record` wrote of these examples."""
+    clips = json.loads(file.read_text(encoding="utf-8"))["clips"]
+    features = load_file(file.with_suffix(".safetensors"))
+    results = []
+    for index, (example, clip) in enumerate(zip(examples, clips, strict=True)):
+        objects = tuple(DetectedObject(**item) for item in clip["seen"]["objects"])
+        detection = Detection(clip["seen"]["background"], objects)
+        results.append(
+            Result(
+                example,
+                detection,
+                score(detection, example.said),
+                features["clips"][index],
+                features["truth"][index],
+                clip["seconds"],
+                clip["cpu_seconds"],
+            )
+        )
+    return results
 
 
 def write_json(file: Path, record: dict[str, Any]) -> None:

@@ -56,19 +56,27 @@ class Stored:
 
 
 def read_settings(config: StudyConfig, folder: Path) -> list[Stored]:
-    """The stored results, in the study's order. Those that answer other questions than the study
-    now asks are left out with a line on stderr."""
+    """The stored results, in the study's order, of at least as many captions as the study asks for.
+
+    Those that answer other questions, or not all, are left out with a line on stderr.
+    """
     stored = []
     for name in config.settings:
         files = {captions: folder / name / f"{captions}.json" for captions in CAPTION_SETS}
         if not all(file.is_file() for file in files.values()):
             continue
         records = {c: json.loads(file.read_text(encoding="utf-8")) for c, file in files.items()}
-        if any(records[c]["config"] != config.evaluation(name, c).question() for c in files):
-            print(f"{name}: stored with other settings, left out; run it again", file=sys.stderr)
+        asked = {captions: config.evaluation(name, captions).question() for captions in files}
+        stored_of = {captions: dict(records[captions]["config"]) for captions in files}
+        missing = [asked[c].pop("num_captions") - stored_of[c].pop("num_captions") for c in files]
+        if asked != stored_of or max(missing) > 0:
+            what = "of other settings" if asked != stored_of else "with fewer captions"
+            print(f"{name}: stored {what}, left out; run it again", file=sys.stderr)
             continue
         features = load_file(files["single"].with_suffix(".safetensors"))
-        measured = Measured(_values(records), features["clips"], features["truth"])
+        num = len(records["single"]["clips"])
+        truth = features["truth"][:num]
+        measured = Measured(_values(records), features["clips"][:num], truth)
         stored.append(Stored(name, records, measured))
     return stored
 

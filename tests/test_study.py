@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_pipeline import build, write_tokenizer
 
 from configs.evaluation import (
@@ -133,12 +134,51 @@ def test_what_is_stored_is_not_made_again_and_what_changed_is(folder, made):
     assert made == []
     config.settings["again"] = replace(config.settings["again"], share=0.8)
     assert run(config) == 0
-    assert made == [4]  # the other sets keep their two captions
+    assert made == [1]  # of one object there were three; the other sets keep their two captions
     (folder / "renders" / "pair.json").unlink()
     assert run(config) == 0
-    assert made == [4, 2]
-    assert run(ceilings(folder, only=["renders"], pair=CaptionSetConfig(3, num_objects=2))) == 0
-    assert made == [4, 2, 3]
+    assert made == [1, 2]
+    again = replace(config.settings["again"], source="vae", checkpoint="builtin:miniature")
+    config.settings["again"] = again
+    assert run(config) == 0
+    assert made == [1, 2, 4, 2, 4]
+
+
+def test_what_grew_is_what_would_have_been_made_at_once(folder, made, tmp_path):
+    more = {"single": CaptionSetConfig(8), "only": ["renders"]}
+    more["seeds"] = CaptionSetConfig(5, seeds_per_caption=2, split="train", omit=1.0)
+    assert run(ceilings(folder, **more)) == 0
+    assert run(ceilings(tmp_path / "once", **more)) == 0
+    assert made == [3, 6, 8, 2, 10]
+
+    def without_seconds(value):
+        """Numbers to nine places: least squares differ in the last bits from call to call."""
+        if isinstance(value, dict):
+            kept = {name: part for name, part in value.items() if "seconds" not in name}
+            return {name: without_seconds(part) for name, part in kept.items()}
+        if isinstance(value, list):
+            return [without_seconds(part) for part in value]
+        return round(value, 9) if isinstance(value, float) else value
+
+    def record(folder: Path, captions: str) -> dict:
+        text = (folder / "renders" / f"{captions}.json").read_text()
+        return without_seconds(json.loads(text))
+
+    for captions in CAPTION_SETS:
+        assert record(folder, captions) == record(tmp_path / "once", captions)
+        grown, once = (
+            load_file(where / "renders" / f"{captions}.safetensors")
+            for where in (folder, tmp_path / "once")
+        )
+        assert all(torch.equal(grown[name], once[name]) for name in once)
+
+
+def test_more_than_is_asked_for_is_kept_and_reported(folder, made):
+    config = ceilings(folder, single=CaptionSetConfig(4))
+    assert run(config) == 0
+    assert made == []
+    stored = read_settings(config, folder)
+    assert [len(one.measured.values["joint"]) for one in stored] == [5, 3]
 
 
 def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path, made, monkeypatch):
@@ -155,6 +195,28 @@ def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path, made, monkeypat
     monkeypatch.setattr(study, "write_record", write)
     assert run(ceilings(tmp_path, only=["again"])) == 0
     assert made == [3, 2, 2, 4]  # the second was not stored
+
+
+@pytest.mark.parametrize(("every", "kept"), [(0.0, 2), (300.0, 0)])
+def test_a_long_set_is_stored_while_it_is_made(tmp_path, made, monkeypatch, every, kept):
+    """Of the clips of whole captions, those of the last few minutes are lost."""
+    monkeypatch.setattr(study, "STORE_EVERY", every)
+    evaluate = study.evaluate
+
+    def stop_at_the_sixth(examples, source, batch_size):
+        for index, one in enumerate(evaluate(examples, source, batch_size)):
+            if index == 5 and made[-1] == 12:
+                raise KeyboardInterrupt
+            yield one
+
+    seeds = CaptionSetConfig(6, seeds_per_caption=2, split="train", omit=1.0)
+    config = ceilings(tmp_path, only=["renders"], seeds=seeds)
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "evaluate", stop_at_the_sixth)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert run(config) == 0
+    assert made == [5, 2, 12, 12 - 2 * kept]
 
 
 def test_a_setting_that_fails_is_named_and_the_others_are_made(folder, made, capsys):
@@ -176,9 +238,12 @@ def test_results_of_other_settings_are_left_out_of_the_report(folder, capsys, mo
     config.settings["again"] = replace(config.settings["again"], share=1.0)
     assert run(config) == 0
     printed = capsys.readouterr()
-    assert "again: stored with other settings" in printed.err
+    assert "again: stored with fewer captions" in printed.err
     assert "no verdict, as there are no results of again" in printed.out
     assert "again" not in (folder / "report.md").read_text().split("Captions:")[0]
+    config.settings["again"] = SettingConfig(source="renders", share=0.6)
+    assert run(replace(config, single=CaptionSetConfig(5, seed=1))) == 1
+    assert "again: stored of other settings" in capsys.readouterr().err
 
 
 def test_a_report_of_nothing_says_so(tmp_path, capsys):
