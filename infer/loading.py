@@ -16,7 +16,7 @@ from wan.errors import WanError
 from wan.lora import LoRAMerge
 from wan.lora_files import LoRA, read_lora
 from wan.pipeline import PIPELINES, WanPipeline
-from wan.pipeline_config import PipelineConfig, part_folder, read_pipeline_config
+from wan.pipeline_config import PipelineConfig, read_pipeline_config, shared_parts
 from wan.weights import census_line
 
 
@@ -49,9 +49,10 @@ class LoadedModel:
         started = time.perf_counter()
         model = read_pipeline_config(folder)
         if config.verify:
-            # A model may share parts of another's folder.
-            parts = [part_folder(folder, part).resolve().parent for part in model.components]
-            number = sum(verify_digests(one) for one in dict.fromkeys([folder.resolve(), *parts]))
+            # A part from elsewhere is listed where it lies, in the folder above it.
+            places = [folder, *(place.parent for place in shared_parts(folder).values())]
+            distinct = dict.fromkeys(place.resolve() for place in places)
+            number = sum(verify_digests(place) for place in distinct)
             print(f"{number} files match their sha256", file=sys.stderr)
         loras = {
             part: LoRAMerge(lora, config.lora_strength)

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan.digests import hash_files, list_files
+from wan.digests import hash_files
 from wan.errors import WanError
 from wan.files import write_text
+from wan.pipeline_config import model_files
 from wan.safetensors_file import write_tensors
 
 RECORD_VERSION = 1
@@ -114,7 +115,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 class WeightDigests:
-    """sha256 of every file of a model, taken in the background while the model is at work.
+    """sha256 of all of `model_files`, taken in the background while the model is at work.
 
     A daemon thread: hashing lets other threads run, and Ctrl-C need not wait for it.
     """
@@ -125,7 +126,7 @@ class WeightDigests:
         self._thread.start()
 
     def _hash(self, folder: Path) -> None:
-        files = {name: path for name, path in list_files(folder).items() if path.is_file()}
+        files = {name: path for name, path in model_files(folder).items() if path.is_file()}
         digests = hash_files(files.values(), threads=2)
         self._digests = {name: digests[path] for name, path in files.items()}
 

@@ -18,9 +18,10 @@ from configs.schema import LOADING
 from infer.cli import report
 from infer.evaluate import folder_of, load_pipeline, sampling
 from wan.attention_config import AttentionConfig
-from wan.digests import hash_files, list_files
+from wan.digests import hash_files
 from wan.errors import WanError
 from wan.pipeline import WanPipeline
+from wan.pipeline_config import model_files
 from wan.quantize import quantization_of
 from wan.sampling_plan import SamplingPlan
 
@@ -89,12 +90,12 @@ class LastPipeline:
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a model; read again only if a file's size or time has changed.
+    """sha256 of all of `model_files`; read again only if a file's size or time has changed.
 
     Raises:
         WanError: there is nothing to hash.
     """
-    files = list_files(folder)
+    files = model_files(folder)
     if not files:
         raise WanError(f"{folder}: no such folder, or an empty one")
     states = {name: path.stat() for name, path in files.items()}

@@ -8,12 +8,14 @@ import torch
 
 from infer.convert import ConvertConfig
 from infer.convert import main as convert
+from infer.resumable import weight_digests
 from train.export import export_model
 from train.frozen import component_digests
+from wan.digests import list_files
 from wan.hub import resolve_model
 from wan.miniature import BUILTIN, BUILTIN_TEACHER, STUDENT, TEACHER
 from wan.pipeline import PIPELINES
-from wan.pipeline_config import part_folder, read_index, read_pipeline_config
+from wan.pipeline_config import model_files, part_folder, read_index, read_pipeline_config
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,25 @@ def test_a_part_is_found_in_the_folder_or_where_it_is_shared(sharing):
     assert part_folder(sharing, "vae") == STUDENT / "vae"
     assert part_folder(sharing, "transformer") == sharing / "transformer"
     assert part_folder(STUDENT, "vae") == STUDENT / "vae"
+
+
+def test_a_models_files_are_its_own_and_those_of_parts_from_elsewhere(sharing, tmp_path):
+    whole, shared = model_files(STUDENT), model_files(sharing)
+    assert set(whole) == set(list_files(STUDENT)) - {"README.md"}
+    assert set(shared) == set(whole) - {"SHA256SUMS"} | {"shared_parts.json"}
+    assert shared["vae/config.json"] == STUDENT / "vae" / "config.json"
+    before = weight_digests(sharing)
+    assert before["vae/config.json"] == weight_digests(STUDENT)["vae/config.json"]
+    other = shutil.copytree(sharing, tmp_path / "other")
+    shutil.copytree(STUDENT / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    shared_parts = json.loads((other / "shared_parts.json").read_text())
+    (other / "shared_parts.json").write_text(json.dumps(shared_parts | {"vae": "../vae"}))
+    changed = weight_digests(other)
+    assert {name for name in before if before[name] != changed[name]} == {
+        "vae/config.json",
+        "shared_parts.json",
+    }
 
 
 def video(folder):

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from wan.digests import list_files
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.schedule import FEW_STEP_TIMESTEPS, few_step_schedule
@@ -27,6 +28,7 @@ from wan.vae import VAEConfig
 BASE, FEW_STEP = PIPELINE_CLASSES = ("WanPipeline", "WanDMDPipeline")
 DEFAULTS_FILE = "sampling_defaults.json"
 SHARED_FILE = "shared_parts.json"
+CARD = "README.md"
 DEFAULT_SHIFT = 5.0
 LIBRARIES = {  # component -> [library, class] in model_index.json
     "transformer": ["diffusers", "WanTransformer3DModel"],
@@ -214,15 +216,31 @@ def component_config(folder: Path, component: str, overrides: Mapping[str, Path]
 
 
 def part_folder(folder: Path, part: str) -> Path:
-    """Where a part of a model lies: in its folder, or where `SHARED_FILE` there says.
+    """Where a part of a model lies: in its folder, or where `SHARED_FILE` there says."""
+    return shared_parts(folder).get(part, folder / part)
 
-    Models that share parts need them once: the file holds a JSON object, part -> folder, relative
-    to its own. `infer.convert` writes the whole of such a model.
+
+def shared_parts(folder: Path) -> dict[str, Path]:
+    """Parts that a model takes from elsewhere, and the folders they lie in.
+
+    Models that share parts need them once: `SHARED_FILE` holds a JSON object, part -> folder,
+    relative to its own. `infer.convert` writes the whole of such a model.
     """
-    shared = folder / SHARED_FILE
-    if not shared.is_file():
-        return folder / part
-    return folder / str(read_json_object(shared).get(part, part))
+    file = folder / SHARED_FILE
+    if not file.is_file():
+        return {}
+    return {part: folder / str(place) for part, place in read_json_object(file).items()}
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """Every file that what a model makes may depend on, by its path in the released layout.
+
+    Parts from elsewhere are among them; the model's card is not.
+    """
+    files = list_files(folder)
+    for part, place in shared_parts(folder).items():
+        files |= {f"{part}/{name}": path for name, path in list_files(place).items()}
+    return {name: path for name, path in files.items() if name != CARD}
 
 
 def read_shift(folder: Path) -> float:
