@@ -98,6 +98,9 @@ class RegressionConfig:
     steps: int = option(24, "Euler steps of each")
     guidance_scale: float | None = option(None, "of the teacher there; null: that of the scores")
     shift: float | None = option(None, "of the teacher's grid; null: the model's own")
+    folder: str | None = option(
+        None, "where trajectories are kept; runs may share them; null: output_dir's own"
+    )
 
     def __post_init__(self) -> None:
         check_at_least("regression.weight", self.weight, 0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from configs.distillation import (
 from configs.training import LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_latest
 from train.distill import distill
+from train.store import only_writer
 from wan import WanDMDPipeline
 from wan.attention_config import AttentionConfig
 from wan.checkpoint import open_checkpoint
@@ -246,6 +248,37 @@ def test_regression_alone_needs_no_critic_and_learns(tmp_path, teacher):
     written = shard.stat().st_mtime_ns
     distill(config)  # finished already: nothing is sampled again
     assert shard.stat().st_mtime_ns == written
+
+
+def test_runs_share_the_teachers_trajectories(tmp_path, teacher):
+    shared = tmp_path / "trajectories"
+    regression = RegressionConfig(weight=1.0, num_pairs=4, steps=4, folder=str(shared))
+    changes = {"dmd_weight": 0.0, "loop": LoopConfig(steps=1), "regression": regression}
+    distill(settings(tmp_path, teacher, **changes))
+    (shard,) = shared.glob("*.safetensors")
+    written = shard.stat().st_mtime_ns
+    distill(settings(tmp_path, teacher, seed=1, output_dir=str(tmp_path / "second"), **changes))
+    assert list(shared.glob("*.safetensors")) == [shard]
+    assert shard.stat().st_mtime_ns == written
+    assert not list(tmp_path.glob("*/trajectories"))
+
+
+def test_a_run_waits_for_another_that_samples_in_its_folder(tmp_path, capsys):
+    entered = threading.Event()
+
+    def second():
+        with only_writer(tmp_path, wait=True):
+            entered.set()
+
+    with only_writer(tmp_path):
+        with pytest.raises(WanError, match="another process"), only_writer(tmp_path):
+            pass
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join(timeout=10)
+    assert entered.is_set()
+    assert "waiting" in capsys.readouterr().err
 
 
 def test_a_lora_student_is_written_as_lora_and_as_a_whole_model(tmp_path, teacher):

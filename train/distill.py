@@ -343,7 +343,7 @@ def make_trajectories(
         run.shape,
         levels,
         grid_through(levels, regression.steps, shift),
-        folder / "trajectories",
+        Path(regression.folder) if regression.folder else folder / "trajectories",
         " ".join([digest, str(guidance), config.scores.negative_prompt]),
         run.world,
         run.chunk,
@@ -356,6 +356,9 @@ if __name__ == "__main__":
         DistillConfig,
         "distill",
         text_keys=("scores.negative_prompt",),
-        path_keys=("output_dir", "checkpoint", "student.start", "data.folder", "data.cache_dir"),
+        path_keys=(
+            *("output_dir", "checkpoint", "student.start", "regression.folder"),
+            *("data.folder", "data.cache_dir"),
+        ),
         shortcuts=ATTENTION,
     )

@@ -134,9 +134,11 @@ def open_to_extend(folder: Path, name: str, verify: bool) -> TensorStore:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep a second run out of a folder; the lock goes with the process, however it ends.
 
+    Args:
+        wait: until another process has ended, instead of an error.
     Raises:
         WanError: another process is writing there.
     """
@@ -144,5 +146,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise WanError(f"{folder}: another process is writing there; let it end") from error
+            if not wait:
+                raise WanError(f"{folder}: another process is writing there; let it end") from error
+            print(f"{folder}: another process is writing there; waiting", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

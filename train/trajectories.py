@@ -7,6 +7,7 @@ N trajectories, K steps of the student; latents (C, T, H, W).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.parallel import ALONE, World
-from train.store import TensorStore, key_of, open_to_extend, open_to_read
+from train.store import TensorStore, key_of, only_writer, open_to_extend, open_to_read
 from wan.noise import draw_noise, sample_generators
 from wan.samplers import sample_euler
 from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule
@@ -70,6 +71,8 @@ def sample_trajectories(
 ) -> Trajectories:
     """Sample the teacher once per caption; what is in `folder` already is not sampled again.
 
+    Runs may share a folder: one that starts while another samples there waits for it.
+
     Args:
         teacher: captions -> their guided velocity.
         shape: (C, T, H, W) of one sample.
@@ -94,22 +97,25 @@ def sample_trajectories(
         sample_euler(teacher([captions[row] for row in rows]), x, schedule, keep)
         return torch.stack(found, dim=1).half()  # (B, K + 1, C, T, H, W)
 
-    with world.together():
-        if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            store = open_to_extend(folder, "trajectories", verify=True)
-    missing = world.first([i for i, key in enumerate(keys) if world.is_main and key not in store])
-    bar = tqdm(total=len(keys), desc="trajectories", disable=not world.is_main)
-    bar.update(len(keys) - len(missing))
-    at_once = chunk * world.data_size
-    per_file = at_once * -(-PER_FILE // at_once)
-    for start in range(0, len(missing), per_file):
-        rows = missing[start : start + per_file]
-        paths = world.spread(sample, rows, chunk)
+    with ExitStack() as stack:
         with world.together():
             if world.is_main:
-                tensors = dict(zip((keys[row] for row in rows), paths.unbind(), strict=True))
-                store.add(tensors, {keys[row]: {"caption": captions[row]} for row in rows})
-        bar.update(len(rows))
-    bar.close()
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_writer(folder, wait=True))
+                store = open_to_extend(folder, "trajectories", verify=True)
+        is_missing = [i for i, key in enumerate(keys) if world.is_main and key not in store]
+        missing = world.first(is_missing)
+        bar = tqdm(total=len(keys), desc="trajectories", disable=not world.is_main)
+        bar.update(len(keys) - len(missing))
+        at_once = chunk * world.data_size
+        per_file = at_once * -(-PER_FILE // at_once)
+        for start in range(0, len(missing), per_file):
+            rows = missing[start : start + per_file]
+            paths = world.spread(sample, rows, chunk)
+            with world.together():
+                if world.is_main:
+                    tensors = dict(zip((keys[row] for row in rows), paths.unbind(), strict=True))
+                    store.add(tensors, {keys[row]: {"caption": captions[row]} for row in rows})
+            bar.update(len(rows))
+        bar.close()
     return Trajectories(list(captions), keys, open_to_read(folder, "trajectories"))
