@@ -94,8 +94,12 @@ class RegressionConfig:
     """An optional regression onto the teacher's own trajectories (knowledge distillation)."""
 
     weight: float = option(0.0, "of the term in the student's loss; 0 turns it off")
+    final_weight: float | None = option(
+        None,
+        "its weight at the last step, approached in a straight line; null: the same throughout",
+    )
     num_pairs: int = option(1024, "trajectories the teacher samples first")
-    steps: int = option(24, "Euler steps of each")
+    steps: int = option(24, "UniPC steps of each")
     guidance_scale: float | None = option(None, "of the teacher there; null: that of the scores")
     shift: float | None = option(None, "of the teacher's grid; null: the model's own")
     folder: str | None = option(
@@ -106,6 +110,13 @@ class RegressionConfig:
         check_at_least("regression.weight", self.weight, 0)
         for name in ("num_pairs", "steps"):
             check_at_least(f"regression.{name}", getattr(self, name), 1)
+        if self.final_weight is not None:
+            check_at_least("regression.final_weight", self.final_weight, 0)
+
+    def weight_at(self, step: int, steps: int) -> float:
+        """The weight at one of so many steps, the first being 0."""
+        final = self.weight if self.final_weight is None else self.final_weight
+        return self.weight + (final - self.weight) * step / max(1, steps - 1)
 
 
 @dataclass

@@ -250,6 +250,19 @@ def test_regression_alone_needs_no_critic_and_learns(tmp_path, teacher):
     assert shard.stat().st_mtime_ns == written
 
 
+def test_the_weight_of_regression_may_change_in_a_straight_line(tmp_path, teacher):
+    assert [RegressionConfig(1.0, 0.25).weight_at(step, 4) for step in range(4)] == [
+        pytest.approx(weight) for weight in (1.0, 0.75, 0.5, 0.25)
+    ]
+    assert RegressionConfig(1.0).weight_at(3, 4) == RegressionConfig(1.0, 0.0).weight_at(0, 1) == 1
+    regression = RegressionConfig(2.0, 0.0, num_pairs=4, steps=4)
+    config = settings(tmp_path, teacher, dmd_weight=0.0, regression=regression)
+    distill(config)
+    trained = [line for line in metrics(config) if "regression" in line]
+    weights = [line["loss_student"] / line["regression"] for line in trained]
+    assert weights == pytest.approx([2, 4 / 3, 2 / 3, 0])
+
+
 def test_runs_share_the_teachers_trajectories(tmp_path, teacher):
     shared = tmp_path / "trajectories"
     regression = RegressionConfig(weight=1.0, num_pairs=4, steps=4, folder=str(shared))

@@ -159,7 +159,8 @@ class Distillation:
         if self.trajectories is not None:
             loss = self.regression_loss(state.step, generator)
             values["regression"] = float(loss.detach())
-            total += self.backward(config.regression.weight * loss)
+            weight = config.regression.weight_at(state.step, config.loop.steps)
+            total += self.backward(weight * loss)
         check_gradients(state.step, "student", self.student)
         lr = self.rate(state.step, config.lr)
         parameters = trainable(self.student)

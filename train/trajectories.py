@@ -18,7 +18,7 @@ from tqdm import tqdm
 from train.parallel import ALONE, World
 from train.store import TensorStore, key_of, only_writer, open_to_extend, open_to_read
 from wan.noise import draw_noise, sample_generators
-from wan.samplers import sample_euler
+from wan.samplers import sample_unipc
 from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule
 
 PER_FILE = 32  # trajectories, or a few more; a killed run loses at most those of one file
@@ -46,14 +46,14 @@ class Trajectories:
 
 
 def grid_through(levels: Sequence[float], steps: int, shift: float) -> Schedule:
-    """An Euler grid of about `steps` steps that visits every one of the levels.
+    """A grid of about `steps` steps that visits every one of the levels.
 
     Grid points nearer to a level than half their distance to the next are moved onto it.
     """
     grid = euler_schedule(steps, shift).sigmas[:-1].tolist()
     kept = [s for s in grid if all(abs(s - level) > 0.5 / steps for level in levels)]
     sigmas = torch.tensor([*sorted({*kept, *levels}, reverse=True), 0.0])
-    description = f"{len(sigmas) - 1} Euler steps, shift {shift:g}, through the student's levels"
+    description = f"{len(sigmas) - 1} UniPC steps, shift {shift:g}, through the student's levels"
     return Schedule(sigmas[:-1] * NUM_TIMESTEPS, sigmas, description)
 
 
@@ -82,7 +82,15 @@ def sample_trajectories(
         chunk: captions that a process samples at once.
     """
     keys = [
-        key_of(identity, schedule.sigmas.tolist(), list(levels), list(shape), i, text)
+        key_of(
+            identity,
+            schedule.description,
+            schedule.sigmas.tolist(),
+            list(levels),
+            list(shape),
+            i,
+            text,
+        )
         for i, text in enumerate(captions)
     ]
 
@@ -94,7 +102,7 @@ def sample_trajectories(
             if sigma == 0 or any(abs(sigma - level) < 1e-6 for level in levels):
                 found.append(x)
 
-        sample_euler(teacher([captions[row] for row in rows]), x, schedule, keep)
+        sample_unipc(teacher([captions[row] for row in rows]), x, schedule, keep)
         return torch.stack(found, dim=1).half()  # (B, K + 1, C, T, H, W)
 
     with ExitStack() as stack:
