@@ -99,7 +99,7 @@ class RegressionConfig:
         "its weight at the last step, approached in a straight line; null: the same throughout",
     )
     num_pairs: int = option(1024, "trajectories the teacher samples first")
-    steps: int = option(24, "UniPC steps of each")
+    steps: int = option(24, "UniPC steps of each, about: the student's levels are among them")
     guidance_scale: float | None = option(None, "of the teacher there; null: that of the scores")
     shift: float | None = option(None, "of the teacher's grid; null: the model's own")
     folder: str | None = option(
@@ -112,6 +112,11 @@ class RegressionConfig:
             check_at_least(f"regression.{name}", getattr(self, name), 1)
         if self.final_weight is not None:
             check_at_least("regression.final_weight", self.final_weight, 0)
+            if not self.weight:
+                raise WanError(
+                    f"regression.final_weight={self.final_weight} with regression.weight=0: the "
+                    "term is off; start above 0, or set regression.final_weight=null"
+                )
 
     def weight_at(self, step: int, steps: int) -> float:
         """The weight at one of so many steps, the first being 0."""

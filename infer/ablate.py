@@ -44,7 +44,7 @@ from infer.resumable import (
     run_each,
     weight_digests,
 )
-from infer.study import open_source, question_key, warm_up
+from infer.study import open_source, question_key, warm_up, weights_of
 from wan.attention import ATTENTION, BACKENDS, SPARSE
 from wan.attention.choice import check_known
 from wan.errors import WanError
@@ -245,7 +245,7 @@ def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str
     def add(setting: Setting, name: str, seed: int, number: int, prompt: str | None) -> None:
         if prompt is None:
             question = config.evaluation(setting, seed)
-            key = question_key(question, draw_examples(question))
+            key = question_key(question, draw_examples(question), weights_of(question))
         else:
             of_clip = (config, setting, seed, prompt)
             key = result_key([clip_key(*of_clip), reference_key(*of_clip)])

@@ -16,7 +16,7 @@ from wan.errors import WanError
 from wan.lora import LoRAMerge
 from wan.lora_files import LoRA, read_lora
 from wan.pipeline import PIPELINES, WanPipeline
-from wan.pipeline_config import PipelineConfig, read_pipeline_config, shared_parts
+from wan.pipeline_config import PipelineConfig, parts_from_elsewhere, read_pipeline_config
 from wan.weights import census_line
 
 
@@ -50,7 +50,7 @@ class LoadedModel:
         model = read_pipeline_config(folder)
         if config.verify:
             # A part from elsewhere is listed where it lies, in the folder above it.
-            places = [folder, *(place.parent for place in shared_parts(folder).values())]
+            places = [folder, *(place.parent for place in parts_from_elsewhere(folder).values())]
             distinct = dict.fromkeys(place.resolve() for place in places)
             number = sum(verify_digests(place) for place in distinct)
             print(f"{number} files match their sha256", file=sys.stderr)

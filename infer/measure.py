@@ -291,7 +291,7 @@ def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
     }
     write_tensors(file.with_suffix(".safetensors"), features)
     summary = summarise(results)
-    record = {**more, "summary": summary, "torch": torch.__version__}
+    record = {"torch": torch.__version__, **more, "summary": summary}
     if "diversity" in summary:
         record["captions"] = caption_diversities(results)
     head = json.dumps(record, indent=1)[:-2]

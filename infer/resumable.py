@@ -41,7 +41,8 @@ class LastPipeline:
     def get(self, config: EvaluateConfig) -> WanPipeline:
         """The model that a config names, with the attention that it names."""
         loading = {name: getattr(config, name) for name in LOADING}
-        key = (folder_of(config), config.device, loading)
+        weights = tuple(weight_digests(folder_of(config)).items())
+        key = (folder_of(config), weights, config.device, loading)
         if self._pipeline is None or key != self._key:
             self._pipeline = None  # before the next one needs the room
             self._pipeline = load_pipeline(config)

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from infer.measure import (
     write_record,
 )
 from infer.record import writable_folder
+from infer.request import torch_dtype
 from infer.resumable import (
     LastPipeline,
     plan_record,
@@ -45,19 +46,25 @@ from infer.resumable import (
     weight_digests,
 )
 from infer.study_report import read_settings, write_report
+from wan.errors import WanError
 from wan.placement import resolve_device
 
 LINE = CommandLine(StudyConfig, "study", text_keys=(), path_keys=("output_dir", "checkpoint"))
 
-STORE_EVERY = 300.0  # seconds
+STORE_EVERY = 300.0  # seconds; what an interruption may cost
+FORMAT = 2  # of stored results: others are made again
 
 
-def question_key(config: EvaluateConfig, examples: Sequence[Example]) -> str:
+def weights_of(config: EvaluateConfig) -> dict[str, str] | None:
+    """Digests of the model that makes the clips; None where the world itself shows them."""
+    return None if config.source == "renders" else weight_digests(folder_of(config))
+
+
+def question_key(
+    config: EvaluateConfig, examples: Sequence[Example], weights: dict[str, str] | None
+) -> str:
     """The key of a result: settings, captions and scenes, and weights."""
-    parts: list[Any] = [config.question(), repr(examples)]
-    if config.source != "renders":
-        parts.append(weight_digests(folder_of(config)))
-    return result_key(parts)
+    return result_key([FORMAT, config.question(), repr(examples), weights])
 
 
 def open_source(
@@ -87,61 +94,103 @@ def warm_up(config: EvaluateConfig, example: Example, models: LastPipeline) -> f
     )
 
 
-def stored_results(file: Path, question: EvaluateConfig) -> list[Result]:
-    """What is stored of a question's clips, or the first of them; there may be more than asked."""
-    if not file.is_file():
-        return []
-    record = json.loads(file.read_text(encoding="utf-8"))
-    asked = replace(question, num_captions=record["config"]["num_captions"])
-    examples = draw_examples(asked)
-    if record["key"] != question_key(asked, examples):
-        return []
-    return read_results(file, examples)
+@dataclass(frozen=True)
+class CaptionSet:
+    """A setting's clips of one set of captions, and where they are stored.
+
+    Attributes:
+        weights: of the model as it is when the first clip is made or looked for.
+    """
+
+    label: str
+    question: EvaluateConfig
+    weights: dict[str, str] | None
+    file: Path
+
+    def first(self, num_captions: int) -> tuple[EvaluateConfig, list[Example]]:
+        """The same question of so many captions only, and its clips."""
+        question = replace(self.question, num_captions=num_captions)
+        return question, draw_examples(question)
+
+    def stored(self) -> dict[str, Any] | None:
+        """The record there, if it answers this question for some of its captions, or for more."""
+        if not self.file.is_file():
+            return None
+        record: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
+        key = question_key(*self.first(record["config"]["num_captions"]), self.weights)
+        return record if record["key"] == key else None
+
+    def made(self, record: dict[str, Any]) -> list[Result]:
+        """The clips of a record, to go on from.
+
+        Raises:
+            WanError: they were made elsewhere; one record would hold clips of two machines.
+        """
+        before = {name: record[name] for name in here(self.question)}
+        if before != here(self.question):
+            was, now = (
+                ", ".join(f"{name} {value}" for name, value in place.items())
+                for place in (before, here(self.question))
+            )
+            raise WanError(
+                f"{self.file}: the {len(record['clips'])} clips there were made with {was}, these "
+                f"would be with {now}; go on as before, or choose another output_dir="
+            )
+        return read_results(self.file, self.first(record["config"]["num_captions"])[1])
+
+    def store(self, results: Sequence[Result], **about: Any) -> None:
+        """Write the first clips, all of whole captions."""
+        question, examples = self.first(len(results) // self.question.seeds_per_caption)
+        key = question_key(question, examples, self.weights)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_record(self.file, results, key=key, config=question.question(), **about)
+
+
+def here(config: EvaluateConfig) -> dict[str, Any]:
+    """What clips and their seconds depend on that no setting says."""
+    device = resolve_device(config.device)
+    dtype = str(torch_dtype(config.dtype, device)).removeprefix("torch.")
+    threads = torch.get_num_threads()
+    return {"device": str(device), "dtype": dtype, "threads": threads, "torch": torch.__version__}
 
 
 def run_setting(name: str, config: StudyConfig, folder: Path, models: LastPipeline) -> None:
     """Make and measure the clips of one setting that are not stored yet."""
+    weights = weights_of(config.evaluation(name, CAPTION_SETS[0]))
     for captions in CAPTION_SETS:
         question = config.evaluation(name, captions)
         file = folder / name / f"{captions}.json"
-        results = stored_results(file, question)
-        if len(results) >= question.num_clips:
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        make_results(f"{name}, {captions}", question, results, file, models)
+        clips = CaptionSet(f"{name}, {captions}", question, weights, file)
+        record = clips.stored()
+        if record is None or len(record["clips"]) < question.num_clips:
+            make_clips(clips, [] if record is None else clips.made(record), models)
 
 
-def make_results(
-    label: str, question: EvaluateConfig, results: list[Result], file: Path, models: LastPipeline
-) -> None:
-    """Make what `results` lacks of a question, and store it at its end and every few minutes."""
+def make_clips(clips: CaptionSet, made: Sequence[Result], models: LastPipeline) -> None:
+    """Make those that are missing, and store all at the end and every few minutes."""
+    question, results = clips.question, list(made)
     examples = draw_examples(question)
-    missing = examples[len(results) :]
+    missing = examples[len(made) :]
     source, plan = open_source(question, models)
-    about = {
-        "plan": plan,
-        "warmup_seconds": warm_up(question, missing[0], models),
-        "device": str(resolve_device(question.device)),
-        "threads": torch.get_num_threads(),
-    }
-
-    def store() -> None:
-        done = replace(question, num_captions=len(results) // question.seeds_per_caption)
-        key = question_key(done, examples[: len(results)])
-        write_record(file, results, key=key, config=done.question(), **about)
-
+    warmup_seconds = warm_up(question, missing[0], models)
+    about = {"plan": plan, "warmup_seconds": warmup_seconds, **here(question)}
+    progress = tqdm(
+        evaluate(missing, source, question.batch_size),
+        clips.label,
+        len(examples),
+        initial=len(made),
+        unit="clip",
+        disable=None,
+    )
     stored = time.monotonic()
-    clips = evaluate(missing, source, question.batch_size)
-    for result, _ in tqdm(
-        clips, label, len(examples), initial=len(results), unit="clip", disable=None
-    ):
+    for result, _ in progress:
         results.append(result)
         whole = len(results) % question.seeds_per_caption == 0
         if whole and time.monotonic() - stored >= STORE_EVERY:
-            store()
+            clips.store(results, **about)
             stored = time.monotonic()
-    store()
-    print(f"{label}: {len(results)} clips", file=sys.stderr)
+    clips.store(results, **about)
+    print(f"{clips.label}: {len(missing)} clips made, {len(results)} stored", file=sys.stderr)
 
 
 def run_settings(config: StudyConfig, folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from safetensors.torch import load_file
@@ -56,9 +57,8 @@ class Stored:
 
 
 def read_settings(config: StudyConfig, folder: Path) -> list[Stored]:
-    """The stored results, in the study's order, of at least as many captions as the study asks for.
-
-    Those that answer other questions, or not all, are left out with a line on stderr.
+    """The stored results, in the study's order: of the captions that it asks for, where more are
+    stored. Those that answer other questions, or not all, are left out with a line on stderr.
     """
     stored = []
     for name in config.settings:
@@ -66,19 +66,28 @@ def read_settings(config: StudyConfig, folder: Path) -> list[Stored]:
         if not all(file.is_file() for file in files.values()):
             continue
         records = {c: json.loads(file.read_text(encoding="utf-8")) for c, file in files.items()}
-        asked = {captions: config.evaluation(name, captions).question() for captions in files}
-        stored_of = {captions: dict(records[captions]["config"]) for captions in files}
-        missing = [asked[c].pop("num_captions") - stored_of[c].pop("num_captions") for c in files]
-        if asked != stored_of or max(missing) > 0:
-            what = "of other settings" if asked != stored_of else "with fewer captions"
-            print(f"{name}: stored {what}, left out; run it again", file=sys.stderr)
+        asked = {captions: config.evaluation(name, captions) for captions in files}
+        if any(
+            _but_number(records[c]["config"]) != _but_number(asked[c].question()) for c in files
+        ):
+            print(f"{name}: stored with other settings, left out; run it again", file=sys.stderr)
             continue
+        if any(len(records[c]["clips"]) < asked[c].num_clips for c in files):
+            print(f"{name}: not all captions are stored, left out; run it again", file=sys.stderr)
+            continue
+        for captions, record in records.items():
+            record["clips"] = record["clips"][: asked[captions].num_clips]
+            if "captions" in record:
+                record["captions"] = record["captions"][: asked[captions].num_captions]
         features = load_file(files["single"].with_suffix(".safetensors"))
-        num = len(records["single"]["clips"])
-        truth = features["truth"][:num]
-        measured = Measured(_values(records), features["clips"][:num], truth)
-        stored.append(Stored(name, records, measured))
+        clips, truth = (features[part][: asked["single"].num_clips] for part in ("clips", "truth"))
+        stored.append(Stored(name, records, Measured(_values(records), clips, truth)))
     return stored
+
+
+def _but_number(question: dict[str, Any]) -> dict[str, Any]:
+    """Stored captions of one question differ in nothing but how many there are."""
+    return {name: value for name, value in question.items() if name != "num_captions"}
 
 
 def _values(records: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
@@ -109,7 +118,7 @@ def _of_truth(stored: Stored, name: str) -> Estimate:
 
 
 def _median(stored: Stored, name: str) -> Estimate:
-    return exactly(stored.records["single"]["summary"][name])
+    return exactly(median(clip[name] for clip in stored.records["single"]["clips"]))
 
 
 def _distance(stored: Stored, _: str) -> Estimate:
@@ -130,8 +139,8 @@ COLUMNS: tuple[Column[Stored], ...] = (
     Column("Fréchet distance", ".2f", _frechet),
     Column("saturation ratio", ".3f", _mean, "saturation_ratio"),
     Column("residual, px", ".2f", _mean, "residual"),
-    Column("seconds per video", ".2f", _median, "seconds_per_video"),
-    Column("CPU seconds per video", ".2f", _median, "cpu_seconds_per_video"),
+    Column("seconds per video", ".2f", _median, "seconds"),
+    Column("CPU seconds per video", ".2f", _median, "cpu_seconds"),
 )
 
 Estimates = dict[str, list[Estimate | None]]  # setting -> a number per column

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from configs.distillation import (
 from configs.training import LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_latest
 from train.distill import distill
-from train.store import only_writer
 from wan import WanDMDPipeline
 from wan.attention_config import AttentionConfig
 from wan.checkpoint import open_checkpoint
@@ -274,24 +272,9 @@ def test_runs_share_the_teachers_trajectories(tmp_path, teacher):
     assert list(shared.glob("*.safetensors")) == [shard]
     assert shard.stat().st_mtime_ns == written
     assert not list(tmp_path.glob("*/trajectories"))
-
-
-def test_a_run_waits_for_another_that_samples_in_its_folder(tmp_path, capsys):
-    entered = threading.Event()
-
-    def second():
-        with only_writer(tmp_path, wait=True):
-            entered.set()
-
-    with only_writer(tmp_path):
-        with pytest.raises(WanError, match="another process"), only_writer(tmp_path):
-            pass
-        thread = threading.Thread(target=second)
-        thread.start()
-        assert not entered.wait(0.2)
-    thread.join(timeout=10)
-    assert entered.is_set()
-    assert "waiting" in capsys.readouterr().err
+    third = {"output_dir": str(tmp_path / "third"), "bfloat16": True}
+    distill(settings(tmp_path, teacher, **third, **changes))
+    assert len(list(shared.glob("*.safetensors"))) == 2  # another teacher, as far as it is asked
 
 
 def test_a_lora_student_is_written_as_lora_and_as_a_whole_model(tmp_path, teacher):
@@ -394,6 +377,11 @@ def test_a_student_is_no_teacher(tmp_path, teacher):
 def test_settings_that_make_no_sense_are_refused(change, message):
     with pytest.raises(WanError, match=message):
         DistillConfig(**change)
+
+
+def test_a_regression_that_is_off_has_no_weight_at_the_end():
+    with pytest.raises(WanError, match="start above 0"):
+        RegressionConfig(weight=0.0, final_weight=1.0)
 
 
 def test_captions_leave_unsaid_what_they_are_told_to():

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from configs.schema import SampleConfig
 from infer.convert import ConvertConfig
 from infer.convert import main as convert
+from infer.loading import LoadedModel
 from infer.resumable import weight_digests
 from train.export import export_model
 from train.frozen import component_digests
-from wan.digests import list_files
+from wan.digests import list_files, write_manifest
+from wan.errors import WanError
 from wan.hub import resolve_model
 from wan.miniature import BUILTIN, BUILTIN_TEACHER, STUDENT, TEACHER
 from wan.pipeline import PIPELINES
@@ -55,6 +59,25 @@ def test_a_models_files_are_its_own_and_those_of_parts_from_elsewhere(sharing, t
         "vae/config.json",
         "shared_parts.json",
     }
+
+
+def test_a_linked_part_counts_and_is_verified(tmp_path):
+    whole = Path(shutil.copytree(STUDENT, tmp_path / "whole"))
+    linked = Path(shutil.copytree(STUDENT, tmp_path / "linked"))
+    shutil.rmtree(linked / "vae")
+    (linked / "vae").symlink_to(whole / "vae")
+    write_manifest(linked)
+    assert set(model_files(linked)) == set(model_files(STUDENT))
+    config = SampleConfig(checkpoint=str(linked), verify=True)
+    LoadedModel(linked, config, torch.device("cpu"))
+    before = weight_digests(linked)
+    weights = next((whole / "vae").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert weight_digests(linked) != before
+    with pytest.raises(WanError, match=r"vae/.*has other content"):
+        LoadedModel(linked, config, torch.device("cpu"))
 
 
 def video(folder):

@@ -24,7 +24,7 @@ from infer import study, study_report
 from infer.cli import Run, compose_runs, execute
 from infer.measure import draw_examples
 from infer.resumable import LastPipeline
-from infer.study import LINE, main, open_source, question_key
+from infer.study import LINE, main, open_source, question_key, weights_of
 from infer.study_report import read_settings
 from wan.attention_config import AttentionConfig
 from wan.errors import WanError
@@ -178,7 +178,55 @@ def test_more_than_is_asked_for_is_kept_and_reported(folder, made):
     assert run(config) == 0
     assert made == []
     stored = read_settings(config, folder)
-    assert [len(one.measured.values["joint"]) for one in stored] == [5, 3]
+    assert [len(one.measured.values["joint"]) for one in stored] == [4, 2]  # all the same captions
+    assert [len(one.measured.features) for one in stored] == [4, 2]
+
+
+def test_clips_of_another_machine_are_not_added_to(folder, made, capsys):
+    file = folder / "renders" / "single.json"
+    file.write_text(file.read_text().replace('"threads": ', '"threads": 1'))
+    assert run(ceilings(folder, single=CaptionSetConfig(6), only=["renders"])) == 1
+    assert made == []
+    assert "the 5 clips there were made with" in capsys.readouterr().err
+
+
+def test_results_of_an_earlier_format_are_made_again(folder, made, monkeypatch):
+    monkeypatch.setattr(study, "FORMAT", study.FORMAT + 1)
+    assert run(ceilings(folder, only=["renders"])) == 0
+    assert made == [5, 2, 4]
+
+
+def test_clips_are_of_the_weights_that_were_there_when_they_were_begun(
+    tmp_path, models, made, monkeypatch
+):
+    """A model that is replaced meanwhile gets clips of its own."""
+    copy = Path(shutil.copytree(models / "teacher", tmp_path / "model"))
+    weights = next((copy / "transformer").glob("*.safetensors"))
+    few = {"single": CaptionSetConfig(2), "pair": CaptionSetConfig(2, num_objects=2)}
+    config = ceilings(
+        tmp_path,
+        settings={"model": SettingConfig(sampler=SamplerConfig(steps=1))},
+        match=MatchConfig("model", teacher="model", floor="model"),
+        checkpoint=str(copy),
+        **few,
+    )
+    evaluate = study.evaluate
+
+    def replacing(*args):
+        yield from evaluate(*args)
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "evaluate", replacing)
+        patch.setattr(study, "CAPTION_SETS", ("single",))
+        run(config)
+    assert made == [2]
+    assert run(config) == 0
+    assert made == [2, 2, 2, 4]  # those of one object too
+    assert run(config) == 0
+    assert made == [2, 2, 2, 4]
 
 
 def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path, made, monkeypatch):
@@ -238,12 +286,12 @@ def test_results_of_other_settings_are_left_out_of_the_report(folder, capsys, mo
     config.settings["again"] = replace(config.settings["again"], share=1.0)
     assert run(config) == 0
     printed = capsys.readouterr()
-    assert "again: stored with fewer captions" in printed.err
+    assert "again: not all captions are stored" in printed.err
     assert "no verdict, as there are no results of again" in printed.out
     assert "again" not in (folder / "report.md").read_text().split("Captions:")[0]
     config.settings["again"] = SettingConfig(source="renders", share=0.6)
     assert run(replace(config, single=CaptionSetConfig(5, seed=1))) == 1
-    assert "again: stored of other settings" in capsys.readouterr().err
+    assert "again: stored with other settings" in capsys.readouterr().err
 
 
 def test_a_report_of_nothing_says_so(tmp_path, capsys):
@@ -399,11 +447,11 @@ def test_other_weights_are_another_question(tmp_path, models):
     )
     question = config.evaluation("model", "single")
     examples = draw_examples(question)
-    before = question_key(question, examples)
-    assert question_key(question, examples) == before
-    assert question_key(question, examples[1:]) != before
+    before = question_key(question, examples, weights_of(question))
+    assert question_key(question, examples, weights_of(question)) == before
+    assert question_key(question, examples[1:], weights_of(question)) != before
     weights = next((copy / "transformer").glob("*.safetensors"))
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert question_key(question, examples) != before
+    assert question_key(question, examples, weights_of(question)) != before

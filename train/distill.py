@@ -16,7 +16,7 @@ is a folder in the released layout, or a LoRA file.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,14 @@ from train.checkpoint import best_checkpoint, load_checkpoint
 from train.data import open_data
 from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
 from train.export import export_model
-from train.frozen import TextRows, Texts, load_frozen, text_dtype, transformer_digest
+from train.frozen import (
+    TextRows,
+    Texts,
+    component_digests,
+    load_frozen,
+    text_dtype,
+    transformer_digest,
+)
 from train.health import Samples, decode, panel_numbers, world_panel, write_pictures
 from train.loop import run_training
 from train.parallel import World, start
@@ -248,7 +255,14 @@ def run_distillation(config: DistillConfig, world: World) -> int:
     teacher_digest = world.first(transformer_digest(source) if world.is_main else "")
     run = Distillation(config, settings, networks, texts, draw, world)
     if config.regression.weight:
-        run.trajectories = make_trajectories(run, settings, folder, teacher_digest)
+        kept = config.regression.folder
+        encoder = component_digests(source)["text_encoder"] if world.is_main else ""
+        run.trajectories = make_trajectories(
+            run,
+            settings,
+            Path(kept) if kept else folder / "trajectories",
+            [teacher_digest, world.first(encoder)],
+        )
     state = run.new_state()
 
     said, captions = None, draw(0).captions[: config.validation_captions]
@@ -326,12 +340,25 @@ def teacher_panel(
 
 
 def make_trajectories(
-    run: Distillation, settings: PipelineConfig, folder: Path, digest: str
+    run: Distillation, settings: PipelineConfig, folder: Path, digests: Sequence[str]
 ) -> Trajectories:
+    """The teacher's samples of the first captions that training draws, kept in a folder.
+
+    Args:
+        digests: of the teacher's transformer and of what encodes its captions.
+    """
     regression, config = run.config.regression, run.config
     guidance = regression.guidance_scale or config.scores.guidance_scale
     shift = regression.shift or settings.shift
     levels = run.schedule.sigmas[:-1].tolist()
+    identity = [
+        *digests,
+        asdict(score_attention(config)),
+        config.bfloat16,
+        config.max_text_tokens,
+        guidance,
+        config.scores.negative_prompt,
+    ]
     captions: list[str] = []
     batch = 0
     while len(captions) < regression.num_pairs:
@@ -343,8 +370,8 @@ def make_trajectories(
         run.shape,
         levels,
         grid_through(levels, regression.steps, shift),
-        Path(regression.folder) if regression.folder else folder / "trajectories",
-        " ".join([digest, str(guidance), config.scores.negative_prompt]),
+        folder,
+        identity,
         run.world,
         run.chunk,
     )

@@ -34,6 +34,7 @@ FREE_SETTINGS = {
     "output_dir",
     "threads",
     "export",
+    "regression.folder",
     "loop.log_every",
     "loop.save_every",
     "loop.keep_last",

@@ -134,15 +134,16 @@ def open_to_extend(folder: Path, name: str, verify: bool) -> TensorStore:
 
 
 @contextmanager
-def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
+def only_writer(folder: Path, lock: str = ".lock", wait: bool = False) -> Iterator[None]:
     """Keep a second run out of a folder; the lock goes with the process, however it ends.
 
     Args:
+        lock: the file that is locked; another one where others may write something else meanwhile.
         wait: until another process has ended, instead of an error.
     Raises:
         WanError: another process is writing there.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / lock).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from tqdm import tqdm
 from train.parallel import ALONE, World
 from train.store import TensorStore, key_of, only_writer, open_to_extend, open_to_read
 from wan.noise import draw_noise, sample_generators
-from wan.samplers import sample_unipc
+from wan.samplers import build_sampler
 from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule
 
+NAME = "trajectories"
+SAMPLER = "unipc"
 PER_FILE = 32  # trajectories, or a few more; a killed run loses at most those of one file
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -30,6 +33,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 class Trajectories:
     """Teacher samples: the state at each of the student's noise levels, and the end.
 
+    States are those that the network was shown, which with UniPC are predicted and not corrected.
     They stay on the disk, (K + 1, C, T, H, W) float16 each: for a large model they are more than
     memory holds.
     """
@@ -53,7 +57,7 @@ def grid_through(levels: Sequence[float], steps: int, shift: float) -> Schedule:
     grid = euler_schedule(steps, shift).sigmas[:-1].tolist()
     kept = [s for s in grid if all(abs(s - level) > 0.5 / steps for level in levels)]
     sigmas = torch.tensor([*sorted({*kept, *levels}, reverse=True), 0.0])
-    description = f"{len(sigmas) - 1} UniPC steps, shift {shift:g}, through the student's levels"
+    description = f"{len(sigmas) - 1} steps, shift {shift:g}, through the student's levels"
     return Schedule(sigmas[:-1] * NUM_TIMESTEPS, sigmas, description)
 
 
@@ -65,7 +69,7 @@ def sample_trajectories(
     levels: Sequence[float],
     schedule: Schedule,
     folder: Path,
-    identity: str,
+    identity: Sequence[Any],
     world: World = ALONE,
     chunk: int = 32,
 ) -> Trajectories:
@@ -77,20 +81,13 @@ def sample_trajectories(
         teacher: captions -> their guided velocity.
         shape: (C, T, H, W) of one sample.
         levels: the student's noise levels, all of them in `schedule`; the first is its start.
-        identity: digest of the teacher and how it is sampled; part of the keys.
+        identity: all else that the teacher's velocity depends on, as plain data; part of the keys.
         world: the processes that sample together, each its share; the main one writes.
         chunk: captions that a process samples at once.
     """
+    grid = schedule.sigmas.tolist()
     keys = [
-        key_of(
-            identity,
-            schedule.description,
-            schedule.sigmas.tolist(),
-            list(levels),
-            list(shape),
-            i,
-            text,
-        )
+        key_of(*identity, SAMPLER, grid, list(levels), list(shape), i, text)
         for i, text in enumerate(captions)
     ]
 
@@ -102,15 +99,15 @@ def sample_trajectories(
             if sigma == 0 or any(abs(sigma - level) < 1e-6 for level in levels):
                 found.append(x)
 
-        sample_unipc(teacher([captions[row] for row in rows]), x, schedule, keep)
+        build_sampler(SAMPLER)(teacher([captions[row] for row in rows]), x, schedule, keep)
         return torch.stack(found, dim=1).half()  # (B, K + 1, C, T, H, W)
 
     with ExitStack() as stack:
         with world.together():
             if world.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(only_writer(folder, wait=True))
-                store = open_to_extend(folder, "trajectories", verify=True)
+                stack.enter_context(only_writer(folder, f".{NAME}.lock", wait=True))
+                store = open_to_extend(folder, NAME, verify=True)
         is_missing = [i for i, key in enumerate(keys) if world.is_main and key not in store]
         missing = world.first(is_missing)
         bar = tqdm(total=len(keys), desc="trajectories", disable=not world.is_main)
@@ -126,4 +123,7 @@ def sample_trajectories(
                     store.add(tensors, {keys[row]: {"caption": captions[row]} for row in rows})
             bar.update(len(rows))
         bar.close()
-    return Trajectories(list(captions), keys, open_to_read(folder, "trajectories"))
+        store = open_to_read(folder, NAME)
+        with world.together():  # so long nobody else may change what is there
+            pass
+    return Trajectories(list(captions), keys, store)

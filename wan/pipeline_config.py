@@ -232,13 +232,20 @@ def shared_parts(folder: Path) -> dict[str, Path]:
     return {part: folder / str(place) for part, place in read_json_object(file).items()}
 
 
+def parts_from_elsewhere(folder: Path) -> dict[str, Path]:
+    """`shared_parts`, and the parts that are links to other folders."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    links = {e.name: e.resolve() for e in sorted(entries) if e.is_symlink() and e.is_dir()}
+    return links | shared_parts(folder)
+
+
 def model_files(folder: Path) -> dict[str, Path]:
     """Every file that what a model makes may depend on, by its path in the released layout.
 
     Parts from elsewhere are among them; the model's card is not.
     """
     files = list_files(folder)
-    for part, place in shared_parts(folder).items():
+    for part, place in parts_from_elsewhere(folder).items():
         files |= {f"{part}/{name}": path for name, path in list_files(place).items()}
     return {name: path for name, path in files.items() if name != CARD}
 

@@ -1,0 +1,82 @@
+"""The teacher's trajectories: what is kept of them, once, and by whom."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from train.store import only_writer
+from train.trajectories import grid_through, sample_trajectories
+from wan.errors import WanError
+from wan.noise import draw_noise, sample_generators
+from wan.samplers import sample_unipc
+from wan.schedule import few_step_schedule
+
+SHAPE, CAPTIONS = (2, 1, 2, 2), ["red", "green", "blue"]
+LEVELS = few_step_schedule([1000, 757, 522]).sigmas[:-1].tolist()
+GRID = grid_through(LEVELS, 6, shift=3.0)
+
+
+class Teacher:
+    """Velocities that depend on caption, state and time, and a list of what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def __call__(self, captions):
+        self.asked.append(captions)
+        size = torch.tensor([float(len(text)) for text in captions])[:, None, None, None, None]
+        return lambda x, timestep: x * timestep / 1000 - 0.3 * size
+
+
+def sample(folder, teacher, captions=CAPTIONS, identity=("a",)):
+    return sample_trajectories(teacher, captions, SHAPE, LEVELS, GRID, folder, identity)
+
+
+def test_a_grid_visits_every_level():
+    for steps in (1, 3, 16, 50):
+        sigmas = grid_through(LEVELS, steps, shift=5.0).sigmas
+        assert (sigmas.diff() < 0).all()
+        assert sigmas[-1] == 0
+        assert all((sigmas - level).abs().min() < 1e-7 for level in LEVELS)
+
+
+def test_states_and_ends_are_those_of_unipc(tmp_path):
+    trajectories = sample(tmp_path, Teacher())
+    noise = draw_noise(SHAPE, sample_generators([0, 1, 2], 3))
+    seen = {1.0: noise}
+    end = sample_unipc(
+        Teacher()(CAPTIONS), noise, GRID, lambda i, t, sigma, x: seen.update({sigma: x})
+    )
+    for step, level in enumerate(LEVELS):
+        states, ends, captions = trajectories.batch([2, 0, 1], torch.full((3,), step))
+        (expected,) = (x for sigma, x in seen.items() if abs(sigma - level) < 1e-6)
+        torch.testing.assert_close(states, expected[[2, 0, 1]], rtol=1e-3, atol=1e-3)  # float16
+        torch.testing.assert_close(ends, end[[2, 0, 1]], rtol=1e-3, atol=1e-3)
+        assert captions == ["blue", "red", "green"]
+
+
+def test_only_what_is_missing_is_sampled(tmp_path):
+    first, more, other = Teacher(), Teacher(), Teacher()
+    sample(tmp_path, first)
+    sample(tmp_path, more, [*CAPTIONS, "cyan"])
+    sample(tmp_path, other, identity=("b",))
+    assert (first.asked, more.asked, other.asked) == ([CAPTIONS], [["cyan"]], [CAPTIONS])
+
+
+def test_a_run_waits_for_another_that_samples_in_its_folder(tmp_path, capsys):
+    teacher = Teacher()
+    thread = threading.Thread(target=sample, args=(tmp_path, teacher))
+    with only_writer(tmp_path, ".trajectories.lock"):
+        with (
+            pytest.raises(WanError, match="another process"),
+            only_writer(tmp_path, ".trajectories.lock"),
+        ):
+            pass
+        thread.start()
+        time.sleep(0.3)
+        assert teacher.asked == []
+    thread.join(timeout=30)
+    assert teacher.asked == [CAPTIONS]
+    assert "waiting" in capsys.readouterr().err
