@@ -200,7 +200,7 @@ def test_clips_are_of_the_weights_that_were_there_when_they_were_begun(
     tmp_path, models, made, monkeypatch
 ):
     """A model that is replaced meanwhile gets clips of its own."""
-    copy = Path(shutil.copytree(models / "teacher", tmp_path / "model"))
+    copy = Path(shutil.copytree(models / "teacher", tmp_path / "copy"))
     weights = next((copy / "transformer").glob("*.safetensors"))
     few = {"single": CaptionSetConfig(2), "pair": CaptionSetConfig(2, num_objects=2)}
     config = ceilings(
