@@ -126,15 +126,16 @@ class CaptionSet:
         Raises:
             WanError: they were made elsewhere; one record would hold clips of two machines.
         """
-        before = {name: record[name] for name in here(self.question)}
-        if before != here(self.question):
-            was, now = (
+        now = here(self.question)
+        before = {name: record[name] for name in now}
+        if before != now:
+            there, these = (
                 ", ".join(f"{name} {value}" for name, value in place.items())
-                for place in (before, here(self.question))
+                for place in (before, now)
             )
             raise WanError(
-                f"{self.file}: the {len(record['clips'])} clips there were made with {was}, these "
-                f"would be with {now}; go on as before, or choose another output_dir="
+                f"{self.file}: the {len(record['clips'])} clips there were made with {there}, "
+                f"these would be with {these}; go on as before, or choose another output_dir="
             )
         return read_results(self.file, self.first(record["config"]["num_captions"])[1])
 

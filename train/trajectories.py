@@ -108,8 +108,9 @@ def sample_trajectories(
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(only_writer(folder, f".{NAME}.lock", wait=True))
                 store = open_to_extend(folder, NAME, verify=True)
-        is_missing = [i for i, key in enumerate(keys) if world.is_main and key not in store]
-        missing = world.first(is_missing)
+        missing = world.first(
+            [i for i, key in enumerate(keys) if world.is_main and key not in store]
+        )
         bar = tqdm(total=len(keys), desc="trajectories", disable=not world.is_main)
         bar.update(len(keys) - len(missing))
         at_once = chunk * world.data_size
