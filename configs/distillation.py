@@ -17,7 +17,7 @@ from configs.training import CHECKPOINT_BLOCKS, LoopConfig, LoRAConfig
 from wan.attention_config import AttentionConfig
 from wan.errors import WanError
 
-EXITS = ("stratified", "random", "shared")
+EXITS = ("stratified", "late", "random", "shared")
 GAN_HOSTS = ("critic", "teacher")
 EXPORTS = ("last", "best")
 
@@ -30,7 +30,9 @@ class StudentConfig:
     warp: bool = option(False, "read timesteps as positions in the shifted table (750 -> 937.5)")
     table_shift: float = option(8.0, "shift of the table in which sigmas are looked up")
     deterministic: bool = option(False, "between steps put back predicted noise, not fresh noise")
-    exits: str = option("stratified", "which step has the gradient: stratified, random, shared")
+    exits: str = option(
+        "stratified", "how the step with the gradient is drawn: stratified, late, random, shared"
+    )
     start: str | None = option(None, "folder of a student to start from; null: the teacher")
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 

@@ -460,7 +460,7 @@ RUNS = {
     "gan": ADVERSARIAL,
     "gan of the teacher": ADVERSARIAL | {"gan": GANConfig(0.5, 0.5, host="teacher")},
     "lora": {
-        "student": StudentConfig(lora=LoRAConfig(rank=2)),
+        "student": StudentConfig(exits="shared", lora=LoRAConfig(rank=2)),
         "scores": replace(BOTH, critic_lora=LoRAConfig(rank=2)),
         "regression": RegressionConfig(weight=0.5, num_pairs=5, steps=4),
         "loop": SHORT,

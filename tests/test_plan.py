@@ -22,7 +22,7 @@ from wan.errors import WanError
 from wan.recompute import CHECKPOINT_BLOCKS
 
 FULL_5B = DiTConfig()
-CANONICAL = PlanRequest(FULL_5B, latent_size=(31, 44, 80))  # 121 frames of 704x1280
+CANONICAL = PlanRequest(FULL_5B, latent_size=(31, 44, 80), exits="shared")  # 121 frames of 704x1280
 
 
 def test_an_iteration_of_the_5b_takes_what_is_known_of_it():
@@ -41,6 +41,11 @@ def test_an_iterations_forwards_are_those_of_the_chain():
     assert flops["teacher forward"] == one
     assert iteration_flops(replace(request, guidance=True))["teacher forward"] == 2 * one
     assert iteration_flops(replace(request, steps=1))["student forward (chain)"] == one
+    # Of several processes one waits for the other, unless all exit together.
+    apart = iteration_flops(replace(request, exits="random"))
+    assert apart["student forward (chain)"] == 5 * one
+    alone = iteration_flops(replace(request, exits="random", num_gpus=1))
+    assert alone["student forward (chain)"] == 3 * one
 
 
 def test_regression_adds_a_forward_and_backward_and_trajectories_before():

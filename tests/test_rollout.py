@@ -8,6 +8,7 @@ from train.rollout import (
     Condition,
     draw_exits,
     guided_velocity,
+    mean_forwards,
     predict_velocity,
     predict_x0,
     roll_out,
@@ -90,7 +91,7 @@ def test_a_batch_with_mixed_exits_gives_what_each_sample_gives_alone():
     exits = torch.tensor([2, 0, 1, 0])
     with torch.no_grad():
         together = roll_out(dit, given, SCHEDULE, exits, noise)
-        aligned = roll_out(dit, given, SCHEDULE, exits, noise, whole_batch=True)
+        aligned = roll_out(dit, given, SCHEDULE, exits, noise, for_all=2)
         for row in range(4):
             one = torch.tensor([row])
             alone = roll_out(dit, given.select(one), SCHEDULE, exits[one], [n[one] for n in noise])
@@ -171,4 +172,13 @@ def test_exits_are_uniform_and_a_stratified_batch_is_even():
         shares = torch.bincount(drawn.flatten(), minlength=3) / drawn.numel()
         assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=0.03)
     assert torch.bincount(draw_exits(9, 3, "stratified", generator)).tolist() == [3, 3, 3]
+    assert torch.bincount(draw_exits(12, 3, "late", generator)).tolist() == [2, 4, 6]
     assert len(set(draw_exits(50, 4, "shared", generator).tolist())) == 1
+
+
+@pytest.mark.parametrize("how", ["stratified", "late", "shared"])
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_forwards_up_to_an_exit_are_counted_as_drawn(how, steps):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([draw_exits(10, steps, how, generator) for _ in range(2000)]) + 1
+    assert drawn.float().mean() == pytest.approx(mean_forwards(steps, how), rel=0.02)

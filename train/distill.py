@@ -211,6 +211,7 @@ def plan_request(config: DistillConfig) -> PlanRequest:
         student_density=student,
         score_density=scores,
         steps=len(config.student.timesteps),
+        exits=config.student.exits,
         critic_ratio=config.scores.critic_ratio,
         guidance=config.scores.guidance_scale != 1,
         matching=bool(config.dmd_weight),

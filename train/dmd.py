@@ -230,7 +230,7 @@ class Distillation:
         config = self.config
         count = len(self.trajectories.captions)
         rows = torch.randint(count, (config.batch_size,), generator=generator)[self.rows]
-        exits = self.exits(generator)
+        exits = self.exits("stratified", generator)[self.rows]
         x, target, captions = self.trajectories.batch(rows.tolist(), exits)
         condition = Condition(*self.texts(captions))
         sigma = self.schedule.sigmas[exits].to(self.device)
@@ -290,20 +290,21 @@ class Distillation:
 
     def sample_student(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples of the student (B, C, T, H, W) and the step each left the chain at (B,)."""
-        exits = self.exits(generator)
+        student = self.config.student
+        exits = self.exits(student.exits, generator)
+        for_all = int(exits.max()) if self.world.size > 1 else 0
+        exits = exits[self.rows]
         noises = [self.noise(batch.shape, generator) for _ in range(len(self.schedule))]
-        deterministic, sharded = self.config.student.deterministic, self.world.size > 1
+        chain = (self.schedule, exits, noises, student.deterministic, for_all)
         with self.autocast():
-            x0 = roll_out(
-                self.student, batch.condition, self.schedule, exits, noises, deterministic, sharded
-            )
+            x0 = roll_out(self.student, batch.condition, *chain)
         return x0, exits
 
     # Randomness is drawn for the whole batch: a process takes its own rows of it.
 
-    def exits(self, generator: torch.Generator) -> Tensor:
-        config, steps = self.config, len(self.schedule)
-        return draw_exits(config.batch_size, steps, config.student.exits, generator)[self.rows]
+    def exits(self, how: str, generator: torch.Generator) -> Tensor:
+        """Of the whole batch."""
+        return draw_exits(self.config.batch_size, len(self.schedule), how, generator)
 
     def score_levels(self, generator: torch.Generator) -> Tensor:
         scores, batch = self.config.scores, self.config.batch_size

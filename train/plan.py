@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from train.rollout import mean_forwards
 from wan.costs import count_parameters, kept_by_block, kept_outside, network_work
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
@@ -32,7 +33,8 @@ class PlanRequest:
         student_rank, critic_rank: of LoRAs; 0 trains all weights.
         student_density, score_density: share of full self-attention's scores that the student, and
             teacher and critic, compute.
-        steps: of the student; the one with the gradient is drawn evenly.
+        steps: of the student.
+        exits: how the one with the gradient is drawn, see `train.rollout.draw_exits`.
         critic_ratio: critic updates per student update. An iteration is one critic update.
         matching: whether the scores teach the student; if not, an iteration is a student update by
             regression.
@@ -54,6 +56,7 @@ class PlanRequest:
     student_density: float = 1.0
     score_density: float = 1.0
     steps: int = 3
+    exits: str = "stratified"
     critic_ratio: int = 5
     guidance: bool = True
     matching: bool = True
@@ -123,19 +126,21 @@ def iteration_flops(request: PlanRequest) -> dict[str, float]:
     """FLOPs per clip of one iteration: a critic update, and its share of a student update.
 
     Source of the counts: `train.dmd.Distillation`, without its adversarial term, what it samples
-    to show, and saving. An exit drawn evenly from K steps takes (K + 1) / 2 forwards; regression
-    starts from a stored state.
+    to show, and saving. Several GPUs run the chain as far as any of their samples goes: to the end,
+    unless all exit together. Regression starts from a stored state.
     """
     sizes = (request.dit, request.num_tokens, request.text_rows)
     recompute, scores = request.checkpoint_blocks, request.score_density
     student = network_work(*sizes, request.student_rank, recompute, density=request.student_density)
     critic = network_work(*sizes, request.critic_rank, recompute, density=scores)
     teacher = network_work(*sizes, density=scores)
-    exits, matching = (request.steps + 1) / 2, request.matching
+    matching = request.matching
+    together = request.num_gpus == 1 or request.exits == "shared"
+    chain = mean_forwards(request.steps, request.exits) if together else request.steps
     share = 1 / request.critic_ratio if matching else 1.0
     terms = matching + bool(request.num_pairs)
     return {
-        "student forward (chain)": student.forward * (exits + share * (exits - 1)) * matching,
+        "student forward (chain)": student.forward * (chain + share * (chain - 1)) * matching,
         "student forward (with gradient)": student.forward * share * terms,
         "student backward": student.backward * share * terms,
         "student recomputed": student.recompute * share * terms,

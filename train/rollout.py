@@ -109,16 +109,25 @@ def draw_exits(batch: int, steps: int, how: str, generator: torch.Generator) -> 
 
     Args:
         how: "stratified" spreads a batch evenly over the steps, the remainder by chance: the
-            expectation of "random" with less variance; "random" draws each sample's; "shared" draws
-            one for the whole batch, as DMD2 does.
+            expectation of "random" with less variance; "late" spreads it so that step i of 1 to K
+            gets i shares, and what the critic sees is nearer to what sampling ends with; "random"
+            draws each sample's; "shared" draws one for the whole batch, as DMD2 does.
     """
     if how == "shared":
         return torch.randint(steps, (1,), generator=generator).expand(batch)
     if how == "random":
         return torch.randint(steps, (batch,), generator=generator)
-    rounds = -(-batch // steps)
-    spread = torch.stack([torch.randperm(steps, generator=generator) for _ in range(rounds)])
-    return spread.flatten()[:batch][torch.randperm(batch, generator=generator)]
+    deck = torch.arange(steps)
+    if how == "late":
+        deck = deck.repeat_interleave(deck + 1)
+    rounds = -(-batch // len(deck))
+    shuffled = [deck[torch.randperm(len(deck), generator=generator)] for _ in range(rounds)]
+    return torch.cat(shuffled)[:batch][torch.randperm(batch, generator=generator)]
+
+
+def mean_forwards(steps: int, how: str) -> float:
+    """Forwards that a sample takes on average up to its exit, the last one included."""
+    return (2 * steps + 1) / 3 if how == "late" else (steps + 1) / 2
 
 
 @torch.no_grad()
@@ -129,7 +138,7 @@ def states_at_exits(
     exits: Tensor,
     noises: Sequence[Tensor],
     deterministic: bool = False,
-    whole_batch: bool = False,
+    for_all: int = 0,
 ) -> Tensor:
     """The states (B, C, T, H, W) from which the samples take their last step, as sampling has them.
 
@@ -137,15 +146,14 @@ def states_at_exits(
         exits: (B,), from `draw_exits`.
         noises: K of (B, C, T, H, W): the start, then one per re-noising.
         deterministic: as in `wan.samplers.sample_few_step`.
-        whole_batch: run every step for every sample, needed or not, so that all ranks of a sharded
-            network run equally many forwards.
+        for_all: run so many steps for every sample, needed or not: all ranks of a sharded network
+            must run equally many forwards.
     """
     sigmas, timesteps = schedule.sigmas.tolist(), schedule.timesteps.tolist()
     x = noises[0].clone()
-    last = len(schedule) - 1 if whole_batch else int(exits.max())
-    for i in range(last):
+    for i in range(max(for_all, int(exits.max()))):
         going_on = exits.to(x.device) > i
-        chosen = torch.ones_like(going_on) if whole_batch else going_on
+        chosen = torch.ones_like(going_on) if for_all else going_on
         part, of = x[chosen], condition.select(chosen)
         timestep = torch.full((len(part),), timesteps[i], device=x.device)
         velocity = predict_velocity(student, part, timestep, of)
@@ -162,13 +170,13 @@ def roll_out(
     exits: Tensor,
     noises: Sequence[Tensor],
     deterministic: bool = False,
-    whole_batch: bool = False,
+    for_all: int = 0,
 ) -> Tensor:
     """The student's samples x0, (B, C, T, H, W) float32; arguments as for `states_at_exits`.
 
     Under `torch.no_grad` nothing carries gradient, otherwise the last step of each sample does.
     """
-    x = states_at_exits(student, condition, schedule, exits, noises, deterministic, whole_batch)
+    x = states_at_exits(student, condition, schedule, exits, noises, deterministic, for_all)
     exits = exits.to(schedule.sigmas.device)
     velocity = predict_velocity(student, x, schedule.timesteps[exits].to(x.device), condition)
     x0 = x0_from_velocity(x, velocity, schedule.sigmas[exits].to(x.device))
