@@ -151,7 +151,7 @@ def states_at_exits(
     """
     sigmas, timesteps = schedule.sigmas.tolist(), schedule.timesteps.tolist()
     x = noises[0].clone()
-    for i in range(max(for_all, int(exits.max()))):
+    for i in range(for_all or int(exits.max())):
         going_on = exits.to(x.device) > i
         chosen = torch.ones_like(going_on) if for_all else going_on
         part, of = x[chosen], condition.select(chosen)
