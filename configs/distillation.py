@@ -33,6 +33,9 @@ class StudentConfig:
     exits: str = option(
         "stratified", "how the step with the gradient is drawn: stratified, late, random, shared"
     )
+    truncate_gradient: bool = option(
+        True, "through a sample's last step only; false: through all of its steps, and their memory"
+    )
     start: str | None = option(None, "folder of a student to start from; null: the teacher")
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 

@@ -459,6 +459,10 @@ RUNS = {
     "plain": {"loop": PLAIN},
     "gan": ADVERSARIAL,
     "gan of the teacher": ADVERSARIAL | {"gan": GANConfig(0.5, 0.5, host="teacher")},
+    "whole chain": {
+        "student": StudentConfig(exits="random", truncate_gradient=False),
+        "loop": PLAIN,
+    },
     "lora": {
         "student": StudentConfig(exits="shared", lora=LoRAConfig(rank=2)),
         "scores": replace(BOTH, critic_lora=LoRAConfig(rank=2)),
@@ -474,6 +478,8 @@ IN_TWO = {
     "gan, sequence": ("gan", ParallelConfig(sequence=2)),
     "gan of the teacher, sequence": ("gan of the teacher", ParallelConfig(sequence=2)),
     "lora": ("lora", ParallelConfig()),
+    "whole chain": ("whole chain", ParallelConfig()),
+    "whole chain, sequence": ("whole chain", ParallelConfig(sequence=2)),
     "one, then two": ("plain", ParallelConfig()),
     "two, then two": ("plain", ParallelConfig()),
 }

@@ -1,5 +1,6 @@
 """The plan of a distillation run: the 5B's facts, what shards and shares save, refusals."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from train.plan import (
     plan,
     remedies,
 )
+from train.rollout import mean_forwards
 from wan.costs import network_work
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
@@ -46,6 +48,24 @@ def test_an_iterations_forwards_are_those_of_the_chain():
     assert apart["student forward (chain)"] == 5 * one
     alone = iteration_flops(replace(request, exits="random", num_gpus=1))
     assert alone["student forward (chain)"] == 3 * one
+
+
+def test_a_gradient_through_all_steps_costs_them_all():
+    truncated = replace(CANONICAL, critic_ratio=1, num_pairs=9, trajectory_steps=4, exits="late")
+    truncated = replace(truncated, num_gpus=1, batch_size=2, gpu_memory=400e9)
+    whole = replace(truncated, truncate_gradient=False)
+    one = network_work(FULL_5B, 27280, 512, checkpoint_blocks="full")
+    flops = iteration_flops(whole)
+    chain = mean_forwards(3, "late")
+    assert flops["student forward (chain)"] == chain * one.forward  # the critic's clips
+    assert flops["student forward (with gradient)"] == (chain + 1) * one.forward  # 1: regression
+    assert flops["student backward"] == (chain + 1) * one.backward
+    kept = plan(truncated).memory["student"].activations
+    assert plan(whole).memory["student"].activations == 3 * kept
+    assert plan(whole).memory["critic"] == plan(truncated).memory["critic"]
+    tight = replace(whole, gpu_memory=1.2e9 * math.floor(plan(truncated).peak / 1e9))
+    with pytest.raises(WanError, match=r"fit: student.truncate_gradient=true \("):
+        plan(tight)
 
 
 def test_regression_adds_a_forward_and_backward_and_trajectories_before():
@@ -148,8 +168,9 @@ def test_a_plan_that_cannot_fit_is_refused_with_plans_that_do(change):
         changed = {}
         for word in way.rpartition(" (")[0].split():
             name, _, value = word.partition("=")
+            spelt = {"null": None, "true": True}
             changed[names.get(name, name)] = (
-                int(value) if value.isdigit() else None if value == "null" else value
+                int(value) if value.isdigit() else spelt.get(value, value)
             )
         assert plan(replace(request, **changed)).fits
 

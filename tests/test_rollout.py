@@ -123,6 +123,37 @@ def test_exactly_one_forward_carries_gradient(exit_step):
     assert x0.requires_grad
 
 
+@pytest.mark.parametrize("for_all", [0, 2])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_untruncated_the_gradient_is_that_of_the_whole_chain(deterministic, for_all):
+    dit, given, noise = tiny_dit(), condition(3), noises(3)
+    exits = torch.tensor([2, 0, 1])
+
+    def gradients(truncate: bool) -> list[Tensor]:
+        dit.zero_grad()
+        chain = (SCHEDULE, exits, noise, deterministic, for_all)
+        roll_out(dit, given, *chain, truncate_gradient=truncate).square().sum().backward()
+        return [p.grad.clone() for p in dit.parameters()]
+
+    through_all = gradients(truncate=False)
+    dit.zero_grad()
+    for row, exit_step in enumerate(exits.tolist()):  # each sample by itself, step after step
+        one = torch.tensor([row])
+        x = noise[0][one]
+        for i in range(exit_step + 1):
+            sigma, timestep = float(SCHEDULE.sigmas[i]), SCHEDULE.timesteps[i : i + 1]
+            velocity = predict_velocity(dit, x, timestep, given.select(one))
+            x0 = x - sigma * velocity
+            fresh = x + (1 - sigma) * velocity if deterministic else noise[(i + 1) % 3][one]
+            following = float(SCHEDULE.sigmas[i + 1])
+            x = (1 - following) * x0 + following * fresh
+        x0.square().sum().backward()
+    for seen, parameter in zip(through_all, dit.parameters(), strict=True):
+        torch.testing.assert_close(seen, parameter.grad, rtol=1e-4, atol=1e-4)
+    truncated = gradients(truncate=True)  # no first two steps of sample 0, no first of sample 2
+    assert max((a - b).abs().max() for a, b in zip(through_all, truncated, strict=True)) > 0.1
+
+
 def test_a_given_first_frame_stays_and_is_seen_at_timestep_zero():
     dit, given = tiny_dit(), condition(2, first_frame=True)
     x0 = roll_out(dit, given, SCHEDULE, torch.tensor([2, 1]), noises(2))

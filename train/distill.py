@@ -212,6 +212,7 @@ def plan_request(config: DistillConfig) -> PlanRequest:
         score_density=scores,
         steps=len(config.student.timesteps),
         exits=config.student.exits,
+        truncate_gradient=config.student.truncate_gradient,
         critic_ratio=config.scores.critic_ratio,
         guidance=config.scores.guidance_scale != 1,
         matching=bool(config.dmd_weight),

@@ -297,7 +297,7 @@ class Distillation:
         noises = [self.noise(batch.shape, generator) for _ in range(len(self.schedule))]
         chain = (self.schedule, exits, noises, student.deterministic, for_all)
         with self.autocast():
-            x0 = roll_out(self.student, batch.condition, *chain)
+            x0 = roll_out(self.student, batch.condition, *chain, student.truncate_gradient)
         return x0, exits
 
     # Randomness is drawn for the whole batch: a process takes its own rows of it.

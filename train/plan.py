@@ -35,6 +35,7 @@ class PlanRequest:
             teacher and critic, compute.
         steps: of the student.
         exits: how the one with the gradient is drawn, see `train.rollout.draw_exits`.
+        truncate_gradient: whether it runs through a sample's last step only, or through all.
         critic_ratio: critic updates per student update. An iteration is one critic update.
         matching: whether the scores teach the student; if not, an iteration is a student update by
             regression.
@@ -57,6 +58,7 @@ class PlanRequest:
     score_density: float = 1.0
     steps: int = 3
     exits: str = "stratified"
+    truncate_gradient: bool = True
     critic_ratio: int = 5
     guidance: bool = True
     matching: bool = True
@@ -115,6 +117,15 @@ class PlanRequest:
         return self.shard * self.sequence
 
     @property
+    def chain(self) -> float:
+        """Forwards of a sample up to its exit, on average.
+
+        Several GPUs run as far as any of their samples goes: to the end, unless all exit together.
+        """
+        together = self.num_gpus == 1 or self.exits == "shared"
+        return mean_forwards(self.steps, self.exits) if together else self.steps
+
+    @property
     def num_tokens(self) -> int:
         return math.prod(self.dit.token_grid(self.latent_size))
 
@@ -126,8 +137,7 @@ def iteration_flops(request: PlanRequest) -> dict[str, float]:
     """FLOPs per clip of one iteration: a critic update, and its share of a student update.
 
     Source of the counts: `train.dmd.Distillation`, without its adversarial term, what it samples
-    to show, and saving. Several GPUs run the chain as far as any of their samples goes: to the end,
-    unless all exit together. Regression starts from a stored state.
+    to show, and saving. Regression starts from a stored state.
     """
     sizes = (request.dit, request.num_tokens, request.text_rows)
     recompute, scores = request.checkpoint_blocks, request.score_density
@@ -135,12 +145,12 @@ def iteration_flops(request: PlanRequest) -> dict[str, float]:
     critic = network_work(*sizes, request.critic_rank, recompute, density=scores)
     teacher = network_work(*sizes, density=scores)
     matching = request.matching
-    together = request.num_gpus == 1 or request.exits == "shared"
-    chain = mean_forwards(request.steps, request.exits) if together else request.steps
+    chain = request.chain
+    through = 1 if request.truncate_gradient else chain
     share = 1 / request.critic_ratio if matching else 1.0
-    terms = matching + bool(request.num_pairs)
+    terms = matching * through + bool(request.num_pairs)
     return {
-        "student forward (chain)": student.forward * (chain + share * (chain - 1)) * matching,
+        "student forward (chain)": student.forward * (chain + share * (chain - through)) * matching,
         "student forward (with gradient)": student.forward * share * terms,
         "student backward": student.backward * share * terms,
         "student recomputed": student.recompute * share * terms,
@@ -161,8 +171,12 @@ def trajectory_flops(request: PlanRequest) -> float:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def activation_bytes(request: PlanRequest, rank: int) -> float:
-    """Bytes that the backward pass of one update needs on one GPU."""
+def activation_bytes(request: PlanRequest, rank: int, forwards: int = 1) -> float:
+    """Bytes that the backward pass of one update needs on one GPU.
+
+    Args:
+        forwards: through how many of them it goes.
+    """
     dit, tokens = request.dit, -(-request.num_tokens // request.sequence)
     c = 2 if request.bfloat16 else 4
     autocast = request.bfloat16 and request.num_gpus == 1
@@ -176,7 +190,7 @@ def activation_bytes(request: PlanRequest, rank: int) -> float:
         "selective": dit.num_layers * (stream + attention) + block,
         "full": dit.num_layers * stream + block,
     }[request.checkpoint_blocks]
-    return (blocks + outside) * request.batch_size / request.num_groups
+    return forwards * (blocks + outside) * request.batch_size / request.num_groups
 
 
 def workspace_bytes(request: PlanRequest) -> float:
@@ -223,17 +237,19 @@ def frozen_bytes(request: PlanRequest) -> int:
     return request.frozen_bytes * (counts.total - counts.float32) + 4 * counts.float32
 
 
-def trained_memory(request: PlanRequest, rank: int, averaged: bool) -> RoleMemory:
-    """AdamW in float32: weight, gradient, two moments and perhaps an average."""
+def trained_memory(request: PlanRequest, rank: int, student: bool) -> RoleMemory:
+    """AdamW in float32: weight, gradient, two moments, and of the student an average."""
     counts = count_parameters(request.dit, rank)
     trained = 4 * (counts.pairs if rank else counts.total) / request.num_shards
     base = frozen_bytes(request) / request.num_shards if rank else 0.0
+    through_all = student and request.matching and not request.truncate_gradient
+    forwards = request.steps if through_all else 1  # as if all samples went to the end
     return RoleMemory(
         weights=base + trained,
         optimizer=2 * trained,
-        average=trained * averaged,
+        average=trained * student,
         gradients=trained,
-        activations=activation_bytes(request, rank),
+        activations=activation_bytes(request, rank, forwards),
     )
 
 
@@ -281,9 +297,9 @@ def estimate(request: PlanRequest) -> Plan:
     """The plan, whether it fits or not."""
     ranks = {"student": request.student_rank, "critic": request.critic_rank}
     memory = {
-        "student": trained_memory(request, ranks["student"], averaged=True),
+        "student": trained_memory(request, ranks["student"], student=True),
         "teacher": RoleMemory(frozen_bytes(request) / request.num_shards),
-        "critic": trained_memory(request, ranks["critic"], averaged=False),
+        "critic": trained_memory(request, ranks["critic"], student=False),
     }
     parameters = {"teacher": (count_parameters(request.dit).total, 0)}
     for role, rank in ranks.items():
@@ -326,6 +342,7 @@ OPTIONS = {
     "shard": "parallel.shard",
     "replicate": "parallel.replicate",
     "sequence": "parallel.sequence",
+    "truncate_gradient": "student.truncate_gradient",
     "num_gpus": "machines.num_gpus",
 }
 
@@ -353,6 +370,7 @@ def changes(request: PlanRequest) -> Iterator[dict[str, Any]]:
     """What a person may change, the harmless first."""
     for mode in RECOMPUTE[RECOMPUTE.index(request.checkpoint_blocks) + 1 :]:
         yield {"checkpoint_blocks": mode}
+    yield {"truncate_gradient": True}
     yield {"shard": None, "replicate": 1}
     yield {"batch_size": request.num_groups}
     for sequence in (2, 4, 8):
@@ -373,7 +391,8 @@ def fitting(request: PlanRequest, change: dict[str, Any]) -> str | None:
     found = estimate(replace(request, **change))
     if not found.fits:
         return None
-    words = " ".join(f"{OPTIONS.get(n, n)}={'null' if v is None else v}" for n, v in change.items())
+    spelt = {"None": "null", "True": "true"}
+    words = " ".join(f"{OPTIONS.get(n, n)}={spelt.get(str(v), v)}" for n, v in change.items())
     return f"{words} ({found.peak / 1e9:.1f} GB)"
 
 

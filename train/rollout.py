@@ -1,9 +1,11 @@
 """What a few-step student makes, with the gradient through one step of its chain.
 
 A student is trained on the states it will meet when it samples: its own (backward simulation,
-DMD2, arXiv:2405.14867, section 4.5). Each sample of a batch leaves the chain at a step of its own;
-only the forward of that step carries gradient, and what it starts from is detached
-(stochastic gradient truncation, Self-Forcing, arXiv:2506.08009, section 3.3).
+DMD2, arXiv:2405.14867, section 4.5). Each sample of a batch leaves the chain at a step of its own.
+Mostly only the forward of that step carries gradient, and what it starts from is detached
+(stochastic gradient truncation, Self-Forcing, arXiv:2506.08009, section 3.3). Where K steps of
+activations fit, the gradient may run through all of them: then a step also learns what serves the
+steps after it.
 
 B batch, C channels, T H W latent sizes, K steps of the student.
 """
@@ -130,7 +132,6 @@ def mean_forwards(steps: int, how: str) -> float:
     return (2 * steps + 1) / 3 if how == "late" else (steps + 1) / 2
 
 
-@torch.no_grad()
 def states_at_exits(
     student: nn.Module,
     condition: Condition,
@@ -150,7 +151,7 @@ def states_at_exits(
             must run equally many forwards.
     """
     sigmas, timesteps = schedule.sigmas.tolist(), schedule.timesteps.tolist()
-    x = noises[0].clone()
+    x = noises[0]
     for i in range(for_all or int(exits.max())):
         going_on = exits.to(x.device) > i
         chosen = torch.ones_like(going_on) if for_all else going_on
@@ -158,8 +159,10 @@ def states_at_exits(
         timestep = torch.full((len(part),), timesteps[i], device=x.device)
         velocity = predict_velocity(student, part, timestep, of)
         noise = None if deterministic else noises[i + 1][chosen]
-        moved = few_step(part, velocity, sigmas[i], sigmas[i + 1], noise)
-        x[going_on] = moved[going_on[chosen]]
+        moved = x.clone()
+        moved[chosen] = few_step(part, velocity, sigmas[i], sigmas[i + 1], noise)
+        # Samples that have left stay, and where ranks run for all, pass zeros back through the step
+        x = torch.where(going_on[:, None, None, None, None], moved, x)
     return x
 
 
@@ -171,12 +174,16 @@ def roll_out(
     noises: Sequence[Tensor],
     deterministic: bool = False,
     for_all: int = 0,
+    truncate_gradient: bool = True,
 ) -> Tensor:
-    """The student's samples x0, (B, C, T, H, W) float32; arguments as for `states_at_exits`.
+    """The student's samples x0, (B, C, T, H, W) float32; other arguments as for `states_at_exits`.
 
-    Under `torch.no_grad` nothing carries gradient, otherwise the last step of each sample does.
+    Args:
+        truncate_gradient: only the last step of each sample carries gradient; if not, all of its
+            steps do. Under `torch.no_grad` none does.
     """
-    x = states_at_exits(student, condition, schedule, exits, noises, deterministic, for_all)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not truncate_gradient):
+        x = states_at_exits(student, condition, schedule, exits, noises, deterministic, for_all)
     exits = exits.to(schedule.sigmas.device)
     velocity = predict_velocity(student, x, schedule.timesteps[exits].to(x.device), condition)
     x0 = x0_from_velocity(x, velocity, schedule.sigmas[exits].to(x.device))
