@@ -27,11 +27,13 @@ class StudentConfig:
     """What the student is to be."""
 
     timesteps: list[float] = option([1000, 757, 522], "its steps, falling, 1000 = pure noise")
-    warp: bool = option(False, "read timesteps as positions in the shifted table (750 -> 937.5)")
-    table_shift: float = option(8.0, "shift of the table in which sigmas are looked up")
+    warp: bool = option(False, "read timesteps as positions in the shifted table")
+    table_shift: float = option(
+        8.0, "shift of the table that gives sigmas, and warped steps (at shift 5, 750 -> 937.5)"
+    )
     deterministic: bool = option(False, "between steps put back predicted noise, not fresh noise")
     exits: str = option(
-        "stratified", "how the step with the gradient is drawn: stratified, late, random, shared"
+        "stratified", "how each sample's last step is drawn: stratified, late, random, shared"
     )
     truncate_gradient: bool = option(
         True, "through a sample's last step only; false: through all of its steps, and their memory"

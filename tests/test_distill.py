@@ -215,10 +215,30 @@ def test_the_discriminator_learns_and_the_student_sees_it(tmp_path, teacher, mon
     values = run.update_critic(state, torch.Generator().manual_seed(0))
     assert changed(before, run.discriminator)
     assert values["gan_critic"] > 0
-    with_term, _ = run.matching_loss(0, torch.Generator().manual_seed(0))
+
+    def loss(dmd_weight: float) -> float:
+        run.config = replace(run.config, dmd_weight=dmd_weight)
+        return float(run.matching_loss(0, torch.Generator().manual_seed(0))[0].detach())
+
+    whole, half = loss(1.0), loss(0.5)
     run.discriminator = None
-    without, _ = run.matching_loss(0, torch.Generator().manual_seed(0))
-    assert with_term > without
+    assert whole > loss(1.0) > 0
+    assert half - loss(0.5) == pytest.approx(whole - loss(1.0))  # dmd_weight is of DMD alone
+
+
+def test_regression_asks_at_the_times_at_which_the_student_samples(tmp_path, teacher, monkeypatch):
+    config = settings(
+        tmp_path,
+        teacher,
+        student=StudentConfig([1000, 757, 522]),
+        regression=RegressionConfig(weight=1.0, num_pairs=4, steps=4),
+        batch_size=3,
+    )
+    run, _ = fresh_run(config, monkeypatch)
+    asked: set[float] = set()
+    run.student.register_forward_pre_hook(lambda module, inputs: asked.update(inputs[1].tolist()))
+    run.regression_loss(0, torch.Generator().manual_seed(0))
+    assert asked == {1000.0, 757.0, 522.0}
 
 
 def test_regression_alone_needs_no_critic_and_learns(tmp_path, teacher):

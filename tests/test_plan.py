@@ -10,15 +10,17 @@ from train.plan import (
     OPTIONS,
     RECOMPUTE,
     PlanRequest,
+    RoleMemory,
     activation_bytes,
     estimate,
     format_plan,
     iteration_flops,
     plan,
     remedies,
+    trajectory_flops,
 )
 from train.rollout import mean_forwards
-from wan.costs import network_work
+from wan.costs import kept_by_block, network_work
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.recompute import CHECKPOINT_BLOCKS
@@ -48,6 +50,8 @@ def test_an_iterations_forwards_are_those_of_the_chain():
     assert apart["student forward (chain)"] == 5 * one
     alone = iteration_flops(replace(request, exits="random", num_gpus=1))
     assert alone["student forward (chain)"] == 3 * one
+    split = iteration_flops(replace(request, exits="random", sequence=8, batch_size=1))
+    assert split["student forward (chain)"] == 3 * one
 
 
 def test_a_gradient_through_all_steps_costs_them_all():
@@ -60,11 +64,17 @@ def test_a_gradient_through_all_steps_costs_them_all():
     assert flops["student forward (chain)"] == chain * one.forward  # the critic's clips
     assert flops["student forward (with gradient)"] == (chain + 1) * one.forward  # 1: regression
     assert flops["student backward"] == (chain + 1) * one.backward
-    kept = plan(truncated).memory["student"].activations
-    assert plan(whole).memory["student"].activations == 3 * kept
+    for mode, again in (("none", 0), ("full", 2)):  # three recomputed blocks are one at a time
+        one_step = replace(truncated, checkpoint_blocks=mode)
+        three = replace(whole, checkpoint_blocks=mode)
+        block = kept_by_block(FULL_5B, 27280, 512, autocast=True, compute_bytes=2)
+        kept = activation_bytes(one_step, 0)
+        assert estimate(three).memory["student"].activations == 3 * kept - again * 2 * block
+        copies = 3 if mode == "none" else 1
+        assert estimate(three).gathered == copies * estimate(one_step).gathered
     assert plan(whole).memory["critic"] == plan(truncated).memory["critic"]
     tight = replace(whole, gpu_memory=1.2e9 * math.floor(plan(truncated).peak / 1e9))
-    with pytest.raises(WanError, match=r"fit: student.truncate_gradient=true \("):
+    with pytest.raises(WanError, match=r"; student.truncate_gradient=true \("):
         plan(tight)
 
 
@@ -95,6 +105,24 @@ def test_regression_alone_needs_neither_chain_nor_scores():
         "student backward": one.backward,
         "student recomputed": one.recompute,
     }
+
+
+def test_in_regression_alone_the_critic_only_lies_there():
+    both = estimate(replace(CANONICAL, num_pairs=100, trajectory_steps=16))
+    alone = estimate(replace(both.request, matching=False))
+    assert alone.memory["critic"] == RoleMemory(both.memory["critic"].weights)
+    assert alone.memory["student"] == both.memory["student"]
+
+
+def test_trajectories_are_guided_as_they_will_be():
+    guided = replace(CANONICAL, num_pairs=100, trajectory_steps=16, guidance=False)
+    plain = replace(guided, trajectory_guidance=False)
+    assert trajectory_flops(guided) == 2 * trajectory_flops(plain) > 0
+
+
+def test_an_adversarial_term_is_said_not_to_be_counted():
+    assert "not counted" in format_plan(estimate(replace(CANONICAL, adversarial=True)))
+    assert "not counted" not in format_plan(estimate(CANONICAL))
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -154,6 +182,7 @@ def test_a_plan_that_fits_is_shown_in_full():
         {"num_gpus": 16, "batch_size": 16, "checkpoint_blocks": "none"},
         {"num_gpus": 16, "batch_size": 64},
         {"num_gpus": 8, "gpu_memory": 24e9},
+        {"num_gpus": 1, "batch_size": 1, "gpu_memory": 200e9, "truncate_gradient": False},
     ],
 )
 def test_a_plan_that_cannot_fit_is_refused_with_plans_that_do(change):

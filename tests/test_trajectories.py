@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from train.store import only_writer
-from train.trajectories import grid_through, sample_trajectories
+from train.trajectories import NOISE_SEED, grid_through, sample_trajectories
 from wan.errors import WanError
 from wan.noise import draw_noise, sample_generators
 from wan.samplers import sample_unipc
-from wan.schedule import few_step_schedule
+from wan.schedule import few_step_schedule, shift_sigmas
 
 SHAPE, CAPTIONS = (2, 1, 2, 2), ["red", "green", "blue"]
 LEVELS = few_step_schedule([1000, 757, 522]).sigmas[:-1].tolist()
@@ -42,9 +42,18 @@ def test_a_grid_visits_every_level():
         assert all((sigmas - level).abs().min() < 1e-7 for level in LEVELS)
 
 
+def test_a_grid_keeps_the_pace_of_its_shift():
+    for steps, shift in ((16, 3.0), (24, 5.0), (24, 1.0), (50, 8.0)):
+        sigmas = grid_through(LEVELS, steps, shift).sigmas
+        pace = steps * shift_sigmas(sigmas, 1 / shift).diff().abs()  # in steps of the plain grid
+        assert pace.min() >= 0.5
+        assert pace.max() <= 1.51
+        assert len(sigmas) == steps + 1
+
+
 def test_states_and_ends_are_those_of_unipc(tmp_path):
     trajectories = sample(tmp_path, Teacher())
-    noise = draw_noise(SHAPE, sample_generators([0, 1, 2], 3))
+    noise = draw_noise(SHAPE, sample_generators([NOISE_SEED + i for i in range(3)], 3))
     seen = {1.0: noise}
     end = sample_unipc(
         Teacher()(CAPTIONS), noise, GRID, lambda i, t, sigma, x: seen.update({sigma: x})

@@ -218,6 +218,8 @@ def plan_request(config: DistillConfig) -> PlanRequest:
         matching=bool(config.dmd_weight),
         num_pairs=config.regression.num_pairs if config.regression.weight else 0,
         trajectory_steps=config.regression.steps,
+        trajectory_guidance=regression_guidance(config) != 1,
+        adversarial=bool(config.gan.weight),
         batch_size=config.batch_size,
         bfloat16=config.bfloat16,
         checkpoint_blocks=config.checkpoint_blocks,
@@ -341,6 +343,11 @@ def teacher_panel(
     return decode(vae, latents)
 
 
+def regression_guidance(config: DistillConfig) -> float:
+    """Of the teacher's trajectories."""
+    return config.regression.guidance_scale or config.scores.guidance_scale
+
+
 def make_trajectories(
     run: Distillation, settings: PipelineConfig, folder: Path, digests: Sequence[str]
 ) -> Trajectories:
@@ -350,7 +357,7 @@ def make_trajectories(
         digests: of the teacher's transformer and of what encodes its captions.
     """
     regression, config = run.config.regression, run.config
-    guidance = regression.guidance_scale or config.scores.guidance_scale
+    guidance = regression_guidance(config)
     shift = regression.shift or settings.shift
     levels = run.schedule.sigmas[:-1].tolist()
     identity = [

@@ -37,6 +37,7 @@ from train.rollout import (
     predict_velocity,
     predict_x0,
     roll_out,
+    x0_at_exits,
 )
 from train.state import TrainState
 from train.trajectories import Trajectories
@@ -155,7 +156,7 @@ class Distillation:
         # One backward pass per term: no two of them hold their activations at once.
         if config.dmd_weight:
             loss, values = self.matching_loss(state.step, generator)
-            total += self.backward(config.dmd_weight * loss)
+            total += self.backward(loss)
         if self.trajectories is not None:
             loss = self.regression_loss(state.step, generator)
             values["regression"] = float(loss.detach())
@@ -182,7 +183,7 @@ class Distillation:
     def matching_loss(
         self, step: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """DMD's loss on fresh samples of the student, the adversarial term added."""
+        """DMD's weighted loss on fresh samples of the student, the adversarial term added."""
         config, scores = self.config, self.config.scores
         batch = self.batch(step, generator)
         condition, null = batch.condition, batch.null
@@ -203,7 +204,7 @@ class Distillation:
                 f"teacher's samples (max_drift={config.max_drift:g}); lower lr or "
                 "scores.guidance_scale"
             )
-        loss = loss_with_gradient(x0, gradient)
+        loss = config.dmd_weight * loss_with_gradient(x0, gradient)
         values = {
             "dmd_gradient": float(gradient.square().mean().sqrt()),
             "dmd_normalizer": float(dmd_normalizer(x0.detach(), x0_teacher, weight).mean()),
@@ -233,9 +234,8 @@ class Distillation:
         exits = self.exits("stratified", generator)[self.rows]
         x, target, captions = self.trajectories.batch(rows.tolist(), exits)
         condition = Condition(*self.texts(captions))
-        sigma = self.schedule.sigmas[exits].to(self.device)
         with self.autocast():
-            x0 = predict_x0(self.student, x.to(self.device), sigma, condition)
+            x0 = x0_at_exits(self.student, x.to(self.device), condition, self.schedule, exits)
         check_finite(step, x0_student=x0)
         return (x0 - target.to(self.device)).square().mean()
 
@@ -450,8 +450,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def student_schedule(config: DistillConfig) -> Schedule:
     student = config.student
-    shift = config.scores.shift if student.warp else student.table_shift
-    return few_step_schedule(student.timesteps, shift, student.warp)
+    return few_step_schedule(student.timesteps, student.table_shift, student.warp)
 
 
 def latent_shape(config: DistillConfig, settings: PipelineConfig) -> tuple[int, int, int, int]:

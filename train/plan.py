@@ -34,12 +34,14 @@ class PlanRequest:
         student_density, score_density: share of full self-attention's scores that the student, and
             teacher and critic, compute.
         steps: of the student.
-        exits: how the one with the gradient is drawn, see `train.rollout.draw_exits`.
+        exits: how each sample's last one is drawn, see `train.rollout.draw_exits`.
         truncate_gradient: whether it runs through a sample's last step only, or through all.
         critic_ratio: critic updates per student update. An iteration is one critic update.
         matching: whether the scores teach the student; if not, an iteration is a student update by
             regression.
-        num_pairs, trajectory_steps: of the teacher's trajectories for a regression; 0 is none.
+        num_pairs, trajectory_steps, trajectory_guidance: of the teacher's trajectories for a
+            regression; 0 pairs is none.
+        adversarial: whether there is an adversarial term, which is not counted.
         batch_size: clips of all GPUs together.
         bfloat16: matrix products in bfloat16; trained weights, AdamW and the average are float32.
         frozen_bytes: per weight of networks that are not trained.
@@ -64,6 +66,8 @@ class PlanRequest:
     matching: bool = True
     num_pairs: int = 0
     trajectory_steps: int = 0
+    trajectory_guidance: bool = True
+    adversarial: bool = False
     batch_size: int = 8
     bfloat16: bool = True
     frozen_bytes: int = 4
@@ -122,8 +126,13 @@ class PlanRequest:
 
         Several GPUs run as far as any of their samples goes: to the end, unless all exit together.
         """
-        together = self.num_gpus == 1 or self.exits == "shared"
+        together = self.num_gpus == 1 or self.exits == "shared" or self.batch_size == 1
         return mean_forwards(self.steps, self.exits) if together else self.steps
+
+    @property
+    def student_forwards(self) -> int:
+        """Through how many the student's backward pass goes, for a sample that stays to the end."""
+        return self.steps if self.matching and not self.truncate_gradient else 1
 
     @property
     def num_tokens(self) -> int:
@@ -165,7 +174,9 @@ def trajectory_flops(request: PlanRequest) -> float:
     """FLOPs of the teacher's trajectories, sampled once before the first iteration."""
     sizes = (request.dit, request.num_tokens, request.text_rows)
     forward = network_work(*sizes, density=request.score_density).forward
-    return forward * (1 + request.guidance) * request.trajectory_steps * request.num_pairs
+    return (
+        forward * (1 + request.trajectory_guidance) * request.trajectory_steps * request.num_pairs
+    )
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -175,7 +186,7 @@ def activation_bytes(request: PlanRequest, rank: int, forwards: int = 1) -> floa
     """Bytes that the backward pass of one update needs on one GPU.
 
     Args:
-        forwards: through how many of them it goes.
+        forwards: through how many of them it goes. A block that is recomputed is there once.
     """
     dit, tokens = request.dit, -(-request.num_tokens // request.sequence)
     c = 2 if request.bfloat16 else 4
@@ -185,12 +196,13 @@ def activation_bytes(request: PlanRequest, rank: int, forwards: int = 1) -> floa
     outside = kept_outside(dit, tokens, request.text_rows, **sizes)
     stream = 4.0 * tokens * dit.width
     attention = tokens * (2 * c * dit.width + 8 * dit.num_attention_heads)
-    blocks = {
-        "none": dit.num_layers * block,
-        "selective": dit.num_layers * (stream + attention) + block,
-        "full": dit.num_layers * stream + block,
+    kept, again = {
+        "none": (block, 0.0),
+        "selective": (stream + attention, block),
+        "full": (stream, block),
     }[request.checkpoint_blocks]
-    return forwards * (blocks + outside) * request.batch_size / request.num_groups
+    clips = request.batch_size / request.num_groups
+    return (forwards * (dit.num_layers * kept + outside) + again) * clips
 
 
 def workspace_bytes(request: PlanRequest) -> float:
@@ -207,8 +219,9 @@ def workspace_bytes(request: PlanRequest) -> float:
 def gathered_bytes(request: PlanRequest) -> float:
     """Weights in the dtype of the products, and gradients on their way, of what is at work."""
     counts, c = count_parameters(request.dit), 2 if request.bfloat16 else 4
-    if request.num_gpus == 1:
-        return float(2 * counts.total) if request.bfloat16 else 0.0  # autocast's copies
+    if request.num_gpus == 1:  # autocast's copies: of a forward, or of each that is kept whole
+        copies = request.student_forwards if request.checkpoint_blocks == "none" else 1
+        return float(copies * 2 * counts.total) if request.bfloat16 else 0.0
     outside = counts.total - request.dit.num_layers * counts.block
     return 2.0 * counts.block * c + counts.block * (c + 4) + outside * 4
 
@@ -242,14 +255,14 @@ def trained_memory(request: PlanRequest, rank: int, student: bool) -> RoleMemory
     counts = count_parameters(request.dit, rank)
     trained = 4 * (counts.pairs if rank else counts.total) / request.num_shards
     base = frozen_bytes(request) / request.num_shards if rank else 0.0
-    through_all = student and request.matching and not request.truncate_gradient
-    forwards = request.steps if through_all else 1  # as if all samples went to the end
+    if not (student or request.matching):
+        return RoleMemory(base + trained)  # it is there, and never moves
     return RoleMemory(
         weights=base + trained,
         optimizer=2 * trained,
         average=trained * student,
         gradients=trained,
-        activations=activation_bytes(request, rank, forwards),
+        activations=activation_bytes(request, rank, request.student_forwards if student else 1),
     )
 
 
@@ -370,7 +383,6 @@ def changes(request: PlanRequest) -> Iterator[dict[str, Any]]:
     """What a person may change, the harmless first."""
     for mode in RECOMPUTE[RECOMPUTE.index(request.checkpoint_blocks) + 1 :]:
         yield {"checkpoint_blocks": mode}
-    yield {"truncate_gradient": True}
     yield {"shard": None, "replicate": 1}
     yield {"batch_size": request.num_groups}
     for sequence in (2, 4, 8):
@@ -379,6 +391,7 @@ def changes(request: PlanRequest) -> Iterator[dict[str, Any]]:
             split = {"sequence": sequence, "shard": None, "replicate": 1, "batch_size": groups}
             if request.dit.num_attention_heads % sequence == 0:
                 yield split
+    yield {"truncate_gradient": True}
     yield {"critic_rank": request.critic_rank or 64}
     yield {"critic_rank": request.critic_rank or 64, "student_rank": request.student_rank or 64}
 
@@ -440,4 +453,6 @@ def format_plan(plan: Plan) -> str:
             f"{plan.trajectory_hours:.3g} h before them for the teacher's {request.num_pairs} "
             "trajectories"
         )
+    if request.adversarial:
+        lines.append("not counted: the adversarial term, in FLOPs or memory")
     return "\n".join(lines)

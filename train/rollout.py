@@ -1,4 +1,4 @@
-"""What a few-step student makes, with the gradient through one step of its chain.
+"""What a few-step student makes, with the gradient through one step of its chain, or all.
 
 A student is trained on the states it will meet when it samples: its own (backward simulation,
 DMD2, arXiv:2405.14867, section 4.5). Each sample of a batch leaves the chain at a step of its own.
@@ -166,6 +166,15 @@ def states_at_exits(
     return x
 
 
+def x0_at_exits(
+    student: nn.Module, x: Tensor, condition: Condition, schedule: Schedule, exits: Tensor
+) -> Tensor:
+    """The clean latents that each sample's own step of the chain sees in its state, float32."""
+    exits = exits.to(schedule.sigmas.device)
+    velocity = predict_velocity(student, x, schedule.timesteps[exits].to(x.device), condition)
+    return condition.impose(x0_from_velocity(x, velocity, schedule.sigmas[exits].to(x.device)))
+
+
 def roll_out(
     student: nn.Module,
     condition: Condition,
@@ -184,7 +193,4 @@ def roll_out(
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not truncate_gradient):
         x = states_at_exits(student, condition, schedule, exits, noises, deterministic, for_all)
-    exits = exits.to(schedule.sigmas.device)
-    velocity = predict_velocity(student, x, schedule.timesteps[exits].to(x.device), condition)
-    x0 = x0_from_velocity(x, velocity, schedule.sigmas[exits].to(x.device))
-    return condition.impose(x0)
+    return x0_at_exits(student, x, condition, schedule, exits)

@@ -20,10 +20,11 @@ from train.parallel import ALONE, World
 from train.store import TensorStore, key_of, only_writer, open_to_extend, open_to_read
 from wan.noise import draw_noise, sample_generators
 from wan.samplers import build_sampler
-from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule
+from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule, shift_sigmas
 
 NAME = "trajectories"
 SAMPLER = "unipc"
+NOISE_SEED = 2_000_000  # of trajectory 0: clips that people and evaluations sample start elsewhere
 PER_FILE = 32  # trajectories, or a few more; a killed run loses at most those of one file
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -52,10 +53,15 @@ class Trajectories:
 def grid_through(levels: Sequence[float], steps: int, shift: float) -> Schedule:
     """A grid of about `steps` steps that visits every one of the levels.
 
-    Grid points nearer to a level than half their distance to the next are moved onto it.
+    Grid points nearer to a level than half a step, before the shift, are moved onto it.
     """
     grid = euler_schedule(steps, shift).sigmas[:-1].tolist()
-    kept = [s for s in grid if all(abs(s - level) > 0.5 / steps for level in levels)]
+    points, fixed = (shift_sigmas(torch.tensor(s), 1 / shift).tolist() for s in (grid, levels))
+    kept = [
+        sigma
+        for sigma, point in zip(grid, points, strict=True)
+        if all(abs(point - other) > 0.5 / steps for other in fixed)
+    ]
     sigmas = torch.tensor([*sorted({*kept, *levels}, reverse=True), 0.0])
     description = f"{len(sigmas) - 1} steps, shift {shift:g}, through the student's levels"
     return Schedule(sigmas[:-1] * NUM_TIMESTEPS, sigmas, description)
@@ -87,12 +93,13 @@ def sample_trajectories(
     """
     grid = schedule.sigmas.tolist()
     keys = [
-        key_of(*identity, SAMPLER, grid, list(levels), list(shape), i, text)
-        for i, text in enumerate(captions)
+        key_of(*identity, SAMPLER, grid, list(levels), list(shape), seed, text)
+        for seed, text in enumerate(captions, NOISE_SEED)
     ]
 
     def sample(rows: list[int]) -> Tensor:
-        x = draw_noise(shape, sample_generators(rows, len(rows))).to(world.device)
+        seeds = [NOISE_SEED + row for row in rows]
+        x = draw_noise(shape, sample_generators(seeds, len(rows))).to(world.device)
         found = [x] * (schedule.sigmas[0].item() in levels)
 
         def keep(i: int, timestep: float, sigma: float, x: Tensor) -> None:
