@@ -158,7 +158,7 @@ class DistillConfig:
 
     output_dir: str = option("runs/distill", "checkpoints, metrics, samples; the student in model/")
     checkpoint: str = option("builtin:miniature-teacher", "the teacher: a folder or a hub id")
-    seed: int = option(0, "captions, noise, noise levels, exits")
+    seed: int = option(0, "noise, noise levels, exits; of captions: data.seed")
     threads: int = option(2, "CPU threads")
     device: str = option("cpu", "auto, cpu, cuda, cuda:N")
     bfloat16: bool = option(True, "matrix products in bfloat16; weights stay float32")

@@ -35,6 +35,7 @@ from infer.evaluate import folder_of, sampling
 from infer.jobs import read_text
 from infer.measure import Result, draw_examples, evaluate, write_json, write_record
 from infer.record import writable_folder
+from infer.request import torch_dtype
 from infer.resumable import (
     LastPipeline,
     is_stored,
@@ -193,10 +194,15 @@ def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | No
     for label in ("model", "attention_name"):
         del how[label]
     names = ("guidance_scale_2", "negative_prompt", "max_sequence_length", "height", "width")
-    rest = [getattr(config, name) for name in (*names, "num_frames", "device", "dtype")]
-    return result_key(
-        [how, rest, seed, prompt, weight_digests(folder_of(config.evaluation(setting)))]
-    )
+    rest = [getattr(config, name) for name in (*names, "num_frames")]
+    weights = weight_digests(folder_of(config.evaluation(setting)))
+    return result_key([how, rest, made_on(config), seed, prompt, weights])
+
+
+def made_on(config: AblateConfig) -> list[str]:
+    """The kind of device and the dtype, where the settings may say "auto"."""
+    device = resolve_device(config.device)
+    return [device.type, str(torch_dtype(config.dtype, device))]
 
 
 # --- the grid -------------------------------------------------------------------------------------
@@ -245,7 +251,8 @@ def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str
     def add(setting: Setting, name: str, seed: int, number: int, prompt: str | None) -> None:
         if prompt is None:
             question = config.evaluation(setting, seed)
-            key = question_key(question, draw_examples(question), weights_of(question))
+            asked = question_key(question, draw_examples(question), weights_of(question))
+            key = result_key([asked, made_on(config)])
         else:
             of_clip = (config, setting, seed, prompt)
             key = result_key([clip_key(*of_clip), reference_key(*of_clip)])

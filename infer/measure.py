@@ -69,6 +69,7 @@ class Result:
 
     Attributes:
         features, truth: (D,) of the clip and of the example's true scene.
+        num_frames: of both.
         seconds, cpu_seconds: that making the clip took, without loading and measuring; the second
             is of all threads, and the same on a machine that is busy with something else.
     """
@@ -78,6 +79,7 @@ class Result:
     score: Score
     features: Tensor
     truth: Tensor
+    num_frames: int
     seconds: float
     cpu_seconds: float
 
@@ -121,6 +123,7 @@ def evaluate(
                     score(detection, example.said),
                     clip_features(seen),
                     clip_features(truth),
+                    video.shape[1],
                     seconds,
                     cpu_seconds,
                 ),
@@ -145,7 +148,8 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     Returns:
         "joint", "joint_of_other_caption" and "attributes": accuracy, right, total and 95 %
         interval each. The second scores every clip against the next example's caption: what a
-        model that doesn't read its prompt would get.
+        model that doesn't read its prompt would get. Intervals are of independent clips: with
+        several seeds per caption they are too narrow.
         "confusion": attribute -> stated value -> seen value -> times.
         "measures": means over clips of `clip_measures`.
         "distance": of all features and of each part, "kernel" and "frechet"; of two or more clips.
@@ -202,7 +206,9 @@ def caption_diversities(results: Sequence[Result]) -> list[dict[str, dict[str, f
     for _, group in itertools.groupby(results, lambda result: result.example.caption):
         clips = list(group)
         shown = [shown_by_clip(one.example.said, one.detection, one.score) for one in clips]
-        true = [shown_by_scene(one.example.said, one.example.truth) for one in clips]
+        true = [
+            shown_by_scene(one.example.said, one.example.truth, one.num_frames) for one in clips
+        ]
         diversities.append({"clips": seed_diversity(shown), "truth": seed_diversity(true)})
     return diversities
 
@@ -301,7 +307,8 @@ def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
 
 def read_results(file: Path, examples: Sequence[Example]) -> list[Result]:
     """The results that `write_record` wrote of these examples."""
-    clips = json.loads(file.read_text(encoding="utf-8"))["clips"]
+    record = json.loads(file.read_text(encoding="utf-8"))
+    clips, num_frames = record["clips"], record["config"]["num_frames"]
     features = load_file(file.with_suffix(".safetensors"))
     results = []
     for index, (example, clip) in enumerate(zip(examples, clips, strict=True)):
@@ -314,6 +321,7 @@ def read_results(file: Path, examples: Sequence[Example]) -> list[Result]:
                 score(detection, example.said),
                 features["clips"][index],
                 features["truth"][index],
+                num_frames,
                 clip["seconds"],
                 clip["cpu_seconds"],
             )

@@ -16,7 +16,7 @@ from wan.miniature.comparison import Estimate
 S = TypeVar("S")  # what a row is of
 
 INTERVALS = (
-    "Intervals are 95 %: Wilson's for shares, a bootstrap over captions or prompts for the rest."
+    "Intervals are 95 %: Wilson's for shares, a bootstrap over captions or clips for the rest."
 )
 
 

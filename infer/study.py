@@ -118,7 +118,14 @@ class CaptionSet:
             return None
         record: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
         key = question_key(*self.first(record["config"]["num_captions"]), self.weights)
-        return record if record["key"] == key else None
+        if record["key"] == key:
+            return record
+        print(
+            f"{self.label}: the {len(record['clips'])} clips that are stored had other settings, "
+            "captions or weights; they are made again",
+            file=sys.stderr,
+        )
+        return None
 
     def made(self, record: dict[str, Any]) -> list[Result]:
         """The clips of a record, to go on from.
@@ -144,7 +151,8 @@ class CaptionSet:
         question, examples = self.first(len(results) // self.question.seeds_per_caption)
         key = question_key(question, examples, self.weights)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_record(self.file, results, key=key, config=question.question(), **about)
+        about |= {"key": key, "config": question.question(), "weights": self.weights}
+        write_record(self.file, results, **about)
 
 
 def here(config: EvaluateConfig) -> dict[str, Any]:

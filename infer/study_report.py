@@ -32,7 +32,6 @@ from wan.miniature.comparison import (
     ratio,
     verdict,
 )
-from wan.miniature.metrics import frechet_distance
 
 REPORT, PICTURE = "report.md", "report.png"
 
@@ -74,6 +73,10 @@ def read_settings(config: StudyConfig, folder: Path) -> list[Stored]:
             continue
         if any(len(records[c]["clips"]) < asked[c].num_clips for c in files):
             print(f"{name}: not all captions are stored, left out; run it again", file=sys.stderr)
+            continue
+        weights = [record["weights"] for record in records.values() if "weights" in record]
+        if any(one != weights[0] for one in weights):
+            print(f"{name}: stored of two models, left out; run it again", file=sys.stderr)
             continue
         for captions, record in records.items():
             record["clips"] = record["clips"][: asked[captions].num_clips]
@@ -125,10 +128,6 @@ def _distance(stored: Stored, _: str) -> Estimate:
     return distance(stored.measured.features, stored.measured.truth)
 
 
-def _frechet(stored: Stored, _: str) -> Estimate:
-    return exactly(frechet_distance(stored.measured.features, stored.measured.truth))
-
-
 COLUMNS: tuple[Column[Stored], ...] = (
     Column("joint, one object", ".1%", _share, "joint"),
     Column("joint, two objects", ".1%", _share, "pair_joint"),
@@ -136,7 +135,6 @@ COLUMNS: tuple[Column[Stored], ...] = (
     Column("entropy of the unsaid / truth's", ".3f", _of_truth, "entropy"),
     Column("cells in use / truth's", ".3f", _of_truth, "cells"),
     Column("kernel distance", ".3f", _distance),
-    Column("Fréchet distance", ".2f", _frechet),
     Column("saturation ratio", ".3f", _mean, "saturation_ratio"),
     Column("residual, px", ".2f", _mean, "residual"),
     Column("seconds per video", ".2f", _median, "seconds"),
@@ -193,7 +191,11 @@ def write_report(config: StudyConfig, stored: list[Stored], folder: Path) -> str
     line, clauses = compare(config, stored)
     decision = "\n".join([line, *(f"  {clause}" for clause in clauses)])
     machines = sorted(
-        {f"{r['device']}, {r['threads']} threads" for s in stored for r in s.records.values()}
+        {
+            f"{r['device']}, {r['dtype']}, {r['threads']} threads"
+            for s in stored
+            for r in s.records.values()
+        }
     )
     notes = (
         f"Captions: of one object + of two + with several seeds each. {INTERVALS} Distances are of "

@@ -129,6 +129,24 @@ def test_what_is_stored_is_not_made_again_and_a_longer_grid_adds_to_it(done, mod
     assert run(grid(done, model)) == 0  # as it was for the other tests
 
 
+@pytest.mark.parametrize("world", [False, True])
+def test_what_was_made_on_another_device_or_in_another_dtype_is_made_again(
+    done, model, monkeypatch, world
+):
+    config = grid(done, model, prompt=None, num_captions=2) if world else grid(done, model)
+    before = [cell.key for cell in ablate.list_cells(config, done)[0]]
+    assert before
+
+    def keys(**changes) -> list[str]:
+        return [cell.key for cell in ablate.list_cells(replace(config, **changes), done)[0]]
+
+    if not world:  # there the words are in the key too
+        assert keys(device="auto") == keys(dtype="float32") == before  # without a GPU
+    assert not set(keys(dtype="bfloat16")) & set(before)
+    monkeypatch.setattr(ablate, "resolve_device", lambda name: torch.device("cuda"))
+    assert not set(keys(device="auto")) & set(before)
+
+
 def test_only_the_first_clip_of_an_attention_is_warmed_up_for(done, model):
     cells, _ = ablate.list_cells(grid(done, model), done)
     seconds = [json.loads(cell.file.read_text())["warmup_seconds"] for cell in cells]

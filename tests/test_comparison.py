@@ -14,12 +14,14 @@ from wan.miniature.comparison import (
     difference,
     distance,
     estimate,
+    floor_error,
     match,
     mean,
     ratio,
     resamples,
     verdict,
 )
+from wan.miniature.metrics import kernel_distance, kernel_terms
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -65,6 +67,24 @@ def test_settings_with_fewer_captions_are_compared_on_those_that_both_have():
     values = normal(100)
     assert difference(values[:40], values) == difference(values[:40], values[:40])
     assert difference(values[:40], values).value == 0
+
+
+def test_who_shows_nothing_on_hard_captions_is_not_measured_by_the_easy_ones():
+    hard = torch.arange(200) >= 180
+    ours = torch.full((200,), 0.9).where(~hard, math.nan)
+    theirs = torch.full((200,), 0.8).where(~hard, 4.0)
+    assert ratio(ours, theirs).value == pytest.approx(0.9 / 0.8)
+    assert ratio(ours, theirs).low > 1.1
+    assert difference(theirs, ours).high == pytest.approx(-0.1)
+
+
+def test_the_floors_error_is_the_spread_of_the_distance_between_equals():
+    drawn = [
+        kernel_terms(normal(100, 6, seed=2 * i), normal(100, 6, seed=2 * i + 1)) for i in range(80)
+    ]
+    spread = torch.tensor([float(kernel_distance(terms)) for terms in drawn]).std()
+    error = sum(map(floor_error, drawn)) / len(drawn)
+    assert error == pytest.approx(float(spread), rel=0.3)
 
 
 def test_the_distance_interval_excludes_zero_for_another_distribution_only():

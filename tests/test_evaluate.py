@@ -311,6 +311,20 @@ def test_bad_settings_are_refused(token, message):
         settings(token)
 
 
+def test_the_truths_places_are_those_of_clips_as_long():
+    few = settings(
+        *("source=renders", "num_captions=2", "seeds_per_caption=2", "omit=1", "split=train"),
+        "num_frames=9",
+    )
+    examples = [replace(one, scene=one.truth) for one in draw_examples(few)]
+    results = [result for result, _ in evaluate(examples, render_truth(few), 8)]
+    assert [result.num_frames for result in results] == [9] * 4
+    diversity = summarise(results)["diversity"]
+    assert diversity["clips"]["spread"] == pytest.approx(diversity["truth"]["spread"], rel=0.02)
+    twice_as_long = summarise([replace(result, num_frames=17) for result in results])["diversity"]
+    assert twice_as_long["truth"]["spread"] != pytest.approx(diversity["truth"]["spread"], rel=0.02)
+
+
 def test_diversity_takes_captions_of_one_object():
     with pytest.raises(WanError, match="set num_objects=1"):
         settings("seeds_per_caption=2", "num_objects=2")

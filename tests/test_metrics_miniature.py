@@ -22,7 +22,7 @@ from wan.miniature.metrics import (
     shown_by_clip,
     shown_by_scene,
 )
-from wan.miniature.world import Scene, SceneObject, in_split, render, sample_scene
+from wan.miniature.world import NUM_FRAMES, Scene, SceneObject, in_split, render, sample_scene
 
 MOVER = SceneObject("star", "green", "large", "right", 24.0, 46.0, 64.0, speed=2.0)
 SAID = Caption("", (Stated("star", "green", "large", "right"),), "white")
@@ -81,14 +81,14 @@ def test_clips_and_scenes_show_the_same():
     scene = sample_scene(rng, "train", 1)
     said = replace(caption(scene, rng, omit=0.0), background=None)
     said = replace(said, objects=(replace(said.objects[0], motion=None, size=None),))
-    true = shown_by_scene(said, scene)
+    true = shown_by_scene(said, scene, NUM_FRAMES)
     seen = detect(render([scene])[0])
     read = shown_by_clip(said, seen, score(seen, said))
     assert set(read.unsaid) == {"size", "motion", "background"}
     assert read.unsaid == true.unsaid
     assert read.place == pytest.approx(true.place, abs=0.5)
     with pytest.raises(WanError, match="one object"):
-        shown_by_scene(replace(said, objects=said.objects * 2), scene)
+        shown_by_scene(replace(said, objects=said.objects * 2), scene, NUM_FRAMES)
 
 
 @pytest.mark.parametrize("num_objects", [1, 2])

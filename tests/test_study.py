@@ -128,7 +128,7 @@ def test_the_report_has_a_row_per_setting_a_picture_and_the_rule(done, capsys):
         assert len(picture.getcolors(2**20) or range(2**20)) > 10
 
 
-def test_what_is_stored_is_not_made_again_and_what_changed_is(folder, made):
+def test_what_is_stored_is_not_made_again_and_what_changed_is(folder, made, capsys):
     config = ceilings(folder)
     assert run(config) == 0
     assert made == []
@@ -140,8 +140,11 @@ def test_what_is_stored_is_not_made_again_and_what_changed_is(folder, made):
     assert made == [1, 2]
     again = replace(config.settings["again"], source="vae", checkpoint="builtin:miniature")
     config.settings["again"] = again
+    assert "made again" not in capsys.readouterr().err
     assert run(config) == 0
     assert made == [1, 2, 4, 2, 4]
+    said = "again, single: the 4 clips that are stored had other settings, captions or weights"
+    assert said in capsys.readouterr().err
 
 
 def test_what_grew_is_what_would_have_been_made_at_once(folder, made, tmp_path):
@@ -292,6 +295,18 @@ def test_results_of_other_settings_are_left_out_of_the_report(folder, capsys, mo
     config.settings["again"] = SettingConfig(source="renders", share=0.6)
     assert run(replace(config, single=CaptionSetConfig(5, seed=1))) == 1
     assert "again: stored with other settings" in capsys.readouterr().err
+
+
+def test_results_of_two_models_are_left_out_of_the_report(folder, capsys):
+    for captions, digest in (("single", "old"), ("pair", "new"), ("seeds", "new")):
+        file = folder / f"again/{captions}.json"
+        record = json.loads(file.read_text())
+        assert record["weights"] is None  # the world itself
+        file.write_text(json.dumps(record | {"weights": {"transformer": digest}}))
+    assert run(ceilings(folder, report_only=True)) == 0
+    printed = capsys.readouterr()
+    assert "again: stored of two models, left out" in printed.err
+    assert "no verdict, as there are no results of again" in printed.out
 
 
 def test_a_report_of_nothing_says_so(tmp_path, capsys):

@@ -68,9 +68,14 @@ def mean(values: Tensor) -> Estimate:
 
 
 def _paired(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut to the captions that both have; sets of captions differ in nothing but their number."""
+    """Cut to the captions that both have, and NaN where either has no number.
+
+    Sets of captions differ in nothing but their number. A clip that shows nothing has no number;
+    without it here, who loses the hard captions would be measured by the easy ones.
+    """
     num = min(len(one), len(other))
-    return one[:num], other[:num]
+    known = one[:num].isfinite() & other[:num].isfinite()
+    return one[:num].where(known, math.nan), other[:num].where(known, math.nan)
 
 
 def difference(one: Tensor, other: Tensor) -> Estimate:
@@ -93,6 +98,21 @@ def distance(clips: Tensor, truth: Tensor) -> Estimate:
     """Kernel distance of features (N, D) to those of the same captions' truth."""
     terms = kernel_terms(clips, truth)
     return estimate(float(kernel_distance(terms)), kernel_distance(terms, resamples(len(terms))))
+
+
+def floor_error(terms: Tensor) -> float:
+    """The standard error of the kernel distance of two samples of one law.
+
+    Its U-statistic is degenerate then: the mean over the other sample is zero for every clip, the
+    variance is 2 E[h^2] / (N (N - 1)), and a bootstrap's would be too large.
+    Source: Serfling, Approximation Theorems of Mathematical Statistics, 1980, section 5.5.2.
+
+    Args:
+        terms: (N, N) from `kernel_terms`.
+    """
+    num = len(terms)
+    apart = ~torch.eye(num, dtype=torch.bool)
+    return math.sqrt(2 * float(terms[apart].double().square().mean()) / (num * (num - 1)))
 
 
 # --- may one be called as good as the other? ------------------------------------------------------
@@ -166,7 +186,8 @@ def match(
 
     Args:
         students: of several trainings that differ in nothing but their seed. What is compared is
-            their mean, caption by caption: it says what the recipe gives, not what one seed did.
+            their mean, caption by caption. The intervals are over captions, for these trainings:
+            how far another training would differ is not in them.
         floor: the truth measured against other draws of the truth.
     Raises:
         WanError: a setting shows nothing to measure one of these by.
@@ -196,12 +217,12 @@ def match(
 
 
 def _mean_of_trainings(students: Sequence[Measured]) -> dict[str, Tensor]:
-    """Each caption's mean over the trainings that have a number for it."""
+    """Each caption's mean over the trainings; NaN where one of them has no number for it."""
     means = {}
     for name in students[0].values:
         columns = [student.values[name] for student in students]
         num = min(map(len, columns))
-        means[name] = torch.stack([column[:num].double() for column in columns]).nanmean(0)
+        means[name] = torch.stack([column[:num].double() for column in columns]).mean(0)
     return means
 
 
@@ -216,12 +237,9 @@ def _distance_clause(students: Sequence[Measured], teacher: Measured, floor: Mea
         kernel_terms(one.features[:num], one.truth[:num]) for one in (*students, teacher, floor)
     )
     ours = torch.stack(trainings).mean(0)
-    counts = resamples(num)
-    rounds = kernel_distance(least, counts)
-    error = float(rounds[rounds.isfinite()].std())  # no pair is left where one caption is drawn
-    margin = max(DISTANCE_MARGIN * float(kernel_distance(theirs)), 2 * error)
+    margin = max(DISTANCE_MARGIN * float(kernel_distance(theirs)), 2 * floor_error(least))
     terms = ours - theirs
-    value = estimate(float(kernel_distance(terms)), kernel_distance(terms, counts))
+    value = estimate(float(kernel_distance(terms)), kernel_distance(terms, resamples(num)))
     return Clause("distance to the truth: difference", value, below=margin)
 
 

@@ -24,7 +24,6 @@ from wan.miniature.captions import Caption, Stated
 from wan.miniature.detect import DetectedObject, Detection, Score
 from wan.miniature.world import (
     ATTRIBUTES,
-    NUM_FRAMES,
     OBJECT_ATTRIBUTES,
     STAGE,
     Scene,
@@ -100,7 +99,7 @@ def shown_by_clip(said: Caption, detection: Detection, score: Score) -> Shown:
     return Shown(unsaid, None if item is None else (item.x, item.y))
 
 
-def shown_by_scene(said: Caption, scene: Scene, num_frames: int = NUM_FRAMES) -> Shown:
+def shown_by_scene(said: Caption, scene: Scene, num_frames: int) -> Shown:
     """What a clip of this scene would show."""
     (item,) = scene.objects
     unsaid: dict[str, str | None] = {name: getattr(item, name, None) for name in _unsaid(said)}
