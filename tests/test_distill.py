@@ -1,6 +1,7 @@
 """Distillation end to end on a tiny teacher: who moves when, resume, terms, what comes out."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +318,44 @@ def test_a_lora_student_is_written_as_lora_and_as_a_whole_model(tmp_path, teache
 def test_a_given_first_frame_is_part_of_the_student_and_of_both_scores(tmp_path, teacher):
     config = settings(tmp_path, teacher, first_frame_share=1.0)
     assert distill(config) == 0
+
+
+def test_clips_of_one_frame_are_made_whole(tmp_path, teacher, monkeypatch):
+    config = settings(tmp_path, teacher, first_frame_share=1.0)
+    run, state = fresh_run(config, monkeypatch)
+    draw = run.draw
+
+    def pictures(step):
+        clips = draw(step)
+        return replace(clips, latents=clips.latents[:, :, :1])
+
+    run.draw = pictures
+    batch = run.batch(0, torch.Generator())
+    assert batch.condition.first_frame is None
+    assert batch.shape[1] == 1
+    assert all(math.isfinite(value) for value in run.train_step(state).values())
+
+
+def test_a_panel_of_more_captions_than_a_batch_takes_those_of_the_next(
+    tmp_path, teacher, monkeypatch
+):
+    """Of a folder, whose captions come as the batches of training do."""
+    world = settings(tmp_path, teacher)
+    opened, draw = module.open_source, module.world_captions(world)
+    monkeypatch.setattr(module, "open_source", lambda config, *rest: opened(world, *rest))
+    folder = DataConfig(kind="folder", folder=str(tmp_path))
+    config = replace(world, data=folder, validation_captions=5)  # batch_size is 3
+    seen = []
+
+    def panel(run, settings, vae, captions, *rest):
+        seen.append(captions)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "teacher_panel", panel)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    five = (draw(0).captions + draw(1).captions)[:5]
+    assert seen == [five * 2]
 
 
 def test_a_number_that_is_not_finite_stops_the_run_and_is_named(tmp_path, teacher, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
+from train.data import LatentCache
 from train.finetune import finetune
 from wan import WanPipeline
 from wan.checkpoint import open_checkpoint
@@ -63,6 +64,21 @@ def test_a_network_from_scratch_becomes_a_folder_the_pipeline_loads(tmp_path, ca
     frames = pipe(prompt="a red circle", seed=0, guidance_scale=1.0).frames
     assert frames.shape == (1, 5, 64, 64, 3)
     assert np.isfinite(frames).all()
+
+
+def test_clips_of_one_frame_are_made_whole_whatever_first_frame_share_says(
+    tmp_path, cache_dir, monkeypatch
+):
+    batch = LatentCache.batch
+
+    def pictures(*args):
+        latents, captions = batch(*args)
+        return latents[:, :, :1], captions
+
+    monkeypatch.setattr(LatentCache, "batch", pictures)
+    config = settings(tmp_path, cache_dir, from_scratch=True, dit=DIT, first_frame_share=1.0)
+    finetune(config)
+    assert all(0 < line["loss"] < 10 for line in metrics(config))
 
 
 def test_a_run_cut_in_two_gives_the_weights_of_one_run(tmp_path, cache_dir):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import weakref
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -60,6 +61,36 @@ def test_a_resume_with_other_settings_is_refused_and_names_them(tmp_path):
     # How often to log, and where the folder lies by now, are nobody's business
     changed = {"seed": 0, "loop": {"steps": 2}, "output_dir": "elsewhere"}
     assert run_training(make_state(), train_step, config, tmp_path, changed)
+
+
+def test_an_allowed_change_of_weight_decay_is_not_undone_by_the_checkpoint(tmp_path):
+    run_training(make_state(), train_step, LoopConfig(steps=1), tmp_path, {"weight_decay": 0.01})
+    resumed = make_state()
+    resumed.optimizers = make_optimizers(resumed.modules["m"], "muon", 1e-2, (0.5, 0.6), 0.3)
+    config = LoopConfig(steps=2, allow_changes=True)
+    run_training(resumed, train_step, config, tmp_path, {"weight_decay": 0.3})
+    (muon,), (adamw,) = (resumed.optimizers[name].param_groups for name in ("muon", "adamw"))
+    assert muon["weight_decay"] == 0.3
+    assert adamw["betas"] == (0.5, 0.6)
+    assert resumed.optimizers["muon"].state[muon["params"][0]]["momentum"].any()
+
+
+def test_a_checkpoint_that_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
+    run_training(make_state(), train_step, LoopConfig(steps=1), tmp_path, {})
+    read = []
+
+    def watched(*args):
+        tree = load_latest(*args)
+        read.extend(weakref.ref(weight) for weight in tree["modules"]["m"].values())
+        return tree
+
+    def step(state):
+        assert read
+        assert all(weight() is None for weight in read)
+        return train_step(state)
+
+    monkeypatch.setattr("train.loop.load_latest", watched)
+    run_training(make_state(), step, LoopConfig(steps=2), tmp_path, {})
 
 
 def test_checkpoints_of_another_model_are_refused(tmp_path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from configs.distillation import (
 )
 from configs.parallel import ParallelConfig
 from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
-from train.checkpoint import list_checkpoints, load_checkpoint
+from train.checkpoint import list_checkpoints, load_checkpoint, load_latest
 from train.distill import distill
 from train.finetune import finetune
 from train.loop import run_training, step_generator
@@ -131,8 +132,10 @@ def finetune_config(folder: Path, cache: Path) -> FinetuneConfig:
         bfloat16=False,
         optimizer="adamw",
         first_frame_share=0.5,
+        validation_captions=2,
+        validation_steps=2,
         data=DataConfig(cache_dir=str(cache), num_clips=4),
-        loop=LoopConfig(steps=2, save_every=2, log_every=1),
+        loop=LoopConfig(steps=2, save_every=1, log_every=1),
     )
 
 
@@ -150,6 +153,8 @@ def sharded(world: World, root: Path) -> dict:
     results["stopped"] = stop_one(world, root / "stopped")
     results["nan"] = break_one(world, root / "nan")
     results["disk"] = fill_one_disk(world, root / "disk")
+    for name, damage in DAMAGE.items():
+        results[f"damaged {name}"] = damage_one(world, root / "shard", root / name, damage)
     results["muon"] = muon_update(world)
     world.reunite(dit := make_state(world).modules["dit"])
     results["reunited"] = [type(p.data) for p in dit.parameters()] if world.is_main else None
@@ -196,6 +201,26 @@ def fill_one_disk(world: World, folder: Path) -> list:
     finally:
         module.save_file = original
     return []
+
+
+# Of a file with a digest, that only one process verifies, and of the one without, that all read.
+DAMAGE = {
+    "state-00000.safetensors": lambda content: content[: len(content) // 2],
+    "state-00001.safetensors": lambda content: content[:5],
+    "state.json": lambda content: content[:-1],
+    "manifest.json": lambda content: b"{\xa2" + content[2:],  # no UTF-8
+}
+
+
+def damage_one(world: World, folder: Path, copy: Path, damage: Callable[[bytes], bytes]) -> list:
+    """The step that each process goes on from when a file of the newest checkpoint is damaged."""
+    if world.is_main:
+        shutil.copytree(folder, copy)
+        file = copy / "checkpoints" / "step-0000004" / copy.name
+        file.write_bytes(damage(file.read_bytes()))
+    world.first(None)
+    tree = load_latest(copy / "checkpoints", world)
+    return world.gather(tree and tree["step"])
 
 
 def muon_update(world: World) -> torch.Tensor:
@@ -267,8 +292,8 @@ def two(root, one) -> dict:
 
 
 def losses(folder: Path) -> list[float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]  # others are of a validation
 
 
 def assert_close(a: dict[str, Weights], b: dict[str, Weights], tolerance: float = 2e-5) -> None:
@@ -318,6 +343,11 @@ def test_a_damaged_part_is_noticed(root, two, capsys):
     with pytest.raises(WanError, match="none of the 1 checkpoints"):
         train(ALONE, folder)
     assert "sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_that_one_process_notices_sets_all_back_to_the_checkpoint_before(two, name):
+    assert two[f"damaged {name}"] == [2, 2]
 
 
 def test_weights_gathered_in_bfloat16_train_like_autocast(root, two):

@@ -180,6 +180,24 @@ def write_with(path, times, color_trc=1):
         container.mux(stream.encode())
 
 
+def test_pictures_that_change_size_midway_are_refused(clips):
+    path = clips / "a.mp4"
+    parts = []
+    for size in (32, 64):
+        with av.open(str(path), "w", format="mpegts") as container:
+            stream = container.add_stream("libx264", rate=8, options={"bf": "0"})
+            stream.height = stream.width = size
+            stream.pix_fmt = "yuv420p"
+            for _ in range(3):
+                pixels = np.full((size, size, 3), 90, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        parts.append(path.read_bytes())
+    path.write_bytes(b"".join(parts))
+    with pytest.raises(WanError, match="change size midway \\(32x32, 64x64\\)"):
+        read_clip(list_clips(clips)[0], rules(), {})
+
+
 def test_uneven_times_and_hdr_are_refused(clips):
     write_with(clips / "a.mp4", [0, 8, 16, 24, 32, 40])
     (clip,) = list_clips(clips)

@@ -80,17 +80,29 @@ def test_pruning_keeps_what_was_just_written_and_drops_later_damaged_ones(tmp_pa
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000003"]
 
 
-def test_a_flipped_byte_is_noticed_and_the_one_before_is_used(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("state.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+        ("state.safetensors", lambda content: content[: len(content) // 2]),
+        ("state.json", lambda content: content[:-1]),
+        ("manifest.json", lambda content: content[: len(content) // 2]),
+        ("manifest.json", lambda content: b"{\xa2" + content[2:]),  # a high bit: no UTF-8
+    ],
+)
+def test_damage_is_noticed_and_the_one_before_is_used(tmp_path, capsys, name, damage):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, {"step": step, "x": torch.full((64,), float(step))})
-    file = tmp_path / "step-0000002" / "state.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    file = tmp_path / "step-0000002" / name
+    file.write_bytes(damage(file.read_bytes()))
     tree = load_latest(tmp_path)
     assert tree is not None
     assert tree["step"] == 1
-    assert "sha256" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "step-0000002" in message
+    assert ("damaged" if name == "manifest.json" else "sha256") in message
+    save_checkpoint(tmp_path, 3, {"step": 3})  # which asks how healthy the damaged one was
+    assert best_checkpoint(tmp_path) is None
 
 
 def test_no_checkpoint_is_not_an_error_but_only_damaged_ones_are(tmp_path):

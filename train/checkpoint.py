@@ -177,7 +177,7 @@ def health_of(folder: Path) -> float | None:
             return manifest["health"]
         noted = json.loads((folder.parent / BEST).read_text())
         return noted["value"] if noted["step"] == manifest["step"] else None
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError):
         return None  # damage is told where it is loaded
 
 
@@ -220,8 +220,8 @@ class StoredTensors:
         return parts[-1] if len(parts) < 3 else torch.cat(parts)
 
 
-def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
-    """Read one checkpoint after checking every digest, each process its share of the files.
+def verified_files(folder: Path, world: World) -> list[str]:
+    """The files of a checkpoint, once this process's share of them has the manifest's digests.
 
     Raises:
         WanError: a file is missing or its content has changed.
@@ -229,19 +229,34 @@ def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         files = list(manifest["sha256"].items())
-        for name, digest in files[world.rank :: world.size]:
-            if sha256_file(folder / name) != digest:
-                raise WanError(
-                    f"{folder / name}: content does not match its sha256 in the manifest"
-                )
+        own = files[world.rank :: world.size]
+        changed = [name for name, digest in own if sha256_file(folder / name) != digest]
+    except (OSError, ValueError, KeyError) as error:
+        raise WanError(f"{folder}: damaged checkpoint: {error}") from error
+    if changed:
+        raise WanError(f"{folder / changed[0]}: content does not match its sha256 in the manifest")
+    return [name for name, _ in files]
+
+
+def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
+    """Read one checkpoint after checking every digest, each process its share of the files.
+
+    All processes call this: none opens a file before all have found theirs sound.
+
+    Raises:
+        WanError: a file is missing or its content has changed.
+    """
+    with world.together():
+        files = verified_files(folder, world)
+    try:
         tree = json.loads((folder / "state.json").read_text())
-        stored = StoredTensors([folder / n for n, _ in files if n.endswith(".safetensors")])
+        stored = StoredTensors([folder / n for n in files if n.endswith(".safetensors")])
         tensors = {
             name: world.restore(stored.shape(name), partial(stored.read, name))
             for name in stored.pieces
         }
         return join_tensors(tree, tensors)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
 
 

@@ -269,7 +269,7 @@ def run_distillation(config: DistillConfig, world: World) -> int:
         )
     state = run.new_state()
 
-    said, captions = None, draw(0).captions[: config.validation_captions]
+    said, captions = None, first_captions(draw, config.validation_captions)
     if config.data.kind == "world":
         said = world_panel(config.validation_captions, config.seed)
         captions = [one.text for one in said]
@@ -304,6 +304,16 @@ def run_distillation(config: DistillConfig, world: World) -> int:
     if world.is_main:
         export_student(networks.student, config, settings, source, folder)
     return 0
+
+
+def first_captions(draw: Callable[[int], Clips], count: int) -> list[str]:
+    """The captions that training draws first, from as many batches as have them."""
+    captions: list[str] = []
+    batch = 0
+    while len(captions) < count:
+        captions += draw(batch).captions
+        batch += 1
+    return captions[:count]
 
 
 def write_clip(path: Path, video: Tensor, fps: float) -> None:
@@ -368,14 +378,9 @@ def make_trajectories(
         guidance,
         config.scores.negative_prompt,
     ]
-    captions: list[str] = []
-    batch = 0
-    while len(captions) < regression.num_pairs:
-        captions += run.draw(batch).captions
-        batch += 1
     return sample_trajectories(
         lambda texts: run.teacher_velocity(texts, guidance),
-        captions[: regression.num_pairs],
+        first_captions(run.draw, regression.num_pairs),
         run.shape,
         levels,
         grid_through(levels, regression.steps, shift),

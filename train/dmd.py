@@ -276,13 +276,13 @@ class Distillation:
     # --- what both updates need -------------------------------------------------------------------
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
-        """Of a step; some batches are given their first frames."""
+        """Of a step; some batches are given their first frames, unless those are all they have."""
         drawn = self.draw(step)
         clips = None if drawn.latents is None else drawn.latents[self.rows].to(self.device)
         first = None
         if float(torch.rand((), generator=generator)) < self.config.first_frame_share:
             assert clips is not None
-            first = clips[:, :, :1]
+            first = clips[:, :, :1] if clips.shape[2] > 1 else None
         context, num_rows = self.texts(drawn.captions[self.rows])
         negative = self.texts([self.config.scores.negative_prompt] * len(context))
         shape = self.shape if clips is None else clips.shape[1:]

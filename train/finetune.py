@@ -136,6 +136,7 @@ def make_train_step(
         sigma = sample_sigmas(len(x0), config.shift, generator)
         noise = torch.randn(x0.shape, generator=generator)
         given = float(torch.rand((), generator=generator)) < config.first_frame_share
+        given = given and x0.shape[2] > 1  # of a single frame nothing would be left to make
 
         levels = sigma[:, None].repeat(1, x0.shape[2])  # (B, T)
         if given:
@@ -227,7 +228,9 @@ def train(config: FinetuneConfig, world: World) -> int:
         if not config.validation_captions or vae is None:
             return {}
         with average.in_place(dit):
-            return read_samples(dit, texts, vae, config)
+            samples = read_samples(dit, texts, vae, config)
+            world.reshard(dit)
+        return samples
 
     train_step = make_train_step(dit, texts, cache, config, world)
     identity = asdict(config) | ({"data_digest": cache.digest} if cache.digest else {})

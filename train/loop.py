@@ -115,6 +115,7 @@ def _train(
         seen = tree.get("seen", {})  # earlier versions did not save it
         if world.is_main:
             print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
+    del tree  # all weights and averages once more
     log: MetricsLog | None = None
     if world.is_main:
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

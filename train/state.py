@@ -33,7 +33,7 @@ class TrainState:
         }
 
     def load_tree(self, tree: dict[str, Any]) -> None:
-        """Restore in place.
+        """Restore in place; weight decay and the like stay as this run was given them.
 
         Raises:
             WanError: the checkpoint is of another run: other parts, names or shapes.
@@ -42,7 +42,11 @@ class TrainState:
             for name, module in self.modules.items():
                 load_trainable(module, tree["modules"][name])
             for name, optimizer in self.optimizers.items():
+                groups = optimizer.param_groups
+                own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
                 optimizer.load_state_dict(tree["optimizers"][name])
+                for group, values in zip(optimizer.param_groups, own, strict=True):
+                    group.update(values)
             for name, average in self.averages.items():
                 average.load_state_dict(tree["averages"][name])
         except (KeyError, RuntimeError, ValueError) as error:

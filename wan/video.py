@@ -245,7 +245,8 @@ def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> 
 
     Raises:
         FileNotFoundError: there is no such file.
-        WanError: not a video, or damaged beyond what the decoder can guess.
+        WanError: not a video, damaged beyond what the decoder can guess, or with pictures of
+            several sizes among those to keep.
     """
     kept: list[Frames] = []
     times: list[float] = []
@@ -262,6 +263,12 @@ def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> 
                 kept.append(_rgb(frame))
         info = _info(container, count)
         hdr = container.streams.video[0].codec_context.color_trc in (PQ, HLG)
+    sizes = dict.fromkeys(f"{height}x{width}" for height, width, _ in (a.shape for a in kept))
+    if len(sizes) > 1:
+        raise WanError(
+            f"video {path}: its pictures change size midway ({', '.join(sizes)}); they must be of "
+            "one size, so cut it there"
+        )
     steps = np.diff(times) * fps
     frames = np.stack(kept) if kept else np.zeros((0, info.height, info.width, 3), np.uint8)
     return VideoScan(frames, info, damaged, bool((abs(steps - 1) < 0.5).all()), rotation, hdr)
