@@ -108,7 +108,11 @@ class SamplerConfig:
     timesteps: list[float] | None = field(
         default=None, metadata={"help": "instead: an explicit list, e.g. [1000,757,522]"}
     )
-    shift: float | None = option(None, "moves noise levels towards high noise; 1 = not at all")
+    shift: float | None = option(
+        None,
+        "moves the noise levels of `steps` towards high noise; 1 = not at all. A list of timesteps "
+        "is taken as it is",
+    )
 
     def __post_init__(self) -> None:
         if self.shift is not None:

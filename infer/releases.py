@@ -19,6 +19,7 @@ from wan.errors import WanError
 from wan.pipeline_config import BASE, PipelineConfig
 from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import VAEConfig, WanVAE
+from wan.vae_config import VAE_2_1
 
 # --- the settings of a component ------------------------------------------------------------------
 
@@ -203,23 +204,6 @@ def official_pipeline(configs: Mapping[str, Mapping[str, Any]], num_experts: int
     )
 
 
-VAE_2_1 = VAEConfig(
-    base_dim=96,
-    decoder_base_dim=None,
-    z_dim=16,
-    is_residual=False,
-    in_channels=3,
-    out_channels=3,
-    patch_size=None,
-    latents_mean=(
-        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-    ),
-    latents_std=(
-        *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-        *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916),
-    ),
-)
 VAE_2_2 = VAEConfig(
     latents_mean=(
         *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),

@@ -16,6 +16,11 @@ def test_a_folder_wins(tmp_path, monkeypatch):
         resolve_model("owner/name", revision="main")
 
 
+def test_a_shipped_model_has_no_revision():
+    with pytest.raises(WanError, match="shipped here; revision=main is for models on the hub"):
+        resolve_model("builtin:miniature", revision="main")
+
+
 def test_what_is_neither_folder_nor_id(tmp_path):
     for name in ("nonsense", "/no/such/folder", "./a/b", "a/b/c", "owner/name with space"):
         with pytest.raises(WanError, match="no such folder, and not a hub id"):

@@ -7,12 +7,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wan.checkpoint import open_checkpoint
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.keys import LAYOUTS, released_name, table
-from wan.lora import add_lora, fold_lora, lora_layers, lora_state, merge_lora, read_lora, save_lora
+from wan.lora import (
+    LoRAMerge,
+    add_lora,
+    fold_lora,
+    lora_layers,
+    lora_state,
+    merge_lora,
+    read_lora,
+    save_lora,
+)
 from wan.safetensors_file import map_tensors, read_header, write_tensors
+from wan.weights import load_module, save_component
 
 TINY = DiTConfig(
     num_attention_heads=2,
@@ -351,6 +362,26 @@ def test_merging_into_bfloat16_rounds_once(tmp_path):
     merge_lora(dit, read_lora(write(tmp_path / "a.safetensors", tensors)))
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, torch.full_like(weight, 1 + 2.0**-7))
+
+
+def test_merging_while_loading_rounds_once(tmp_path):
+    # The deltas are below what bfloat16 keeps of the stored float32 weights.
+    dit = tiny_dit()
+    save_component(dit.state_dict(), tmp_path / "dit", "transformer")
+    delta = numbers(WIDTH, WIDTH) * 1e-2
+    lora = read_lora(write(tmp_path / "a.safetensors", {"blocks.0.attn1.to_q.diff": delta}))
+    loaded = load_module(
+        lambda: WanDiT(TINY),
+        open_checkpoint(tmp_path / "dit"),
+        "transformer",
+        dtype=torch.bfloat16,
+        changes=LoRAMerge(lora).changes,
+    )
+    weight, merged = (m.get_parameter(f"{QUERY}.weight") for m in (dit, loaded))
+    assert torch.equal(merged, (weight + delta).bfloat16())
+    assert not torch.equal(merged, (weight.bfloat16() + delta).bfloat16())  # twice would differ
+    other = "blocks.1.self_attention.query.weight"
+    assert torch.equal(loaded.get_parameter(other), dit.get_parameter(other).bfloat16())
 
 
 def test_a_file_for_both_experts_needs_a_choice(tmp_path):

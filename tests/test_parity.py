@@ -16,6 +16,7 @@ from infer import parity, parity_sides
 from infer.cli import run_command
 from infer.parity import GENERAL_RUNGS, RELEASE_RUNGS, ParityConfig, main
 from infer.parity_compare import Row, compare, compare_points, compare_to_truth, distance, table
+from infer.parity_facts import schedules
 from infer.parity_rungs import autoencoder, pipeline, text_encoder, tokens, transformer
 from infer.parity_sides import random_sides
 from wan.errors import WanError
@@ -43,6 +44,11 @@ def failures(rows: list[Row]) -> str:
 @pytest.mark.parametrize("rung", GENERAL_RUNGS, ids=lambda rung: rung.__name__)
 def test_what_needs_no_weights_equals_the_references(rung):
     assert failures(rung()) == ""
+
+
+def test_unipc_schedules_are_held_to_equal_bits():
+    unipc = [row for row in schedules() if row.what.startswith("UniPC, 5 lengths")]
+    assert [(row.tolerance, row.max_abs) for row in unipc] == [(0, 0), (0, 0)]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["TI2V", "A14B"])

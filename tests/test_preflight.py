@@ -479,3 +479,38 @@ def test_what_does_not_fit_is_refused_with_what_would(tokenizer_folder):
 
 def test_some_memory_is_free():
     assert free_bytes(CPU) > 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("line", "root", "names"),
+    [
+        ("0::/pod/job", ".", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:memory:/pod/job",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["v2", "v1"],
+)
+def test_a_container_has_what_its_tightest_group_leaves(tmp_path, monkeypatch, line, root, names):
+    def group(path: str, limit: str, used: int) -> None:
+        folder = tmp_path / root / path
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in zip(names, (limit, str(used)), strict=False):
+            (folder / name).write_text(f"{text}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{names[2]} 300\n")
+
+    monkeypatch.setattr("wan.memory.CGROUPS", tmp_path)
+    monkeypatch.setattr("wan.memory.OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(f"9:cpu:/elsewhere\n{line}\n")
+    unlimited = "max" if root == "." else "9223372036854771712"
+    group("pod/job", unlimited, 7000)
+    assert free_bytes(CPU) > 2**20  # the host's
+    group("pod", "10000", 9000)
+    assert free_bytes(CPU) == 1300
+    group("pod/job", "8000", 7500)
+    assert free_bytes(CPU) == 800
+    group("pod/job", "8000", 9000)
+    assert free_bytes(CPU) == 0

@@ -140,7 +140,7 @@ def test_a_lora_is_merged_before_its_weights_are_quantised(tmp_path):
         open_checkpoint(tmp_path),
         "transformer",
         quantize="int8",
-        change=LoRAMerge(lora, 0.7),
+        changes=LoRAMerge(lora, 0.7).changes,
     )
     merge_lora(dit, lora, 0.7)
     quantize(dit, "int8")

@@ -159,6 +159,9 @@ def test_damaged_files_are_refused(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}}))
     with pytest.raises(WanError, match="'BPE'"):
         Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram"}}))
+    with pytest.raises(WanError, match=r"tokenizer\.json: tokenizers \d+\.\S+ can't read it"):
+        Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes()[:1000])
     with pytest.raises(WanError, match="tokenizer_config"):

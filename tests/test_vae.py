@@ -1,5 +1,7 @@
 """The autoencoder: what the maths promises, and equality with diffusers."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,6 +156,22 @@ def test_unknown_or_unsupported_settings_are_refused():
         VAEConfig.from_json({**values, "colour": 1})
     with pytest.raises(WanError, match="attn_scales"):
         VAEConfig.from_json({**values, "attn_scales": [0.5]})
+
+
+def test_what_a_config_leaves_out_is_as_in_diffusers():
+    # Wan2.1 folders were saved before the fields of 2.2 existed.
+    short = {"_class_name": "AutoencoderKLWan", "base_dim": 8, "z_dim": 16, "num_res_blocks": 1}
+    config, oracle = VAEConfig.from_json(short), AutoencoderKLWan.from_config(short)
+    for name, value in asdict(config).items():
+        expected = oracle.config[name]
+        assert value == (tuple(expected) if isinstance(expected, list) else expected), name
+    levels = VAELevels(config.is_residual, config.num_res_blocks)
+    ours = {released_name("vae", "diffusers", n, levels) for n in WanVAE(config).state_dict()}
+    assert ours == set(oracle.state_dict())
+    with pytest.raises(WanError, match="z_dim=4 without latents_mean"):
+        VAEConfig.from_json({**short, "z_dim": 4})
+    with pytest.raises(WanError, match="z_dim=4 without latents_std"):
+        VAEConfig.from_json({**short, "z_dim": 4, "latents_mean": [0.0] * 4})
 
 
 @pytest.mark.parametrize(

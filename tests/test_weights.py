@@ -15,6 +15,7 @@ from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.keys import VAELevels, released_name
+from wan.pipeline import WanPipeline
 from wan.safetensors_file import map_tensors, read_header, write_tensors
 from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import VAEConfig, WanVAE
@@ -343,6 +344,13 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(
             "dit", tmp_path, dtype=dtype, share_mapping=share
         )
     load("dit", tmp_path, dtype=dtype, check_finite=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, "bfloat16"], ids=str)
+def test_a_pipeline_is_float32_or_bfloat16(dtype):
+    message = f"dtype={dtype}: choose torch.bfloat16 or torch.float32"
+    with pytest.raises(WanError, match=message):
+        WanPipeline.from_pretrained("builtin:miniature", dtype=dtype)
 
 
 def test_values_too_large_for_float16_are_refused_not_made_infinite(tmp_path):

@@ -34,6 +34,8 @@ def resolve_model(
         WanError: neither; or it can't be fetched, with the command that fetches it.
     """
     if (shipped := builtin_folder(str(name))) is not None:
+        if revision is not None:
+            raise WanError(f"{name} is shipped here; revision={revision} is for models on the hub")
         return shipped
     folder = Path(name).expanduser()
     if folder.is_dir():

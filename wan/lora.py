@@ -10,8 +10,9 @@ and `fold_lora` turns them into plain layers again.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,7 +94,8 @@ def merge_lora(module: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeRep
 class LoRAMerge:
     """A LoRA on its way into weights, one parameter at a time: (our name, tensor) -> tensor.
 
-    For loading (`wan.weights.load_module`); `merge_lora` is for modules that are loaded.
+    For loading, `load_module(..., changes=merge.changes)`; `merge_lora` is for modules that are
+    loaded.
 
     Raises:
         WanError: strength is not finite.
@@ -116,6 +118,11 @@ class LoRAMerge:
             delta = change.delta(tensor.device).reshape(tensor.shape)
             total = total.float() + self.strength * delta
         return total.to(tensor.dtype)
+
+    @property
+    def changes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What becomes of each parameter that the LoRA touches, by our name."""
+        return {name: partial(self, name) for name in self.lora.names}
 
     @property
     def report(self) -> MergeReport:

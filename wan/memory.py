@@ -12,6 +12,7 @@ the workspaces of a GPU's convolutions and matrix products.
 import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 # From which size on glibc's malloc leaves blocks to mmap: at first, and at most. In between it is
 # the largest of those blocks that was given back so far.
 MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = 128 << 10, 32 << 20
+# Where Linux tells what is free, which control groups this process is in, and what these may take.
+MEMINFO, OWN_CGROUPS, CGROUPS = map(Path, ("/proc/meminfo", "/proc/self/cgroup", "/sys/fs/cgroup"))
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.mkldnn_convolution.default)
 
 
@@ -193,14 +196,39 @@ def peak_bytes(compute: Callable[[], Any], memory: LiveBytes | None = None) -> i
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a device has left, by its driver; for a CPU what the system can give."""
+    """What a device has left, by its driver; for a CPU what the system and a container can give."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            rows = dict(line.split(":") for line in file)
-        return int(rows["MemAvailable"].split()[0]) * 1024
+        rows = dict(line.split(":") for line in MEMINFO.read_text("ascii").splitlines())
+        return min([int(rows["MemAvailable"].split()[0]) * 1024, *left_in_cgroups()])
     except FileNotFoundError:  # not Linux: what there is at all
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def left_in_cgroups() -> list[int]:
+    """What each limited control group around this process leaves, file cache counted as free."""
+    left = []
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif controllers == "memory":
+            root = CGROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = PurePosixPath(path)
+        for group in (own, *own.parents):
+            folder = root / group.relative_to("/")
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in names[:2])
+                stat = (folder / "memory.stat").read_text()
+            except OSError:  # the root group has no limit; a container does not see its parents
+                continue
+            if limit != "max":
+                rows = dict(row.split() for row in stat.splitlines())
+                left.append(max(0, int(limit) - int(used) + int(rows.get(names[2], 0))))
+    return left

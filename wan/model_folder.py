@@ -76,7 +76,7 @@ def load_modules(
             dtype=dtype,
             device=device,
             quantize=quantize if part in QUANTIZED_PARTS else "none",
-            change=loras.get(part),
+            changes=loras[part].changes if part in loras else None,
         )
         modules[part] = module.eval()
     report(on_progress, "load", len(config.components), len(config.components))

@@ -53,6 +53,7 @@ from wan.vae_config import CHUNK_LATENTS
 
 MAX_CACHED_PROMPTS = 64
 COMPILE = ("none", "dit", "all")
+DTYPES = (torch.float32, torch.bfloat16)
 
 P = TypeVar("P", bound="WanPipeline")
 
@@ -232,7 +233,8 @@ class WanPipeline:
 
         Args:
             name: a folder in the released layout, or a hub id.
-            dtype: of the weights; each module keeps in float32 what it declares.
+            dtype: float32 or bfloat16, of the weights; each module keeps in float32 what it
+                declares.
             device, offload, compile: see the constructor.
             quantize: "none", "int8" or "fp8", of the transformers' and the text encoder's large
                 layers; see `wan.quantize`.
@@ -248,6 +250,11 @@ class WanPipeline:
         Raises:
             WanError: anything wrong with the files or the choices; settings before weights.
         """
+        if dtype not in DTYPES:
+            raise WanError(
+                f"dtype={dtype}: choose torch.bfloat16 or torch.float32 (float16 is too narrow for "
+                "the text encoder)"
+            )
         check_names("offload", [offload], OFFLOAD)
         check_names("compile", [compile], COMPILE)
         check_quantize(quantize)

@@ -35,7 +35,8 @@ class SamplingRequest:
         num_inference_steps, timesteps, schedule: how many steps, or which timesteps, or the whole
             schedule; at most one of them.
         sampler: a name in `wan.samplers.SAMPLERS`.
-        shift: of the grid, or of the table in which the sigmas of `timesteps` are looked up.
+        shift: of the grid, or of the table in which the sigmas of `timesteps` are looked up: the
+            list itself is taken as it is. Not beside `schedule`.
         guidance_scale, guidance_scale_2: at least 1, which is none; the second is that of the
             low-noise expert.
         negative_prompt, image: whether there is one.
@@ -87,6 +88,11 @@ def plan_sampling(config: PipelineConfig, request: SamplingRequest) -> SamplingP
     given = [name for name in knobs if getattr(request, name) is not None]
     if len(given) > 1:
         raise WanError(f"{' and '.join(given)}: both say what the steps are; give one of them")
+    if request.schedule is not None and request.shift is not None:
+        raise WanError(
+            f"shift={request.shift:g} and schedule: a schedule has its noise levels already; build "
+            "it with that shift, or leave shift out"
+        )
     if request.image and not config.expand_timesteps:
         raise WanError(
             "image: this model was not trained to start from one (TI2V models are: their "
@@ -135,6 +141,8 @@ def _plan_few_step(
         untrained.append(f"timesteps={[*request.timesteps]}")
     if request.schedule is not None:
         untrained.append(f"schedule ({request.schedule.description})")
+    if shift != FEW_STEP_TABLE_SHIFT:
+        untrained.append(f"shift={shift:g}")
     if sampler not in (None, "few_step"):
         untrained.append(f"sampler={sampler}")
     for name in ("guidance_scale", "guidance_scale_2"):

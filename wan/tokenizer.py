@@ -80,7 +80,13 @@ class Tokenizer:
         kind = read_json_object(path).get("model", {}).get("type")
         if kind != "Unigram":
             raise WanError(f"{path}: its model is {kind!r}, a UMT5 tokenizer is a Unigram model")
-        model = tokenizers.Tokenizer.from_str(text)
+        try:
+            model = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises no class of its own
+            raise WanError(
+                f"{path}: tokenizers {tokenizers.__version__} can't read it ({error}); download it "
+                "again, or install the version of tokenizers that wrote it"
+            ) from error
         model.no_truncation()
         model.no_padding()
         _check_specials(path, [model.token_to_id(piece) for piece in SPECIALS])

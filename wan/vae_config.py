@@ -71,7 +71,11 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "VAEConfig":
-        """Read a released `config.json`; a setting we would have to ignore is an error."""
+        """Read a released `config.json`; a setting we would have to ignore is an error.
+
+        What a file of diffusers (it says `_class_name`) leaves out is as in the Wan2.1 VAE, which
+        diffusers' defaults describe; what other settings leave out has the defaults of this class.
+        """
         known = {f.name for f in fields(cls)}
         expected: dict[
             str, tuple[Any, ...] | None
@@ -82,7 +86,13 @@ class VAEConfig:
             "scale_factor_spatial": None,
             "scale_factor_temporal": None,
         }
-        settings = {}
+        settings = asdict(VAE_2_1) if "_class_name" in values else {}
+        for name in ("latents_mean", "latents_std"):
+            if name in settings and name not in values and values.get("z_dim", 16) != 16:
+                raise WanError(
+                    f"vae config.json: z_dim={values['z_dim']} without {name}: it is known for "
+                    f"z_dim=16 only; give {name}, or [] if latents are not normalised"
+                )
         for name, value in values.items():
             if name in known:
                 settings[name] = value
@@ -126,3 +136,23 @@ class VAEConfig:
                 f"nearest are {low} and {low + stride}"
             )
         return (num_frames - 1) // stride + 1
+
+
+# Also the defaults of diffusers' AutoencoderKLWan: what a config.json that leaves fields out means.
+VAE_2_1 = VAEConfig(
+    base_dim=96,
+    decoder_base_dim=None,
+    z_dim=16,
+    is_residual=False,
+    in_channels=3,
+    out_channels=3,
+    patch_size=None,
+    latents_mean=(
+        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    ),
+    latents_std=(
+        *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+        *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916),
+    ),
+)

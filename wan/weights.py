@@ -65,7 +65,7 @@ def load_module(
     check_finite: bool = True,
     share_mapping: bool = True,
     quantize: str = "none",
-    change: Callable[[str, Tensor], Tensor] | None = None,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> M:
     """Build a module and fill every parameter from a checkpoint in any known layout.
 
@@ -80,8 +80,9 @@ def load_module(
             copied page by page only where they are written to. False reads them into memory.
         quantize: see `wan.quantize`; weights are read `GROUP_BYTES` at a time, so that few of them
             are in memory in full.
-        change: called with our name and the tensor of every parameter, in its dtype and before it
-            is quantised; returns what to take for it (see `wan.lora.LoRAMerge`).
+        changes: our name -> called with that parameter, as stored and in at least float32; what it
+            returns is rounded to `dtype`, then quantised (see `wan.lora.LoRAMerge`). With it,
+            weights are read in groups too.
     Raises:
         WanError: names, shapes or dtypes that don't fit, both ways, grouped; or not finite.
     """
@@ -94,21 +95,29 @@ def load_module(
     targets = {
         name: target_dtype(name, names.stored[name].entry.dtype, dtype, float32) for name in wanted
     }
+    changes = changes or {}
+    reads = targets | {
+        name: torch.promote_types(names.stored[name].entry.dtype, torch.float32)
+        for name in wanted
+        if name in changes
+    }
     stored = {name: names.stored[name] for name in wanted}
     state: dict[str, Tensor] = {}
     zero: set[str] = set()
-    for group in [list(wanted)] if quantize == "none" else group_names(wanted, targets):
+    whole = quantize == "none" and not changes
+    for group in [list(wanted)] if whole else group_names(wanted, reads):
         read, zeros = read_tensors(
             {name: stored[name] for name in group},
-            targets,
+            reads,
             torch.device(device),
             threads=min(8, os.cpu_count() or 1) if threads is None else threads,
             check_finite=check_finite,
             share_mapping=share_mapping,
         )
         zero |= zeros
-        if change is not None:
-            read = {name: change(name, tensor) for name, tensor in read.items()}
+        for name in group:
+            if name in changes:
+                read[name] = changes[name](read[name]).to(targets[name])
         state |= read if quantize == "none" else quantize_state(read, quantize)
         del read  # before the next group needs the room
     warn_of_zeros(checkpoint, [stored[name] for name in sorted(zero)])

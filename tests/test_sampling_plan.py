@@ -1,0 +1,34 @@
+"""What is asked of a sampler is done or refused; nothing given is ignored."""
+
+import pytest
+
+from wan.dit_config import DiTConfig
+from wan.errors import WanError
+from wan.pipeline_config import PipelineConfig
+from wan.sampling_plan import SamplingRequest, plan_sampling
+from wan.schedule import FEW_STEP_TABLE_SHIFT, euler_schedule, few_step_schedule
+from wan.umt5 import UMT5Config
+from wan.vae_config import VAEConfig
+
+TIMESTEPS = (1000.0, 757.0, 522.0)
+BASE = PipelineConfig("WanPipeline", DiTConfig(), VAEConfig(), UMT5Config())
+STUDENT = PipelineConfig(
+    "WanDMDPipeline", DiTConfig(), VAEConfig(), UMT5Config(), timesteps=TIMESTEPS
+)
+
+
+@pytest.mark.parametrize("config", [BASE, STUDENT], ids=["base", "student"])
+def test_a_schedule_takes_no_shift(config):
+    request = SamplingRequest(schedule=euler_schedule(4, 5.0), shift=3.0, allow_untrained=True)
+    with pytest.raises(WanError, match=r"shift=3 and schedule.*leave shift out"):
+        plan_sampling(config, request)
+
+
+def test_a_student_knows_one_shift():
+    with pytest.raises(WanError, match=r"shift=12: this few-step model.*allow_untrained=True"):
+        plan_sampling(STUDENT, SamplingRequest(shift=12.0))
+    plan = plan_sampling(STUDENT, SamplingRequest(shift=12.0, allow_untrained=True))
+    assert plan.untrained == ("shift=12",)
+    assert plan.schedule.sigmas.equal(few_step_schedule(TIMESTEPS, 12.0).sigmas)
+    own = plan_sampling(STUDENT, SamplingRequest(shift=FEW_STEP_TABLE_SHIFT))
+    assert own.untrained == ()
