@@ -53,10 +53,12 @@ class BenchConfig:
     goal_seconds: float = option(6.0, "of all stages together; 6 is for TI2V-5B on one H100")
     peak_tflops: float = option(790.0, "rate of the floor; 790 is dense bfloat16 on an H100")
     profile: bool = option(False, "write where each side's time goes; of loading, print it")
-    output_dir: str = option("outputs/bench", "for bench.json and profiles")
+    output_dir: str = option("outputs/bench", "for bench.json, which is replaced, and profiles")
 
     def __post_init__(self) -> None:
         check_device("device", self.device)
+        if self.device != "cpu" and not self.device.startswith("cuda"):
+            raise WanError(f"device={self.device}: nothing else than cpu or cuda can be timed here")
         if self.stages is None and self.device.startswith("cuda"):
             self.stages = "full"
         if self.stages is not None:

@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -141,19 +141,27 @@ def write_json(path: Path, **record: Any) -> None:
 
 
 def measured(
-    contests: Iterable[Contest | Outcome], config: BenchConfig, folder: Path
+    contests: Iterable[Contest | Outcome],
+    config: BenchConfig,
+    folder: Path,
+    keep: Callable[[list[Outcome]], None],
 ) -> list[Outcome]:
-    """Run the contests one by one, and profile them where that is asked for."""
+    """Run the contests one by one, and profile them where that is asked for.
+
+    Args:
+        keep: called with all outcomes so far after each: what failed later loses none.
+    """
     outcomes: list[Outcome] = []
     for contest in contests:
         if sys.stderr.isatty():
             print(f"\r{contest.target}: {contest.what}", end="\r", file=sys.stderr, flush=True)
         if isinstance(contest, Outcome):
             outcomes.append(contest)
-            continue
-        outcomes.append(run_contest(contest, config.repeats, config.warmup))
-        if config.profile:
-            write_profiles(contest, folder, len(outcomes))
+        else:
+            outcomes.append(run_contest(contest, config.repeats, config.warmup))
+            if config.profile:
+                write_profiles(contest, folder, len(outcomes))
+        keep(outcomes)
         del contest  # and its networks, before the next ones are made
     return outcomes
 
@@ -163,24 +171,28 @@ def main(config: BenchConfig) -> None:
     folder = writable_folder(config.output_dir)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    about: dict[str, Any] = environment(torch.device(config.device))
+    about["packages"] |= {name: package_version(name) for name in NEEDED}
     rows: list[Row] = []
+
+    def keep(outcomes: list[Outcome]) -> None:
+        write_json(
+            folder / "bench.json",
+            config=asdict(config),
+            environment=about,
+            parity=[asdict(row) for row in rows],
+            outcomes=[outcome.as_json() for outcome in outcomes],
+        )
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the references
         if config.stages is None:
-            outcomes = measured(compared(config), config, folder)
+            outcomes = measured(compared(config), config, folder, keep)
         else:
             rows = check_parity(config)
-            outcomes = measured(bench_stages.contests(config), config, folder)
+            outcomes = measured(bench_stages.contests(config), config, folder, keep)
             outcomes += bench_stages.end_to_end(outcomes, config, bool(rows))
-    about: dict[str, Any] = environment(torch.device(config.device))
-    about["packages"] |= {name: package_version(name) for name in NEEDED}
-    write_json(
-        folder / "bench.json",
-        config=asdict(config),
-        environment=about,
-        parity=[asdict(row) for row in rows],
-        outcomes=[outcome.as_json() for outcome in outcomes],
-    )
+            keep(outcomes)
     report = ["", *(line for outcome in outcomes for line in phase_lines(outcome))]
     if config.stages is None:
         print(table(outcomes, config.clock))

@@ -21,6 +21,9 @@ from torch import Tensor
 PROC = Path("/proc/self")
 
 
+SAME = 0.05  # relative rms up to which two sides did the same work, in bfloat16 too
+
+
 @dataclass(frozen=True)
 class Contest:
     """One thing, done in several ways.
@@ -114,6 +117,8 @@ class Outcome:
         if self.memory_goal is not None and memory is not None and memory > self.memory_goal:
             whose = "the reference's" if self.weights_bytes is None else "the weights"
             missed.append(f"peak memory {memory:.2f}x {whose}, the aim is {self.memory_goal:g}x")
+        if self.difference is not None and not self.difference <= SAME:  # NaN is not
+            missed.append(f"results differ by {self.difference:.0e} of their rms")
         return [f"{self.target}, {self.what}: {text}" for text in missed]
 
     def goals(self) -> str:

@@ -71,16 +71,18 @@ class ConvertConfig:
     """`infer.convert`."""
 
     source: str = option("", "a component (file, index, folder) or a whole release folder")
-    output: str = option("", "a folder to make; it must not exist or be empty")
+    output: str = option("", "a folder to make, not there or empty; of a LoRA a .safetensors file")
     layout: str = option("", "diffusers, official or prefixed")
     base: str | None = option(None, "write a LoRA: the transformer that source was trained from")
     rank: int | None = option(None, "of the LoRA's pairs")
     diffs: bool = option(False, "the LoRA also keeps changed biases, norms and tables, whole")
     device: str = option("cpu", "where a LoRA is computed: cpu, or cuda for large models")
-    dtype: str | None = option(None, "float32 or bfloat16; none keeps every bit")
+    dtype: str | None = option(None, "float32 or bfloat16; none keeps every bit, of a LoRA float32")
     round_all: bool = option(False, "dtype= also for what models keep in float32: smaller files")
     config: str | None = option(None, "config.json of a component that has none beside it")
-    shard_gb: float = option(5.0, "largest weight file, in 10^9 bytes")
+    shard_gb: float = option(
+        5.0, "largest weight file, in 10^9 bytes; layout=prefixed is always one"
+    )
 
     def __post_init__(self) -> None:
         check_positive("shard_gb", self.shard_gb)
@@ -96,9 +98,10 @@ class ConvertConfig:
         for name in ("source", "output", *needed):
             if not getattr(self, name):
                 raise WanError(f"{name}= is missing; --help shows how to call this command")
-        idle = ("rank", "diffs") if self.base is None else ("layout", "config", "round_all")
+        lora = ("rank", "diffs", "device")
+        idle = lora if self.base is None else ("layout", "config", "round_all", "shard_gb")
         for name in idle:
-            if getattr(self, name):
+            if getattr(self, name) != getattr(ConvertConfig, name):
                 task = "only with base=, for a LoRA" if self.base is None else "not for a LoRA"
                 raise WanError(f"{name}={getattr(self, name)}: {task}")
 
@@ -118,8 +121,8 @@ def main(config: ConvertConfig) -> None:
     if config.base is not None:
         assert config.rank is not None
         convert_lora(
-            Path(config.source).expanduser(),
-            Path(config.base).expanduser(),
+            builtin_folder(config.source) or Path(config.source).expanduser(),
+            builtin_folder(config.base) or Path(config.base).expanduser(),
             Path(config.output).expanduser(),
             config.rank,
             diffs=config.diffs,

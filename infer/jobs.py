@@ -116,6 +116,10 @@ def _parse_line(line: str) -> dict[str, Any]:
             kinds = kind if isinstance(kind, tuple) else (kind,)
             words = " or ".join(k.__name__ for k in kinds)
             raise WanError(f"{key}={value!r}: need {words}")
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise WanError(f"{key}={value!r}: not text, half of a character ({error})") from error
     if not all(_is_number(t) for t in values.get("timesteps", [])):
         raise WanError(f"timesteps={values['timesteps']}: need a list of numbers")
     return values

@@ -1,6 +1,7 @@
 """The benchmark: what it counts, and that every target runs."""
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -57,9 +58,26 @@ def test_every_missed_aim_is_named_and_no_other():
         (replace(met, goal_seconds=1.9), "2 s, the aim is 1.9 s"),
         (replace(met, sides=small), "peak memory 2.00x the reference's, the aim is 1x"),
         (replace(met, weights_bytes=8 * 10**5), "peak memory 1.25x the weights, the aim is 1x"),
+        (replace(met, difference=0.2), "results differ by 2e-01 of their rms"),
+        (
+            replace(met, difference=math.nan),
+            "results differ by nan of their rms",
+        ),
     ):
         assert outcome.misses("wall") == [f"decode, clip: {text}"]
     assert "1 with weights" in table([replace(met, weights_bytes=1)], "wall")
+
+
+def test_what_fails_later_loses_no_contest_that_is_done(tmp_path, monkeypatch):
+    def contests(config):
+        yield Outcome("text", "prompt", {"ours": timing(1, 1)})
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench, "compared", contests)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench.main(BenchConfig(output_dir=str(tmp_path)))
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert [outcome["target"] for outcome in record["outcomes"]] == ["text"]
 
 
 def test_sides_take_turns_after_warming_up_and_are_compared():
@@ -342,7 +360,9 @@ def test_random_networks_have_the_dtypes_of_loaded_ones():
         ({"targets": ["denoise"]}, "choose one of text, encode"),
         ({"targets": ["dit"], "stages": "tiny"}, "choose one of text, denoise"),
         ({"stages": "huge"}, "full, tiny"),
-        ({"device": "mps"}, "runs on the cpu"),
+        ({"device": "mps"}, "cpu or cuda"),
+        ({"device": "mps", "stages": "tiny"}, "cpu or cuda"),
+        ({"device": "auto", "stages": "tiny"}, "cpu or cuda"),
         ({"repeats": 1}, "at least 2"),
         ({"clock": "sun"}, "wall, cpu"),
         ({"dtypes": ["float8"]}, "float32, bfloat16"),

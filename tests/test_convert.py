@@ -289,6 +289,8 @@ def run(*arguments: str) -> int:
         (["source=first", "output=out", "layout=comfy"], "layout=comfy: choose one of diffusers"),
         (["source=first", "output=out", "layout=official", "dtype=int8"], "dtype=int8"),
         (["source=first", "output=out", "layout=official", "shard_gb=0"], "shard_gb=0"),
+        (["source=first", "output=out", "layout=official", "device=cuda"], "only with base="),
+        (["source=a", "base=b", "output=c", "rank=1", "shard_gb=2"], "not for a LoRA"),
         (["source=nowhere", "output=out", "layout=official"], "no such file or folder"),
         (["source=first", "output=full", "layout=official"], "not empty"),
         (["source=first", "output=file", "layout=official"], "not empty"),

@@ -260,6 +260,7 @@ def test_a_prompt_file_gives_each_line_its_own_settings(run, tmp_path):
         (b"", "no prompt in it"),
         (b"\n \n", "no prompt in it"),
         (b"fine\n{broken", "line 2: starts with {"),
+        (b'{"prompt": "a cat \\ud83d"}', "line 1: prompt="),
         (b'{"seed": 3}', 'line 1: no "prompt"'),
         (b'{"prompt": ""}', "line 1: prompt= is empty"),
         (b'{"prompt": "x", "sede": 3}', "unknown sede"),
