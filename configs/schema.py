@@ -227,6 +227,14 @@ class SampleConfig:
             raise WanError(f"lora_strength={self.lora_strength}: must be a number")
 
 
+def check_text(key: str, text: str) -> None:
+    """Records and file names are UTF-8, which half of a character has no place in."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise WanError(f"{key}=: the text is not valid UTF-8") from error
+
+
 def check_prompt(name: str, text: str) -> None:
     if not text.strip():
         raise WanError(f'{name}= is empty: say what the video shows, e.g. {name}="a red circle"')

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 PROC = Path("/proc/self")
-
-
 SAME = 0.05  # relative rms up to which two sides did the same work, in bfloat16 too
 
 

@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from configs.schema import read_config
+from configs.schema import check_text, read_config
 from infer.command_line import (
     CONFIG_FOLDER,
     CommandLine,
@@ -237,10 +237,7 @@ def _take_texts(
             continue
         if key in texts:
             raise WanError(f"{key}= is given twice")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise WanError(f"{key}=: the text is not valid UTF-8") from error
+        check_text(key, value)
         texts[key] = None if is_path and value == "null" else value
     return rest, texts
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.schema import SampleConfig, SamplerConfig, check_prompt
+from configs.schema import SampleConfig, SamplerConfig, check_prompt, check_text
 from wan.errors import WanError
 
 PROMPT_FILE = "prompt file"  # as the source of a value
@@ -116,10 +116,7 @@ def _parse_line(line: str) -> dict[str, Any]:
             kinds = kind if isinstance(kind, tuple) else (kind,)
             words = " or ".join(k.__name__ for k in kinds)
             raise WanError(f"{key}={value!r}: need {words}")
-        try:
-            str(value).encode()
-        except UnicodeEncodeError as error:
-            raise WanError(f"{key}={value!r}: not text, half of a character ({error})") from error
+        check_text(key, str(value))
     if not all(_is_number(t) for t in values.get("timesteps", [])):
         raise WanError(f"timesteps={values['timesteps']}: need a list of numbers")
     return values

@@ -269,10 +269,12 @@ def run_distillation(config: DistillConfig, world: World) -> int:
         )
     state = run.new_state()
 
-    said, captions = None, first_captions(draw, config.validation_captions)
+    said = None
     if config.data.kind == "world":
         said = world_panel(config.validation_captions, config.seed)
         captions = [one.text for one in said]
+    else:
+        captions = first_captions(draw, config.validation_captions)
     captions *= 2  # two clips of each, which should differ
     reference = teacher_panel(run, settings, vae, captions, folder, teacher_digest)
     run.teacher_std = float(reference.latents.std())
