@@ -152,6 +152,9 @@ class SampleConfig:
     )
     image: str | None = option(None, "a picture to start from, for models trained on that (TI2V)")
     image_fit: str = option("crop", "crop keeps its proportions, resize stretches it")
+    image_background: list[int] | None = option(
+        None, "red, green, blue (0 to 255) behind transparent pixels; null refuses those"
+    )
     seed: int = option(0, "a video depends on seed and settings, not on batch or device")
     num_videos: int = option(1, "videos per prompt, with seeds seed, seed+1, ...")
 
@@ -165,7 +168,9 @@ class SampleConfig:
     deterministic: bool | None = option(None, "few_step: put back predicted noise, not fresh noise")
     frame_first_noise: bool = option(False, "draw noise in FastVideo's order: its seeds match ours")
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
-    max_sequence_length: int | None = option(None, "prompt tokens that are read")
+    max_sequence_length: int | None = option(
+        None, "rows of text that are read, past the prompt's end too; another number, another model"
+    )
 
     height: int | None = option(None, "pixels; an illegal size is refused with the nearest legal")
     width: int | None = option(None, "pixels")
@@ -209,6 +214,9 @@ class SampleConfig:
         if not self.checkpoint:
             raise WanError("checkpoint= is empty: name a folder or a hub id")
         check_choice("image_fit", self.image_fit, ("crop", "resize"))
+        colour = self.image_background
+        if colour is not None and not (len(colour) == 3 and all(0 <= c <= 255 for c in colour)):
+            raise WanError(f"image_background={colour}: need three numbers from 0 to 255")
         check_loading(self)
         check_choice("preflight", self.preflight, ("auto", "always", "never"))
         check_seed("seed", self.seed)
@@ -228,11 +236,13 @@ class SampleConfig:
 
 
 def check_text(key: str, text: str) -> None:
-    """Records and file names are UTF-8, which half of a character has no place in."""
+    """Records are UTF-8, which half of a character has no place in; a zero byte ends a title."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise WanError(f"{key}=: the text is not valid UTF-8") from error
+    if "\0" in text:
+        raise WanError(f"{key}=: there is a zero byte in the text")
 
 
 def check_prompt(name: str, text: str) -> None:

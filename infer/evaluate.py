@@ -136,7 +136,11 @@ def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> Vid
         WanError: the settings are not the model's; before anything is made.
     """
     pipe = load_pipeline(config) if pipeline is None else pipeline
-    pipe.plan(**sampling(config), negative_prompt=config.negative_prompt is not None)
+    pipe.plan(
+        **sampling(config),
+        negative_prompt=config.negative_prompt is not None,
+        max_sequence_length=config.max_sequence_length,
+    )
 
     def make(batch: Sequence[Example]) -> Tensor:
         try:

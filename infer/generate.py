@@ -38,7 +38,8 @@ from infer.request import (
     torch_dtype,
 )
 from wan.attention import network_attention
-from wan.hub import resolve_model
+from wan.errors import WanError
+from wan.hub import CONFIGS, resolve_model
 from wan.memory import free_bytes
 from wan.noise import sample_generators
 from wan.pipeline import WanPipeline
@@ -66,13 +67,13 @@ class BadResultError(RuntimeError):
 def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int:
     """Make the videos of all jobs; returns the exit code.
 
-    Everything that can be wrong with the request is found before the weights are read.
+    Everything that can be wrong with the request is found before weights are fetched or read.
     """
     config = run.config
     output = writable_folder(config.output_dir)
     device = resolve_device(config.device)
     dtype = torch_dtype(config.dtype, device)
-    folder = resolve_model(config.checkpoint, config.revision)
+    folder = resolve_model(config.checkpoint, config.revision, patterns=CONFIGS)
     model_config = read_pipeline_config(folder)
     dtype_name = str(dtype).removeprefix("torch.")
     requests = [resolve_request(job, model_config, str(device), dtype_name) for job in jobs]
@@ -81,6 +82,8 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
     attention = network_attention(config.attention, transformer.num_layers)
     attention.verify(transformer.attention_head_dim, device, dtype)
     print(describe(requests[0], folder), file=sys.stderr)
+    if len(requests) > 1:
+        print(f"the first of {len(requests)} jobs; every video has a record", file=sys.stderr)
     # Prediction loads parts of PyTorch's compiler, which takes a second: longer than a small model.
     largest = max(requests, key=lambda request: request.tokens).latent_shape
     wanted = config.preflight == "always" or rough_bytes(model_config, largest, dtype) > GIB
@@ -91,7 +94,11 @@ def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int
         free, free_host = (free_bytes(where) + models.bytes_on(where) for where in (device, host))
         print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
         check_fits(memory, free, None if device == host else free_host)
-    model = models.get(folder, config, device)
+    folder = resolve_model(config.checkpoint, config.revision)
+    try:
+        model = models.get(folder, config, device)
+    except torch.OutOfMemoryError as error:
+        raise WanError(_reason(error)) from error
     code = 0
     total = sum(request.config.num_videos for request in requests)
     for request in requests:
@@ -130,7 +137,7 @@ def predicted_memory(
             device=device,
             dtype=dtype,
             attention=config.attention,
-            has_image=any(request.image is not None for request in requests),
+            has_image=any(request.config.image is not None for request in requests),
             offload=config.offload,
             quantize=config.quantize,
             chunk_latents=config.chunk_latents,
@@ -314,7 +321,8 @@ def _denoise(
         state.update(latents=tensors["latents"], step=step + 1)
 
     def keep() -> None:
-        about = {"prompt": request.prompt, "seed": seed, "checkpoint": config.checkpoint}
+        checkpoint = without_home(config.checkpoint)
+        about = {"prompt": request.prompt, "seed": seed, "checkpoint": checkpoint}
         save_latents(files.latents, state["latents"], **about, step=state["step"], steps=total)
         record["steps_done"] = state["step"]
 
@@ -326,7 +334,7 @@ def _denoise(
         try:
             result = pipeline(
                 request.prompt,
-                image=request.image,
+                image=request.first_frame(),
                 height=request.height,
                 width=request.width,
                 num_frames=request.num_frames,
@@ -335,7 +343,6 @@ def _denoise(
                 output_type="latent",
                 callback_on_step_end=after_step,
                 max_sequence_length=request.max_sequence_length,
-                deterministic=config.deterministic,
                 frame_first_noise=config.frame_first_noise,
                 on_progress=bars,
                 **options,
@@ -354,7 +361,7 @@ def _metadata(request: Request, seed: int) -> dict[str, str]:
     values = {name: value for name, (value, _) in request.settings.items() if value is not None}
     for private in ("image", "lora", "lora_2"):  # paths tell about a person's machine
         values.pop(private, None)
-    values |= {"seed": seed, "prompt": request.prompt}
+    values |= {"seed": seed, "num_videos": 1, "prompt": request.prompt}
     return {
         "title": request.prompt,
         "comment": json.dumps(values, ensure_ascii=False),

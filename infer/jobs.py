@@ -100,7 +100,7 @@ def _parse_line(line: str) -> dict[str, Any]:
     if not line.startswith("{"):
         return {"prompt": line}
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_once_each)
     except json.JSONDecodeError as error:
         raise WanError(
             f"starts with {{ but is not JSON ({error}); a prompt that starts so is written "
@@ -119,6 +119,16 @@ def _parse_line(line: str) -> dict[str, Any]:
         check_text(key, str(value))
     if not all(_is_number(t) for t in values.get("timesteps", [])):
         raise WanError(f"timesteps={values['timesteps']}: need a list of numbers")
+    return values
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python alone would keep the last of equal keys."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise WanError(f"{', '.join(twice)}: given more than once")
     return values
 
 

@@ -93,7 +93,7 @@ class ModelCache:
     def get(self, folder: Path, config: SampleConfig, device: torch.device) -> LoadedModel:
         key = (
             *(folder, device, config.dtype, config.offload, config.compile, config.quantize),
-            *(config.lora, config.lora_2, config.lora_strength, config.hash_weights),
+            *(config.lora, config.lora_2, config.lora_strength, config.hash_weights, config.verify),
         )
         if self._model is None or key != self._key:
             self._model = None  # before the next one needs the room

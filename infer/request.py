@@ -25,9 +25,10 @@ FROM_MODEL = ("height", "width", "num_frames", "fps", "max_sequence_length")
 # What the header and the record list, in this order.
 SHOWN = (
     *("checkpoint", "revision", "height", "width", "num_frames", "fps", "seed", "num_videos"),
-    *("sampler.name", "sampler.steps", "sampler.shift", "guidance_scale", "guidance_scale_2"),
-    *("negative_prompt", "image", "max_sequence_length", "device", "dtype", "attention"),
-    *("offload", "quantize", "compile", "chunk_latents", "tile", "deterministic"),
+    *("sampler.name", "sampler.steps", "sampler.timesteps", "sampler.shift", "guidance_scale"),
+    *("guidance_scale_2", "negative_prompt", "image", "image_fit", "image_background"),
+    *("max_sequence_length", "device", "dtype", "attention", "offload", "quantize", "compile"),
+    *("chunk_latents", "tile", "deterministic", "frame_first_noise", "allow_untrained"),
     *("lora", "lora_2", "lora_strength"),
 )
 PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2")
@@ -44,7 +45,6 @@ class Request:
         latent_shape: (C, T, h, w).
         grid: tokens along T, H, W.
         attention_density: share of the FLOPs of dense self-attention, over layers and steps.
-        image: (3, H, W) in [-1, 1], already of the video's size; None without one.
         settings: (value, where it comes from) of each option in SHOWN.
     """
 
@@ -58,7 +58,6 @@ class Request:
     latent_shape: tuple[int, int, int, int]
     grid: tuple[int, int, int]
     attention_density: float
-    image: Tensor | None
     settings: dict[str, tuple[Any, str]]
 
     @property
@@ -70,6 +69,16 @@ class Request:
         assert self.config.prompt is not None  # every job has one
         return self.config.prompt
 
+    def first_frame(self) -> Tensor | None:
+        """The image as (3, H, W) in [-1, 1], of the video's size; None without one.
+
+        It is read when it is asked for: the images of many jobs are more than memory should hold.
+        """
+        if self.config.image is None:
+            return None
+        image = read_image(self.config)
+        return fit_image(image, self.height, self.width, self.config.image_fit)
+
     @property
     def tokens(self) -> int:
         """Length of the sequence that attention sees."""
@@ -78,6 +87,11 @@ class Request:
     @property
     def seeds(self) -> range:
         return range(self.config.seed, self.config.seed + self.config.num_videos)
+
+
+def read_image(config: SampleConfig) -> Tensor:
+    assert config.image is not None
+    return load_image(Path(config.image).expanduser(), config.image_background)
 
 
 def resolve_request(job: Job, model: PipelineConfig, device: str, dtype: str) -> Request:
@@ -103,6 +117,9 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
             f"lora_strength={config.lora_strength:g} without lora=: there is nothing to weigh; "
             "name the LoRA file with lora=FILE"
         )
+    for name in ("image_fit", "image_background"):
+        if config.image is None and sources[name] in CHOSEN:
+            raise WanError(f"{name}= without image=: there is nothing to fit or to fill")
     values: dict[str, Any] = {}
     for name in FROM_MODEL:
         values[name] = getattr(config, name)
@@ -110,7 +127,7 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
             values[name], sources[name] = getattr(model.defaults, name), MODEL
     image = None
     if config.image is not None:
-        image = load_image(Path(config.image).expanduser())
+        image = read_image(config)
         if not {sources["height"], sources["width"]} & set(CHOSEN):
             # The legal size nearest to the image's proportions, within the default's pixels.
             multiple = model.vae.spatial_stride * model.transformer.patch_size[1]
@@ -120,9 +137,10 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
             sources["height"] = sources["width"] = "image's proportions"
     shape = model.latent_shape(values["height"], values["width"], values["num_frames"])
     config = _drop_unused_negative(config, sources, model)
-    plan = plan_sampling(model, SamplingRequest(**sampling_options(config)))
-    if image is not None:
-        image = fit_image(image, values["height"], values["width"], config.image_fit)
+    limits = {name: values[name] for name in ("num_frames", "max_sequence_length")}
+    plan = plan_sampling(model, SamplingRequest(**sampling_options(config), **limits))
+    if image is not None:  # whether it can be brought to that size
+        fit_image(image, values["height"], values["width"], config.image_fit)
     decided = values | {
         "sampler.name": plan.sampler,
         "sampler.steps": len(plan.schedule),
@@ -134,6 +152,9 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
         "dtype": dtype,
         "attention": str(config.attention),
         "deterministic": config.deterministic,
+        "image_fit": config.image_fit if config.image else None,
+        "frame_first_noise": config.frame_first_noise or None,
+        "allow_untrained": config.allow_untrained or None,
     }
     if config.deterministic is None and plan.sampler == "few_step":
         decided["deterministic"] = model.defaults.deterministic or None  # shown where it is so
@@ -148,7 +169,6 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
         latent_shape=shape,
         grid=grid,
         attention_density=attention.density(grid, len(plan.schedule)),
-        image=image,
         settings=_settings(config, sources, decided),
         **values,
     )
@@ -165,6 +185,7 @@ def sampling_options(config: SampleConfig) -> dict[str, Any]:
         "guidance_scale_2": config.guidance_scale_2,
         "negative_prompt": bool(config.negative_prompt),
         "image": config.image is not None,
+        "deterministic": config.deterministic,
         "allow_untrained": config.allow_untrained,
     }
 

@@ -6,8 +6,8 @@
     python -m infer.sample prompt_file=prompts.txt num_videos=2
     python -m infer.sample -m steps=4,8,20 seed=0,1 prompt="a blue star"
 
-The prompt is taken exactly as typed: only your shell needs its quotes. Options whose default is
-`none` below are set by the model's own folder. Each video comes with a picture of its frames, its
+The prompt is taken exactly as typed: only your shell needs its quotes. Options that show `none`
+below are off, or as the model's own folder says. Each video comes with a picture of its frames, its
 latents, and a JSON record of everything that made it. Exit codes: 0 done; 1 a result that is no
 picture (its latents are kept); 2 something to correct in the command; 130 stopped with Ctrl-C (what
 there was by then is kept).

@@ -21,6 +21,7 @@ import wan
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
+from wan.noise import sample_generators
 from wan.pipeline import WanDMDPipeline, WanPipeline
 from wan.pipeline_config import PipelineConfig, SamplingDefaults
 from wan.placement import visiting
@@ -342,7 +343,19 @@ def test_images_come_as_files_pictures_and_tensors(pipe, tmp_path):
     expected = pipe.encode_image(Image.fromarray(pixels), 32, 32)
     assert torch.equal(pipe.encode_image(tmp_path / "image.png", 32, 32), expected)
     assert torch.equal(pipe.encode_image(tensor, 32, 32), expected)
-    assert pipe.encode_image([tensor, tensor], 32, 32, batch=4).shape == (4, 16, 1, 8, 8)
+    assert pipe.encode_image([tensor, tensor], 32, 32, count=2).shape == (2, 16, 1, 8, 8)
+
+
+def test_images_are_one_or_one_per_prompt(pipe):
+    dark, light = torch.full((3, 32, 32), -1.0), torch.full((3, 32, 32), 1.0)
+    how = {"seed": 0, "num_inference_steps": 1, "height": 32, "width": 32, "num_frames": 5}
+    how["num_videos_per_prompt"] = 2
+    frames = pipe(["x", "x"], image=[dark, light], **how).frames
+    alone = pipe(["x", "x"], image=light, **how).frames
+    np.testing.assert_array_equal(frames[2:], alone[2:])
+    assert not np.array_equal(frames[:2], alone[:2])
+    with pytest.raises(WanError, match="2 images for 4 prompts"):
+        pipe(["x"] * 4, image=[dark, light], **how)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "unipc"])
@@ -397,6 +410,15 @@ def test_student_draws_fresh_noise_unless_deterministic(student):
         assert not np.array_equal(run(seed=1, deterministic=False), run(seed=1))
     finally:
         student.config = own
+
+
+@pytest.mark.parametrize("frame_first", [False, True])
+def test_saved_noise_with_its_seed_is_the_seed(student, frame_first):
+    """Re-noising goes on where the start's noise ended; it does not draw that again."""
+    noise = student.prepare_latents(1, 32, 32, 5, sample_generators(7, 1), None, frame_first)
+    how = {"height": 32, "width": 32, "num_frames": 5, "frame_first_noise": frame_first}
+    replayed = student(PROMPT, seed=7, latents=noise, **how).frames
+    assert np.array_equal(replayed, student(PROMPT, seed=7, **how).frames)
 
 
 def test_frame_first_noise_is_another_draw_of_the_same_stream(student):
@@ -787,6 +809,7 @@ def test_impossible_choices_are_refused(folder, options, message):
         ({"prompt": []}, "list of texts"),
         ({"prompt": [3]}, "list of texts"),
         ({"num_videos_per_prompt": 0}, "at least 1"),
+        ({"num_videos_per_prompt": 1.5}, "at least 1"),
         ({"seed": 1, "generator": seeded()}, "give one of them"),
         ({"generator": [seeded(), seeded()]}, "2 generators for 1 videos"),
         ({"seed": [1, 2]}, "2 seeds for 1"),

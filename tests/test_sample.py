@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,15 @@ from test_pipeline import build, write_tokenizer
 
 import infer.generate
 import infer.loading
+import infer.request
+import wan.hub
 from infer.cli import INTERRUPTED, USER_ERROR, execute
 from infer.generate import BAD_RESULT
 from infer.loading import LoadedModel, StageBars
 from infer.record import OutputFiles, reserve_files, without_home
 from infer.sample import LINE, SampleCommand
 from wan.digests import write_manifest
+from wan.images import load_image
 from wan.miniature import STUDENT, TEACHER
 from wan.noise import draw_noise, sample_generators
 from wan.pipeline import WanDMDPipeline, WanPipeline
@@ -214,6 +218,49 @@ def test_an_image_starts_the_video(run, tmp_path):
     assert "command line" in next(line for line in err.splitlines() if line.startswith("image"))
 
 
+def test_what_lies_behind_a_transparent_image_can_be_said(run, tmp_path):
+    Image.new("RGBA", (32, 32)).save(tmp_path / "clear.png")
+    image = f"image={tmp_path / 'clear.png'}"
+    code, _, err = run("prompt=x", image, "image_background=[9,9,9]")
+    assert code == 0, err
+    assert "image_background" in err
+
+
+def test_images_of_a_prompt_file_are_read_one_at_a_time(run, tmp_path, monkeypatch):
+    """Many of them are more than memory should hold."""
+    alive, most = weakref.WeakSet(), 0
+
+    def watched(*args):
+        nonlocal most
+        alive.add(image := load_image(*args))
+        most = max(most, len(alive))
+        return image
+
+    monkeypatch.setattr(infer.request, "load_image", watched)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "jobs").write_text('{"prompt": "x", "image": "a.png"}\n' * 3)
+    code, _, err = run(f"prompt_file={tmp_path / 'jobs'}", "steps=1")
+    assert code == 0, err
+    assert most == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "model"),
+    [
+        ("timesteps=[1000,900]", "timesteps=[1000,800]", "base"),
+        ("frame_first_noise=true", "frame_first_noise=false", "student"),
+        ("image_fit=crop", "image_fit=resize", "base"),
+        ("steps=2", "steps=3", "base"),
+    ],
+)
+def test_file_names_tell_videos_apart(run, tmp_path, one, other, model):
+    Image.new("RGB", (32, 48)).save(tmp_path / "a.png")
+    image = [f"image={tmp_path / 'a.png'}", "height=32"] if one.startswith("image") else []
+    names = [run("prompt=x", *image, option, model=model)[1] for option in (one, one, other)]
+    hashes = [Path(name).name.split("_")[1] for name in names]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_an_image_decides_the_shape_unless_a_size_is_given(run, tmp_path):
     Image.new("RGB", (30, 60)).save(tmp_path / "tall.png")
     _, out, err = run("prompt=x", f"image={tmp_path / 'tall.png'}")
@@ -264,6 +311,9 @@ def test_a_prompt_file_gives_each_line_its_own_settings(run, tmp_path):
         (b'{"seed": 3}', 'line 1: no "prompt"'),
         (b'{"prompt": ""}', "line 1: prompt= is empty"),
         (b'{"prompt": "x", "sede": 3}', "unknown sede"),
+        (b'{"prompt": "x", "prompt": "y"}', "line 1: prompt: given more than once"),
+        (b'{"prompt": "x\\u0000y"}', "line 1: prompt=: there is a zero byte"),
+        (b'{"prompt": "x", "image": "a.png", "num_frames": 1}', "line 1: image with num_frames=1"),
         (b'{"prompt": "x", "seed": "3"}', "seed='3': need int"),
         (b'{"prompt": "x", "seed": true}', "seed=True: need int"),
         (b'{"prompt": "x", "steps": 2, "timesteps": [1000]}', "give only one"),
@@ -274,6 +324,7 @@ def test_a_prompt_file_gives_each_line_its_own_settings(run, tmp_path):
 )
 def test_a_line_that_cannot_be_used_is_named(run, tmp_path, content, words):
     (tmp_path / "jobs").write_bytes(content)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     code, _, err = run(f"prompt_file={tmp_path / 'jobs'}")
     assert code == USER_ERROR
     assert words in err
@@ -310,7 +361,13 @@ def weights_stay_unread(monkeypatch):
         (["prompt=x", "guidance_scale=5"], "student", ["guidance_scale=5"]),
         (["prompt=x", "negative_prompt=y"], "student", ["negative_prompt"]),
         (["prompt=x", "negative_prompt=y", "guidance_scale=1"], "base", ["no effect"]),
+        (["prompt=x", "deterministic=true"], "base", ["deterministic", "adds no noise"]),
+        (["prompt=x", "max_sequence_length=8"], "student", ["max_sequence_length=8", "16 rows"]),
         (["prompt=x", "image={png}"], "experts", ["image", "TI2V"]),
+        (["prompt=x", "image={png}", "num_frames=1"], "base", ["only frame"]),
+        (["prompt=x", "image={clear}"], "base", ["transparent", "image_background=[255,255,255]"]),
+        (["prompt=x", "image={png}", "image_background=[0,0]"], "base", ["three numbers"]),
+        (["prompt=x", "image_fit=resize"], "base", ["image_fit=", "without image="]),
         (["prompt=x", "image=missing.png"], "base", ["missing.png", "no such file"]),
         (["prompt=x", "image={txt}"], "base", ["note.txt", "not an image"]),
         (["prompt=x", "output_dir={txt}/a"], "base", ["output_dir=", "can't be written"]),
@@ -336,7 +393,9 @@ def test_requests_that_cannot_work(run, tmp_path, weights_stay_unread, tokens, m
     (tmp_path / "note.txt").write_text("no image")
     (tmp_path / "dir").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    places = {"txt": tmp_path / "note.txt", "dir": tmp_path / "dir", "png": tmp_path / "a.png"}
+    Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")
+    names = {"txt": "note.txt", "dir": "dir", "png": "a.png", "clear": "clear.png"}
+    places = {short: tmp_path / name for short, name in names.items()}
     code, out, err = run(*[t.format(**places) for t in tokens], model=model)
     assert code == USER_ERROR
     assert err.startswith("error: ")
@@ -345,6 +404,22 @@ def test_requests_that_cannot_work(run, tmp_path, weights_stay_unread, tokens, m
     for word in words:
         assert word in err
     assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_weights_are_fetched_for_requests_that_can_work_alone(run, models, monkeypatch):
+    asked = []
+
+    def fetch(name, revision, allow_patterns, local_files_only):
+        asked.append("*.safetensors" in allow_patterns)
+        return str(models / "student")
+
+    monkeypatch.setattr(wan.hub, "snapshot_download", fetch)
+    for option in ("height=33", "guidance_scale=5"):
+        assert run("checkpoint=someone/model", "prompt=x", option)[0] == USER_ERROR
+    assert asked == [False, False]
+    code, _, err = run("checkpoint=someone/model", "prompt=x")
+    assert code == 0, err
+    assert asked[2:] == [False, True]
 
 
 def test_verify_also_reads_the_parts_that_another_folder_lends(run, tmp_path):

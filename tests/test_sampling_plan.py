@@ -1,5 +1,7 @@
 """What is asked of a sampler is done or refused; nothing given is ignored."""
 
+from dataclasses import replace
+
 import pytest
 
 from wan.dit_config import DiTConfig
@@ -32,3 +34,32 @@ def test_a_student_knows_one_shift():
     assert plan.schedule.sigmas.equal(few_step_schedule(TIMESTEPS, 12.0).sigmas)
     own = plan_sampling(STUDENT, SamplingRequest(shift=FEW_STEP_TABLE_SHIFT))
     assert own.untrained == ()
+
+
+def test_rows_of_text_are_part_of_the_model():
+    """Those past a prompt's end are attended too."""
+    with pytest.raises(WanError, match=r"max_sequence_length=226: this few-step.* 512 rows"):
+        plan_sampling(STUDENT, SamplingRequest(max_sequence_length=226))
+    for config in (BASE, STUDENT):
+        asked = SamplingRequest(max_sequence_length=226, allow_untrained=True)
+        assert plan_sampling(config, asked).untrained == ("max_sequence_length=226",)
+        assert plan_sampling(config, SamplingRequest(max_sequence_length=512)).untrained == ()
+        with pytest.raises(WanError, match="need at least 1"):
+            plan_sampling(config, SamplingRequest(max_sequence_length=-5))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_samplers_that_add_no_noise_are_not_told_which(deterministic):
+    with pytest.raises(WanError, match="unipc adds no noise"):
+        plan_sampling(BASE, SamplingRequest(deterministic=deterministic))
+    plan_sampling(STUDENT, SamplingRequest(deterministic=deterministic))
+
+
+def test_without_guidance_neither_expert_has_any():
+    experts = replace(
+        BASE,
+        boundary_ratio=0.875,
+        defaults=replace(BASE.defaults, guidance_scale=4.0, guidance_scale_2=3.0),
+    )
+    assert plan_sampling(experts, SamplingRequest()).guidance_scale_2 == 3
+    assert not plan_sampling(experts, SamplingRequest(guidance_scale=1)).guided

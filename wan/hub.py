@@ -12,7 +12,7 @@ from wan.miniature import builtin_folder
 # Weights as safetensors, configs, indices, tokenizer.json and the sentencepiece model: nothing that
 # could carry code, and not the same weights a second time in another format.
 PATTERNS = ("*.safetensors", "*.json", "*spiece.model")
-CONFIGS = ("*.json",)  # what a model says about itself, in a few kilobytes
+CONFIGS = ("*.json", "*spiece.model")  # all but the weights: a few megabytes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 
 

@@ -9,6 +9,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ _DECODE_ERRORS = (
 )
 
 
-def load_image(path: str | Path, background: tuple[int, int, int] | None = None) -> Tensor:
+def load_image(path: str | Path, background: Sequence[int] | None = None) -> Tensor:
     """Read one still image as (3, H, W) float32 in [-1, 1].
 
     Args:
@@ -59,12 +60,13 @@ def load_image(path: str | Path, background: tuple[int, int, int] | None = None)
 
 
 def image_to_tensor(
-    image: Image.Image, background: tuple[int, int, int] | None = None, name: str = "image"
+    image: Image.Image, background: Sequence[int] | None = None, name: str = "image"
 ) -> Tensor:
     """A Pillow image as (3, H, W) float32 in [-1, 1]; the checks and meanings of `load_image`.
 
-    The EXIF orientation is applied, so that the picture stands as a viewer shows it. 16-bit samples
-    are rounded to 8 bits. An embedded colour profile is not applied (the references ignore it too).
+    The EXIF orientation is applied, so that the picture stands as a viewer shows it. 16-bit grey is
+    rounded to 8 bits; of 16-bit colour Pillow gives the upper 8. An embedded colour profile is not
+    applied (the references ignore it too).
     """
     _check_still(image, name)
     return _to_tensor(ImageOps.exif_transpose(image), background, name)
@@ -102,12 +104,12 @@ def _check_still(image: Image.Image, name: str) -> None:
         raise WanError(f"{name}: {num_frames} frames or pages; save the wanted one as PNG")
 
 
-def _to_tensor(image: Image.Image, background: tuple[int, int, int] | None, name: str) -> Tensor:
+def _to_tensor(image: Image.Image, background: Sequence[int] | None, name: str) -> Tensor:
     pixels = torch.from_numpy(np.array(_to_rgb(image, background, name)))  # (H, W, 3) uint8
     return pixels.permute(2, 0, 1).float() / 255 * 2 - 1  # (3, H, W)
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, background: Sequence[int] | None, name: str) -> Image.Image:
     """An 8-bit RGB version of the image, or the reason why there is none."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return _flatten(image.convert("RGBA"), background, name)
@@ -122,15 +124,16 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None, name: s
     )
 
 
-def _flatten(image: Image.Image, background: tuple[int, int, int] | None, name: str) -> Image.Image:
+def _flatten(image: Image.Image, background: Sequence[int] | None, name: str) -> Image.Image:
     """An RGBA image over a plain background; a fully opaque one needs none."""
     lowest, _ = image.getchannel("A").getextrema()
     if lowest == 255:
         return image.convert("RGB")
     if background is None:
         raise WanError(
-            f"{name}: has transparent pixels; say what lies behind them "
-            "(background=(255, 255, 255) for white) or save it without transparency"
+            f"{name}: has transparent pixels; say what lies behind them, such as white (on the "
+            "command line image_background=[255,255,255]; in Python "
+            "load_image(path, background=(255, 255, 255))), or save it without transparency"
         )
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise WanError(f"{name}: background={background}: need three numbers in 0..255")
@@ -181,7 +184,7 @@ def _cover(picture: Image.Image, height: int, width: int) -> Image.Image:
     if covering[0] * covering[1] > MAX_PIXELS:
         raise WanError(
             f"image of {picture.height}x{picture.width} is too narrow to cover {height}x{width}: "
-            "crop it nearer to that shape, or use mode='resize'"
+            "crop it nearer to that shape, or resize it instead (image_fit=resize)"
         )
     picture = picture.resize(covering, Image.Resampling.LANCZOS)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2

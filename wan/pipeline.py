@@ -371,13 +371,15 @@ class WanPipeline:
             guidance_scale, guidance_scale_2: 1 is off; the second is the low-noise expert's.
             num_videos_per_prompt: videos of a prompt follow each other in the result.
             generator: a CPU generator, or one per video, for the noise.
-            latents: (B, C, T, h, w), the noise to start from.
+            latents: (B, C, T, h, w), the noise to start from. Few-step sampling re-noises after it
+                as after the noise of `seed`, or with what `generator` gives next.
             output_type: "np", "pt", "pil" or "latent"; see `WanPipelineOutput`.
             return_dict: False returns (frames,).
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step,
                 with the tensors named in `callback_on_step_end_tensor_inputs`; may return a dict
                 with tensors to go on with.
-            max_sequence_length: rows of text the model reads.
+            max_sequence_length: rows of text the model reads, those of `prompt_embeds` if there are
+                any; with another number than in training it is another model, and students refuse.
             seed: instead of generators: video j gets seed + j; or one seed per video. With neither,
                 a seed is drawn from PyTorch's global generator and returned.
             sampler: a name in `wan.samplers.SAMPLERS`.
@@ -392,6 +394,9 @@ class WanPipeline:
             WanError: whatever a caller can get wrong, before anything is computed.
             FloatingPointError: latents became infinite or NaN; names the step.
         """
+        height, width, num_frames = self._size(height, width, num_frames, latents)
+        if prompt_embeds is not None and prompt_embeds.ndim == 3:
+            max_sequence_length = prompt_embeds.shape[1]
         plan = self.plan(
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
@@ -402,23 +407,25 @@ class WanPipeline:
             guidance_scale_2=guidance_scale_2,
             negative_prompt=negative_prompt is not None or negative_prompt_embeds is not None,
             image=image is not None,
+            num_frames=num_frames,
+            max_sequence_length=max_sequence_length,
+            deterministic=deterministic,
             allow_untrained=allow_untrained,
         )
         check_output(output_type, callback_on_step_end_tensor_inputs, self.safety_checker)
         self.transformer.attention.exact_timesteps(plan.schedule.timesteps.tolist())
-        height, width, num_frames = self._size(height, width, num_frames, latents)
-        if deterministic and plan.sampler != "few_step":
-            raise WanError(f"deterministic: sampler {plan.sampler} adds no noise; for few_step")
-        if num_videos_per_prompt < 1:
-            raise WanError(f"num_videos_per_prompt={num_videos_per_prompt}: need at least 1")
+        if not isinstance(num_videos_per_prompt, int) or num_videos_per_prompt < 1:
+            raise WanError(f"num_videos_per_prompt={num_videos_per_prompt}: need at least 1, whole")
         prompts = prompt_list(prompt, prompt_embeds)
-        batch = prompt_count(prompts, prompt_embeds) * num_videos_per_prompt
+        count = prompt_count(prompts, prompt_embeds)
+        batch = count * num_videos_per_prompt
         generators, seeds = noise_streams(seed, generator, batch)
         pixels: Any = None
         if image is not None:
-            if num_frames == 1:
-                raise WanError("image with num_frames=1: the only frame would be the image itself")
-            pixels = first_frames(image, height, width, batch)
+            pixels = first_frames(image, height, width, count)
+        if latents is not None and seed is not None:  # so that re-noising goes on as after a draw
+            shape = self.config.latent_shape(height, width, num_frames)
+            draw_noise(shape, generators, frame_first_noise)
         x = self.prepare_latents(
             batch, height, width, num_frames, generators, latents, frame_first_noise
         )
@@ -439,7 +446,8 @@ class WanPipeline:
         image_latents = None
         if pixels is not None:
             with self._timed("encode_image"):
-                image_latents = self.encode_image(pixels, height, width, batch)
+                image_latents = self.encode_image(pixels, height, width, count)
+                image_latents = image_latents.repeat_interleave(num_videos_per_prompt, dim=0)
         options: dict[str, Any] = {}
         if plan.sampler == "few_step":
             own = self.config.defaults.deterministic
@@ -541,17 +549,17 @@ class WanPipeline:
 
     @torch.no_grad()
     def encode_image(
-        self, image: ImageInput | list[ImageInput], height: int, width: int, batch: int = 1
+        self, image: ImageInput | list[ImageInput], height: int, width: int, count: int = 1
     ) -> Tensor:
-        """Normalised latents of first frames: (B, C, 1, h, w) float32 on the device.
+        """Normalised latents of `count` first frames: (count, C, 1, h, w) float32 on the device.
 
         Raises:
-            WanError: not an image, or a number of images that B is not a multiple of.
+            WanError: not an image, or neither one nor `count` of them.
         """
-        pixels = first_frames(image, height, width, batch)
+        pixels = first_frames(image, height, width, count)
         with self._on_device(self.vae):
             latents = [self.vae.encode(p[None, :, None].to(self.device)) for p in pixels]
-        return torch.cat(latents).repeat_interleave(batch // len(pixels), dim=0)
+        return torch.cat(latents).expand(count, -1, -1, -1, -1)
 
     def prepare_latents(
         self,

@@ -103,15 +103,15 @@ def noise_streams(
     return streams, [stream.initial_seed() for stream in streams]
 
 
-def first_frames(image: Any, height: int, width: int, batch: int) -> list[Tensor]:
-    """One image or several as (3, height, width) float32 in [-1, 1] each.
+def first_frames(image: Any, height: int, width: int, count: int) -> list[Tensor]:
+    """One image, or one for each of `count`, as (3, height, width) float32 in [-1, 1].
 
     Raises:
-        WanError: not an image, or a number of images that the batch is not a multiple of.
+        WanError: not an image, or another number of images.
     """
     images = list(image) if isinstance(image, list | tuple) else [image]
-    if not images or batch % len(images):
-        raise WanError(f"{len(images)} images for {batch} videos: give one, or one per prompt")
+    if len(images) not in (1, count):
+        raise WanError(f"{len(images)} images for {count} prompts: give one, or one per prompt")
     return [fit_image(image_pixels(one), height, width) for one in images]
 
 

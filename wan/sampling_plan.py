@@ -40,6 +40,10 @@ class SamplingRequest:
         guidance_scale, guidance_scale_2: at least 1, which is none; the second is that of the
             low-noise expert.
         negative_prompt, image: whether there is one.
+        num_frames: of the video.
+        max_sequence_length: rows of text that the model reads. Those after a prompt's end are read
+            too, so that another number is another model.
+        deterministic: few-step sampling puts back predicted noise, not fresh noise.
         allow_untrained: let a student go on with what it was not trained for.
     """
 
@@ -52,6 +56,9 @@ class SamplingRequest:
     guidance_scale_2: float | None = None
     negative_prompt: bool = False
     image: bool = False
+    num_frames: int | None = None
+    max_sequence_length: int | None = None
+    deterministic: bool | None = None
     allow_untrained: bool = False
 
 
@@ -63,7 +70,7 @@ class SamplingPlan:
         sampler: name in `wan.samplers.SAMPLERS`.
         schedule: the steps.
         guidance_scale, guidance_scale_2: of the high-noise (or only) and the low-noise expert.
-        untrained: what a student was told to do though it was not trained for it, in words.
+        untrained: what the model was told to do though it was not trained for it, in words.
     """
 
     sampler: str
@@ -98,6 +105,10 @@ def plan_sampling(config: PipelineConfig, request: SamplingRequest) -> SamplingP
             "image: this model was not trained to start from one (TI2V models are: their "
             "model_index.json says expand_timesteps)"
         )
+    if request.image and request.num_frames == 1:
+        raise WanError("image with num_frames=1: the only frame would be the image itself")
+    if request.max_sequence_length is not None and request.max_sequence_length < 1:
+        raise WanError(f"max_sequence_length={request.max_sequence_length}: need at least 1")
     if request.guidance_scale_2 is not None and config.boundary_ratio is None:
         raise WanError(
             f"guidance_scale_2={request.guidance_scale_2}: for models with two experts; this one "
@@ -108,8 +119,19 @@ def plan_sampling(config: PipelineConfig, request: SamplingRequest) -> SamplingP
         if scale is not None and not (scale >= 1 and math.isfinite(scale)):
             raise WanError(f"{name}={scale}: must be at least 1 (1 turns guidance off)")
     if config.timesteps is None:
-        return _plan_base(config, request)
-    return _plan_few_step(config, config.timesteps, request)
+        plan = _plan_base(config, request)
+    else:
+        plan = _plan_few_step(config, config.timesteps, request)
+    if request.deterministic is not None and plan.sampler != "few_step":
+        raise WanError(f"deterministic: sampler {plan.sampler} adds no noise; for few_step")
+    return plan
+
+
+def _other_text_length(config: PipelineConfig, request: SamplingRequest) -> list[str]:
+    length = request.max_sequence_length
+    if length in (None, config.defaults.max_sequence_length):
+        return []
+    return [f"max_sequence_length={length}"]
 
 
 def _plan_base(config: PipelineConfig, request: SamplingRequest) -> SamplingPlan:
@@ -123,6 +145,7 @@ def _plan_base(config: PipelineConfig, request: SamplingRequest) -> SamplingPlan
         schedule=_schedule(request, "unipc", defaults.num_inference_steps, config.shift),
         guidance_scale=scale,
         guidance_scale_2=scale if scale_2 is None else scale_2,
+        untrained=tuple(_other_text_length(config, request)),
     )
     if request.negative_prompt and not plan.guided:
         raise WanError("negative_prompt has no effect without guidance: set guidance_scale above 1")
@@ -149,12 +172,14 @@ def _plan_few_step(
         if getattr(request, name) not in (None, 1):
             untrained.append(f"{name}={getattr(request, name)}")
     untrained += [name for name in ("negative_prompt", "image") if getattr(request, name)]
+    untrained += _other_text_length(config, request)
     if untrained and not request.allow_untrained:
         listed = ", ".join(f"{t:g}" for t in trained)
         raise WanError(
             f"{', '.join(untrained)}: this few-step model was trained for the {len(trained)} "
-            f"timesteps [{listed}], without guidance, negative prompt or image; leave it out, or "
-            "say allow_untrained=True to see what happens"
+            f"timesteps [{listed}] and {config.defaults.max_sequence_length} rows of text, without "
+            "guidance, negative prompt or image; leave it out, or say allow_untrained=True to see "
+            "what happens"
         )
     if any(name.startswith(("num_inference_steps", "timesteps", "schedule")) for name in untrained):
         schedule = _schedule(request, "few_step", len(trained), shift)
