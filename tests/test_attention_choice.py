@@ -19,6 +19,7 @@ from wan.attention.factorised import Spatial, Temporal
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
+from wan.schedule import unipc_schedule
 
 CPU = torch.device("cpu")
 GRID = (3, 2, 4)
@@ -62,6 +63,21 @@ def test_a_kernel_that_computes_something_else_is_refused():
 
     with pytest.raises(WanError, match=r"off by .* choose sdpa"):
         network_attention(without_scale, 2).verify(16, CPU, torch.float32)
+
+
+def test_a_refusal_names_the_function_and_holds_it_to_its_own_tolerance(monkeypatch):
+    def rounded(q, k, v, bias=None):
+        return 1.05 * math_attention(q, k, v, bias)
+
+    monkeypatch.setitem(BACKENDS, "sage", rounded)
+    network_attention("sage", 2).verify(16, CPU, torch.float32)
+    monkeypatch.setitem(BACKENDS, "flash", lambda q, k, v: rounded(q, k, v))
+    monkeypatch.setitem(ATTENTION, "math", lambda q, k, v, bias=None: rounded(q, k, v, bias))
+    for name in ("sage", "spatial"):
+        for exact in ("flash", "math"):
+            chosen = network_attention(AttentionConfig(name, exact=exact, layers="0"), 2)
+            with pytest.raises(WanError, match=f"attention={exact} is off"):
+                chosen.verify(16, CPU, torch.float32)
 
 
 def test_an_attention_to_the_text_that_loses_the_bias_is_refused():
@@ -134,6 +150,20 @@ def test_density_counts_layers_and_steps():
     assert network_attention("spatial", 4).exact_timesteps([1000.0]) == frozenset()
 
 
+def test_steps_at_one_timestep_are_not_told_apart():
+    timesteps = unipc_schedule(100, 12.0).timesteps.tolist()
+    assert timesteps[0] == timesteps[1]
+    for steps in ("1-", "0"):
+        chosen = network_attention(AttentionConfig("spatial", steps=steps), 4)
+        with pytest.raises(
+            WanError, match=r"attention\.steps=.*of 100 steps several.*timestep 999"
+        ):
+            chosen.exact_timesteps(timesteps)
+    for steps, count in (("2-", 1), ("0-1", 98), ("all", 0)):
+        chosen = network_attention(AttentionConfig("spatial", steps=steps), 4)
+        assert len(chosen.exact_timesteps(timesteps)) == count
+
+
 def test_a_config_says_what_is_not_as_usual():
     config = AttentionConfig("sliding_tile", window=[1, 3, 3], steps="1-")
     assert str(config) == "sliding_tile steps=1- window=[1, 3, 3]"
@@ -187,8 +217,16 @@ def test_training_reaches_every_weight_through_a_sparse_network():
         ({"name": "spatial", "exact": "spatial"}, "choose one of sdpa"),
         ({"name": "spatial", "exact": "sage"}, "8-bit"),
         ({"name": "sdpa", "keep": 0.5}, "no option keep"),
+        ({"name": "sdpa", "exact": "math"}, "nothing would call it, as attention=sdpa"),
+        ({"name": "spatial", "exact": "flash"}, "all layers and steps, and sdpa the text"),
     ],
 )
 def test_choices_that_do_not_exist_are_refused(settings, message):
     with pytest.raises(WanError, match=message):
         network_attention(AttentionConfig(**settings), 2)
+
+
+def test_an_exact_one_is_accepted_where_something_calls_it():
+    for settings in ({"layers": "0"}, {"steps": "1-"}, {"name": "spatial"}, {"name": "math"}):
+        network_attention(AttentionConfig(**settings, exact="math"), 2)
+    network_attention(AttentionConfig("flash", exact="flash"), 2)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from wan.attention import SPARSE, build_attention, math_attention, pattern, top_k
-from wan.attention.pattern import Pattern, attend_blocks, block_mask
+from wan.attention.pattern import Pattern, attend_blocks, block_mask, gathered, remembered
 from wan.attention.top_k import TopK, as_mask, chosen_blocks, tiling
 from wan.errors import WanError
 
@@ -119,6 +119,41 @@ def test_what_inference_prepared_serves_training():
     assert v.grad is not None
 
 
+@pytest.mark.parametrize(("name", "kept"), [("sliding_tile", gathered), ("top_k", tiling)])
+def test_compiled_callers_make_windows_and_tiles_once(name, kept):
+    grid, attention = (2, 3, 5), build_attention(name, tile=(1, 2, 2))
+    q, k, v = (x.detach() for x in inputs(grid))
+    expected = attention(q, k, v, grid)
+    kept.cache_clear()
+    compiled = torch.compile(attention, backend="eager", dynamic=False)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(q, k, v, grid), expected)
+    assert kept.cache_info().misses == 1
+    assert kept.cache_info().hits > 0
+
+
+def test_compiled_callers_make_block_masks_once(monkeypatch):
+    made, create = [], torch.nn.attention.flex_attention.create_block_mask
+
+    def counted(*args, **options):
+        made.append(args)
+        return create(*args, **options)
+
+    monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", counted)
+    grid, attention = (2, 3, 5), build_attention("sliding_tile", tile=(1, 2, 2))
+    q, k, v = (x.detach() for x in inputs(grid))
+
+    def on_gpu(q, k, v):
+        mask = remembered(block_mask, attention, grid, q.device)
+        return attend_blocks(q, k, v, *mask, kernel=lambda q, k, v, block_mask: q + 1)
+
+    block_mask.cache_clear()
+    compiled = torch.compile(on_gpu, backend="eager", dynamic=False)
+    for _ in range(2):
+        assert torch.equal(compiled(q, k, v), q + 1)
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize(("name", "options"), VARIANTS[2:5], ids=IDS[2:5])
 def test_block_masks_give_the_same(name, options, monkeypatch):
     """What runs on GPUs, with FlexAttention uncompiled; on CPUs it has no backward pass."""
@@ -168,6 +203,19 @@ def test_gpu_tiles_must_fill_the_kernels_blocks():
 def test_options_that_mean_nothing_are_refused(name, options, message):
     with pytest.raises(WanError, match=message):
         build_attention(name, **options)
+
+
+def test_what_alternates_is_asked_for_layer_by_layer():
+    grid, attention = (3, 2, 4), build_attention("factorised")
+    assert attention.of_layer(1).density(grid) == pytest.approx(1 / 8)
+    x = torch.zeros(1, 1, 24, 8)
+    for ask in (
+        attention.density,
+        lambda g: attention.mask(x, x, g),
+        lambda g: attention(x, x, x, g),
+    ):
+        with pytest.raises(WanError, match=r"factorised is spatial or temporal .* of_layer"):
+            ask(grid)
 
 
 def test_every_pattern_by_name_is_tested_here():

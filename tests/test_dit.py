@@ -354,6 +354,12 @@ def test_config_reads_both_released_forms():
         ({"cross_attn_norm": False}, "cross_attn_norm=False"),
         ({"attention_type": "sparse"}, "unknown settings attention_type"),
         ({"patch_size": [1, 2]}, "patch_size"),
+        ({"patch_size": [1, 2, 2.5]}, "patch_size"),
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"rope_max_seq_len": 0}, "rope_max_seq_len=0"),
+        ({"ffn_dim": None}, "ffn_dim=None"),
+        ({"eps": -1}, "eps=-1"),
     ],
 )
 def test_config_of_another_network_is_refused_by_name(change, message):
@@ -368,6 +374,7 @@ def test_config_of_another_network_is_refused_by_name(change, message):
         ({"model_type": "vace"}, "VACE"),
         ({"model_type": "s2v"}, "s2v"),
         ({"num_heads": 23}, "multiple of num_heads=23"),
+        ({"num_heads": 0}, "multiple of num_heads=0"),
     ],
 )
 def test_official_config_of_another_network_is_refused_by_name(change, message):

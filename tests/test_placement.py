@@ -9,7 +9,7 @@ from test_pipeline import DIT, PROMPT, TEXT, build, random_weights, write_tokeni
 
 from wan.dit import WanDiT
 from wan.errors import WanError
-from wan.placement import BlockStream, at_work, homes_of, streaming
+from wan.placement import BlockStream, at_work, homes_of, resolve_device, streaming
 from wan.quantize import quantize
 from wan.umt5 import UMT5Encoder
 
@@ -122,6 +122,13 @@ def test_without_offload_nothing_is_copied():
     layer = torch.nn.Linear(2, 2)
     with at_work(layer, torch.device("meta"), "block"):  # no blocks: a visit as a whole
         assert layer.weight.is_meta
+
+
+@pytest.mark.parametrize("name", ["meta", "xpu", "cpu:3", "tpu", torch.device("xla")])
+def test_only_devices_that_it_names_are_accepted(name):
+    with pytest.raises(WanError, match=f"device={name}: choose auto, cpu, cuda, cuda:N or mps"):
+        resolve_device(name)
+    assert resolve_device("cpu") == CPU
 
 
 def test_an_unknown_way_is_refused(tokenizer_folder):

@@ -12,6 +12,8 @@ import pytest
 import torch
 from test_pipeline import PROMPT, TEXT, VAE, build, write_tokenizer
 
+from wan import preflight
+from wan.attention import AttentionConfig
 from wan.dit import WanDiT
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
@@ -385,6 +387,45 @@ def test_shorter_chunks_are_offered_before_what_changes_numbers():
     assert offered[: len(exact)] == exact
     offload = {"offload": "block"}
     assert list(alternatives(full_size(tile=16, chunk_latents=1, quantize="fp8", **offload))) == []
+
+
+def test_a_fused_kernel_is_offered_in_place_of_the_formula():
+    written = full_size(attention=AttentionConfig("sliced", slice_size=8192))
+    assert list(alternatives(written))[:2] == [{"attention": "sdpa"}, {"chunk_latents": 1}]
+    with pytest.raises(WanError, match=r"free; attention=sdpa would take 3\d\.\d GiB"):
+        check_fits(predict_memory(full_size(attention="math")), 80 * GIB)
+
+
+def test_each_stage_is_predicted_once_for_the_options_it_depends_on(tokenizer_folder, monkeypatch):
+    pipeline = build(tokenizer_folder)
+    side = 18 * pipeline.config.vae.spatial_stride  # more than a tile
+    size = {"height": side, "width": side, "num_frames": 5}
+    options = {"dtype": torch.bfloat16, "chunk_latents": 1}
+    plan, computed = predict_memory(request_of(pipeline, size, CUDA, **options)), []
+
+    def watch(name, function):
+        def watched(request):
+            computed.append(name)
+            return function(request)
+
+        monkeypatch.setattr(preflight, name, watched)
+
+    names = ("networks_of", "text_bytes", "denoise_bytes", "decode_bytes")
+    for name in names:
+        watch(name, getattr(preflight, name))
+    with pytest.raises(WanError, match="no option here makes it fit"):
+        check_fits(plan, 1000)
+    assert len(list(alternatives(plan.request))) == 11  # tiles, int8, three ways to offload
+    assert sorted(computed) == sorted(2 * names)
+
+
+def test_what_is_known_of_other_options_changes_no_prediction(tokenizer_folder):
+    size = {"height": 64, "width": 64, "num_frames": 17}
+    request = request_of(build(tokenizer_folder), size, CUDA, attention="math", has_image=True)
+    known: dict[Any, Any] = {}
+    for options in list(alternatives(request))[::5]:
+        one = replace(request, **options)
+        assert predict_memory(one, known) == predict_memory(one)
 
 
 def test_a_host_that_is_too_small_is_told_what_would_help(tokenizer_folder):

@@ -13,6 +13,7 @@ from wan.lora_files import LowRank
 from wan.quantize import (
     QuantizedLinear,
     quantization_error,
+    quantization_of,
     quantization_report,
     quantize,
     quantize_weight,
@@ -102,6 +103,26 @@ def test_products_are_in_the_compute_dtype():
     dit.blocks[0].ffn.up.register_forward_hook(lambda layer, args, out: seen.append(out.dtype))
     forward(dit)
     assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cast_leaves_8_bit_weights_and_scales_alone(kind, dtype):
+    dit = random_weights(WanDiT(DIT), 2)
+    quantize(dit, kind)
+    layer = dit.blocks[0].ffn.up
+    stored, scale = layer.weight.clone(), layer.scale.clone()
+    dit.to(dtype)
+    assert (layer.weight.dtype, layer.scale.dtype) == (stored.dtype, torch.float32)
+    assert torch.equal(layer.weight.float(), stored.float())
+    assert torch.equal(layer.scale, scale)
+    assert layer.bias.dtype == dtype
+    assert quantization_of(dit) == kind
+    with pytest.raises(WanError, match="quantise once"):
+        quantize(dit, "int8")
+    dit.to("meta", torch.bfloat16)
+    assert layer.weight.is_meta
+    assert (layer.weight.dtype, layer.bias.dtype) == (stored.dtype, torch.bfloat16)
 
 
 def test_98_percent_of_the_5b_is_quantised():

@@ -1,6 +1,7 @@
 """The autoencoder: what the maths promises, and equality with diffusers."""
 
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from diffusers import AutoencoderKLWan
 
 from wan.errors import WanError
 from wan.keys import VAELevels, released_name
-from wan.vae import VAEConfig, WanVAE, blend_ramp, decode_tiled, patchify, unpatchify
+from wan.vae import VAEConfig, WanVAE, decode_tiled, patchify, unpatchify
 from wan.vae_layers import Conv3d, DoublingConv2d
 
 WAN22 = VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=6)
@@ -124,15 +125,40 @@ def test_tiles_that_cover_everything_give_the_plain_result():
     torch.testing.assert_close(decode_tiled(vae, latents, tile=4, overlap=1), vae.decode(latents))
 
 
+def stub(decode) -> SimpleNamespace:
+    """What tiles need of an autoencoder with 2 x 2 pixels per latent."""
+    return SimpleNamespace(config=SimpleNamespace(spatial_stride=2), decode=decode)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (10, 6), (11, 17), (3, 8)])
+@pytest.mark.parametrize("overlap", [0, 1, 2, 5])
+def test_tiles_of_a_decoder_that_sees_no_neighbours_give_the_whole_frame(size, overlap):
+    def decode(latents, chunk_latents):
+        return latents.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+
+    latents = torch.randn(1, 3, 2, *size, generator=torch.Generator().manual_seed(5))
+    tiled = decode_tiled(stub(decode), latents, tile=6, overlap=overlap)
+    torch.testing.assert_close(tiled, decode(latents, None))
+
+
+def test_tiles_fade_into_each_other():
+    levels = iter((0.0, 1.0, 2.0, 3.0))  # two rows of two tiles
+
+    def decode(latents, chunk_latents):
+        return torch.full((1, 3, 1, 12, 12), next(levels))
+
+    tiled = decode_tiled(stub(decode), torch.zeros(1, 3, 1, 10, 10), tile=6, overlap=2)
+    fade = torch.tensor([0.0] * 8 + [0.2, 0.4, 0.6, 0.8] + [1.0] * 8)  # share of the second
+    torch.testing.assert_close(tiled[0, 0, 0], 2 * fade[:, None] + fade)
+
+
 @torch.no_grad()
-def test_tiles_keep_the_frame_and_agree_away_from_seams():
-    vae = build(WAN22)
-    latents = torch.randn(1, 6, 1, 4, 10, generator=torch.Generator().manual_seed(5))
-    tiled = decode_tiled(vae, latents, tile=6, overlap=2)
-    assert tiled.shape == vae.decode(latents).shape
-    ramp = blend_ramp(8, 3)
-    assert ramp.min() > 0
-    assert ramp.max() == 1
+def test_tiles_come_in_the_dtype_of_the_whole_frame():
+    vae, latents = build(WAN22), torch.zeros(1, 6, 1, 2, 3)
+    vae.decoder.bfloat16()
+    vae.post_quant_conv.bfloat16()
+    assert vae.decode(latents).dtype == torch.bfloat16
+    assert decode_tiled(vae, latents, tile=2, overlap=1).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -141,6 +167,8 @@ def test_tiles_keep_the_frame_and_agree_away_from_seams():
         ({"temperal_downsample": (True,)}, "1 entries for 4 levels"),
         ({"in_channels": 3}, "patch_size=2 makes 12 channels"),
         ({"latents_mean": (0.0,)}, "z_dim is 48"),
+        ({"latents_mean": None}, "latents_mean=None: need a list"),
+        ({"temperal_downsample": 3}, "temperal_downsample=3: need a list"),
         ({"dim_mult": (1, 2, 4, 8)}, "average-down shortcut"),
     ],
 )
@@ -179,6 +207,7 @@ def test_what_a_config_leaves_out_is_as_in_diffusers():
     [
         ((1, 3, 16, 32, 32), "nearest are 13 and 17"),
         ((1, 3, 17, 30, 32), "multiples of 16"),
+        ((1, 3, 17, 0, 32), "0x32 pixels: .* not 0"),
         ((1, 4, 17, 32, 32), "need \\(B, 3, F, H, W\\)"),
     ],
 )
@@ -191,6 +220,8 @@ def test_latents_and_chunks_out_of_range_are_refused():
     vae = build(WAN22)
     with pytest.raises(WanError, match="need \\(B, 6"):
         vae.decode(torch.zeros(1, 5, 2, 2, 2))
+    with pytest.raises(WanError, match="none 0"):
+        vae.decode(torch.zeros(1, 6, 0, 2, 2))
     with pytest.raises(WanError, match="chunk_latents=0"):
         vae.decode(torch.zeros(1, 6, 2, 2, 2), 0)
     with pytest.raises(WanError, match="multiple of 4"):

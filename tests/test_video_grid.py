@@ -48,3 +48,10 @@ def test_a_shorter_video_stays_at_its_last_frame_and_wide_ones_shrink(tmp_path):
 def test_videos_of_several_sizes_are_refused():
     with pytest.raises(WanError, match="one size"):
         video_grid({"a": flat(1), "b": flat(1, width=32)})
+
+
+def test_videos_without_frames_or_width_are_refused():
+    with pytest.raises(WanError, match="without frames: b"):
+        video_grid({"a": flat(1), "b": flat(1, frames=0)})
+    with pytest.raises(WanError, match="max_width=0: need at least 1"):
+        video_grid({"a": flat(1)}, max_width=0)

@@ -15,8 +15,9 @@ class AttentionConfig:
     """An attention by name, where it is used, and what is used elsewhere.
 
     `layers` and `steps` are "all", or numbers and ranges from 0: "3", "0-2 5", "8-" (8 and all
-    after it). What they leave out attends exactly. Cross-attention always does: it is about 1 % of
-    the work. An option that is None is the variant's own; one that the variant lacks is refused.
+    after it). What they leave out attends exactly. Cross-attention always does, as it is about 1 %
+    of the work: with `name` if that is sdpa, math or sliced, or with `exact` if that is, or with
+    sdpa. An option that is None is the variant's own; one that the variant lacks is refused.
 
     Raises:
         WanError: `layers` or `steps` cannot be read.
@@ -30,7 +31,11 @@ class AttentionConfig:
         },
     )
     exact: str = field(
-        default="sdpa", metadata={"help": "an exact one, for layers and steps that are left out"}
+        default="sdpa",
+        metadata={
+            "help": "an exact one, for layers and steps that are left out; sdpa, math and sliced "
+            "also for attention to the text, if the name is none of these three"
+        },
     )
     layers: str = field(default="all", metadata={"help": 'layers that use it: all, or "0-2 5 8-"'})
     steps: str = field(default="all", metadata={"help": "steps that use it, likewise"})

@@ -29,8 +29,17 @@ class DiTConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
-            raise WanError(f"patch_size={self.patch_size}: need three numbers, for T, H and W")
+        for name in (one.name for one in fields(self) if one.type is int):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise WanError(f"{name}={value!r}: must be a whole number above 0")
+        if not self.eps >= 0:
+            raise WanError(f"eps={self.eps}: must not be negative")
+        if len(self.patch_size) != 3 or not all(
+            isinstance(n, int) and n > 0 for n in self.patch_size
+        ):
+            raise WanError(
+                f"patch_size={self.patch_size}: need three whole numbers above 0, for T, H and W"
+            )
         self.patch_size = (self.patch_size[0], self.patch_size[1], self.patch_size[2])
         axis_channels(self.attention_head_dim)
         if self.freq_dim % 2:
@@ -144,7 +153,7 @@ def official_to_released_names(values: dict[str, Any]) -> dict[str, Any]:
     """
     ignored = ("dim", "model_type", "text_len")  # text_len: any number of rows may be attended
     values = {"text_dim": 4096} | values
-    if "num_heads" not in values or values["dim"] % values["num_heads"]:
+    if not values.get("num_heads") or values["dim"] % values["num_heads"]:
         raise WanError(
             f"transformer config.json: dim={values['dim']} must be a multiple of "
             f"num_heads={values.get('num_heads')}"

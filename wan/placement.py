@@ -28,8 +28,11 @@ def resolve_device(name: str | torch.device) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise WanError(f"device={name}: choose auto, cpu, cuda, cuda:N or mps") from error
+        known = device.type == "cuda" or (device.type in ("cpu", "mps") and not device.index)
+    except RuntimeError:
+        known = False
+    if not known:
+        raise WanError(f"device={name}: choose auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if count == 0:

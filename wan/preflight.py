@@ -14,7 +14,7 @@ context. Compiled networks are counted as eager ones, which need more.
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.attention import (
+    ATTENTION,
     SPARSE,
     AttentionChoice,
     AttentionFunction,
@@ -138,16 +139,30 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"
 
 
-def predict_memory(request: MemoryRequest) -> MemoryPlan:
-    """What each stage takes at its worst moment."""
-    networks = {part: network_of(request, part) for part in request.config.components}
+def predict_memory(request: MemoryRequest, known: dict[Any, Any] | None = None) -> MemoryPlan:
+    """What each stage takes at its worst moment.
+
+    Args:
+        known: what was found for requests that differ in the options of `alternatives` only; it is
+            looked up and added to.
+    """
+    found = {} if known is None else known
+
+    def once(compute: Callable[[MemoryRequest], Any], *options: str) -> Any:
+        """Anew only for other values of the options that it depends on."""
+        key = (compute, *(str(getattr(request, name)) for name in options))
+        if key not in found:
+            found[key] = compute(request)
+        return found[key]
+
+    networks = once(networks_of, "dtype", "quantize")
     working = {
-        "encode_text": ("text_encoder", text_bytes(request)),
-        "denoise": ("transformer", denoise_bytes(request)),
-        "decode": ("vae", decode_bytes(request)),
+        "encode_text": ("text_encoder", once(text_bytes, "dtype", "quantize")),
+        "denoise": ("transformer", once(denoise_bytes, "dtype", "quantize", "attention")),
+        "decode": ("vae", once(decode_bytes, "dtype", "chunk_latents", "tile")),
     }
     if request.has_image:
-        working["encode_image"] = ("vae", image_bytes(request))
+        working["encode_image"] = ("vae", once(image_bytes, "dtype"))
     on_cpu = request.device.type == "cpu"
     loading = load_bytes(request, networks)
     stages = {"load": loading if on_cpu or request.offload == "none" else 0}
@@ -189,8 +204,9 @@ def check_fits(plan: MemoryPlan, free: int, free_host: int | None = None) -> Non
     if (problem := problem_of(plan)) is None:
         return
     on_host = problem.startswith("the host")
+    known: dict[Any, Any] = {}
     for options in alternatives(plan.request, on_host):
-        other = predict_memory(replace(plan.request, **options))
+        other = predict_memory(replace(plan.request, **options), known)
         if problem_of(other) is None:
             words = " ".join(f"{name}={value_name(value)}" for name, value in options.items())
             beside = f" and {size(other.host)} of the host" if on_host else ""
@@ -204,20 +220,23 @@ def check_fits(plan: MemoryPlan, free: int, free_host: int | None = None) -> Non
 def alternatives(request: MemoryRequest, on_host: bool = False) -> Iterator[dict[str, Any]]:
     """Combinations of options that need less, those that change less of the video first.
 
-    Chunks of one latent change numbers by the rounding of sums, offloading none; a dtype and
-    quantisation do change them, and the borders of tiles can show.
+    Chunks of one latent and a fused kernel in place of the written formula change numbers by the
+    rounding of sums, offloading none; a dtype and quantisation do change them, and the borders of
+    tiles can show.
 
     Args:
         on_host: it is the host that lacks memory, and less offloading that helps.
     """
     on_cpu, at = request.device.type == "cpu", OFFLOAD.index(request.offload)
     others = OFFLOAD[:at][::-1] if on_host else OFFLOAD[at + 1 :]
+    name = request.attention if isinstance(request.attention, str) else request.attention.name
     choices: list[list[dict[str, Any]]] = [  # the last one varies fastest
         [{"tile": 16}] if request.tile is None and min(request.latent_shape[2:]) > 16 else [],
         [{"quantize": "int8"}] if request.quantize == "none" else [],
         [{"dtype": torch.bfloat16}] if request.dtype == torch.float32 else [],
         [] if on_cpu else [{"offload": way} for way in others],
         [{"chunk_latents": 1}] if request.chunk_latents > 1 else [],
+        [{"attention": "sdpa"}] if name in ATTENTION and name != "sdpa" else [],
     ]
     for chosen in itertools.product(*([{}, *one] for one in choices)):
         if any(chosen):
@@ -256,6 +275,10 @@ def rough_bytes(
     tokens = math.prod(dit.token_grid(shape[1:]))
     denoise = tokens * (2 * dit.ffn_dim + 4 * dit.width)
     return weight_bytes(config, dtype) + video + max(decode, denoise) * dtype.itemsize
+
+
+def networks_of(request: MemoryRequest) -> dict[str, Any]:
+    return {part: network_of(request, part) for part in request.config.components}
 
 
 def network_of(request: MemoryRequest, part: str) -> Any:

@@ -14,7 +14,7 @@ and the head, and the whole autoencoder, stay as they are.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, kind: str) -> None:
         super().__init__()
+        self.kind = kind
         weight = torch.empty(out_features, in_features, dtype=QUANTIZED_DTYPES[kind])
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(torch.empty(out_features, 1), requires_grad=False)
@@ -76,6 +77,17 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, restore_weight(self.weight, self.scale, x.dtype), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Casts reach the bias alone: they would change what weight and scale stand for."""
+
+        def without_cast(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if tensor is self.bias or result.dtype == tensor.dtype:
+                return result
+            return tensor.to(result.device)
+
+        return super()._apply(without_cast, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {self.weight.dtype}"
@@ -121,8 +133,8 @@ def quantize(module: nn.Module, kind: str) -> None:
 
 def quantization_of(module: nn.Module) -> str:
     """How a module is quantised: one of `QUANTIZE`."""
-    dtypes = {one.weight.dtype for one in module.modules() if isinstance(one, QuantizedLinear)}
-    return next((kind for kind, dtype in QUANTIZED_DTYPES.items() if dtype in dtypes), "none")
+    kinds = (one.kind for one in module.modules() if isinstance(one, QuantizedLinear))
+    return next(kinds, "none")
 
 
 def refuse_quantized(module: nn.Module, remedy: str) -> None:

@@ -170,10 +170,9 @@ class WanVAE(nn.Module):
         self, latents: Tensor, chunk_latents: int | None = CHUNK_LATENTS
     ) -> Iterator[Tensor]:
         """Like `decode`, handing out (B, 3, f, H, W) as soon as each chunk is ready."""
-        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
-            raise WanError(
-                f"latents {tuple(latents.shape)}: need (B, {self.config.z_dim}, T, h, w)"
-            )
+        z_dim = self.config.z_dim
+        if latents.ndim != 5 or latents.shape[1] != z_dim or 0 in latents.shape:
+            raise WanError(f"latents {tuple(latents.shape)}: need (B, {z_dim}, T, h, w), none 0")
         if chunk_latents is not None and chunk_latents < 1:
             raise WanError(f"chunk_latents={chunk_latents}: must be at least 1")
         mean, std = self.latent_statistics(latents.device)
@@ -195,9 +194,9 @@ class WanVAE(nn.Module):
             raise WanError(f"video {tuple(video.shape)}: need (B, 3, F, H, W) in [-1, 1]")
         self.config.latent_frames(video.shape[2])
         height, width = video.shape[-2:]
-        if height % stride or width % stride:
+        if min(height, width) < stride or height % stride or width % stride:
             raise WanError(
-                f"{height}x{width} pixels: height and width must be multiples of {stride}"
+                f"{height}x{width} pixels: height and width must be multiples of {stride}, not 0"
             )
 
 
@@ -222,6 +221,7 @@ def decode_tiled(
 
     Every tile sees zeros beyond its border and attends within itself, so seams can show; use it
     only where the whole frame does not fit. Tiles of `tile` latents advance by `tile` - `overlap`.
+    They are added up in float32; the dtype is that of `WanVAE.decode`.
     """
     if not 0 <= overlap < tile:
         raise WanError(f"tile={tile}, overlap={overlap}: need 0 <= overlap < tile")
@@ -232,20 +232,20 @@ def decode_tiled(
     for top in tile_starts(height, tile, overlap):
         for left in tile_starts(width, tile, overlap):
             part = latents[..., top : top + tile, left : left + tile]
-            pixels = vae.decode(part, chunk_latents).float()
+            pixels = vae.decode(part, chunk_latents)
             ramp = blend_ramp(pixels.shape[-2], overlap * stride).unsqueeze(1) * blend_ramp(
                 pixels.shape[-1], overlap * stride
             )
             ramp = ramp.to(pixels.device)
             if video is None:
                 shape = (*pixels.shape[:3], height * stride, width * stride)
-                video = pixels.new_zeros(shape)
+                video = torch.zeros(shape, device=pixels.device)
             y, x = top * stride, left * stride
             window = (slice(y, y + pixels.shape[-2]), slice(x, x + pixels.shape[-1]))
             video[(..., *window)] += pixels * ramp
             weight[window] += ramp
     assert video is not None
-    return (video / weight).to(vae.dtype)
+    return (video / weight).to(pixels.dtype)
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:

@@ -29,7 +29,9 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
-            setattr(self, name, tuple(getattr(self, name)))
+            if not isinstance(value := getattr(self, name), list | tuple):
+                raise WanError(f"{name}={value!r}: need a list")
+            setattr(self, name, tuple(value))
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise WanError(
                 f"temperal_downsample has {len(self.temperal_downsample)} entries for "

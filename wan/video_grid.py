@@ -25,8 +25,12 @@ def video_grid(videos: Mapping[str, Frames], max_width: int = 256) -> Frames:
     Returns:
         frames of even height and width, as mp4 needs them.
     Raises:
-        WanError: no videos, or frames of several sizes.
+        WanError: no videos, one without frames, frames of several sizes, or no width for them.
     """
+    if max_width < 1:
+        raise WanError(f"max_width={max_width}: need at least 1 pixel")
+    if empty := [name for name, video in videos.items() if not len(video)]:
+        raise WanError(f"a grid of videos without frames: {', '.join(empty)}")
     sizes = {video.shape[1:3] for video in videos.values()}
     if len(sizes) != 1:
         raise WanError(f"a grid of videos of sizes {sorted(sizes)}: need one size")

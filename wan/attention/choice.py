@@ -128,6 +128,15 @@ def build_attention(name: str, **options: Any) -> Callable[..., Any]:
     return partial(variant, **options) if options else variant
 
 
+def name_of(attention: Any) -> str:
+    """What `build_attention` calls a variant or a function; of others, their own name."""
+    function = attention.function if isinstance(attention, Dense) else attention
+    function = function.func if isinstance(function, partial) else function
+    known: dict[str, Any] = {**ATTENTION, **BACKENDS, **SPARSE}
+    own = getattr(function, "__name__", type(function).__name__)
+    return next((name for name, one in known.items() if one in (function, type(function))), own)
+
+
 @dataclass(frozen=True)
 class LayerAttention:
     """Self-attention of one layer: (q, k, v, grid) -> out; without a grid, exact."""
@@ -162,9 +171,20 @@ class NetworkAttention:
         return used * of_layers + (1 - used)
 
     def exact_timesteps(self, timesteps: Sequence[float]) -> frozenset[float]:
-        """Those of a schedule's timesteps at which the choice leaves attention exact."""
+        """Those of a schedule's timesteps at which the choice leaves attention exact.
+
+        Raises:
+            WanError: of steps at one timestep the choice leaves out some and not others.
+        """
         used = self.config.uses("steps", len(timesteps))
-        return frozenset(t for t, use in zip(timesteps, used, strict=True) if not use)
+        exact = frozenset(t for t, use in zip(timesteps, used, strict=True) if not use)
+        if both := exact.intersection(t for t, use in zip(timesteps, used, strict=True) if use):
+            raise WanError(
+                f"attention.steps={self.config.steps!r}: of {len(timesteps)} steps several are at "
+                f"timestep {max(both):g}, all or none of which can be left out; take fewer steps, "
+                "a lower shift, other ranges or all"
+            )
+        return exact
 
     def verify(self, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
         """Hold every function on a small grid against the formula under its mask or bias.
@@ -175,11 +195,9 @@ class NetworkAttention:
         generator = torch.Generator().manual_seed(0)
         shape = (3, 1, 2, math.prod(SELF_TEST_GRID), head_dim)
         q, k, v = torch.randn(shape, generator=generator).to(device, dtype)
-        name, tolerance = self.config.name, TOLERANCE[dtype]
-        if name == "sage":
-            tolerance = QUANTISED_TOLERANCE
 
-        def check(found: Tensor, bias: Tensor) -> None:
+        def check(name: str, found: Tensor, bias: Tensor) -> None:
+            tolerance = QUANTISED_TOLERANCE if name == "sage" else TOLERANCE[dtype]
             expected = math_attention(q.float(), k.float(), v.float(), bias)
             error = found.float() - expected
             distance = float(error.square().mean().sqrt() / expected.square().mean().sqrt())
@@ -195,10 +213,10 @@ class NetworkAttention:
             }:
                 bias = torch.zeros((), device=device)
                 bias = bias.where(attention.mask(q, k, SELF_TEST_GRID), -math.inf)
-                check(attention(q, k, v, SELF_TEST_GRID), bias)
+                check(name_of(attention), attention(q, k, v, SELF_TEST_GRID), bias)
             # As the text's padding rows weigh: `wan.dit.share_padding`.
             bias = torch.linspace(-3, 3, k.shape[2], device=device).to(dtype).float()
-            check(self.cross(q, k, v, bias), bias)
+            check(name_of(self.cross), self.cross(q, k, v, bias), bias)
 
 
 def network_attention(choice: AttentionChoice, num_layers: int) -> NetworkAttention:
@@ -208,7 +226,7 @@ def network_attention(choice: AttentionChoice, num_layers: int) -> NetworkAttent
         choice: a name, a config, or a function (q, k, v, bias=None) for every attention.
 
     Raises:
-        WanError: see `build_attention` and `AttentionConfig`.
+        WanError: see `build_attention` and `AttentionConfig`; or nothing would call the exact one.
     """
     if not isinstance(choice, str | AttentionConfig):
         layers = (LayerAttention(Dense(choice), choice),) * num_layers
@@ -220,13 +238,21 @@ def network_attention(choice: AttentionChoice, num_layers: int) -> NetworkAttent
     if config.exact == "sage":
         raise WanError("attention.exact=sage is 8-bit, not exact; choose sdpa, cudnn or flash")
     exact = build_attention(config.exact)
+    used = config.uses("layers", num_layers)
     layers = tuple(
-        LayerAttention(chosen.of_layer(i) if used else Dense(exact), exact)
-        for i, used in enumerate(config.uses("layers", num_layers))
+        LayerAttention(chosen.of_layer(i) if use else Dense(exact), exact)
+        for i, use in enumerate(used)
     )
     # Of the two, the first that takes a bias; one kernel alone may not, and it hardly matters here.
     cross = next(
         (f for n, f in ((config.name, built), (config.exact, exact)) if n in ATTENTION),
         sdpa_attention,
     )
+    everywhere = all(used) and config.steps.strip() == "all"
+    if everywhere and config.exact not in ("sdpa", config.name) and cross is not exact:
+        raise WanError(
+            f"attention.exact={config.exact}: nothing would call it, as attention={config.name} "
+            f"serves all layers and steps, and {name_of(cross)} the text; leave it out, or set "
+            "attention.layers or attention.steps"
+        )
     return NetworkAttention(config, layers, cross)

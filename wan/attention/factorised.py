@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from wan.attention.pattern import Grid, Pattern, Place, Windows
+from wan.errors import WanError
+
+ALTERNATES = "attention=factorised is spatial or temporal by layer: ask of_layer(i), or name one"
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,9 @@ class Factorised(Pattern):
 
     def of_layer(self, layer: int) -> Pattern:
         return Temporal() if layer % 2 else Spatial()
+
+    def allows(self, query: Place, key: Place, grid: Grid) -> Tensor:
+        raise WanError(ALTERNATES)
+
+    def windows(self, grid: Grid) -> Windows:
+        raise WanError(ALTERNATES)

@@ -76,8 +76,18 @@ class Pattern:
         disjoint, dense attention within each window.
         """
         if q.is_cuda and not self.DISJOINT:
-            return attend_blocks(q, k, v, *block_mask(self, grid, q.device))
-        return attend_windows(q, k, v, *gathered(self, grid, q.device))
+            return attend_blocks(q, k, v, *remembered(block_mask, self, grid, q.device))
+        return attend_windows(q, k, v, *remembered(gathered, self, grid, q.device))
+
+
+def remembered(build: Callable[..., Any], *key: Any) -> Any:
+    """`build(*key)`, looked up in its cache where the caller is compiled too.
+
+    The compiler passes over caches: it would put the making of a mask into every call of a block.
+    """
+    if torch.compiler.is_compiling():
+        build = torch.compiler.disable(build)
+    return build(*key)
 
 
 @lru_cache(maxsize=64)

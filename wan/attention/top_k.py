@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.attention.pattern import Grid, flex_kernel
+from wan.attention.pattern import Grid, flex_kernel, remembered
 from wan.attention.sliding_tile import check_triple, spans
 from wan.errors import WanError
 
@@ -80,7 +80,7 @@ class TopK:
     @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         """The tiles that each tile sees: (B, N, M, kept), best first."""
-        tiles = tiling(grid, self.tile, q.device)
+        tiles = remembered(tiling, grid, self.tile, q.device)
         real = tiles.real[:, :, None]  # (M, P, 1)
         mean_q, mean_k = (
             (x[:, :, tiles.tokens].float() * real).sum(dim=3) / real.sum(dim=1) for x in (q, k)
@@ -90,7 +90,7 @@ class TopK:
 
     def mask(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         """Who sees whom, given these queries and keys: (B, N, L, L) bool."""
-        tiles = tiling(grid, self.tile, q.device)
+        tiles = remembered(tiling, grid, self.tile, q.device)
         tile_of = tiles.position // tiles.tokens.shape[1]  # (L,)
         seen = as_mask(self.choose(q, k, grid))
         return seen[:, :, tile_of][:, :, :, tile_of]
@@ -114,7 +114,7 @@ class TopK:
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, attend: Callable[..., Tensor]
     ) -> Tensor:
-        tiles = tiling(grid, self.tile, q.device)
+        tiles = remembered(tiling, grid, self.tile, q.device)
         chosen = self.choose(q, k, grid)
         q, k, v = (x[:, :, tiles.tokens] for x in (q, k, v))  # (B, N, M, P, K)
         out = attend(q, k, v, chosen, tiles)
