@@ -1,7 +1,7 @@
 """Write a checkpoint in another layout: python -m infer.convert source=.. output=.. layout=..
 
     source   a component (a .safetensors file, an index, or its folder) or a whole release folder
-             in the diffusers or the official layout
+             in the diffusers or the official layout; mini or mini-teacher, the shipped ones
     layout   diffusers: the folder that WanPipeline loads
              official:  the names of the Wan repositories (safetensors in place of their .pth)
              prefixed:  a transformer as one file, official names after `model.diffusion_model.`
@@ -47,7 +47,7 @@ from wan.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.keys import COMPONENTS, VAELevels, detect_layout
-from wan.miniature import builtin_folder
+from wan.miniature import SHIPPED, builtin_folder
 from wan.pipeline_config import DEFAULTS_FILE, model_index_json, part_folder, scheduler_json
 from wan.safetensors_file import read_header
 from wan.vae import VAEConfig
@@ -70,7 +70,9 @@ PREFIX = "model.diffusion_model."
 class ConvertConfig:
     """`infer.convert`."""
 
-    source: str = option("", "a component (file, index, folder) or a whole release folder")
+    source: str = option(
+        "", "a component (file, index, folder), a whole release folder, mini or mini-teacher"
+    )
     output: str = option("", "a folder to make, not there or empty; of a LoRA a .safetensors file")
     layout: str = option("", "diffusers, official or prefixed")
     base: str | None = option(None, "write a LoRA: the transformer that source was trained from")
@@ -96,7 +98,7 @@ class ConvertConfig:
         """Not in `__post_init__`: literal paths are filled in after it."""
         needed = ("layout",) if self.base is None else ("rank",)
         for name in ("source", "output", *needed):
-            if not getattr(self, name):
+            if getattr(self, name) in (None, ""):
                 raise WanError(f"{name}= is missing; --help shows how to call this command")
         lora = ("rank", "diffs", "device")
         idle = lora if self.base is None else ("layout", "config", "round_all", "shard_gb")
@@ -121,8 +123,8 @@ def main(config: ConvertConfig) -> None:
     if config.base is not None:
         assert config.rank is not None
         convert_lora(
-            builtin_folder(config.source) or Path(config.source).expanduser(),
-            builtin_folder(config.base) or Path(config.base).expanduser(),
+            find("source", config.source),
+            find("base", config.base),
             Path(config.output).expanduser(),
             config.rank,
             diffs=config.diffs,
@@ -135,9 +137,7 @@ def main(config: ConvertConfig) -> None:
     # A prefixed file is one file by definition.
     limit = sys.maxsize if config.layout == "prefixed" else int(config.shard_gb * 1e9)
     target = Target(config.layout, dtype, config.round_all, limit)
-    source = builtin_folder(config.source) or Path(config.source).expanduser()
-    if not source.exists():
-        raise FileNotFoundError(f"source={source}: no such file or folder")
+    source = find("source", config.source)
     with new_folder(Path(config.output).expanduser()) as folder:
         if (source / "model_index.json").is_file() or is_official_release(source):
             if config.config is not None:
@@ -147,6 +147,15 @@ def main(config: ConvertConfig) -> None:
             values = None if config.config is None else read_json(Path(config.config).expanduser())
             convert_component(open_checkpoint(source), None, folder, target, values)
     print(f"wrote {config.output}")
+
+
+def find(option: str, name: str) -> Path:
+    """A file or folder, or that of a shipped model."""
+    path = builtin_folder(SHIPPED.get(name, name)) or Path(name).expanduser()
+    if not path.exists():
+        shipped = " or ".join(SHIPPED)
+        raise FileNotFoundError(f"{option}={name}: no such file or folder, nor {shipped}")
+    return path
 
 
 @contextmanager

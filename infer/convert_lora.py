@@ -41,15 +41,18 @@ def convert_lora(
         diffs=diffs,
         dtype=dtype,
         device=resolve_device(device),
-        on_progress=lambda done, total: print(f"\r{done}/{total} tensors", end="", file=sys.stderr),
+        on_progress=progress if sys.stderr.isatty() else None,
     )
-    print("\r", end="", file=sys.stderr)
     print(losses(lora))
     write_lora(output, lora.tensors, {"rank": str(rank), "residual_energy": f"{lora.residual:.6g}"})
     layers = [asdict(change) | {"residual": change.residual} for change in lora.changes]
     write_json(report, {"rank": rank, "residual": lora.residual, "layers": layers})
     size = sum(tensor.nbytes for tensor in lora.tensors.values())
     print(f"wrote {output} ({size / 1e6:.1f} MB) and {report}")
+
+
+def progress(done: int, total: int) -> None:
+    print(f"\r{done}/{total} tensors", end="\r", file=sys.stderr, flush=True)
 
 
 def open_transformer(option: str, source: Path) -> Checkpoint:

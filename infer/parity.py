@@ -29,11 +29,10 @@ from infer.parity_compare import Row, table
 from infer.parity_sides import Sides, full_block_sides, random_sides, reference
 from wan.errors import WanError
 from wan.hub import resolve_model
-from wan.miniature import BUILTIN, BUILTIN_TEACHER
+from wan.miniature import SHIPPED
 from wan.pipeline_config import read_pipeline_config
 
 FAILED = 1
-SHIPPED = {"mini": BUILTIN, "mini-teacher": BUILTIN_TEACHER}
 
 # In the order of the model itself; a rung of the second list runs for every release.
 GENERAL_RUNGS: list[Callable[[], list[Row]]] = [
@@ -121,7 +120,8 @@ def main(config: ParityConfig) -> int:
     print(f"\n{len(rows) - len(failed)} of {len(rows)} rows ok, {seconds:.0f} s, {config.dtype}")
     if failed:
         row = failed[0]
-        print(f"first failure: {row.rung}, {row.what}: {row.note or 'see the row'}")
+        cause = f": {row.note}" if row.note.startswith(("first ", "shape ")) else ""
+        print(f"first failure: {row.rung}, {row.what}{cause}")
         return FAILED
     return 0
 

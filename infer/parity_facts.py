@@ -13,7 +13,7 @@ from infer.releases import VAE_2_2
 from wan.dit import WanDiT, timestep_sinusoid
 from wan.dit_config import DiTConfig
 from wan.keys import ALIASES, VAELevels, our_name
-from wan.samplers import sample_euler, sample_unipc
+from wan.samplers import sample_euler, sample_few_step, sample_unipc
 from wan.schedule import euler_schedule, few_step_schedule, unipc_schedule
 from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import WanVAE
@@ -84,6 +84,7 @@ def reference_state(component: str, config: dict[str, Any]) -> dict[str, Tensor]
 
 STEPS = (1, 2, 4, 20, 50)
 SHIFTS = (3.0, 5.0, 12.0)
+FEW_STEP_LISTS = ((1000, 757, 522), (1000, 750, 500, 250), (1000,))
 
 # Stretches of the official UniPC timesteps (50 steps, shift 5), and in how many of the 50 it
 # differs from diffusers. Source: Wan2.2 `wan/utils/fm_solvers_unipc.py`, run once.
@@ -160,7 +161,10 @@ def time_embedding() -> list[Row]:
 
 
 def samplers() -> list[Row]:
-    """Whole runs of a velocity that bends the path, against diffusers' schedulers."""
+    """Whole runs of a velocity that bends the path, against diffusers' schedulers.
+
+    For few steps that is its Euler scheduler with stochastic sampling, on the same noise.
+    """
 
     def velocity(x: Tensor, timestep: float) -> Tensor:
         return torch.sin(3 * x) + x * (0.3 + timestep / 1000)
@@ -176,6 +180,19 @@ def samplers() -> list[Row]:
             theirs = torch.cat([their_run(theirs_of(steps, k), velocity, x) for k in SHIFTS])
             what = f"{name}, {steps} steps x {len(SHIFTS)} shifts"
             rows.append(compare("sampler", what, ours, theirs, SAMPLER_TOLERANCE))
+    for timesteps in FEW_STEP_LISTS:
+        schedule = few_step_schedule(timesteps)
+        scheduler = reference("diffusers").FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        scheduler.set_timesteps(
+            sigmas=schedule.sigmas[:-1].tolist(), timesteps=schedule.timesteps.tolist()
+        )
+        with torch.random.fork_rng(devices=[]):  # their noise is of the global generator
+            torch.manual_seed(0)
+            theirs = their_run(scheduler, velocity, x)
+            torch.manual_seed(0)
+            ours = sample_few_step(velocity, x, schedule, lambda i: torch.randn_like(x))
+        what = f"few steps, {', '.join(f'{t:g}' for t in timesteps)}"
+        rows.append(compare("sampler", what, ours, theirs, SAMPLER_TOLERANCE))
     return rows
 
 

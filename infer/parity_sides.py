@@ -234,7 +234,7 @@ def write_release(
         boundary_ratio=0.875 if two_experts else None,
         expand_timesteps=not two_experts,
         shift=12.0 if two_experts else 5.0,
-        defaults=SamplingDefaults(max_sequence_length=48),
+        defaults=SamplingDefaults(max_sequence_length=128),
     )
     generator = torch.Generator().manual_seed(0)
     pipeline = WanPipeline(

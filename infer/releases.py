@@ -193,6 +193,7 @@ def official_pipeline(configs: Mapping[str, Mapping[str, Any]], num_experts: int
         num_experts: 2 for A14B, whose high-noise expert hands over at sigma 0.875.
     """
     per_token = configs["transformer"].get("model_type") == "ti2v"
+    shift = 5.0 if per_token else 12.0 if num_experts == 2 else 3.0
     return PipelineConfig(
         class_name=BASE,
         transformer=DiTConfig.from_json(dict(configs["transformer"])),
@@ -200,7 +201,7 @@ def official_pipeline(configs: Mapping[str, Mapping[str, Any]], num_experts: int
         text_encoder=UMT5Config.from_json(dict(configs["text_encoder"])),
         boundary_ratio=0.875 if num_experts == 2 else None,
         expand_timesteps=per_token,
-        shift=5.0 if per_token else 3.0,
+        shift=shift,
     )
 
 

@@ -241,7 +241,7 @@ def test_a_release_goes_there_and_back(tmp_path, experts, per_token):
     assert index["boundary_ratio"] == (0.875 if experts == 2 else None)
     assert (index["transformer_2"][0] is None) == (experts == 1)
     settings = read_pipeline_config(back)
-    assert settings.shift == (5.0 if per_token else 3.0)
+    assert settings.shift == (5.0 if per_token else 12.0)
     assert settings.components == tuple(["transformer", "transformer_2"][:experts]) + (
         "vae",
         "text_encoder",
@@ -282,6 +282,11 @@ def run(*arguments: str) -> int:
     return execute(lambda run: main(run.config), line, "", list(arguments))
 
 
+def test_shipped_models_go_by_the_names_of_other_commands(tmp_path):
+    assert run("source=mini", f"output={tmp_path / 'out'}", "layout=official") == 0
+    assert (tmp_path / "out" / "Wan2.2_VAE.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -291,7 +296,11 @@ def run(*arguments: str) -> int:
         (["source=first", "output=out", "layout=official", "shard_gb=0"], "shard_gb=0"),
         (["source=first", "output=out", "layout=official", "device=cuda"], "only with base="),
         (["source=a", "base=b", "output=c", "rank=1", "shard_gb=2"], "not for a LoRA"),
-        (["source=nowhere", "output=out", "layout=official"], "no such file or folder"),
+        (["source=nowhere", "output=out", "layout=official"], "source=nowhere: no such file"),
+        (
+            ["source=mini", "base=nowhere", "output=a.safetensors", "rank=1"],
+            "base=nowhere: no such",
+        ),
         (["source=first", "output=full", "layout=official"], "not empty"),
         (["source=first", "output=file", "layout=official"], "not empty"),
         (["source=full", "output=out", "layout=official"], "no .safetensors file here"),

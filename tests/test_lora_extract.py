@@ -167,7 +167,7 @@ def test_the_command_writes_the_file_and_its_losses(tmp_path, monkeypatch, capsy
     ("arguments", "message"),
     [
         (["source=student", "base=teacher", "output=a.safetensors"], "rank= is missing"),
-        (["source=student", "base=teacher", "output=a.safetensors", "rank=0"], "rank="),
+        (["source=student", "base=teacher", "output=a.safetensors", "rank=0"], "at least 1"),
         (["source=student", "base=teacher", "output=a", "rank=2"], "a.safetensors"),
         (
             ["source=student", "base=teacher", "output=taken.safetensors", "rank=2"],

@@ -16,10 +16,12 @@ from infer import parity, parity_sides
 from infer.cli import run_command
 from infer.parity import GENERAL_RUNGS, RELEASE_RUNGS, ParityConfig, main
 from infer.parity_compare import Row, compare, compare_points, compare_to_truth, distance, table
-from infer.parity_facts import schedules
+from infer.parity_facts import samplers, schedules
 from infer.parity_rungs import autoencoder, pipeline, text_encoder, tokens, transformer
 from infer.parity_sides import random_sides
 from wan.errors import WanError
+from wan.samplers import few_step
+from wan.umt5 import relative_position_buckets
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt has", "ignore:`torch_dtype`")
 SETTINGS = {"dtype": torch.float32, "steps": 3, "seed": 0}
@@ -104,6 +106,35 @@ def test_the_first_tensor_that_diverges_is_named(rung, tensor, named, all_sides)
     assert not rows[-1].passed or rung is autoencoder  # damage to the encoder leaves decoding alone
 
 
+def too_few_buckets(length, num_buckets, *more):
+    """Far positions fall into the last bucket but one, from a distance of about 90 on."""
+    buckets = relative_position_buckets(length, num_buckets, *more)
+    half = num_buckets // 2
+    return buckets - (buckets % half == half - 1).long()
+
+
+@pytest.mark.parametrize(
+    ("rung", "target", "wrong"),
+    [
+        (text_encoder, "wan.umt5.relative_position_buckets", too_few_buckets),
+        (
+            autoencoder,
+            "wan.vae.WanVAE.latent_statistics",
+            lambda vae, device: (torch.zeros(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1)),
+        ),
+        (
+            lambda sides: samplers(),
+            "wan.samplers.few_step",
+            lambda x, v, sigma, sigma_next, noise: few_step(x, v, sigma, 0.9 * sigma_next, noise),
+        ),
+    ],
+    ids=["far positions", "latent statistics", "re-noising"],
+)
+def test_a_fault_of_our_own_is_seen(rung, target, wrong, all_sides, monkeypatch):
+    monkeypatch.setattr(target, wrong)
+    assert failures(rung(all_sides[0]))
+
+
 def linked_release(folder, target, but):
     """A copy of a release that shares all but one of its parts, which is copied."""
     for part in folder.iterdir():
@@ -167,7 +198,16 @@ def test_the_command_prints_the_table_and_fails_with_1(wrong, code, monkeypatch,
     assert main(ParityConfig()) == code
     out = capsys.readouterr().out
     assert ("FAILED  first divergence: a.b" in out) == wrong
+    assert ("first failure: rung, thing: first divergence: a.b" in out) == wrong
     assert f"{1 - wrong} of 1 rows ok" in out
+
+
+def test_a_failure_without_a_tensor_names_none(monkeypatch, capsys):
+    row = Row("sampling", "pixels", 1.0, 1.0, 1e-4, "reference loaded from a folder written here")
+    monkeypatch.setattr(parity, "GENERAL_RUNGS", [lambda: [row]])
+    monkeypatch.setattr(parity, "RELEASE_RUNGS", [])
+    assert main(ParityConfig()) == 1
+    assert capsys.readouterr().out.rstrip().endswith("first failure: sampling, pixels")
 
 
 def test_missing_references_are_named_with_the_remedy(monkeypatch):

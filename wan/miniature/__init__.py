@@ -8,6 +8,7 @@ TEACHER = Path(__file__).parent / "teacher"  # many steps, with guidance: what i
 
 BUILTIN = "builtin:miniature"
 BUILTIN_TEACHER = "builtin:miniature-teacher"
+SHIPPED = {"mini": BUILTIN, "mini-teacher": BUILTIN_TEACHER}  # as people call them
 
 
 def builtin_folder(name: str) -> Path | None:
