@@ -13,7 +13,13 @@ from configs.schema import (
     check_seed,
     option,
 )
-from configs.training import CHECKPOINT_BLOCKS, LoopConfig, LoRAConfig
+from configs.training import (
+    CHECKPOINT_BLOCKS,
+    LoopConfig,
+    LoRAConfig,
+    check_ema_decay,
+    check_grad_clip,
+)
 from wan.attention_config import AttentionConfig
 from wan.errors import WanError
 
@@ -213,7 +219,12 @@ class DistillConfig:
         check_every_step(self.attention)
         for name in ("lr", "critic_lr"):
             check_positive(name, getattr(self, name))
-        for name in ("batch_size", "threads", "max_text_tokens", "validation_captions"):
+        check_grad_clip(self.grad_clip)
+        check_ema_decay(self.ema_decay)
+        for name in (
+            *("batch_size", "threads", "max_text_tokens"),
+            *("validation_captions", "validation_steps"),
+        ):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("dmd_weight", self.dmd_weight, 0)
         if not 0 <= self.first_frame_share <= 1:

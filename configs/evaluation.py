@@ -10,6 +10,7 @@ from configs.schema import (
     SamplerConfig,
     check_at_least,
     check_choice,
+    check_ending,
     check_loading,
     check_seed,
     option,
@@ -65,6 +66,8 @@ class EvaluateConfig:
             raise WanError("checkpoint= is empty: name a folder or a hub id")
         check_choice("source", self.source, ("model", "renders", "vae"))
         check_choice("split", self.split, ("heldout", "train", "any"))
+        check_ending("output", self.output, (".json",))
+        check_ending("sheet", self.sheet, (".png", ".jpg", ".jpeg", ".webp"))
         check_loading(self)
         check_seed("seed", self.seed)
         for name, least in (

@@ -74,6 +74,12 @@ def check_positive(name: str, value: float) -> None:
         raise WanError(f"{name}={value}: must be a number above 0")
 
 
+def check_ending(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    """The name of a file to write, if there is one."""
+    if value is not None and not value.lower().endswith(allowed):
+        raise WanError(f"{name}={value}: the name must end in {' or '.join(allowed)}")
+
+
 def check_seed(name: str, value: int) -> None:
     if not 0 <= value <= MAX_SEED:
         raise WanError(f"{name}={value}: seeds go from 0 to {MAX_SEED} (2**32 - 1)")

@@ -20,6 +20,16 @@ from wan.errors import WanError
 OPTIMIZERS = ("adamw", "muon")
 
 
+def check_grad_clip(value: float) -> None:
+    if not value > 0:  # nor a NaN
+        raise WanError(f"grad_clip={value}: must be above 0; to clip nothing, set 1e9")
+
+
+def check_ema_decay(value: float) -> None:
+    if not 0 <= value < 1:
+        raise WanError(f"ema_decay={value}: must lie in [0, 1); 0 keeps the latest weights")
+
+
 @dataclass
 class LoopConfig:
     """How long to train and what to keep."""
@@ -68,7 +78,12 @@ class VAETrainConfig:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_seed("seed", self.seed)
         check_positive("lr", self.lr)
-        for name in ("batch_size", "crops_per_clip", "whole_clip_batch", "threads"):
+        check_grad_clip(self.grad_clip)
+        check_ema_decay(self.ema_decay)
+        for name in (
+            *("batch_size", "crops_per_clip", "whole_clip_batch", "threads"),
+            *("validation_clips", "statistics_clips"),
+        ):
             check_at_least(name, getattr(self, name), 1)
         if self.batch_size % self.crops_per_clip:
             raise WanError(
@@ -105,6 +120,7 @@ class TextEncoderTrainConfig:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_seed("seed", self.seed)
         check_positive("lr", self.lr)
+        check_grad_clip(self.grad_clip)
         for name in ("threads", "tokenizer_captions", "probe_captions"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("vocab_size", self.vocab_size, 100)  # the ASCII characters and a few words
@@ -165,11 +181,14 @@ class FinetuneConfig:
         check_every_step(self.attention)
         for name in ("lr", "shift"):
             check_positive(name, getattr(self, name))
+        check_grad_clip(self.grad_clip)
+        check_ema_decay(self.ema_decay)
         for name in ("caption_dropout", "first_frame_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise WanError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
-        for name in ("batch_size", "threads", "max_text_tokens"):
+        for name in ("batch_size", "threads", "max_text_tokens", "validation_steps"):
             check_at_least(name, getattr(self, name), 1)
+        check_at_least("validation_captions", self.validation_captions, 0)
         if self.max_text_tokens > 512:
             raise WanError(f"max_text_tokens={self.max_text_tokens}: the models read 512 rows")
         if self.validation_captions and self.data.kind != "world":

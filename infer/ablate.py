@@ -212,13 +212,15 @@ def about(
     runner: Runner, cell: Cell, plan: dict[str, Any] | None, warmup_seconds: float
 ) -> dict[str, Any]:
     """The head of a record."""
+    device = resolve_device(runner.config.device)
     return {
         "key": cell.key,
         "setting": asdict(cell.setting),
         "seed": cell.seed,
         "plan": plan,
         "warmup_seconds": warmup_seconds,
-        "device": str(resolve_device(runner.config.device)),
+        "device": str(device),
+        "dtype": str(torch_dtype(runner.config.dtype, device)),
         "threads": torch.get_num_threads(),
     }
 

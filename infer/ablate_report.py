@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from configs.ablation import AblateConfig, Setting
@@ -22,6 +23,7 @@ from infer.report import (
     numbers,
     share,
 )
+from infer.request import torch_dtype
 from wan.miniature.comparison import Estimate, mean, ratio
 from wan.video import read_video, write_video
 from wan.video_grid import video_grid
@@ -74,6 +76,7 @@ class Row:
     Attributes:
         label: what tells it from the others.
         line: the same without the number of steps.
+        machines: what its clips were made on.
         values: measure -> one number per clip (N,), NaN where there is none.
     """
 
@@ -81,6 +84,7 @@ class Row:
     label: str
     line: str
     plan: dict[str, Any]
+    machines: list[str]
     values: dict[str, Tensor]
 
     @property
@@ -133,10 +137,17 @@ def read_rows(config: AblateConfig, cells: Sequence[Cell]) -> list[Row]:
                 ", ".join(own[name] for name in varied) or setting.attention_name,
                 ", ".join(own[name] for name in varied if name != "steps") or setting.model,
                 records[0]["plan"],
+                [machine(config, record) for record in records],
                 {name: numbers(clip[name] for clip in columns) for name in columns[0]},
             )
         )
     return rows
+
+
+def machine(config: AblateConfig, record: dict[str, Any]) -> str:
+    """What seconds depend on. The dtype is in every cell's key, and in records of late only."""
+    dtype = record.get("dtype", torch_dtype(config.dtype, torch.device(record["device"])))
+    return f"{record['device']}, {dtype}, {record['threads']} threads"
 
 
 def write_report(
@@ -150,12 +161,15 @@ def write_report(
     rows = read_rows(config, cells)
     columns = (*(WORLD if config.in_world else REFERENCE), SECONDS)
     estimates = [[column.estimate(row) for column in columns] for row in rows]
+    machines = sorted({one for row in rows for one in row.machines})
     notes = " ".join(
         [
             WORLD_NOTE if config.in_world else REFERENCE_NOTE,
             f"{INTERVALS} A mean over one clip has none.",
             f"Seconds are without loading{'' if config.in_world else ', encoding the prompt'} and "
             "what a first clip pays for (warmup_seconds in cells/; with it, where that is missing)."
+            f" They were taken on: {'; '.join(machines)}."
+            f"{' Cells of different ones do not compare in seconds.' if len(machines) > 1 else ''}"
             " Density: attention's share of the FLOPs of dense attention.",
             *([f"Failed, and not in here: {'; '.join(failed)}."] if failed else []),
         ]

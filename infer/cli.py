@@ -193,7 +193,8 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
 
     Raises:
         WanError: not name=value, an unknown option or preset, a value of the wrong type, an option
-            given twice, a list of values without `sweep`, or a value that the schema refuses.
+            given twice, a list of values without `sweep`, a value that the schema refuses, or a
+            file that several points of a sweep would write.
     """
     _check_words(tokens, line)
     tokens, texts = _take_texts(tokens, line, sweep)
@@ -205,6 +206,7 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
         for point in _points(overrides, sweep):
             title = ", ".join(f"{o.key_or_group}={v}" for o, v in point if o.is_sweep_override())
             runs.append(_compose_run(line, point, groups, texts, title))
+    _check_written(line, runs)
     return runs
 
 
@@ -291,6 +293,17 @@ def _points(overrides: list[Override], sweep: bool) -> Iterator[list[tuple[Overr
             values.append([override.get_value_element_as_str()])
     for combination in itertools.product(*values):
         yield list(zip(overrides, combination, strict=True))
+
+
+def _check_written(line: CommandLine, runs: Sequence[Run[Any]]) -> None:
+    """Refuse a sweep of which only the last point's file would be left."""
+    for key in line.written:
+        files = [file for run in runs if (file := getattr(run.config, key)) is not None]
+        if len(set(files)) < len(files):
+            raise WanError(
+                f"{key}={files[0]}: every point of the sweep would write it, one over the other; "
+                f"run them one by one, each with a {key}= of its own"
+            )
 
 
 def _compose_run(

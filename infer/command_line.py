@@ -37,6 +37,7 @@ class CommandLine:
         path_keys: options whose value is a path: literal too, except that `null` means none and
             that a comma separates values in a sweep.
         shortcuts: short names for nested options.
+        written: options that name a file to write: no two points of a sweep may name the same.
     """
 
     schema: type
@@ -44,6 +45,7 @@ class CommandLine:
     text_keys: tuple[str, ...] = ("prompt", "negative_prompt")
     path_keys: tuple[str, ...] = ()
     shortcuts: Mapping[str, Shortcut] = field(default_factory=dict)
+    written: tuple[str, ...] = ()
 
 
 def short_key(line: CommandLine, key: str) -> str:

@@ -64,6 +64,7 @@ LINE = CommandLine(
         "shift": Shortcut("sampler.shift"),
         **ATTENTION,
     },
+    written=("output", "sheet"),
 )
 
 SHEET_ROWS, SHEET_FRAMES = 16, 5

@@ -148,8 +148,8 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     Returns:
         "joint", "joint_of_other_caption" and "attributes": accuracy, right, total and 95 %
         interval each. The second scores every clip against the next example's caption: what a
-        model that doesn't read its prompt would get. Intervals are of independent clips: with
-        several seeds per caption they are too narrow.
+        model that doesn't read its prompt would get; of two or more captions. Intervals are of
+        independent clips: with several seeds per caption they are too narrow.
         "confusion": attribute -> stated value -> seen value -> times.
         "measures": means over clips of `clip_measures`.
         "distance": of all features and of each part, "kernel" and "frechet"; of two or more clips.
@@ -170,13 +170,14 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     measured = [clip_measures(result.example.said, result.score) for result in results]
     summary = {
         "joint": _share([result.score.joint for result in results]),
-        "joint_of_other_caption": _share(other),
         "attributes": {name: _share(seen) for name, seen in verdicts.items() if seen},
         "confusion": {name: _confusion(results, name) for name in OBJECT_ATTRIBUTES},
         "measures": {name: _mean(clip[name] for clip in measured) for name in MEASURES},
         "seconds_per_video": statistics.median(result.seconds for result in results),
         "cpu_seconds_per_video": statistics.median(result.cpu_seconds for result in results),
     }
+    if len(results) > seeds:
+        summary["joint_of_other_caption"] = _share(other)
     if len(results) > 1:
         summary["distance"] = _distances(results)
     if seeds > 1:
@@ -239,7 +240,8 @@ def _confusion(results: Sequence[Result], name: str) -> dict[str, dict[str, int]
 def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
     rows = {"all that was stated": summary["joint"]} | summary["attributes"]
-    rows["another caption's"] = summary["joint_of_other_caption"]
+    if "joint_of_other_caption" in summary:
+        rows["another caption's"] = summary["joint_of_other_caption"]
     lines = [f"{'':<20} {'right':>7} {'of':>6} {'share':>8}   95 % interval"]
     for name, share in rows.items():
         low, high = share["interval"]

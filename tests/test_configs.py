@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import configs
+from configs.distillation import DistillConfig
 from configs.schema import LOADING, MAX_SEED, SampleConfig, SamplerConfig, option, walk_options
+from configs.training import FinetuneConfig, TextEncoderTrainConfig, VAETrainConfig
 from infer.cli import compose_runs
 from infer.command_line import CommandLine, Shortcut, preset_names
 from wan import noise
@@ -97,6 +99,18 @@ def test_seeds_and_choices_are_those_of_the_model():
     assert LOADING["offload"] == OFFLOAD
     assert LOADING["quantize"] == QUANTIZE
     assert LOADING["compile"] == COMPILE
+
+
+@pytest.mark.parametrize(
+    "schema", [VAETrainConfig, TextEncoderTrainConfig, FinetuneConfig, DistillConfig]
+)
+def test_updates_that_teach_nothing_are_refused(schema):
+    for value in (0.0, -1.0, float("nan")):
+        with pytest.raises(WanError, match="must be above 0; to clip nothing, set 1e9"):
+            schema(grad_clip=value)
+    for value in (-1.0, 1.0) if schema is not TextEncoderTrainConfig else ():
+        with pytest.raises(WanError, match=r"ema_decay=.*: must lie in \[0, 1\)"):
+            schema(ema_decay=value)
 
 
 def test_settings_are_plain_data():

@@ -244,6 +244,13 @@ def test_lab_of_known_colours():
     assert len(COLOURS) == 6
 
 
+def test_noise_whose_median_is_the_background_is_judged():
+    noise = torch.randn(3, 17, 128, 128, generator=torch.Generator().manual_seed(0))
+    detection = detect((noise * 2 - 2.4).clamp(-1, 1))
+    assert detection.objects
+    assert all(one.shape is None and one.colour is None for one in detection.objects)
+
+
 def test_bad_videos_are_refused():
     with pytest.raises(WanError, match="side, side"):
         detect(torch.zeros(3, 17, 64, 128))

@@ -304,6 +304,8 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
         ("offload=disk", "offload=disk: choose one of none, stage, block"),
         ("quantize=int4", "quantize=int4: choose one of none, int8, fp8"),
         ("compile=vae", "compile=vae: choose one of none, dit, all"),
+        ("output=shift1.3", r"output=shift1\.3: the name must end in \.json"),
+        ("sheet=clips", r"sheet=clips: the name must end in \.png or"),
     ],
 )
 def test_bad_settings_are_refused(token, message):
@@ -330,6 +332,23 @@ def test_diversity_takes_captions_of_one_object():
         settings("seeds_per_caption=2", "num_objects=2")
 
 
+def test_one_caption_has_no_other():
+    config = settings("source=renders", "num_captions=1")
+    results = [result for result, _ in evaluate(draw_examples(config), render_truth(config), 1)]
+    assert "another caption's" not in table(summarise(results))
+
+
 def test_a_bad_output_is_refused_before_anything_runs(tmp_path, capsys):
-    assert execute(main, LINE, "", [*SMALL, f"output={tmp_path}"]) == 2
+    (tmp_path / "folder.json").mkdir()
+    assert execute(main, LINE, "", [*SMALL, f"output={tmp_path}/folder.json"]) == 2
     assert "is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "files"), [("output", "a.json,b.json"), ("sheet", "a.png,b.png")]
+)
+def test_points_of_a_sweep_do_not_write_over_each_other(option, files):
+    one, _ = files.split(",")
+    with pytest.raises(WanError, match=f"{option}={one}: every point of the sweep would write it"):
+        compose_runs(LINE, [*SMALL, "seed=0,5", f"{option}={one}"], sweep=True)
+    assert len(compose_runs(LINE, [*SMALL, f"{option}={files}"], sweep=True)) == 2

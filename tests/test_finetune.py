@@ -1,7 +1,9 @@
 """Fine-tuning end to end on the miniature: from scratch, all weights, LoRA, a clip folder."""
 
 import json
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
 from train.data import LatentCache
 from train.finetune import finetune
 from wan import WanPipeline
+from wan.attention_config import AttentionConfig
 from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
-from wan.lora import read_lora
+from wan.lora import LoRAMerge, read_lora
 from wan.miniature import TEACHER
 from wan.weights import load_state
 
@@ -132,6 +135,27 @@ def test_a_lora_leaves_the_base_alone_and_is_written_as_one_file(tmp_path, cache
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_lora_says_what_attention_it_was_trained_with_and_warns_of_another(tmp_path, cache_dir):
+    sparse = AttentionConfig("spatial")
+    finetune(settings(tmp_path, cache_dir, lora=LoRAConfig(rank=2), attention=sparse))
+    lora = read_lora(tmp_path / "run")
+    assert lora.attention == "spatial"
+    load = partial(WanPipeline.from_pretrained, TEACHER, loras={"transformer": LoRAMerge(lora)})
+    with pytest.warns(UserWarning, match=r"safetensors: was trained with attention=spatial"):
+        load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(attention=sparse)
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path, cache_dir):
+    config = settings(tmp_path, cache_dir)
+    leftover = tmp_path / "run" / ".model-1" / "vae"
+    leftover.mkdir(parents=True)
+    finetune(config)
+    assert [path.name for path in (tmp_path / "run").glob("*model*")] == ["model"]
+
+
 def test_a_lora_needs_a_base():
     with pytest.raises(WanError, match="needs a base"):
         FinetuneConfig(from_scratch=True, lora=LoRAConfig(rank=4))
@@ -140,6 +164,11 @@ def test_a_lora_needs_a_base():
 def test_samples_are_read_for_the_world_only():
     with pytest.raises(WanError, match=r"validation_captions=4 with data\.kind=folder"):
         FinetuneConfig(validation_captions=4, data=DataConfig(kind="folder", folder="x"))
+
+
+def test_samples_have_steps():
+    with pytest.raises(WanError, match="validation_steps=0"):
+        FinetuneConfig(validation_captions=2, validation_steps=0)
 
 
 def test_a_folder_of_clips_must_be_named():

@@ -15,7 +15,7 @@ from torch import nn
 
 from configs.training import LoopConfig
 from train.checkpoint import best_checkpoint, list_checkpoints, load_latest
-from train.loop import run_training, step_generator
+from train.loop import check_unchanged, run_training, step_generator
 from train.optim import EMA, make_optimizers
 from train.state import TrainState
 from wan.errors import WanError
@@ -61,6 +61,14 @@ def test_a_resume_with_other_settings_is_refused_and_names_them(tmp_path):
     # How often to log, and where the folder lies by now, are nobody's business
     changed = {"seed": 0, "loop": {"steps": 2}, "output_dir": "elsewhere"}
     assert run_training(make_state(), train_step, config, tmp_path, changed)
+
+
+@pytest.mark.parametrize("name", ["dit", "sampling", "vae", "encoder"])
+def test_a_resume_with_one_more_name_in_a_free_form_setting_is_refused(name):
+    with pytest.raises(WanError, match=rf"{name}\.eps: None there, 0\.5 now"):
+        check_unchanged({name: {"dim": 8}}, {name: {"dim": 8, "eps": 0.5}})
+    # Fields that a later version has added are no change
+    check_unchanged({name: {"dim": 8}}, {name: {"dim": 8}, "data": {"fresh": 1}, "fresh": 1})
 
 
 def test_an_allowed_change_of_weight_decay_is_not_undone_by_the_checkpoint(tmp_path):

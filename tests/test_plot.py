@@ -45,10 +45,14 @@ def test_numbers_that_belong_together_share_a_panel():
         ("lr", "critic_lr"),
         ("student_saturated", "teacher_saturated"),
         ("motion_ratio", "spread_ratio"),
+        ("motion_ratio", "diversity_ratio"),
+        ("psnr", "val_psnr"),
+        ("val_psnr", "val_psnr_foreground"),
     ]
     for one, other in together:
         assert family(one) == family(other)
     assert family("val_joint") == family("health") != family("val_shape")
+    assert family("val_psnr") != family("val_shape")
     assert family("something_new") == "something_new"
 
 
@@ -86,6 +90,12 @@ def test_the_picture_lies_beside_the_metrics_or_where_it_is_asked_for(tmp_path, 
     sizes = {Image.open(p).size for p in (tmp_path / "run/plot.png", tmp_path / "elsewhere.png")}
     assert len(sizes) == 1
     assert capsys.readouterr().out.splitlines()[0] == f"wrote {tmp_path / 'run/plot.png'}"
+
+
+@pytest.mark.parametrize("name", ["pic", "run1.3"])
+def test_a_picture_has_the_ending_of_one(name):
+    with pytest.raises(WanError, match=rf"output={name}: the name must end in \.png or "):
+        PlotConfig(output=name)
 
 
 def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):

@@ -3,14 +3,18 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from configs.training import LoopConfig, TextEncoderTrainConfig
 from infer.cli import execute
 from infer.command_line import CommandLine
+from train.optim import make_optimizers
+from train.state import TrainState
 from train.text_encoder import (
     CLASSES,
     IGNORED,
@@ -23,6 +27,8 @@ from train.text_encoder import (
     initialize,
     label_hits,
     label_losses,
+    make_tokenizer,
+    make_train_step,
     measure_gates,
     pad_ids,
     passed,
@@ -31,6 +37,7 @@ from train.text_encoder import (
 )
 from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
+from wan.miniature import STUDENT
 from wan.miniature.captions import BACKGROUND_WORDS, COLOUR_WORDS, SIZE_WORDS, vocabulary
 from wan.tokenizer import Tokenizer, write_tokenizer_folder
 from wan.umt5 import UMT5Config, UMT5Encoder, encode_text
@@ -102,6 +109,33 @@ def test_six_steps_equal_three_and_three(run, tmp_path):
     ]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_tokenizer_of_other_settings_is_not_taken_for_the_one_asked_for(tmp_path):
+    folder, config = tmp_path / "tokenizer", tiny_config(tmp_path)
+    size = make_tokenizer(config, folder).vocab_size
+    other = replace(config, vocab_size=150)
+    with pytest.raises(WanError, match=r"'vocab_size': 200\}, now .* 'vocab_size': 150\}"):
+        make_tokenizer(other, folder)
+    for loop in (config.loop, LoopConfig(allow_changes=True)):
+        kept = make_tokenizer(replace(config if loop is config.loop else other, loop=loop), folder)
+        assert kept.vocab_size == size
+    (tmp_path / "tokenizer_settings.json").unlink()  # as earlier versions left it
+    assert make_tokenizer(other, folder).vocab_size == size
+
+
+def test_a_step_without_a_hidden_word_trains_the_labels():
+    tokenizer = Tokenizer.from_folder(STUDENT / "tokenizer")
+    encoder = UMT5Encoder(
+        UMT5Config(tokenizer.vocab_size, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    both = nn.ModuleDict({"encoder": encoder, "heads": Heads(encoder.config)})
+    state = TrainState({"both": both}, make_optimizers(both, "adamw", 1e-3), step=969)
+    config = TextEncoderTrainConfig(batch_size=16)
+    values = make_train_step(encoder, both["heads"], tokenizer, config)(state)
+    assert values["word_loss"] == 0  # no word is hidden in this very step
+    assert values["loss"] == values["label_loss"] > 0
+    assert all(weight.isfinite().all() for weight in both.parameters())
 
 
 def test_the_loss_falls(run):

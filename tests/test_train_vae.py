@@ -88,7 +88,13 @@ def test_the_mask_marks_objects_and_a_border_of_two_pixels():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"batch_size": 3}, "multiple of"), ({"crop_frames": 8}, "4k \\+ 1"), ({"lr": 0.0}, "lr=0")],
+    [
+        ({"batch_size": 3}, "multiple of"),
+        ({"crop_frames": 8}, "4k \\+ 1"),
+        ({"lr": 0.0}, "lr=0"),
+        ({"validation_clips": 0}, "validation_clips=0"),
+        ({"statistics_clips": 0}, "statistics_clips=0"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, change, message):
     with pytest.raises(WanError, match=message):

@@ -5,9 +5,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from train.store import only_writer
 from wan.attention import SPARSE
 from wan.dit import WanDiT
 from wan.lora import save_lora
+from wan.lora_files import ATTENTION
 from wan.pipeline_config import PipelineConfig, part_folder, write_configs
 from wan.weights import save_component
 
@@ -19,22 +21,28 @@ def export_model(
 
     Args:
         source: the folder whose other parts are copied.
-        settings: what the result says about itself; a sparse attention is added from `dit`.
+        settings: what the result says about itself; a sparse attention is added from `dit`, to a
+            LoRA too.
         lora_rank: above 0 if the network carries a LoRA, which alone is written then.
+    Raises:
+        WanError: another process is writing to `folder`.
     """
     attention = dit.attention.config
     trained = str(attention) if attention.name in SPARSE else None
     settings = replace(settings, defaults=replace(settings.defaults, attention=trained))
     if lora_rank:
-        return save_lora(folder / "pytorch_lora_weights.safetensors", dit)
-    beside = folder / f".model-{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    for name in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(part_folder(source, name), beside / name)
-    write_configs(settings, beside)
-    save_component(dit.state_dict(), beside / "transformer", "transformer")
-    model = folder / "model"
-    if model.exists():  # written by an earlier end of this same run
-        shutil.rmtree(model)
-    beside.rename(model)
+        metadata = {} if trained is None else {ATTENTION: trained}
+        return save_lora(folder / "pytorch_lora_weights.safetensors", dit, metadata=metadata)
+    with only_writer(folder):
+        for leftover in folder.glob(".model-*"):  # of an export that was killed
+            shutil.rmtree(leftover)
+        beside = folder / f".model-{os.getpid()}"
+        for name in ("vae", "text_encoder", "tokenizer"):
+            shutil.copytree(part_folder(source, name), beside / name)
+        write_configs(settings, beside)
+        save_component(dit.state_dict(), beside / "transformer", "transformer")
+        model = folder / "model"
+        if model.exists():  # written by an earlier end of this same run
+            shutil.rmtree(model)
+        beside.rename(model)
     return model

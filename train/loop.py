@@ -54,6 +54,9 @@ FREE_SETTINGS = {
     "parallel.sequence",
 }
 
+# Settings whose names are those of a released file: a new one there comes from no new version.
+FREE_FORM = ("dit.", "sampling.", "vae.", "encoder.")
+
 
 def run_training(
     state: TrainState,
@@ -179,16 +182,17 @@ def _train(
 
 
 def check_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Refuse to continue a run as another one.
+    """Refuse to continue a run as another one; settings that earlier versions lacked may be new.
 
     Raises:
         WanError: lists what differs.
     """
     before, now = dict(flat(saved)), dict(flat(given))
+    added = [name for name in now if name not in before and name.startswith(FREE_FORM)]
     changed = [
-        f"{name}: {before[name]} there, {now.get(name)} now"
-        for name in before
-        if before[name] != now.get(name) and name not in FREE_SETTINGS
+        f"{name}: {before.get(name)} there, {now.get(name)} now"
+        for name in [*before, *added]
+        if before.get(name) != now.get(name) and name not in FREE_SETTINGS
     ]
     if changed:
         raise WanError(

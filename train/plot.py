@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import option
+from configs.schema import check_ending, option
 from infer.cli import run_command
 from train.metrics import read_metrics
 from wan.errors import WanError
@@ -32,6 +32,10 @@ FAMILIES = {
     "motion_ratio": "student over teacher",
     "saturation_ratio": "student over teacher",
     "spread_ratio": "student over teacher",
+    "diversity_ratio": "student over teacher",
+    "psnr": "PSNR, dB",
+    "val_psnr": "PSNR, dB",
+    "val_psnr_foreground": "PSNR, dB",
     "health": "health and captions that came true",
     "val_joint": "health and captions that came true",
     "teacher_joint": "health and captions that came true",
@@ -50,6 +54,9 @@ class PlotConfig:
 
     run: str = option("runs/student_3", "the output_dir of a training command")
     output: str | None = option(None, "the picture; null: plot.png beside the metrics")
+
+    def __post_init__(self) -> None:
+        check_ending("output", self.output, (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg"))
 
 
 def read_series(path: Path) -> dict[str, Series]:
@@ -91,9 +98,10 @@ def draw(series: dict[str, Series], path: Path, title: str) -> None:
     figure.suptitle(title)
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
     for axes, (heading, names) in zip(grid.flat, panels.items(), strict=False):
+        start = next((start for start, title in PREFIXES.items() if title == heading), "")
         for name in names:
             steps, values = zip(*series[name], strict=True)
-            label = next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)
+            label = name.removeprefix(start)
             axes.plot(
                 steps, values, marker="." if len(steps) < 30 else "", linewidth=1, label=label
             )

@@ -26,6 +26,7 @@ from train.loop import run_training, step_generator
 from train.optim import apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
 from wan.errors import WanError
+from wan.files import write_text
 from wan.miniature.captions import caption, label_classes
 from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
 from wan.tokenizer import Tokenizer, write_tokenizer_folder
@@ -178,11 +179,26 @@ def train_spiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def make_tokenizer(config: TextEncoderTrainConfig, folder: Path) -> Tokenizer:
-    """Train the tokenizer on captions and write its folder; read it if it is there already."""
+    """Train the tokenizer on captions and write its folder; read it if it is there already.
+
+    Raises:
+        WanError: the one that is there was made with other settings.
+    """
+    record = folder.with_name("tokenizer_settings.json")  # earlier versions did not write it
+    names = ("seed", "tokenizer_captions", "vocab_size")
+    settings = {name: getattr(config, name) for name in names}
     if not (folder / "tokenizer_config.json").is_file():
+        write_text(record, json.dumps(settings) + "\n")
         examples = draw_examples(config.seed, "tokenizer", config.tokenizer_captions, 0.7)
         spiece = train_spiece((example.text for example in examples), config.vocab_size)
         write_tokenizer_folder(spiece, folder, NUM_SENTINELS)
+    elif record.is_file() and not config.loop.allow_changes:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if before != settings:
+            raise WanError(
+                f"{folder}: made with {before}, now asked for {settings}; choose another "
+                "output_dir=, or loop.allow_changes=true to go on with that tokenizer"
+            )
     return Tokenizer.from_folder(folder)
 
 
@@ -273,7 +289,10 @@ def make_train_step(
         told = mask[num_masked:]
         per_token = labels[num_masked:, None].expand(*told.shape, -1)
         label_loss = label_losses(label_logits[told].float(), per_token[told]).mean()
-        word_loss = F.cross_entropy(word_logits.float(), ids[hidden])
+        if hidden.any():
+            word_loss = F.cross_entropy(word_logits.float(), ids[hidden])
+        else:  # in a small batch; the mean of nothing is no number
+            word_loss = word_logits.float().sum()
         loss = label_loss + config.word_weight * word_loss
         loss.backward()
         lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)

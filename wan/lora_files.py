@@ -16,7 +16,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from wan.weights import grouped
 
 # Names a folder may use for its one LoRA file: diffusers', then peft's.
 FOLDER_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+ATTENTION = "trained_attention"  # in the metadata of our own files
 # Taken off the front of a name again and again until none fits.
 PREFIXES = (
     "base_model.model.",
@@ -127,6 +128,7 @@ class LoRA:
     num_tensors: int
     pairs: dict[str, LowRank]
     deltas: dict[str, FullDelta]
+    attention: str | None = None  # sparse self-attention that it was trained with; None: not said
 
     @property
     def names(self) -> list[str]:
@@ -159,7 +161,8 @@ def read_lora(path: str | Path, expert: str | None = None) -> LoRA:
         )
     layout = best_layout(layers)
     peft_config = read_peft_config(path, source.metadata, expert)
-    return place(path, layers, unknown, layout, peft_config, len(tensors))
+    lora = place(path, layers, unknown, layout, peft_config, len(tensors))
+    return replace(lora, attention=source.metadata.get(ATTENTION))
 
 
 # --- the file -------------------------------------------------------------------------------------

@@ -59,9 +59,12 @@ def load_modules(
     Raises:
         WanError: weights that are missing, damaged or of another model; a LoRA of another model.
     """
-    warn_of_attention(folder, config, attention)
-    builders = module_builders(config, attention)
     loras = loras or {}
+    chosen = str(network_attention(attention, config.transformer.num_layers).config)
+    warn_of_attention(folder, config.defaults.attention, chosen)
+    for merge in loras.values():
+        warn_of_attention(merge.lora.path, merge.lora.attention, chosen)
+    builders = module_builders(config, attention)
     check_names("loras", list(loras), [part for part in builders if part in config.components])
     for part, merge in loras.items():
         merge.check(dict(build_on_meta(builders[part]).named_parameters()))
@@ -83,15 +86,13 @@ def load_modules(
     return modules
 
 
-def warn_of_attention(folder: Path, config: PipelineConfig, attention: AttentionChoice) -> None:
+def warn_of_attention(path: Path | str, trained: str | None, chosen: str) -> None:
     """A network that was trained with sparse attention is another one with full attention."""
-    trained = config.defaults.attention
-    chosen = str(network_attention(attention, config.transformer.num_layers).config)
     if trained is not None and chosen != trained:
         name, *options = re.split(r" (?=\w+=)", trained)
         typed = " ".join([f"attention={name}", *(f'"attention.{option}"' for option in options)])
         warnings.warn(
-            f"{folder}: was trained with attention={trained} and runs with {chosen}; "
+            f"{path}: was trained with attention={trained} and runs with {chosen}; "
             f"add {typed} to run it as it was trained",
             stacklevel=3,
         )

@@ -288,7 +288,8 @@ def _measure(
     # At least half covered by the object, as the contrast threshold alone depends on the colours
     span = rgb - behind
     covered = (colours - behind) @ span > 0.5 * span.square().sum()
-    pixels = pixels[covered]
+    if covered.any():  # none are where their median is the background's own colour
+        pixels = pixels[covered]
     counts = torch.bincount(pixels[:, 0], minlength=num_frames)
     frames = (counts > 0).nonzero().flatten()
     centres = torch.zeros(num_frames, 2).index_add_(0, pixels[:, 0], pixels[:, 1:] + 0.5)
