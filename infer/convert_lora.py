@@ -11,6 +11,8 @@ from wan.checkpoint import Checkpoint, open_checkpoint
 from wan.errors import WanError
 from wan.lora import write_lora
 from wan.lora_extract import ExtractedLoRA, extract_lora
+from wan.lora_files import ATTENTION
+from wan.pipeline_config import read_pipeline_config
 from wan.placement import resolve_device
 from wan.weights import grouped
 
@@ -44,11 +46,20 @@ def convert_lora(
         on_progress=progress if sys.stderr.isatty() else None,
     )
     print(losses(lora))
-    write_lora(output, lora.tensors, {"rank": str(rank), "residual_energy": f"{lora.residual:.6g}"})
+    about = {"rank": str(rank), "residual_energy": f"{lora.residual:.6g}"}
+    write_lora(output, lora.tensors, about | trained_attention(source))
     layers = [asdict(change) | {"residual": change.residual} for change in lora.changes]
     write_json(report, {"rank": rank, "residual": lora.residual, "layers": layers})
     size = sum(tensor.nbytes for tensor in lora.tensors.values())
     print(f"wrote {output} ({size / 1e6:.1f} MB) and {report}")
+
+
+def trained_attention(source: Path) -> dict[str, str]:
+    """Sparse self-attention that a release was trained with, as metadata; a component knows none."""
+    if not (source / "model_index.json").is_file():
+        return {}
+    attention = read_pipeline_config(source).defaults.attention
+    return {} if attention is None else {ATTENTION: attention}
 
 
 def progress(done: int, total: int) -> None:

@@ -1,6 +1,7 @@
 """LoRAs from two checkpoints: what is kept, what is lost and said to be, what others read."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
 from wan.lora import merge_lora, read_lora
 from wan.lora_extract import extract_lora, low_rank
+from wan.miniature import STUDENT
 from wan.safetensors_file import write_tensors
 from wan.weights import save_component
 
@@ -161,6 +163,17 @@ def test_the_command_writes_the_file_and_its_losses(tmp_path, monkeypatch, capsy
     lora = read_lora("out/lora.safetensors")
     assert {pair.rank for pair in lora.pairs.values()} == {3}
     assert all(name.startswith("blocks.1.") for name in lora.names)
+
+
+def test_a_lora_of_a_sparse_student_says_its_attention(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(STUDENT, "student")
+    path = Path("student/sampling_defaults.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention": "spatial"}))
+    assert run("source=student", "base=mini-teacher", "output=lora.safetensors", "rank=1") == 0
+    assert read_lora("lora.safetensors").attention == "spatial"
+    assert run("source=mini", "base=mini-teacher", "output=dense.safetensors", "rank=1") == 0
+    assert read_lora("dense.safetensors").attention is None
 
 
 @pytest.mark.parametrize(
