@@ -55,7 +55,7 @@ def convert_lora(
 
 
 def trained_attention(source: Path) -> dict[str, str]:
-    """Sparse self-attention that a release was trained with, as metadata; a component knows none."""
+    """Sparse self-attention that a release was trained with; a component does not know."""
     if not (source / "model_index.json").is_file():
         return {}
     attention = read_pipeline_config(source).defaults.attention
