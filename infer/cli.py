@@ -302,7 +302,7 @@ def _check_written(line: CommandLine, runs: Sequence[Run[Any]]) -> None:
         if len(set(files)) < len(files):
             raise WanError(
                 f"{key}={files[0]}: every point of the sweep would write it, one over the other; "
-                f"run them one by one, each with a {key}= of its own"
+                f"run them one by one, each with its own {key}="
             )
 
 

@@ -353,11 +353,12 @@ def fit_probe(vectors: Tensor, labels: Tensor, steps: int = 300) -> nn.Linear:
 def measure_gates(
     encoder: UMT5Encoder, tokenizer: Tokenizer, config: TextEncoderTrainConfig
 ) -> dict[str, float]:
-    """Accuracy of linear probes on captions that training never drew.
+    """Accuracy of linear probes on captions that training did not draw, short texts by chance aside.
 
     For the mean of the tokens and for single tokens: `attributes`, the worst label's accuracy on
-    captions of unseen combinations; `binding`, all labels of both objects right, on two-object
-    captions; `disturbed`, the worst label on disturbed captions.
+    captions of scenes with unseen combinations, which a caption may leave partly unsaid; `binding`,
+    all labels of both objects right, on two-object captions; `disturbed`, the worst label on
+    disturbed captions.
     """
     n = config.probe_captions
     sets = {
