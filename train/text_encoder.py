@@ -353,7 +353,7 @@ def fit_probe(vectors: Tensor, labels: Tensor, steps: int = 300) -> nn.Linear:
 def measure_gates(
     encoder: UMT5Encoder, tokenizer: Tokenizer, config: TextEncoderTrainConfig
 ) -> dict[str, float]:
-    """Accuracy of linear probes on captions that training did not draw, short texts by chance aside.
+    """Accuracy of linear probes on captions that training did not draw, unless by chance.
 
     For the mean of the tokens and for single tokens: `attributes`, the worst label's accuracy on
     captions of scenes with unseen combinations, which a caption may leave partly unsaid; `binding`,
