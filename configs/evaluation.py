@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from configs.schema import (
+    PICTURES,
     SamplerConfig,
     check_at_least,
     check_choice,
@@ -67,7 +68,7 @@ class EvaluateConfig:
         check_choice("source", self.source, ("model", "renders", "vae"))
         check_choice("split", self.split, ("heldout", "train", "any"))
         check_ending("output", self.output, (".json",))
-        check_ending("sheet", self.sheet, (".png", ".jpg", ".jpeg", ".webp"))
+        check_ending("sheet", self.sheet, PICTURES)
         check_loading(self)
         check_seed("seed", self.seed)
         for name, least in (

@@ -74,6 +74,9 @@ def check_positive(name: str, value: float) -> None:
         raise WanError(f"{name}={value}: must be a number above 0")
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # endings
+
+
 def check_ending(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
     """The name of a file to write, if there is one."""
     if value is not None and not value.lower().endswith(allowed):

@@ -22,6 +22,7 @@ from infer.report import (
     markdown_table,
     numbers,
     share,
+    taken_on,
 )
 from infer.request import torch_dtype
 from wan.miniature.comparison import Estimate, mean, ratio
@@ -145,9 +146,9 @@ def read_rows(config: AblateConfig, cells: Sequence[Cell]) -> list[Row]:
 
 
 def machine(config: AblateConfig, record: dict[str, Any]) -> str:
-    """What seconds depend on. The dtype is in every cell's key, and in records of late only."""
-    dtype = record.get("dtype", torch_dtype(config.dtype, torch.device(record["device"])))
-    return f"{record['device']}, {dtype}, {record['threads']} threads"
+    """As `taken_on`. The dtype is in every cell's key, and in records of late only."""
+    dtype = str(torch_dtype(config.dtype, torch.device(record["device"])))
+    return taken_on({"dtype": dtype} | record)
 
 
 def write_report(

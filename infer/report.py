@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ INTERVALS = (
 def numbers(values: Iterable[float | None]) -> Tensor:
     """One number per clip: (N,) float32, NaN where there is none."""
     return torch.tensor([float("nan") if value is None else float(value) for value in values])
+
+
+def taken_on(record: Mapping[str, Any]) -> str:
+    """What the seconds of a record depend on."""
+    return f"{record['device']}, {record['dtype']}, {record['threads']} threads"
 
 
 def share(right: Tensor) -> Estimate:

@@ -20,6 +20,7 @@ from infer.report import (
     markdown_table,
     numbers,
     share,
+    taken_on,
 )
 from wan.errors import WanError
 from wan.miniature.comparison import (
@@ -190,13 +191,7 @@ def write_report(config: StudyConfig, stored: list[Stored], folder: Path) -> str
     estimates = {one.name: [column.estimate(one) for column in COLUMNS] for one in stored}
     line, clauses = compare(config, stored)
     decision = "\n".join([line, *(f"  {clause}" for clause in clauses)])
-    machines = sorted(
-        {
-            f"{r['device']}, {r['dtype']}, {r['threads']} threads"
-            for s in stored
-            for r in s.records.values()
-        }
-    )
+    machines = sorted({taken_on(r) for s in stored for r in s.records.values()})
     notes = (
         f"Captions: of one object + of two + with several seeds each. {INTERVALS} Distances are of "
         "fixed random features, to other true clips of the same captions; the row of the renders "

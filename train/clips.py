@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from configs.data import Size
+from configs.schema import PICTURES
 from wan.errors import WanError
 from wan.images import load_image
 from wan.video import Frames, VideoScan, scan_video, to_uint8
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 SAME_RATE = 0.01  # 23.976 stands for 24
 
 
@@ -60,7 +60,7 @@ def list_clips(source: Path) -> list[Clip]:
         WanError: nothing in it, or a list that can't be read, by its line.
     """
     if source.is_dir():
-        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEOS + IMAGES)
+        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEOS + PICTURES)
         clips = [Clip(path.relative_to(source).as_posix(), path, None) for path in paths]
     elif not source.exists():
         raise FileNotFoundError(f"clips={source}: no such folder or list")
@@ -69,7 +69,7 @@ def list_clips(source: Path) -> list[Clip]:
     else:
         raise WanError(f"clips={source}: give a folder, a .jsonl or a .csv file")
     if not clips:
-        raise WanError(f"clips={source}: no clips there ({', '.join(VIDEOS + IMAGES)})")
+        raise WanError(f"clips={source}: no clips there ({', '.join(VIDEOS + PICTURES)})")
     return clips
 
 
@@ -140,7 +140,7 @@ def read_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> Tensor:
         WanError: the clip is refused; says why.
         OSError: it can't be read.
     """
-    if clip.path.suffix.lower() in IMAGES:
+    if clip.path.suffix.lower() in PICTURES:
         frames = to_uint8(load_image(clip.path).unsqueeze(1))
         facts.update(decoded_frames=1, height=frames.shape[1], width=frames.shape[2])
     else:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import check_ending, option
+from configs.schema import PICTURES, check_ending, option
 from infer.cli import run_command
 from train.metrics import read_metrics
 from wan.errors import WanError
@@ -56,7 +56,7 @@ class PlotConfig:
     output: str | None = option(None, "the picture; null: plot.png beside the metrics")
 
     def __post_init__(self) -> None:
-        check_ending("output", self.output, (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg"))
+        check_ending("output", self.output, (*PICTURES, ".pdf", ".svg"))
 
 
 def read_series(path: Path) -> dict[str, Series]:
