@@ -132,8 +132,11 @@ def test_damaged_clips_are_refused_with_a_reason(clips, what, reason):
     (clip,) = list_clips(clips)
     read_clip(clip, rules(), {})  # sound before
     damage(path, what)
+    facts: dict = {}
     with pytest.raises(WanError, match=reason):
-        read_clip(clip, rules(), {})
+        read_clip(clip, rules(), facts)
+    if what in ("truncated", "flipped bits"):  # its header can be read
+        assert facts["declared_frames"] == 12
 
 
 def test_a_file_that_ends_between_frames_is_told_by_its_header(clips):
@@ -165,19 +168,27 @@ def test_sound_clips_that_do_not_fit_are_refused_with_a_reason(clips, clip, reas
         read_clip(list_clips(clips)[0], rules(), {})
 
 
-def write_with(path, times, color_trc=1):
-    """Frames at given times, in units of a 64th of a second."""
+def write_with(path, times, color_trc=1, pixel_shape=1, sound=0, **options):
+    """Frames at given times, in units of a 64th of a second, and seconds of silence."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8, options={"bf": "0"})
+        stream = container.add_stream("libx264", rate=8, options={"bf": "0", **options})
         stream.height = stream.width = 32
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = Fraction(1, 64)
         stream.codec_context.color_trc = color_trc
+        stream.codec_context.sample_aspect_ratio = Fraction(pixel_shape)
+        silence = container.add_stream("pcm_s16le", rate=8000, layout="mono") if sound else None
+        noise = np.random.default_rng(0).integers(0, 200, (32, 32, 3), dtype=np.uint8)
         for time in times:
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 90, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.roll(noise, time, 0), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 64)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if silence is not None:
+            samples = np.zeros((1, 8000 * sound), np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate = 8000
+            container.mux(silence.encode(frame))
 
 
 def test_pictures_that_change_size_midway_are_refused(clips):
@@ -208,6 +219,49 @@ def test_uneven_times_and_hdr_are_refused(clips):
     write_with(clips / "a.mp4", [0, 8, 16, 24, 32, 40], color_trc=16)
     with pytest.raises(WanError, match="HDR"):
         read_clip(clip, rules(), {})
+
+
+def test_a_file_without_a_number_of_frames_is_told_to_be_cut_short_by_its_duration(clips):
+    path = clips / "a.mkv"
+    write_with(path, range(0, 96, 8), sound=4)
+    read_clip(list_clips(clips)[0], rules(), {})  # sound may go on without pictures
+    write_with(path, range(0, 96, 8))
+    facts: dict = {}
+    read_clip(list_clips(clips)[0], rules(), facts)
+    assert (facts["declared_frames"], facts["decoded_frames"]) == (0, 12)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(WanError, match=r"damaged: \d could be decoded, which end 0\.\d+ seconds"):
+        read_clip(list_clips(clips)[0], rules(), {})
+
+
+def test_a_clip_cut_without_encoding_is_refused_as_that(clips, tmp_path):
+    """The frames before its start are in the file, and an edit list hides them."""
+    write_with(tmp_path / "long.mp4", range(0, 96, 8))
+    with (
+        av.open(str(tmp_path / "long.mp4")) as found,
+        av.open(str(clips / "a.mp4"), "w") as container,
+    ):
+        stream = container.add_stream_from_template(found.streams.video[0])
+        for packet in found.demux(video=0):
+            if packet.size:
+                packet.pts, packet.dts = (
+                    packet.pts - 4 * packet.duration,
+                    packet.dts - 4 * packet.duration,
+                )
+                packet.stream = stream
+                container.mux(packet)
+    with pytest.raises(WanError, match=r"^its header says 12 frames, 8 .*-c copy"):
+        read_clip(list_clips(clips)[0], rules(), {})
+
+
+def test_stretched_and_interlaced_clips_are_refused_with_the_way_to_convert_them(clips):
+    times = range(0, 48, 8)
+    write_with(clips / "a.mp4", times, pixel_shape="4/3")
+    with pytest.raises(WanError, match=r"pixels are 4/3 times as wide.*setsar"):
+        read_clip(list_clips(clips)[0], rules(), {})
+    write_with(clips / "a.mp4", times, flags="+ilme+ildct")
+    with pytest.raises(WanError, match=r"interlaced.*bwdif"):
+        read_clip(list_clips(clips)[0], rules(), {})
 
 
 def test_retiming_takes_the_nearest_frames_and_says_so(clips):

@@ -65,6 +65,13 @@ def test_metadata_texts_survive(tmp_path, text):
     assert read_video(tmp_path / "a.mp4")[1].metadata["title"] == text
 
 
+def test_a_title_that_is_not_utf8_is_read_as_far_as_it_goes(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, moving_square(2), 8, {"title": "cafe!"})
+    path.write_bytes(path.read_bytes().replace(b"cafe!", b"caf\xe9!"))
+    assert read_video(path)[1].metadata["title"] == "caf\ufffd!"
+
+
 @pytest.mark.parametrize(
     ("shape", "words"),
     [((1, 63, 64, 3), "even"), ((1, 64, 63, 3), "even"), ((0, 64, 64, 3), "at least one")],

@@ -2,7 +2,8 @@
 
 A clip goes to one of several sizes (frames, height, width): it is read from its start, cropped
 around its centre to the size's shape and scaled. Nothing is repaired: what is damaged, too short,
-at another frame rate, sideways or too far from every size is refused, by name and with a reason.
+at another frame rate, sideways, stretched, interlaced or too far from every size is refused, by
+name and with a reason.
 F frames, H height, W width.
 """
 
@@ -173,15 +174,31 @@ def checked_frames(scan: VideoScan, rules: ClipRules, facts: dict[str, Any]) -> 
         height=info.height,
         width=info.width,
     )
+    decoded = f"{info.decoded_frames} could be decoded"
+    cut_short = scan.missing_seconds > 1.5 / rate if rate else False
+    if scan.broken is not None:
+        raise WanError(f"damaged: {decoded}, then the decoder stopped ({scan.broken})")
     if info.declared_frames and info.decoded_frames != info.declared_frames:
+        said = f"its header says {info.declared_frames} frames, {decoded}"
+        if cut_short:
+            raise WanError(f"damaged: {said}")
+        raise WanError(f"{said}: cut without encoding (-c copy) or damaged; encode it anew")
+    if cut_short and not info.declared_frames:
         raise WanError(
-            f"damaged: its header says {info.declared_frames} frames, {info.decoded_frames} "
-            "could be decoded"
+            f"damaged: {decoded}, which end {scan.missing_seconds:.3g} seconds before its header "
+            "says"
         )
     if scan.damaged_frames:
         raise WanError(f"damaged: {scan.damaged_frames} of {info.decoded_frames} frames")
     if scan.rotation:
         raise WanError(f"players turn it by {scan.rotation} degrees; write it upright first")
+    if scan.pixel_shape != 1:
+        raise WanError(
+            f"its pixels are {scan.pixel_shape} times as wide as high; make them square first "
+            "(ffmpeg -vf scale=iw*sar:ih,setsar=1)"
+        )
+    if scan.interlaced:
+        raise WanError("interlaced; make whole frames of it first (ffmpeg -vf bwdif)")
     if scan.hdr:
         raise WanError("HDR colours; convert it to bt709 first")
     if not scan.even:

@@ -5,6 +5,7 @@ F frames, H height, W width. Frames are (F, H, W, 3) uint8 RGB; a video as the m
 """
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     if not path.is_file():
         raise FileNotFoundError(f"video {path}: no such file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:  # old titles are Latin-1
             if not container.streams.video:
                 raise WanError(f"video {path}: has no pictures in it")
             yield container
@@ -223,17 +224,25 @@ class VideoScan:
     Attributes:
         frames: (n, H, W, 3) uint8, those that were asked for and are there.
         info: what the file says about itself, and how many frames it has.
+        broken: what stopped the decoder before the end; None if nothing did.
         damaged_frames: those the decoder had to guess parts of.
+        missing_seconds: from the end of the last frame to where the header says pictures end.
         even: frames follow each other at the declared rate, up to half a frame.
         rotation: degrees by which a player would turn the picture.
+        pixel_shape: width / height of a pixel on a player's screen.
+        interlaced: a frame holds the lines of two moments.
         hdr: values follow a curve that 8-bit RGB does not have.
     """
 
     frames: Frames
     info: VideoInfo
+    broken: str | None
     damaged_frames: int
+    missing_seconds: float
     even: bool
     rotation: int
+    pixel_shape: Fraction
+    interlaced: bool
     hdr: bool
 
 
@@ -245,24 +254,31 @@ def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> 
 
     Raises:
         FileNotFoundError: there is no such file.
-        WanError: not a video, damaged beyond what the decoder can guess, or with pictures of
-            several sizes among those to keep.
+        WanError: not a video, or with pictures of several sizes among those to keep.
     """
     kept: list[Frames] = []
     times: list[float] = []
     count = damaged = rotation = 0
+    interlaced, broken = False, None
     with _opened(Path(path)) as container:
+        stream = container.streams.video[0]
         fps = _info(container, 0).fps
         wanted = set(choose(fps))
-        for count, frame in enumerate(container.decode(video=0), 1):
-            damaged += frame.is_corrupt
-            rotation = frame.rotation
-            if frame.time is not None:
-                times.append(frame.time)
-            if count - 1 in wanted:
-                kept.append(_rgb(frame))
+        try:
+            for count, frame in enumerate(container.decode(stream), 1):
+                damaged += frame.is_corrupt
+                interlaced |= frame.interlaced_frame
+                rotation = frame.rotation
+                if frame.time is not None:
+                    times.append(frame.time)
+                if count - 1 in wanted:
+                    kept.append(_rgb(frame))
+        except av.FFmpegError as error:
+            broken = error.strerror
         info = _info(container, count)
-        hdr = container.streams.video[0].codec_context.color_trc in (PQ, HLG)
+        hdr = stream.codec_context.color_trc in (PQ, HLG)
+        shape = stream.sample_aspect_ratio or Fraction(1)  # 0 in a file: not known
+        missing = _declared_end(container) - (times[-1] + 1 / fps) if times and fps else 0.0
     sizes = dict.fromkeys(f"{height}x{width}" for height, width, _ in (a.shape for a in kept))
     if len(sizes) > 1:
         raise WanError(
@@ -271,7 +287,19 @@ def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> 
         )
     steps = np.diff(times) * fps
     frames = np.stack(kept) if kept else np.zeros((0, info.height, info.width, 3), np.uint8)
-    return VideoScan(frames, info, damaged, bool((abs(steps - 1) < 0.5).all()), rotation, hdr)
+    even = bool((abs(steps - 1) < 0.5).all())
+    return VideoScan(frames, info, broken, damaged, missing, even, rotation, shape, interlaced, hdr)
+
+
+def _declared_end(container: av.container.InputContainer) -> float:
+    """When pictures end, in seconds, by the header; 0 if it does not say. Sound may be longer."""
+    stream = container.streams.video[0]
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    if time := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "")):
+        return 3600 * int(time[1]) + 60 * int(time[2]) + float(time[3])  # Matroska
+    alone = len(container.streams) == 1 and container.duration is not None
+    return container.duration / av.time_base if alone else 0.0
 
 
 def contact_sheet(frames: Frames, max_frames: int = 12, max_width: int = 320) -> Image.Image:
