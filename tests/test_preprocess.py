@@ -1,6 +1,7 @@
 """Real encoded clips, sound and damaged, through the command and into training."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from fractions import Fraction
@@ -17,7 +18,15 @@ from configs.data import DataConfig, PreprocessConfig, parse_size
 from configs.training import FinetuneConfig, LoopConfig
 from infer.cli import compose_runs
 from infer.command_line import CommandLine
-from train.clips import ClipRules, best_size, fit_frames, list_clips, read_clip
+from train.clips import (
+    Clip,
+    ClipRules,
+    best_size,
+    fit_frames,
+    list_clips,
+    read_caption,
+    read_clip,
+)
 from train.data import folder_cache
 from train.finetune import finetune
 from train.frozen import component_digests
@@ -302,6 +311,9 @@ def test_an_image_is_a_clip_of_one_frame(clips):
     torch.testing.assert_close(video, torch.full((3, 1, 32, 32), 51 / 127.5 - 1))
     with pytest.raises(WanError, match="has 1 frames"):
         read_clip(clip, rules(), {})
+    make_clip(clips / "b.mp4")
+    with pytest.raises(WanError, match="1x32x32: is for pictures"):
+        read_clip(list_clips(clips)[1], rules(sizes=[(1, 32, 32)]), {})
 
 
 def test_captions_come_from_text_files_or_a_list(clips, tmp_path):
@@ -315,13 +327,45 @@ def test_captions_come_from_text_files_or_a_list(clips, tmp_path):
     assert list_clips(tmp_path / "l.csv")[0].caption == "one, two\nthree"
 
 
+def test_what_a_folder_has_beside_clips_is_named_and_links_to_folders_are_refused(clips, capsys):
+    make_clip(clips / "a.mp4")
+    for name in ("b.mpg", "b.txt", "lost.txt", ".hidden"):
+        (clips / name).touch()
+    assert [clip.name for clip in list_clips(clips)] == ["a.mp4"]
+    assert "3 files are neither" in (said := capsys.readouterr().err)
+    assert "'b.mpg', 'b.txt', 'lost.txt'\n" in said
+    (clips / "more").symlink_to(clips.parent)
+    with pytest.raises(WanError, match="more is a link to a folder"):
+        list_clips(clips)
+
+
+def test_a_file_name_or_caption_that_no_report_can_hold_is_refused_early(clips, tmp_path):
+    os.rename(make_clip(clips / "a.mp4"), bytes(clips) + b"/caf\xe9.mp4")
+    with pytest.raises(WanError, match=r"file name 'caf.udce9.mp4'=: the text is not valid UTF-8"):
+        list_clips(clips)
+    with pytest.raises(WanError, match="prompt=: the text is not valid UTF-8"):
+        read_caption(Clip("a.mp4", clips / "a.mp4", "a fox \ud83d"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("l.jsonl", "not json", "line 1: not JSON"),
         ("l.jsonl", '\n{"prompt": "x"}', "line 2: need video and prompt"),
         ("l.csv", "file,text\na.mp4,x", "line 2: need video and prompt"),
+        (
+            "l.csv",
+            "video,prompt\na.mp4,x\nb.mp4,a fox, running",
+            "line 3: more cells than the head",
+        ),
+        ("l.csv", 'video,prompt\na.mp4,x\nb.mp4,"a fox\nc.mp4,x', "after line 2: not CSV"),
+        ("l.csv", "video,prompt\na.mp4," + "x" * 140_000, "after line 1: not CSV .field larger"),
         ("l.jsonl", "", "no clips there"),
+        (
+            "l.jsonl",
+            '{"video": "\\ud83d.mp4"}',
+            "file name '.ud83d.mp4'=: the text is not valid UTF-8",
+        ),
         ("l.txt", "a.mp4", "give a folder"),
     ],
 )

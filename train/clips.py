@@ -10,6 +10,7 @@ F frames, H height, W width.
 import csv
 import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from configs.data import Size
-from configs.schema import PICTURES
+from configs.schema import PICTURES, check_text
 from wan.errors import WanError
 from wan.images import load_image
 from wan.video import Frames, VideoScan, scan_video, to_uint8
@@ -58,11 +59,11 @@ def list_clips(source: Path) -> list[Clip]:
 
     Raises:
         FileNotFoundError: no such folder or list.
-        WanError: nothing in it, or a list that can't be read, by its line.
+        WanError: nothing in it, a name that no report can hold, a link to a folder, or a list that
+            can't be read, by its line.
     """
     if source.is_dir():
-        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEOS + PICTURES)
-        clips = [Clip(path.relative_to(source).as_posix(), path, None) for path in paths]
+        clips = [Clip(p.relative_to(source).as_posix(), p, None) for p in clip_paths(source)]
     elif not source.exists():
         raise FileNotFoundError(f"clips={source}: no such folder or list")
     elif source.suffix in (".jsonl", ".csv"):
@@ -71,21 +72,62 @@ def list_clips(source: Path) -> list[Clip]:
         raise WanError(f"clips={source}: give a folder, a .jsonl or a .csv file")
     if not clips:
         raise WanError(f"clips={source}: no clips there ({', '.join(VIDEOS + PICTURES)})")
+    for clip in clips:
+        check_text(f"clips={source}: the file name {clip.name!a}", clip.name)
     return clips
+
+
+def clip_paths(folder: Path) -> list[Path]:
+    """Videos and pictures of a folder; what else is there but their captions is named on stderr."""
+    found = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
+    if links := [path for path in found if path.is_symlink() and path.is_dir()]:
+        raise WanError(
+            f"clips={folder}: {links[0].name} is a link to a folder, which is not followed; move "
+            "the folder there or give a list of clips"
+        )
+    paths = [path for path in found if path.suffix.lower() in VIDEOS + PICTURES]
+    used = {*paths, *(path.with_suffix(".txt") for path in paths)}
+    if others := [path for path in found if path not in used and not path.is_dir()]:
+        names = ", ".join(ascii(path.relative_to(folder).as_posix()) for path in others[:3])
+        print(
+            f"warning: clips={folder}: {len(others)} files are neither clips nor a clip's caption "
+            f"and are left out: {names}{', ...' if others[3:] else ''}",
+            file=sys.stderr,
+        )
+    return paths
 
 
 def list_rows(path: Path) -> list[tuple[int, Any]]:
     """(line number, row) of a list."""
     text = read_text(path)
     if path.suffix == ".csv":
-        table = csv.DictReader(io.StringIO(text, newline=""))
-        return [(table.line_num, row) for row in table]
+        return csv_rows(path, text)
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [(number, json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as error:
             raise WanError(f"{path}, line {number}: not JSON ({error})") from error
+    return rows
+
+
+def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows, end = [], 1
+    try:
+        for row in table:
+            end = table.line_num
+            if None in row:
+                raise WanError(
+                    f"{path}, line {end}: more cells than the head; write a prompt that has commas "
+                    'in "quotes"'
+                )
+            rows.append((end, row))
+    except csv.Error as error:
+        raise WanError(
+            f"{path}, row after line {end}: not CSV ({error}); quotes stand around a whole prompt, "
+            "and twice within it"
+        ) from error
     return rows
 
 
@@ -119,7 +161,7 @@ def read_caption(clip: Clip) -> str:
     """What is said of a clip.
 
     Raises:
-        WanError: nothing is.
+        WanError: nothing is, or what no file can hold.
     """
     beside = clip.path.with_suffix(".txt")
     caption = clip.caption
@@ -128,6 +170,7 @@ def read_caption(clip: Clip) -> str:
     if not isinstance(caption, str) or not caption.strip():
         where = f"into {beside.name}" if clip.caption is None else "as its prompt"
         raise WanError(f"its caption is missing; write one sentence {where}")
+    check_text("prompt", caption)
     return caption.strip()
 
 
@@ -154,7 +197,7 @@ def read_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> Tensor:
 
 def frame_numbers(fps: float, rules: ClipRules) -> list[int]:
     """Which frames of a clip stand for one at `rules.fps`: all, or the nearest in time."""
-    longest = max(size[0] for size in rules.sizes)
+    longest = max(2, *(size[0] for size in rules.sizes))  # a second tells it from a picture
     step = 1.0 if same_rate(fps, rules) else fps / rules.fps
     return [round(i * step) for i in range(longest)]
 
@@ -215,7 +258,8 @@ def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
     """The size that keeps most of a clip: share of frames times share of pixels.
 
     A size that is larger than the clip invents pixels and counts as much less as one that drops
-    them. A clip must have a size's frames, and keep within `max_crop` and `max_upscale`.
+    them. A clip must have a size's frames (only a picture may become one), and keep within
+    `max_crop` and `max_upscale`.
     """
     frames, height, width = found
     reasons, fits = [], []
@@ -224,7 +268,9 @@ def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
         scale = max(size[1] / height, size[2] / width)
         crop = centre_crop(height, width, size[1] / size[2])
         kept = crop[2] * crop[3] / (height * width)
-        if frames < size[0]:
+        if size[0] == 1 and frames > 1:
+            reasons.append(f"{name}: is for pictures")
+        elif frames < size[0]:
             reasons.append(f"{name}: has {frames} frames at {rules.fps:g} fps")
         elif 1 - kept > rules.max_crop:
             reasons.append(f"{name}: loses {1 - kept:.0%} of the picture")
