@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from test_train_checkpoint import assert_same
 
 import train.distill as module
 import train.dmd as dmd
-from configs.data import DataConfig
+from configs.data import DataConfig, PreprocessConfig
 from configs.distillation import (
     DistillConfig,
     GANConfig,
@@ -24,7 +25,9 @@ from configs.distillation import (
 )
 from configs.training import LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_latest
+from train.data import folder_cache
 from train.distill import distill
+from train.preprocess import preprocess
 from wan import WanDMDPipeline
 from wan.attention_config import AttentionConfig
 from wan.checkpoint import open_checkpoint
@@ -35,6 +38,7 @@ from wan.lora import read_lora
 from wan.miniature import STUDENT, TEACHER
 from wan.pipeline_config import BASE, SamplingDefaults, read_pipeline_config, write_configs
 from wan.schedule import few_step_schedule
+from wan.video import write_video
 from wan.weights import load_state, save_component
 
 TINY = DiTConfig(
@@ -356,6 +360,34 @@ def test_a_panel_of_more_captions_than_a_batch_takes_those_of_the_next(
         distill(config)
     five = (draw(0).captions + draw(1).captions)[:5]
     assert seen == [five * 2]
+
+
+def test_distillation_reads_a_folder_of_prompts_and_clips(tmp_path, teacher):
+    noise = np.random.default_rng(0).integers(0, 200, (9, 64, 64, 3), dtype=np.uint8)
+    (tmp_path / "clips").mkdir()
+    write_video(tmp_path / "clips/a.mp4", noise, 8)
+    (tmp_path / "clips/a.txt").write_text("a gray wall")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square")
+    data = PreprocessConfig(
+        clips=str(tmp_path / "clips"),
+        prompts=str(tmp_path / "prompts.txt"),
+        output_dir=str(tmp_path / "data"),
+        checkpoint=str(teacher),
+        sizes=["9x64x64"],
+        threads=1,
+    )
+    assert preprocess(data) == 0
+    config = settings(
+        tmp_path,
+        teacher,
+        data=DataConfig(kind="folder", folder=str(tmp_path / "data")),
+        loop=LoopConfig(steps=2, log_every=1, save_every=2),
+    )
+    assert distill(config) == 0
+    clips = replace(config, output_dir=str(tmp_path / "gan"), gan=GANConfig(weight=0.01))
+    assert distill(clips) == 0
+    saved = json.loads((tmp_path / "gan/config.json").read_text())
+    assert saved["data_digest"] == folder_cache(tmp_path / "data", None).digest
 
 
 def test_a_number_that_is_not_finite_stops_the_run_and_is_named(tmp_path, teacher, monkeypatch):

@@ -17,6 +17,7 @@ from configs.training import LoopConfig
 from train.checkpoint import best_checkpoint, list_checkpoints, load_latest
 from train.loop import check_unchanged, run_training, step_generator
 from train.optim import EMA, make_optimizers
+from train.parallel import World
 from train.state import TrainState
 from wan.errors import WanError
 
@@ -61,6 +62,27 @@ def test_a_resume_with_other_settings_is_refused_and_names_them(tmp_path):
     # How often to log, and where the folder lies by now, are nobody's business
     changed = {"seed": 0, "loop": {"steps": 2}, "output_dir": "elsewhere"}
     assert run_training(make_state(), train_step, config, tmp_path, changed)
+
+
+def test_data_that_are_known_by_their_digest_may_lie_elsewhere():
+    here, there = {"data": {"folder": "here"}}, {"data": {"folder": "there"}}
+    check_unchanged({**here, "data_digest": "1"}, {**there, "data_digest": "1"})
+    with pytest.raises(WanError, match=r"data_digest: 1 there, 2 now"):
+        check_unchanged({**here, "data_digest": "1"}, {**there, "data_digest": "2"})
+    with pytest.raises(WanError, match=r"data\.folder"):
+        check_unchanged(here, {**there, "data_digest": "1"})
+
+
+def test_processes_that_opened_different_data_do_not_train(tmp_path):
+    class Two(World):
+        def gather(self, value):
+            return [value, "other" if value == "one" else value]
+
+    two = Two(torch.device("cpu"))
+    config = LoopConfig(steps=1)
+    assert run_training(make_state(), train_step, config, tmp_path, {"data_digest": "x"}, world=two)
+    with pytest.raises(WanError, match="changed it while processes opened it"):
+        run_training(make_state(), train_step, config, tmp_path, {"data_digest": "one"}, world=two)
 
 
 @pytest.mark.parametrize("name", ["dit", "sampling", "vae", "encoder"])

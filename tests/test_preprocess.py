@@ -1,10 +1,13 @@
 """Real encoded clips, sound and damaged, through the command and into training."""
 
+import errno
 import json
 import os
 import shutil
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -27,15 +30,17 @@ from train.clips import (
     read_caption,
     read_clip,
 )
-from train.data import folder_cache
+from train.data import folder_cache, open_data
 from train.finetune import finetune
 from train.frozen import component_digests
 from train.preprocess import preprocess
 from train.store import open_to_read
 from train.vae import export
 from wan.checkpoint import open_checkpoint
+from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.miniature import STUDENT
+from wan.safetensors_file import write_tensors
 from wan.vae import VAEConfig, WanVAE
 from wan.video import write_video
 from wan.weights import load_state
@@ -436,8 +441,36 @@ def test_check_only_judges_all_and_changes_nothing_else(clips, tmp_path, model):
         preprocess(settings(tmp_path, model, check_only=True))
     verdicts = [row["verdict"] for row in report(tmp_path, "check.jsonl").values()]
     assert verdicts == ["set aside", "ok", "set aside"]
-    assert not list((tmp_path / "data").glob("*.safetensors"))
-    assert not (tmp_path / "data" / "report.jsonl").exists()
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["check.jsonl"]
+
+
+def test_a_run_that_stored_nothing_does_not_claim_the_folder(clips, tmp_path, model):
+    make_clip(clips / "a.mp4", caption=None)
+    with pytest.raises(WanError, match="set aside"):
+        preprocess(settings(tmp_path, model))
+    (clips / "a.txt").write_text("a wall")
+    assert preprocess(settings(tmp_path, model, fps=8.05)) == 0
+
+
+def test_a_folder_of_something_else_is_left_alone(clips, tmp_path, model):
+    make_clip(clips / "a.mp4")
+    (tmp_path / "data").mkdir()
+    shard = tmp_path / "data" / "latents-00000.safetensors"
+    write_tensors(shard, {"latents": torch.zeros(1)})
+    with pytest.raises(WanError, match="no folder of this command"):
+        preprocess(settings(tmp_path, model))
+    assert [path.name for path in sorted((tmp_path / "data").iterdir())] == [".lock", shard.name]
+
+
+def test_a_run_that_fails_leaves_a_finished_folder_as_it_was(clips, tmp_path, model):
+    make_clip(clips / "a.mp4")
+    preprocess(settings(tmp_path, model))
+    digest = folder_cache(tmp_path / "data", None).digest
+    make_clip(clips / "b.mp4", caption=None)
+    with pytest.raises(WanError, match=r"all reasons are in .*/data/check\.jsonl"):
+        preprocess(settings(tmp_path, model))
+    assert folder_cache(tmp_path / "data", None).digest == digest
+    assert "caption is missing" in report(tmp_path, "check.jsonl")["b.mp4"]["reason"]
 
 
 class Killed(BaseException):
@@ -505,9 +538,45 @@ def test_damage_after_writing_is_noticed_and_can_be_repaired(clips, tmp_path, mo
     assert shard.read_bytes() == sound
 
 
-def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model):
+def test_a_disk_that_fails_costs_no_shard(clips, tmp_path, model, monkeypatch):
     make_clip(clips / "a.mp4")
     preprocess(settings(tmp_path, model))
+    (shard,) = (tmp_path / "data").glob("latents-*")
+    opened = Path.open
+
+    def fail(path, *args, **kwargs):
+        if path == shard:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(WanError, match="input/output error"):
+        preprocess(settings(tmp_path, model))
+    assert shard.exists()
+
+
+def test_what_a_folder_lacks_or_has_otherwise_is_noticed_when_it_is_opened(clips, tmp_path, model):
+    make_clip(clips / "a.mp4")
+    preprocess(settings(tmp_path, model))
+    (texts,) = (tmp_path / "data").glob("texts-*")
+    aside = texts.rename(tmp_path / "aside")
+    with pytest.raises(WanError, match="2 of 2 texts are missing"):
+        folder_cache(tmp_path / "data", None)
+    aside.rename(texts)
+    store = open_to_read(tmp_path / "data", "latents")
+    (key,) = store.stored
+    store.add({key: store.read(key) + 1}, {key: store.facts(key)})
+    with pytest.raises(WanError, match=r"not those that index\.json was written for"):
+        folder_cache(tmp_path / "data", None)
+
+
+def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model, monkeypatch):
+    make_clip(clips / "a.mp4")
+    preprocess(settings(tmp_path, model))
+    with monkeypatch.context() as later:
+        later.setattr(train.preprocess, "RECIPE", 2)
+        with pytest.raises(WanError, match=r"\(recipe: 1 there, 2 now\)"):
+            preprocess(settings(tmp_path, model))
     with pytest.raises(WanError, match=r"other settings \(fps: 8.0 there, 8.05 now\)"):
         preprocess(settings(tmp_path, model, fps=8.05))
     digests = component_digests(model)
@@ -550,7 +619,7 @@ def test_sizes_are_three_numbers(text):
     ("change", "message"),
     [
         ({"clips": None}, "nothing to do"),
-        ({"sizes": ["5x30x32"]}, "multiples of 16"),
+        ({"sizes": ["5x30x32"]}, "height must be a multiple of 16"),
         ({"sizes": ["6x32x32"]}, "nearest are 5 and 9"),
     ],
 )
@@ -561,6 +630,22 @@ def test_what_cannot_be_done_is_refused_before_anything_is_read(
     with pytest.raises(WanError, match=message):
         preprocess(settings(tmp_path, model, **change))
     assert not (tmp_path / "data").exists()
+
+
+def test_sizes_are_those_that_the_checkpoints_transformer_takes(clips, tmp_path, model):
+    make_clip(clips / "a.mp4", size=(48, 48))
+    preprocess(settings(tmp_path, model, sizes=["5x48x48"]))  # who knows for which
+    dit = DiTConfig()
+    data = DataConfig(kind="folder", folder=str(tmp_path / "data"))
+    with pytest.raises(WanError, match="takes no clips of that size"):
+        open_data(data, SimpleNamespace(transformer=dit), model, torch.device("cpu"))
+    whole = tmp_path / "whole"
+    (whole / "transformer").mkdir(parents=True)
+    (whole / "transformer/config.json").write_text(json.dumps(dit.to_json()))
+    for part in model.iterdir():
+        (whole / part.name).symlink_to(part)
+    with pytest.raises(WanError, match="5x48x48: the height must be a multiple of 32, the width"):
+        preprocess(settings(tmp_path, whole, sizes=["5x48x48"]))
 
 
 def test_options_are_taken_as_typed():

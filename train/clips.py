@@ -25,6 +25,7 @@ from wan.errors import WanError
 from wan.images import load_image
 from wan.video import Frames, VideoScan, scan_video, to_uint8
 
+RECIPE = 1  # how files become frames; raise it when this file or wan/video.py change what they give
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 SAME_RATE = 0.01  # 23.976 stands for 24
 

@@ -32,7 +32,6 @@ from train.frozen import (
     text_dtype,
 )
 from train.store import TensorStore, key_of, open_to_read
-from wan.digests import sha256_file
 from wan.errors import WanError
 from wan.files import write_text
 from wan.miniature.captions import caption
@@ -197,6 +196,9 @@ def open_data(
     if data.folder is not None:
         weights = component_digests(source) if data.check_weights else None
         cache = folder_cache(Path(data.folder), weights)
+        for shape, bucket in zip(cache.shapes, cache.buckets, strict=True):
+            if bucket:
+                check_shape(shape, settings, data.folder)
         assert cache.rows_of is not None
         return cache, Texts(cache.rows_of, device), None
     vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", device, torch.float32)
@@ -210,6 +212,21 @@ def open_data(
     )
     tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))
     return cache, Texts(TextRows(encoder, tokenizer, max_text_tokens), device), vae
+
+
+def check_shape(shape: Shape, settings: PipelineConfig, folder: str) -> None:
+    """Clips of a folder fit the transformer.
+
+    Raises:
+        WanError: they do not.
+    """
+    try:
+        settings.transformer.token_grid(shape[1:])
+    except WanError as error:
+        raise WanError(
+            f"data.folder={folder}: this transformer takes no clips of that size ({error}); "
+            "preprocess them with other sizes="
+        ) from error
 
 
 class StoredLatents(Sequence[Tensor]):
@@ -232,9 +249,9 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
         weights: digests of the vae and text_encoder it must have been made with; None: any.
 
     Raises:
-        WanError: not finished, damaged, or made with other weights.
+        WanError: not finished, incomplete, damaged, or made with other weights.
     """
-    index, rows = read_index(folder)
+    index, rows, index_sha256 = read_index(folder)
     for name, digest in (weights or {}).items():
         if index["identity"][name] != digest:
             raise WanError(
@@ -247,6 +264,20 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
     if missing := [row["key"] for row in good if row["key"] not in latents]:
         raise WanError(
             f"{folder}: {len(missing)} of {len(good)} clips are missing; run "
+            "train.preprocess there again with the same settings"
+        )
+    said = {*captions, "", index["negative_prompt"] or ""}
+    if missing := [text for text in said if text_key(index, text) not in texts]:
+        raise WanError(
+            f"{folder}: {len(missing)} of {len(said)} texts are missing; run train.preprocess "
+            "there again with the same settings"
+        )
+    content = content_digest(
+        latents, [row["key"] for row in good], texts, [text_key(index, text) for text in said]
+    )
+    if index.get("content_sha256", content) != content:  # earlier versions had none
+        raise WanError(
+            f"{folder}: its latents or texts are not those that {INDEX} was written for; run "
             "train.preprocess there again with the same settings"
         )
 
@@ -273,18 +304,29 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
         buckets,
         len(captions),
         rows_of,
-        sha256_file(folder / INDEX),
+        index_sha256,
     )
 
 
-def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The index and the report's rows of a folder that is complete.
+def content_digest(
+    latents: TensorStore, clips: list[str], texts: TensorStore, said: list[str]
+) -> str:
+    """Of the bytes of clips and texts, by their keys, as the shards' headers tell."""
+    return key_of(
+        [latents.stored[key].sha256 for key in clips],
+        [texts.stored[key].sha256 for key in sorted(said)],
+    )
+
+
+def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """The index, the report's rows and the index's sha256, of a folder that is complete.
 
     Raises:
         WanError: it is not.
     """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        raw = (folder / INDEX).read_bytes()
+        index = json.loads(raw)
         report = (folder / REPORT).read_bytes()
         complete = index["report_sha256"] == hashlib.sha256(report).hexdigest()
         rows = [json.loads(line) for line in report.split(b"\n") if line] if complete else []
@@ -298,7 +340,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             f"data.folder={folder}: the last run of train.preprocess there did not finish; "
             "run it again"
         )
-    return index, rows
+    return index, rows, hashlib.sha256(raw).hexdigest()
 
 
 def text_key(index: dict[str, Any], text: str) -> str:

@@ -86,7 +86,8 @@ def run_training(
         after the step in progress. A second one ends the process at once.
     Raises:
         WanError: a logged number is not finite (names the step; nothing is saved after that), or
-            the checkpoints there were made with other settings; or another run writes there.
+            the checkpoints there were made with other settings; another run writes there; or
+            processes read different data.
         OSError: the metrics or a checkpoint could not be written. As after any other end, the same
             command goes on from the last checkpoint.
     """
@@ -108,6 +109,10 @@ def _train(
     world: World,
 ) -> bool:
     """`run_training`, in a folder that no other run writes to."""
+    if len(set(world.gather(settings.get("data_digest")))) > 1:
+        raise WanError(
+            "data.folder: train.preprocess changed it while processes opened it; start again"
+        )
     checkpoints = folder / "checkpoints"
     tree = load_latest(checkpoints, world)
     seen: dict[str, list[float]] = {}  # since the last line of the log; not every step has all
@@ -189,10 +194,13 @@ def check_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
     """
     before, now = dict(flat(saved)), dict(flat(given))
     added = [name for name in now if name not in before and name.startswith(FREE_FORM)]
+    free = FREE_SETTINGS
+    if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
+        free = free | {"data.folder"}
     changed = [
         f"{name}: {before.get(name)} there, {now.get(name)} now"
         for name in [*before, *added]
-        if before.get(name) != now.get(name) and name not in FREE_SETTINGS
+        if before.get(name) != now.get(name) and name not in free
     ]
     if changed:
         raise WanError(

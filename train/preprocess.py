@@ -3,7 +3,8 @@
 A folder (`name.mp4` beside `name.txt`) or a list of clips, images as clips of one frame, and texts
 without clips (`prompts=`). Each clip is decoded to its end, judged, brought to the size that keeps
 most of it, and encoded; report.jsonl says what became of it. Damaged clips are set aside with a
-reason; too many of them fail the run. To resume, or to add clips, run the same command again.
+reason; too many of them fail the run, which then leaves check.jsonl. To resume, or to add clips,
+run the same command again.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,20 @@ from tqdm import tqdm
 
 from configs.data import PreprocessConfig
 from infer.cli import run_command
-from train.clips import Clip, ClipRules, list_clips, read_caption, read_clip, read_prompts
-from train.data import INDEX, REPORT, SET_ASIDE, encode_float16, text_key
+from train.clips import (
+    RECIPE,
+    Clip,
+    ClipRules,
+    list_clips,
+    read_caption,
+    read_clip,
+    read_prompts,
+)
+from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
 from train.frozen import RowsOf, TextRows, component_digests, load_frozen, text_dtype
 from train.store import TensorStore, key_of, only_writer, open_to_extend
 from wan.digests import sha256_file
+from wan.dit_config import DiTConfig
 from wan.errors import WanError
 from wan.files import write_text
 from wan.hub import resolve_model
@@ -35,7 +46,7 @@ from wan.tokenizer import Tokenizer, clean_prompt, read_json_object
 from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import VAEConfig, WanVAE
 
-CHECK = "check.jsonl"  # the report of check_only=true, which leaves the folder as it is
+CHECK = "check.jsonl"  # the report of check_only=true and of runs that fail: both change no data
 CHUNK = 16  # frames that the autoencoder takes at a time
 TEXTS_PER_SHARD = 256
 
@@ -67,15 +78,17 @@ def preprocess(config: PreprocessConfig) -> int:
 
     index: Row = {
         "identity": identity(config, source, device),
-        "latent_shapes": latent_shapes(config, VAEConfig.from_json(read_settings("vae"))),
+        "latent_shapes": latent_shapes(
+            config, VAEConfig.from_json(read_settings("vae")), patch_size(source)
+        ),
     }
     tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder):
-        claim(folder, index)
+    with nullcontext() if config.check_only else only_writer(folder):
         latents = TensorStore(folder, "latents")
         if not config.check_only:
+            claim(folder, index)
             latents = open_to_extend(folder, "latents", config.verify)
         rows = judge_and_encode(clips, config, index, latents, load_vae)
         good = [row for row in rows if row["verdict"] == "ok"]
@@ -84,15 +97,23 @@ def preprocess(config: PreprocessConfig) -> int:
             row["caption_tokens"] = said.num_tokens_before_truncation
             row["caption_cut"] = said.truncated
         report = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(folder / (CHECK if config.check_only else REPORT), report)
-        check_budget(rows, len(clips), config, folder)
+        failure = too_many_set_aside(rows, len(clips), config, folder / CHECK)
+        if config.check_only or failure:
+            write_text(folder / CHECK, report)
+        if failure:
+            raise WanError(failure)
         print(summary(rows, prompts, folder))
         if config.check_only:
             return 0
         texts = {row["caption"] for row in good} | {*prompts, "", config.negative_prompt or ""}
-        encode_texts(texts, index, open_to_extend(folder, "texts", config.verify), load_encoder)
+        stored_texts = open_to_extend(folder, "texts", config.verify)
+        encode_texts(texts, index, stored_texts, load_encoder)
+        index["content_sha256"] = content_digest(
+            latents, [row["key"] for row in good], stored_texts, [text_key(index, t) for t in texts]
+        )
         index["prompts"], index["negative_prompt"] = prompts, config.negative_prompt
         index["report_sha256"] = hashlib.sha256(report.encode()).hexdigest()
+        write_text(folder / REPORT, report)
         write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
     return 0
 
@@ -101,22 +122,34 @@ def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Ro
     """What the content of a folder follows from, beside its clips and texts."""
     names = ("sizes", "fps", "retime", "max_crop", "max_upscale", "max_text_tokens")
     return {
+        "recipe": RECIPE,
         **component_digests(source),
         **{name: getattr(config, name) for name in names},
         "text_dtype": str(text_dtype(device)).removeprefix("torch."),
     }
 
 
-def latent_shapes(config: PreprocessConfig, vae: VAEConfig) -> dict[str, list[int]]:
+def patch_size(source: Path) -> tuple[int, int, int]:
+    """Of the checkpoint's transformer, if it has one."""
+    path = part_folder(source, "transformer") / "config.json"
+    return DiTConfig.from_json(read_json_object(path)).patch_size if path.is_file() else (1, 1, 1)
+
+
+def latent_shapes(
+    config: PreprocessConfig, vae: VAEConfig, patch: tuple[int, int, int]
+) -> dict[str, list[int]]:
     """(C, T, h, w) by size.
 
     Raises:
-        WanError: a size that the autoencoder's strides do not divide.
+        WanError: a size that the autoencoder's stride times the transformer's patch doesn't divide.
     """
     shapes, stride = {}, vae.spatial_stride
+    tall, wide = stride * patch[1], stride * patch[2]
     for name, (frames, height, width) in zip(config.sizes, config.parsed_sizes(), strict=True):
-        if height % stride or width % stride:
-            raise WanError(f"sizes: {name}: height and width must be multiples of {stride}")
+        if height % tall or width % wide:
+            raise WanError(
+                f"sizes: {name}: the height must be a multiple of {tall}, the width of {wide}"
+            )
         shapes[name] = [vae.z_dim, vae.latent_frames(frames), height // stride, width // stride]
     return shapes
 
@@ -128,9 +161,15 @@ def claim(folder: Path, index: Row) -> None:
         WanError: it is for something else.
     """
     path = folder / INDEX
-    if not path.exists():
+    shards = [*TensorStore(folder, "latents").shards(), *TensorStore(folder, "texts").shards()]
+    if not shards:
         write_text(path, json.dumps(index, indent=2) + "\n")
         return
+    if not path.exists():
+        raise WanError(
+            f"output_dir={folder} holds {shards[0].name} and no {INDEX}: it is no folder of this "
+            "command; choose another"
+        )
     there, now = read_json_object(path).get("identity", {}), index["identity"]
     changed = [name for name in now if there.get(name) != now[name]]
     if changed:
@@ -152,7 +191,7 @@ def judge_and_encode(
     Ends early when more clips are set aside than is allowed, except with check_only.
     """
     names = ("sizes", "fps", "retime", "max_crop", "max_upscale")
-    settings = {name: index["identity"][name] for name in ("vae", *names)}
+    settings = {name: index["identity"][name] for name in ("recipe", "vae", *names)}
     rules = ClipRules(
         config.parsed_sizes(), config.fps, config.retime, config.max_crop, config.max_upscale
     )
@@ -213,21 +252,18 @@ def allowed(num_clips: int, config: PreprocessConfig) -> int:
     return math.floor(config.max_set_aside_share * num_clips + 1e-9)
 
 
-def check_budget(rows: list[Row], num_clips: int, config: PreprocessConfig, folder: Path) -> None:
-    """Fail the run when too many clips are set aside, or all.
-
-    Raises:
-        WanError: with the first reasons.
-    """
+def too_many_set_aside(
+    rows: list[Row], num_clips: int, config: PreprocessConfig, report: Path
+) -> str | None:
+    """Why the run fails, with the first reasons, when too many clips are set aside, or all."""
     bad = [row for row in rows if row["verdict"] == SET_ASIDE]
     if len(bad) <= allowed(num_clips, config) and (len(bad) < num_clips or not num_clips):
-        return
+        return None
     first = "; ".join(f"{row['clip']}: {row['reason']}" for row in bad[:3])
-    raise WanError(
+    return (
         f"{len(bad)} of the first {len(rows)} clips ({num_clips} in all) are set aside, "
         f"{min(allowed(num_clips, config), num_clips - 1)} may be (max_set_aside_share=, "
-        f"max_set_aside=): {first}; all reasons are in "
-        f"{folder / (CHECK if config.check_only else REPORT)}"
+        f"max_set_aside=): {first}; all reasons are in {report}"
     )
 
 

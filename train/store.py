@@ -117,6 +117,8 @@ def open_to_extend(folder: Path, name: str, verify: bool) -> TensorStore:
 
     Args:
         verify: read every tensor, not only the headers.
+    Raises:
+        WanError, OSError: a shard can't be read, which may pass; nothing is removed.
     """
     store = TensorStore(folder, name)
     for leftover in folder.glob(f".{name}-*.tmp"):  # of a run that was killed while it wrote
@@ -127,6 +129,8 @@ def open_to_extend(folder: Path, name: str, verify: bool) -> TensorStore:
             for key in keys if verify else []:
                 store.read(key)
         except WanError as error:
+            if isinstance(error.__cause__, OSError):  # a disk that fails proves no damage
+                raise
             print(f"warning: {error}; removed, its content is made again", file=sys.stderr)
             store.stored = {k: s for k, s in store.stored.items() if s.file.path != path}
             path.unlink()

@@ -294,12 +294,12 @@ def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> 
 def _declared_end(container: av.container.InputContainer) -> float:
     """When pictures end, in seconds, by the header; 0 if it does not say. Sound may be longer."""
     stream = container.streams.video[0]
-    if stream.duration is not None:
+    if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     if time := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "")):
         return 3600 * int(time[1]) + 60 * int(time[2]) + float(time[3])  # Matroska
-    alone = len(container.streams) == 1 and container.duration is not None
-    return container.duration / av.time_base if alone else 0.0
+    alone = len(container.streams) == 1
+    return (container.duration or 0) / av.time_base if alone else 0.0
 
 
 def contact_sheet(frames: Frames, max_frames: int = 12, max_width: int = 320) -> Image.Image:
