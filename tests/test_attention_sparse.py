@@ -73,13 +73,17 @@ def test_density_of_chosen_tiles_is_that_of_the_mask_where_tiles_divide_the_grid
     assert TopK(keep=0.2).num_kept(15) == 3
 
 
-def test_the_tiles_chosen_are_those_with_the_largest_product_of_means():
-    grid, attention = (4, 6, 6), TopK((2, 2, 3), keep=0.3)
+@pytest.mark.parametrize("grid", [(4, 6, 6), (3, 5, 7)])
+def test_each_tile_sees_the_tiles_with_the_largest_product_of_means(grid):
+    attention = TopK((2, 2, 3), keep=0.3)
     q, k, _ = inputs(grid)
-    tiles = tiling(grid, attention.tile, q.device).tokens  # (M, P)
-    products = q[1, 2][tiles].mean(1) @ k[1, 2][tiles].mean(1).T
-    expected = {frozenset(row.topk(4).indices.tolist()) for row in products}
-    assert {frozenset(row.tolist()) for row in attention.choose(q, k, grid)[1, 2]} == expected
+    places = torch.cartesian_prod(*map(torch.arange, grid)) // torch.tensor(attention.tile)
+    tiles, tile_of = places.unique(dim=0, return_inverse=True)  # (M, 3), (L,)
+    members = torch.nn.functional.one_hot(tile_of).float()  # (L, M)
+    means = [members.T @ x[1, 2] / members.sum(0)[:, None] for x in (q, k)]  # of real tokens only
+    kept = (means[0] @ means[1].T).topk(attention.num_kept(len(tiles))).indices
+    chosen = torch.zeros(len(tiles), len(tiles), dtype=torch.bool).scatter(1, kept, True)
+    assert torch.equal(attention.mask(q, k, grid)[1, 2], chosen[tile_of][:, tile_of])
 
 
 def test_all_tiles_are_dense_attention():
@@ -108,6 +112,13 @@ def test_windows_move_inwards_at_the_border():
         *([1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0]),
         *([0, 0, 1, 1, 1], [0, 0, 1, 1, 1]),
     ]
+
+
+def test_tiles_are_of_frames_rows_and_columns():
+    attention = build_attention("sliding_tile", tile=(1, 1, 2), window=(1, 1, 1))
+    mask = attention.mask(torch.zeros(1), torch.zeros(1), (1, 2, 4))
+    pair = torch.ones(2, 2, dtype=torch.bool)  # two neighbours in a row see each other
+    assert torch.equal(mask, torch.block_diag(pair, pair, pair, pair))
 
 
 def test_what_inference_prepared_serves_training():

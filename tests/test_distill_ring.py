@@ -21,7 +21,7 @@ from wan.flow import add_noise, velocity_target, x0_from_velocity
 ANGLES = torch.arange(8) * math.pi / 4
 MODES = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # (8, 2)
 WIDTH = 0.15
-BATCH = 128
+BATCH = 256
 
 
 def teacher_x0(x: Tensor, sigma: Tensor) -> Tensor:
@@ -40,7 +40,8 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(5, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2)
+            *(nn.Linear(5, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU()),
+            *(nn.Linear(96, 96), nn.SiLU(), nn.Linear(96, 2)),
         )
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -48,13 +49,18 @@ class Net(nn.Module):
         return self.layers(torch.cat([x, s, (3 * s).sin(), (3 * s).cos()], dim=1))
 
 
-def distil(ratio: int, student_updates: int, lr: float) -> tuple[Tensor, list[float]]:
-    """Samples of the trained student, and how far the mean of its batches lay from 0 on the way."""
+def distil(ratio: int, student_updates: int, lr: float) -> tuple[Tensor, Tensor]:
+    """Samples of the trained student (4000, 2), and the means of its batches on the way (N, 2)."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     student, critic = Net(), Net()
     optimizers = [
         torch.optim.AdamW(n.parameters(), lr=lr, betas=(0.0, 0.999)) for n in (student, critic)
+    ]
+    moves = (student_updates, ratio * student_updates)
+    decays = [
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for optimizer, steps in zip(optimizers, moves, strict=True)
     ]
 
     def sample(count: int) -> Tensor:
@@ -76,34 +82,38 @@ def distil(ratio: int, student_updates: int, lr: float) -> tuple[Tensor, list[fl
                 gradient = dmd_gradient(x0, teacher_x0(x, sigma), fake)
             loss_with_gradient(x0, gradient).backward()
             optimizers[0].step()
-            means.append(float(x0.detach().mean(0).norm()))
+            decays[0].step()
+            means.append(x0.detach().mean(0))
         with torch.no_grad():
             x0 = sample(BATCH)
         x, noise, sigma = noised(x0)
         flow_matching_loss(critic(x, sigma), velocity_target(x0, noise)).backward()
         optimizers[1].step()
+        decays[1].step()
         for optimizer in optimizers:
             optimizer.zero_grad()
     with torch.no_grad():
-        return sample(4000), means
+        return sample(4000), torch.stack(means)
 
 
 @pytest.fixture(scope="module")
-def steady() -> tuple[Tensor, list[float]]:
-    return distil(ratio=5, student_updates=500, lr=2e-3)
+def steady() -> tuple[Tensor, Tensor]:
+    return distil(ratio=2, student_updates=2000, lr=2e-3)
 
 
-def test_a_one_step_student_finds_all_eight_modes(steady):
+def test_a_one_step_student_finds_all_eight_modes_and_not_the_ring_between(steady):
     distance, mode = torch.cdist(steady[0], MODES).min(dim=1)
-    near = distance < 4 * WIDTH
+    near = distance < 2 * WIDTH
     shares = torch.bincount(mode[near], minlength=8) / len(near)
-    assert shares.min() > 1 / 16
-    assert shares.max() < 1 / 4
-    # One continuous step must bridge the gaps between modes; of plain noise 0.2 would be near one.
-    assert near.float().mean() > 0.55
+    assert shares.min() > 1 / 48
+    assert shares.max() < 1 / 6
+    # A ring without modes has this share near some mode; the data have 0.86. One continuous step
+    # must bridge the gaps between modes.
+    of_a_ring = 8 * 2 * 2 * math.asin(WIDTH / 2) / (2 * math.pi)  # 0.38
+    assert near.float().mean() > of_a_ring + 0.08
 
 
 def test_a_critic_that_cannot_follow_makes_the_student_swing(steady):
-    _, rushed = distil(ratio=1, student_updates=200, lr=5e-2)
-    calm, swinging = (torch.tensor(m[-100:]).square().mean() for m in (steady[1], rushed))
+    _, rushed = distil(ratio=1, student_updates=200, lr=0.1)
+    calm, swinging = (m.var(dim=0).sum() for m in (steady[1][-50:], rushed[50:100]))
     assert swinging > 4 * calm

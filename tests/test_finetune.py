@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
+from train.checkpoint import load_latest
 from train.data import LatentCache
-from train.finetune import finetune
+from train.finetune import finetune, make_train_step
+from train.optim import EMA, make_optimizers
+from train.parallel import ALONE
+from train.state import TrainState
 from wan import WanPipeline
 from wan.attention_config import AttentionConfig
 from wan.checkpoint import open_checkpoint
@@ -67,6 +71,82 @@ def test_a_network_from_scratch_becomes_a_folder_the_pipeline_loads(tmp_path, ca
     frames = pipe(prompt="a red circle", seed=0, guidance_scale=1.0).frames
     assert frames.shape == (1, 5, 64, 64, 3)
     assert np.isfinite(frames).all()
+
+
+class Recorder(torch.nn.Module):
+    """In a transformer's place: keeps what it was asked, and answers its one weight everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = torch.nn.Parameter(torch.tensor([0.5]))
+        self.asked: list[tuple] = []
+
+    def forward(self, *asked):
+        self.asked.append(asked)
+        return self.answer.expand_as(asked[0])
+
+
+CLIPS = torch.randn(64, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+SAID = [f"caption {i}" for i in range(64)]
+
+
+def one_step(**changes):
+    """Losses of a step on 64 clips, and what network and text encoder were asked."""
+    texts = []
+
+    def encode(captions):
+        texts.append(captions)
+        return torch.zeros(len(captions), 512, 8), 8
+
+    class Clips:
+        batch = staticmethod(lambda step, size, seed: (CLIPS, SAID))
+
+    dit, config = Recorder(), FinetuneConfig(batch_size=64, bfloat16=False, **changes)
+    state = TrainState({"dit": dit}, make_optimizers(dit, "adamw", 1e-3), {"dit": EMA(dit, 0.9)})
+    values = make_train_step(dit, encode, Clips, config, ALONE)(state)
+    return values["loss"], dit.asked[0][0], dit.asked[0][1], texts[0]
+
+
+def test_a_step_asks_for_the_velocity_of_its_clips_at_the_levels_it_says():
+    loss, x, timestep, captions = one_step(shift=3.0, caption_dropout=0.0)
+    assert captions == SAID
+    sigma = (timestep / 1000)[:, None, None, None, None]
+    noise = (x - (1 - sigma) * CLIPS) / sigma
+    assert noise.mean().abs() < 0.05
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    assert loss == pytest.approx(float((0.5 - (noise - CLIPS)).square().mean()), rel=1e-3)
+    assert sigma.median() == pytest.approx(0.75, abs=0.08)  # 3 / (1 + 3) by the shift
+    _, _, unshifted, _ = one_step(shift=1.0, caption_dropout=0.0)
+    torch.testing.assert_close(unshifted / 1000, sigma.flatten() / (3 - 2 * sigma.flatten()))
+
+
+def test_a_first_frame_is_given_clean_at_timestep_zero_and_not_judged():
+    loss, x, timestep, _ = one_step(first_frame_share=1.0)
+    assert torch.equal(x[:, :, 0], CLIPS[:, :, 0])
+    assert (timestep[:, 0] == 0).all()
+    assert torch.equal(timestep[:, 1], timestep[:, 2])
+    sigma = (timestep[:, 1] / 1000)[:, None, None, None, None]
+    noise = ((x - (1 - sigma) * CLIPS) / sigma)[:, :, 1:]
+    target = noise - CLIPS[:, :, 1:]
+    assert loss == pytest.approx(float((0.5 - target).square().mean()), rel=1e-3)
+
+
+def test_captions_are_dropped_as_often_as_asked():
+    _, _, _, captions = one_step(caption_dropout=0.25)
+    kept = [caption for caption in captions if caption]
+    assert 40 <= len(kept) <= 56
+    assert all(said in ("", text) for said, text in zip(captions, SAID, strict=True))
+
+
+def test_what_comes_out_is_the_average(tmp_path, cache_dir):
+    config = settings(tmp_path, cache_dir, from_scratch=True, dit=DIT, lr=1e-2, ema_decay=0.9)
+    finetune(config)
+    stored = load_latest(tmp_path / "run" / "checkpoints")
+    trained, average = stored["modules"]["dit"], stored["averages"]["dit"]["weights"]
+    name = "head.proj.weight"
+    assert not torch.equal(trained[name], average[name])
+    for name, weight in transformer(config).items():
+        torch.testing.assert_close(weight, average[name].to(weight.dtype))
 
 
 def test_clips_of_one_frame_are_made_whole_whatever_first_frame_share_says(

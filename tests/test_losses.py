@@ -68,6 +68,11 @@ def test_descending_moves_towards_the_teacher_and_away_from_the_critic():
     assert (x0 - 0.1 * gradient).item() > 0
 
 
+def test_the_gradient_of_a_sample_by_hand():
+    x0, teacher, critic = (torch.full((1, 1, 1, 1, 2), x) for x in (0.0, 2.0, 5.0))
+    assert dmd_gradient(x0, teacher, critic).flatten().tolist() == [1.5, 1.5]  # (5 - 2) / |0 - 2|
+
+
 def test_the_normalizer_is_each_samples_own():
     x0, teacher, critic = draw(0), draw(1), draw(2)
     before = dmd_gradient(x0, teacher, critic)

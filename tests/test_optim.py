@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from train.optim import EMA, Muon, learning_rate, make_optimizers, orthogonalize
+from train.optim import (
+    EMA,
+    Muon,
+    apply_gradients,
+    learning_rate,
+    make_optimizers,
+    orthogonalize,
+)
 from wan.errors import WanError
 
 
@@ -48,6 +55,22 @@ def test_optimizers_share_out_every_trainable_weight_once():
     assert muon[0] is model.blocks[0].weight
 
 
+def test_decay_touches_matrices_only():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    (optimizer,) = make_optimizers(model, "adamw", lr=1e-3, weight_decay=0.1).values()
+    decays = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert [decays[p] for p in model.parameters()] == [0.1, 0, 0, 0]
+
+
+def test_the_end_of_a_step_clips_sets_the_rate_and_clears():
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    optimizer = torch.optim.SGD([weight], lr=9.0)
+    assert apply_gradients({"sgd": optimizer}, [weight], lr=0.1, max_norm=1.0) == 5.0
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.06, -0.08]))
+    assert weight.grad is None
+
+
 def test_unknown_optimizer_is_refused():
     with pytest.raises(WanError, match="adamw or muon"):
         make_optimizers(nn.Linear(2, 2), "sgd", lr=1.0)
@@ -69,6 +92,15 @@ def test_average_of_a_constant_is_the_constant():
     copy = nn.Linear(3, 3)
     average.copy_to(copy)
     torch.testing.assert_close(copy.weight, layer.weight)
+
+
+def test_early_averages_follow_faster():
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    average = EMA(layer, decay=0.9)
+    nn.init.ones_(layer.weight)
+    average.update(layer)
+    assert average.weights["weight"].item() == pytest.approx(1 - 2 / 11)
 
 
 def test_average_follows_a_change_with_its_decay():

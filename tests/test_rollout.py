@@ -34,12 +34,17 @@ SHAPE = (4, 3, 4, 4)
 SCHEDULE = few_step_schedule([1000, 757, 522])
 
 
-def tiny_dit(seed: int = 0) -> WanDiT:
-    dit = WanDiT(TINY)
-    dit.init_weights(torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # a fresh head is zero
-        dit.head.proj.weight.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed + 1))
+def with_random_weights(dit: WanDiT, seed: int = 0) -> WanDiT:
+    """All weights random: a fresh network is zero in many places, and blind to text and time."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in dit.parameters():
+            p.normal_(0.05, max(p[0].numel(), 4) ** -0.5, generator=generator)
     return dit
+
+
+def tiny_dit(seed: int = 0) -> WanDiT:
+    return with_random_weights(WanDiT(TINY), seed)
 
 
 def condition(batch: int, first_frame: bool = False) -> Condition:
@@ -165,6 +170,10 @@ def test_a_given_first_frame_stays_and_is_seen_at_timestep_zero():
         predict_velocity(dit, other, level, given),
         predict_velocity(dit, noises(2)[0], level, given),
     )
+    per_frame = torch.tensor([[0.0, 500.0, 500.0]] * 2)
+    seen = dit(given.impose(other), per_frame, given.context, given.num_rows)
+    torch.testing.assert_close(predict_velocity(dit, other, level, given), seen)
+    assert not torch.allclose(seen, dit(given.impose(other), level, given.context), atol=0.1)
     assert given.frame_weight(3)[:, 0, :, 0, 0].tolist() == [[0, 1, 1]] * 2
 
 
@@ -183,6 +192,7 @@ def test_guidance_is_the_standard_form():
     level = torch.tensor([700.0, 300.0])
     with_text = predict_velocity(dit, x, level, given)
     without = predict_velocity(dit, x, level, null)
+    assert (with_text - without).abs().max() > 0.1
     for scale in (1.0, 4.0):
         guided = guided_velocity(dit, x, level, given, null, scale)
         torch.testing.assert_close(

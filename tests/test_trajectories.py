@@ -69,9 +69,13 @@ def test_states_and_ends_are_those_of_unipc(tmp_path):
 def test_only_what_is_missing_is_sampled(tmp_path):
     first, more, other = Teacher(), Teacher(), Teacher()
     sample(tmp_path, first)
-    sample(tmp_path, more, [*CAPTIONS, "cyan"])
+    extended = sample(tmp_path, more, [*CAPTIONS, "cyan"])
     sample(tmp_path, other, identity=("b",))
     assert (first.asked, more.asked, other.asked) == ([CAPTIONS], [["cyan"]], [CAPTIONS])
+    at_once = sample(tmp_path / "at_once", Teacher(), [*CAPTIONS, "cyan"])
+    assert extended.keys == at_once.keys
+    for key in extended.keys:
+        assert torch.equal(extended.store.read(key), at_once.store.read(key))
 
 
 def test_a_run_waits_for_another_that_samples_in_its_folder(tmp_path, capsys):

@@ -1,0 +1,23 @@
+"""What training reads of a model: texts are those that sampling encodes."""
+
+from functools import partial
+
+import torch
+
+from train.frozen import TextRows, Texts, load_frozen
+from wan.miniature import STUDENT
+from wan.pipeline_config import read_pipeline_config
+from wan.tokenizer import Tokenizer
+from wan.umt5 import UMT5Encoder, encode_text
+
+
+def test_texts_are_encoded_as_sampling_encodes_them():
+    config = read_pipeline_config(STUDENT).text_encoder
+    cpu = torch.device("cpu")
+    encoder = load_frozen(partial(UMT5Encoder, config), STUDENT, "text_encoder", cpu, torch.float32)
+    tokenizer = Tokenizer.from_folder(STUDENT / "tokenizer")
+    captions = ["a red circle", "", "a small blue star moving left on a gray background"]
+    context, num_rows = Texts(TextRows(encoder, tokenizer, 512), cpu)(captions)
+    expected = encode_text(encoder, tokenizer, captions, 512)
+    torch.testing.assert_close(context, expected, rtol=1e-4, atol=1e-5)
+    assert not context[:, num_rows:].any()
