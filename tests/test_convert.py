@@ -206,6 +206,14 @@ def test_dtype_converts_all_but_the_float32_parameters(tmp_path):
         assert torch.equal(value, state[name].to(value.dtype)), name
 
 
+def test_round_all_converts_the_float32_parameters_too(tmp_path):
+    state = save_transformer(tmp_path / "first")
+    rounded = {"dtype": "bfloat16", "round_all": True}
+    output = convert(tmp_path / "first", tmp_path / "out", "official", **rounded)
+    for name, value in load_state(open_checkpoint(output), "transformer").items():
+        assert torch.equal(value, state[name].bfloat16()), name
+
+
 # --- whole releases -------------------------------------------------------------------------------
 
 

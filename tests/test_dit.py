@@ -1,4 +1,5 @@
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -184,6 +185,16 @@ def to_bfloat16(dit):
         if not any(part in name for part in WanDiT.FLOAT32_PARAMETERS):
             parameter.data = parameter.data.bfloat16()
     return dit
+
+
+def test_time_tables_and_last_layer_stay_in_float32():
+    """As the official code computes them; diffusers keeps time_embedder, tables and norm2 so."""
+    kept = {n for n, p in to_bfloat16(random_dit()).named_parameters() if p.dtype == torch.float32}
+    assert {re.sub(r"blocks\.\d+\.", "", name) for name in kept} == {
+        *(f"time_embedding.{i}_proj.{kind}" for i in ("in", "out") for kind in ("weight", "bias")),
+        *("time_modulation.weight", "time_modulation.bias", "modulation", "head.modulation"),
+        *("cross_norm.weight", "cross_norm.bias", "head.proj.weight", "head.proj.bias"),
+    }
 
 
 def residual_dtypes(dit, *arguments):
