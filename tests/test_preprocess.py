@@ -276,6 +276,24 @@ def test_stretched_and_interlaced_clips_are_refused_with_the_way_to_convert_them
     write_with(clips / "a.mp4", times, flags="+ilme+ildct")
     with pytest.raises(WanError, match=r"interlaced.*bwdif"):
         read_clip(list_clips(clips)[0], rules(), {})
+    write_with(clips / "a.mp4", times, pixel_shape="1280/1281")  # as even widths leave them
+    assert read_clip(list_clips(clips)[0], rules(), {}).shape == (3, 5, 32, 32)
+
+
+def test_a_last_frame_that_is_held_is_not_missing(clips):
+    with av.open(str(clips / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.height = stream.width = 32
+        packets = []
+        for i in range(6):
+            frame = av.VideoFrame(32, 32, "yuv420p")
+            frame.pts, frame.time_base = i, Fraction(1, 8)
+            packets += stream.encode(frame)
+        packets[-1].duration = 8
+        container.mux(packets)
+    facts: dict = {}
+    read_clip(list_clips(clips)[0], rules(), facts)
+    assert (facts["declared_frames"], facts["decoded_frames"], facts["fps"]) == (0, 6, 8)
 
 
 def test_retiming_takes_the_nearest_frames_and_says_so(clips):
@@ -378,6 +396,18 @@ def test_lists_that_cannot_be_read_say_where(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(WanError, match=message):
         list_clips(tmp_path / name)
+
+
+def test_empty_cells_and_hidden_folders_are_passed_over(clips, capsys):
+    (clips / "l.csv").write_text("video,prompt\na.mp4,a fox,\n")
+    (clip,) = list_clips(clips / "l.csv")
+    assert clip.caption == "a fox"
+    (clips / "l.csv").unlink()
+    (clips / ".cache").mkdir()
+    make_clip(clips / ".cache" / "old.mp4")
+    make_clip(clips / "a.mp4")
+    assert [clip.name for clip in list_clips(clips)] == ["a.mp4"]
+    assert capsys.readouterr().err == ""
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -579,6 +609,12 @@ def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model, mo
             preprocess(settings(tmp_path, model))
     with pytest.raises(WanError, match=r"other settings \(fps: 8.0 there, 8.05 now\)"):
         preprocess(settings(tmp_path, model, fps=8.05))
+    index = tmp_path / "data" / "index.json"
+    now = index.read_text()
+    index.write_text(now.replace('"recipe": 1,', ""))
+    with pytest.raises(WanError, match=r"an earlier version.*not extended or repaired"):
+        preprocess(settings(tmp_path, model))
+    index.write_text(now)
     digests = component_digests(model)
     with pytest.raises(WanError, match="another vae than"):
         folder_cache(tmp_path / "data", {**digests, "vae": "0"})

@@ -28,6 +28,7 @@ from wan.video import Frames, VideoScan, scan_video, to_uint8
 RECIPE = 1  # how files become frames; raise it when this file or wan/video.py change what they give
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 SAME_RATE = 0.01  # 23.976 stands for 24
+SAME_SHAPE = 0.01  # scaling to even widths leaves pixels of 1280/1281
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,11 @@ def list_clips(source: Path) -> list[Clip]:
 
 def clip_paths(folder: Path) -> list[Path]:
     """Videos and pictures of a folder; what else is there but their captions is named on stderr."""
-    found = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if links := [path for path in found if path.is_symlink() and path.is_dir()]:
         raise WanError(
             f"clips={folder}: {links[0].name} is a link to a folder, which is not followed; move "
@@ -118,7 +123,7 @@ def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
     try:
         for row in table:
             end = table.line_num
-            if None in row:
+            if any(row.get(None, [])):
                 raise WanError(
                     f"{path}, line {end}: more cells than the head; write a prompt that has commas "
                     'in "quotes"'
@@ -222,7 +227,7 @@ def checked_frames(scan: VideoScan, rules: ClipRules, facts: dict[str, Any]) -> 
     cut_short = scan.missing_seconds > 1.5 / rate if rate else False
     if scan.broken is not None:
         raise WanError(f"damaged: {decoded}, then the decoder stopped ({scan.broken})")
-    if info.declared_frames and info.decoded_frames != info.declared_frames:
+    if info.decoded_frames < info.declared_frames:
         said = f"its header says {info.declared_frames} frames, {decoded}"
         if cut_short:
             raise WanError(f"damaged: {said}")
@@ -236,10 +241,10 @@ def checked_frames(scan: VideoScan, rules: ClipRules, facts: dict[str, Any]) -> 
         raise WanError(f"damaged: {scan.damaged_frames} of {info.decoded_frames} frames")
     if scan.rotation:
         raise WanError(f"players turn it by {scan.rotation} degrees; write it upright first")
-    if scan.pixel_shape != 1:
+    if abs(scan.pixel_shape - 1) > SAME_SHAPE:
         raise WanError(
             f"its pixels are {scan.pixel_shape} times as wide as high; make them square first "
-            "(ffmpeg -vf scale=iw*sar:ih,setsar=1)"
+            "(ffmpeg -vf scale=trunc(iw*sar/2)*2:ih,setsar=1)"
         )
     if scan.interlaced:
         raise WanError("interlaced; make whole frames of it first (ffmpeg -vf bwdif)")

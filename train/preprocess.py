@@ -132,7 +132,8 @@ def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Ro
 def patch_size(source: Path) -> tuple[int, int, int]:
     """Of the checkpoint's transformer, if it has one."""
     path = part_folder(source, "transformer") / "config.json"
-    return DiTConfig.from_json(read_json_object(path)).patch_size if path.is_file() else (1, 1, 1)
+    settings = read_json_object(path) if path.is_file() else {"patch_size": (1, 1, 1)}
+    return settings.get("patch_size", DiTConfig.patch_size)
 
 
 def latent_shapes(
@@ -171,6 +172,11 @@ def claim(folder: Path, index: Row) -> None:
             "command; choose another"
         )
     there, now = read_json_object(path).get("identity", {}), index["identity"]
+    if "recipe" not in there:
+        raise WanError(
+            f"output_dir={folder} was written by an earlier version, which judged clips by other "
+            "rules; it can be trained on, but not extended or repaired: choose another"
+        )
     changed = [name for name in now if there.get(name) != now[name]]
     if changed:
         lines = "; ".join(f"{name}: {there.get(name)} there, {now[name]} now" for name in changed)

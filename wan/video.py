@@ -259,7 +259,7 @@ def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> 
     kept: list[Frames] = []
     times: list[float] = []
     count = damaged = rotation = 0
-    interlaced, broken = False, None
+    interlaced, broken, last = False, None, 0.0
     with _opened(Path(path)) as container:
         stream = container.streams.video[0]
         fps = _info(container, 0).fps
@@ -271,6 +271,7 @@ def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> 
                 rotation = frame.rotation
                 if frame.time is not None:
                     times.append(frame.time)
+                    last = float((frame.duration or 0) * (frame.time_base or 0))  # some are held
                 if count - 1 in wanted:
                     kept.append(_rgb(frame))
         except av.FFmpegError as error:
@@ -278,7 +279,8 @@ def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> 
         info = _info(container, count)
         hdr = stream.codec_context.color_trc in (PQ, HLG)
         shape = stream.sample_aspect_ratio or Fraction(1)  # 0 in a file: not known
-        missing = _declared_end(container) - (times[-1] + 1 / fps) if times and fps else 0.0
+        end = times[-1] + max(last, 1 / fps) if times and fps else math.inf
+        missing = max(0.0, _declared_end(container) - end)
     sizes = dict.fromkeys(f"{height}x{width}" for height, width, _ in (a.shape for a in kept))
     if len(sizes) > 1:
         raise WanError(
