@@ -96,8 +96,8 @@ def clip_paths(folder: Path) -> list[Path]:
     if others := [path for path in found if path not in used and not path.is_dir()]:
         names = ", ".join(ascii(path.relative_to(folder).as_posix()) for path in others[:3])
         print(
-            f"warning: clips={folder}: {len(others)} files are neither clips nor a clip's caption "
-            f"and are left out: {names}{', ...' if others[3:] else ''}",
+            f"warning: clips={folder}: {len(others)} left out, neither clip nor a clip's caption: "
+            f"{names}{', ...' if others[3:] else ''}",
             file=sys.stderr,
         )
     return paths
