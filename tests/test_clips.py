@@ -1,0 +1,346 @@
+"""Real encoded clips, sound and damaged: what is read of them, and why others are refused."""
+
+import os
+from dataclasses import replace
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train.clips import (
+    Clip,
+    ClipRules,
+    best_size,
+    fit_frames,
+    list_clips,
+    read_caption,
+    read_clip,
+)
+from wan.errors import WanError
+from wan.video import write_video
+
+
+def make_clip(path, frames=5, fps=8.0, size=(32, 32), caption="a gray wall", seed=0):
+    """Noise over two halves, so that compressed frames are large enough to be damaged."""
+    noise = np.random.default_rng(seed).integers(0, 60, (frames, *size, 3), dtype=np.uint8)
+    noise[:, :, size[1] // 2 :] += 150
+    write_video(path, noise, fps)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+@pytest.fixture
+def clips(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    return folder
+
+
+def rules(**changes) -> ClipRules:
+    return replace(ClipRules([(5, 32, 32)], 8.0, False, 0.5, 1.5), **changes)
+
+
+def damage(path, what):
+    """Make a sound clip a damaged one."""
+    data = bytearray(path.read_bytes())
+    body = data.find(b"mdat") + 4
+    if what == "truncated":
+        data = data[: body + (len(data) - body) // 2]
+    elif what == "header cut off":
+        data = data[:200]
+    elif what == "empty":
+        data = bytearray()
+    elif what == "flipped bits":
+        start = body + (len(data) - body) // 2
+        data[start : start + 400] = bytes(b ^ 0x5A for b in data[start : start + 400])
+    elif what == "rotated":
+        one, zero = (1 << 16).to_bytes(4, "big"), bytes(4)
+        upright = one + zero * 3 + one + zero * 3 + (1 << 30).to_bytes(4, "big")
+        turned = zero + one + zero + (-(1 << 16)).to_bytes(4, "big", signed=True) + zero * 4
+        place = data.rfind(upright)  # the track's; the film's comes first
+        data[place : place + 36] = turned + upright[-4:]
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("truncated", "damaged"),
+        ("header cut off", "damaged|no pictures"),
+        ("empty", "damaged"),
+        ("flipped bits", "damaged: \\d+ of 12 frames|Invalid data"),
+        ("rotated", "turn it by"),
+    ],
+)
+def test_damaged_clips_are_refused_with_a_reason(clips, what, reason):
+    path = make_clip(clips / "a.mp4", frames=12, size=(64, 64))
+    (clip,) = list_clips(clips)
+    read_clip(clip, rules(), {})  # sound before
+    damage(path, what)
+    facts: dict = {}
+    with pytest.raises(WanError, match=reason):
+        read_clip(clip, rules(), facts)
+    if what in ("truncated", "flipped bits"):  # its header can be read
+        assert facts["declared_frames"] == 12
+
+
+def test_a_file_that_ends_between_frames_is_told_by_its_header(clips):
+    """Here every frame that is left decodes well."""
+    path = make_clip(clips / "a.mp4", frames=12, size=(64, 64))
+    with av.open(str(path)) as container:
+        sizes = [packet.size for packet in container.demux(video=0) if packet.size]
+    data = path.read_bytes()
+    path.write_bytes(data[: data.find(b"mdat") + 4 + sum(sizes[:9])])
+    facts: dict = {}
+    with pytest.raises(WanError, match=r"header says 12 frames, [89] could be decoded"):
+        read_clip(list_clips(clips)[0], rules(), facts)
+    assert facts["declared_frames"] == 12
+
+
+@pytest.mark.parametrize(
+    ("clip", "reason"),
+    [
+        ({"frames": 3}, "5x32x32: has 3 frames"),
+        ({"fps": 25.0}, "25 frames per second, not fps=8"),
+        ({"fps": 4.0}, "4 frames per second, fewer than fps=8"),
+        ({"size": (32, 128)}, "loses 75% of the picture"),
+        ({"size": (16, 16)}, "enlarged 2.00 times"),
+    ],
+)
+def test_sound_clips_that_do_not_fit_are_refused_with_a_reason(clips, clip, reason):
+    make_clip(clips / "a.mp4", **clip)
+    with pytest.raises(WanError, match=reason):
+        read_clip(list_clips(clips)[0], rules(), {})
+
+
+def write_with(path, times, color_trc=1, pixel_shape=1, sound=0, **options):
+    """Frames at given times, in units of a 64th of a second, and seconds of silence."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"bf": "0", **options})
+        stream.height = stream.width = 32
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 64)
+        stream.codec_context.color_trc = color_trc
+        stream.codec_context.sample_aspect_ratio = Fraction(pixel_shape)
+        silence = container.add_stream("pcm_s16le", rate=8000, layout="mono") if sound else None
+        noise = np.random.default_rng(0).integers(0, 200, (32, 32, 3), dtype=np.uint8)
+        for time in times:
+            frame = av.VideoFrame.from_ndarray(np.roll(noise, time, 0), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 64)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if silence is not None:
+            samples = np.zeros((1, 8000 * sound), np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate = 8000
+            container.mux(silence.encode(frame))
+
+
+def test_pictures_that_change_size_midway_are_refused(clips):
+    path = clips / "a.mp4"
+    parts = []
+    for size in (32, 64):
+        with av.open(str(path), "w", format="mpegts") as container:
+            stream = container.add_stream("libx264", rate=8, options={"bf": "0"})
+            stream.height = stream.width = size
+            stream.pix_fmt = "yuv420p"
+            for _ in range(3):
+                pixels = np.full((size, size, 3), 90, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        parts.append(path.read_bytes())
+    path.write_bytes(b"".join(parts))
+    with pytest.raises(WanError, match="change size midway \\(32x32, 64x64\\)"):
+        read_clip(list_clips(clips)[0], rules(), {})
+
+
+def test_uneven_times_and_hdr_are_refused(clips):
+    write_with(clips / "a.mp4", [0, 8, 16, 24, 32, 40])
+    (clip,) = list_clips(clips)
+    read_clip(clip, rules(), {})
+    write_with(clips / "a.mp4", [0, 8, 9, 10, 32, 40])
+    with pytest.raises(WanError, match="uneven times"):
+        read_clip(clip, rules(), {})
+    write_with(clips / "a.mp4", [0, 8, 16, 24, 32, 40], color_trc=16)
+    with pytest.raises(WanError, match="HDR"):
+        read_clip(clip, rules(), {})
+
+
+def test_a_file_without_a_number_of_frames_is_told_to_be_cut_short_by_its_duration(clips):
+    path = clips / "a.mkv"
+    write_with(path, range(0, 96, 8), sound=4)
+    read_clip(list_clips(clips)[0], rules(), {})  # sound may go on without pictures
+    write_with(path, range(0, 96, 8))
+    facts: dict = {}
+    read_clip(list_clips(clips)[0], rules(), facts)
+    assert (facts["declared_frames"], facts["decoded_frames"]) == (0, 12)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(WanError, match=r"damaged: \d could be decoded, which end 0\.\d+ seconds"):
+        read_clip(list_clips(clips)[0], rules(), {})
+
+
+def test_a_clip_cut_without_encoding_is_refused_as_that(clips, tmp_path):
+    """The frames before its start are in the file, and an edit list hides them."""
+    write_with(tmp_path / "long.mp4", range(0, 96, 8))
+    with (
+        av.open(str(tmp_path / "long.mp4")) as found,
+        av.open(str(clips / "a.mp4"), "w") as container,
+    ):
+        stream = container.add_stream_from_template(found.streams.video[0])
+        for packet in found.demux(video=0):
+            if packet.size:
+                packet.pts, packet.dts = (
+                    packet.pts - 4 * packet.duration,
+                    packet.dts - 4 * packet.duration,
+                )
+                packet.stream = stream
+                container.mux(packet)
+    with pytest.raises(WanError, match=r"^its header says 12 frames, 8 .*-c copy"):
+        read_clip(list_clips(clips)[0], rules(), {})
+
+
+def test_stretched_and_interlaced_clips_are_refused_with_the_way_to_convert_them(clips):
+    times = range(0, 48, 8)
+    write_with(clips / "a.mp4", times, pixel_shape="4/3")
+    with pytest.raises(WanError, match=r"pixels are 4/3 times as wide.*setsar"):
+        read_clip(list_clips(clips)[0], rules(), {})
+    write_with(clips / "a.mp4", times, flags="+ilme+ildct")
+    with pytest.raises(WanError, match=r"interlaced.*bwdif"):
+        read_clip(list_clips(clips)[0], rules(), {})
+    write_with(clips / "a.mp4", times, pixel_shape="1280/1281")  # as even widths leave them
+    assert read_clip(list_clips(clips)[0], rules(), {}).shape == (3, 5, 32, 32)
+
+
+def test_a_last_frame_that_is_held_is_not_missing(clips):
+    with av.open(str(clips / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.height = stream.width = 32
+        packets = []
+        for i in range(6):
+            frame = av.VideoFrame(32, 32, "yuv420p")
+            frame.pts, frame.time_base = i, Fraction(1, 8)
+            packets += stream.encode(frame)
+        packets[-1].duration = 8
+        container.mux(packets)
+    facts: dict = {}
+    read_clip(list_clips(clips)[0], rules(), facts)
+    assert (facts["declared_frames"], facts["decoded_frames"], facts["fps"]) == (0, 6, 8)
+
+
+def test_retiming_takes_the_nearest_frames_and_says_so(clips):
+    levels = np.arange(14, dtype=np.uint8)[:, None, None, None] * 16
+    write_video(clips / "a.mp4", np.broadcast_to(levels, (14, 32, 32, 3)).copy(), 24)
+    facts: dict = {}
+    video = read_clip(list_clips(clips)[0], rules(retime=True), facts)
+    taken = ((video.mean((0, 2, 3)) + 1) * 127.5 / 16).round().int().tolist()
+    assert taken == [0, 3, 6, 9, 12]
+    assert (facts["fps"], facts["retimed_to"], facts["decoded_frames"]) == (24, 8.0, 14)
+
+
+def test_a_crop_keeps_the_centre(clips):
+    make_clip(clips / "a.mp4", size=(64, 96))
+    facts: dict = {}
+    video = read_clip(list_clips(clips)[0], rules(), facts)
+    assert video.shape == (3, 5, 32, 32)
+    assert facts["crop"] == [0, 16, 64, 64]
+    assert video[..., :12].mean() < video[..., -12:].mean() - 0.3  # both halves are in it
+    assert fit_frames(np.zeros((1, 8, 8, 3), np.uint8), [0, 0, 8, 8], 4, 4).eq(-1).all()
+
+
+def test_a_clip_goes_to_the_size_that_keeps_most_of_it():
+    wide, tall, longer, image = (5, 32, 64), (5, 64, 32), (9, 32, 64), (1, 64, 64)
+    every = rules(sizes=[wide, tall, longer, image])
+    assert best_size((5, 36, 64), every, {}) == wide
+    assert best_size((9, 36, 64), every, {}) == longer
+    assert best_size((8, 100, 60), every, {}) == tall
+    assert best_size((1, 70, 70), every, {}) == image
+    assert best_size((9, 36, 64), rules(sizes=[wide, (5, 16, 32)]), {}) == wide
+
+
+def test_an_image_is_a_clip_of_one_frame(clips):
+    pixels = np.full((32, 32, 3), 51, np.uint8)
+    Image.fromarray(pixels).save(clips / "a.png")
+    (clip,) = list_clips(clips)
+    video = read_clip(clip, rules(sizes=[(5, 32, 32), (1, 32, 32)]), {})
+    torch.testing.assert_close(video, torch.full((3, 1, 32, 32), 51 / 127.5 - 1))
+    with pytest.raises(WanError, match="has 1 frames"):
+        read_clip(clip, rules(), {})
+    make_clip(clips / "b.mp4")
+    with pytest.raises(WanError, match="1x32x32: is for pictures"):
+        read_clip(list_clips(clips)[1], rules(sizes=[(1, 32, 32)]), {})
+
+
+def test_captions_come_from_text_files_or_a_list(clips, tmp_path):
+    make_clip(clips / "b.mp4", caption="  a wall \n")
+    make_clip(clips / "a.mp4", caption=None)
+    assert [clip.name for clip in list_clips(clips)] == ["a.mp4", "b.mp4"]
+    (tmp_path / "l.jsonl").write_text('\n{"video": "clips/b.mp4", "prompt": "${oc.env:HOME}"}\n')
+    (tmp_path / "l.csv").write_text('video,prompt\nclips/b.mp4,"one, two\nthree"\n')
+    (clip,) = list_clips(tmp_path / "l.jsonl")
+    assert (clip.path, clip.caption) == (tmp_path / "clips/b.mp4", "${oc.env:HOME}")
+    assert list_clips(tmp_path / "l.csv")[0].caption == "one, two\nthree"
+
+
+def test_what_a_folder_has_beside_clips_is_named_and_links_to_folders_are_refused(clips, capsys):
+    make_clip(clips / "a.mp4")
+    for name in ("b.mpg", "b.txt", "lost.txt", ".hidden"):
+        (clips / name).touch()
+    assert [clip.name for clip in list_clips(clips)] == ["a.mp4"]
+    said = capsys.readouterr().err
+    assert "3 left out" in said
+    assert said.endswith("'b.mpg', 'b.txt', 'lost.txt'\n")
+    (clips / "more").symlink_to(clips.parent)
+    with pytest.raises(WanError, match="more is a link to a folder"):
+        list_clips(clips)
+
+
+def test_a_file_name_or_caption_that_no_report_can_hold_is_refused_early(clips, tmp_path):
+    os.rename(make_clip(clips / "a.mp4"), bytes(clips) + b"/caf\xe9.mp4")
+    with pytest.raises(WanError, match=r"file name 'caf.udce9.mp4'=: the text is not valid UTF-8"):
+        list_clips(clips)
+    with pytest.raises(WanError, match="prompt=: the text is not valid UTF-8"):
+        read_caption(Clip("a.mp4", clips / "a.mp4", "a fox \ud83d"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.jsonl", "not json", "line 1: not JSON"),
+        ("l.jsonl", '\n{"prompt": "x"}', "line 2: need video and prompt"),
+        ("l.csv", "file,text\na.mp4,x", "line 2: need video and prompt"),
+        (
+            "l.csv",
+            "video,prompt\na.mp4,x\nb.mp4,a fox, running",
+            "line 3: more cells than the head",
+        ),
+        ("l.csv", 'video,prompt\na.mp4,x\nb.mp4,"a fox\nc.mp4,x', "after line 2: not CSV"),
+        ("l.csv", "video,prompt\na.mp4," + "x" * 140_000, "after line 1: not CSV .field larger"),
+        ("l.jsonl", "", "no clips there"),
+        (
+            "l.jsonl",
+            '{"video": "\\ud83d.mp4"}',
+            "file name '.ud83d.mp4'=: the text is not valid UTF-8",
+        ),
+        ("l.txt", "a.mp4", "give a folder"),
+    ],
+)
+def test_lists_that_cannot_be_read_say_where(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(WanError, match=message):
+        list_clips(tmp_path / name)
+
+
+def test_empty_cells_and_hidden_folders_are_passed_over(clips, capsys):
+    (clips / "l.csv").write_text("video,prompt\na.mp4,a fox,\n")
+    (clip,) = list_clips(clips / "l.csv")
+    assert clip.caption == "a fox"
+    (clips / "l.csv").unlink()
+    (clips / ".cache").mkdir()
+    make_clip(clips / ".cache" / "old.mp4")
+    make_clip(clips / "a.mp4")
+    assert [clip.name for clip in list_clips(clips)] == ["a.mp4"]
+    assert capsys.readouterr().err == ""
