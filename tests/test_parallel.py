@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_distill import metrics, settings, student_weights
+from test_rollout import with_random_weights
 
 import train.dmd as dmd
 from configs.distillation import (
@@ -59,12 +60,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def make_state(world: World, bfloat16: bool = False, recompute: str = "none") -> TrainState:
-    dit = WanDiT(TINY, checkpoint_blocks=recompute)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in dit.parameters():
-            std = max(parameter[0].numel(), 4) ** -0.5
-            parameter.normal_(mean=0.1, std=std, generator=generator)
+    dit = with_random_weights(WanDiT(TINY, checkpoint_blocks=recompute))
     world.prepare(dit, bfloat16)
     # A large eps: Adam divides gradients by their size, and would blow rounding up where they
     # should be zero.
@@ -547,11 +543,7 @@ def restless(teacher) -> Path:
     """The tiny teacher, but with no weights at zero, for 5 tokens: an odd number."""
     pipeline = read_pipeline_config(teacher)
     write_configs(replace(pipeline, defaults=SamplingDefaults(32, 32, 17, 8, 4, 3.0)), teacher)
-    dit, generator = WanDiT(pipeline.transformer), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in dit.parameters():
-            std = max(parameter[0].numel(), 4) ** -0.5
-            parameter.normal_(mean=0.1, std=std, generator=generator)
+    dit = with_random_weights(WanDiT(pipeline.transformer))
     (teacher / "transformer/diffusion_pytorch_model.safetensors").unlink()
     save_component(dit.state_dict(), teacher / "transformer", "transformer")
     return teacher

@@ -261,24 +261,16 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
     good = [row for row in rows if row["verdict"] == "ok"]
     latents, texts = open_to_read(folder, "latents"), open_to_read(folder, "texts")
     captions = [row["caption"] for row in good] + index["prompts"]
-    if missing := [row["key"] for row in good if row["key"] not in latents]:
-        raise WanError(
-            f"{folder}: {len(missing)} of {len(good)} clips are missing; run "
-            "train.preprocess there again with the same settings"
-        )
     said = {*captions, "", index["negative_prompt"] or ""}
-    if missing := [text for text in said if text_key(index, text) not in texts]:
-        raise WanError(
-            f"{folder}: {len(missing)} of {len(said)} texts are missing; run train.preprocess "
-            "there again with the same settings"
-        )
-    content = content_digest(
-        latents, [row["key"] for row in good], texts, [text_key(index, text) for text in said]
-    )
+    clip_keys, text_keys = [row["key"] for row in good], [text_key(index, text) for text in said]
+    again = "run train.preprocess there again with the same settings"
+    for what, keys, store in (("clips", clip_keys, latents), ("texts", text_keys, texts)):
+        if missing := [key for key in keys if key not in store]:
+            raise WanError(f"{folder}: {len(missing)} of {len(keys)} {what} are missing; {again}")
+    content = content_digest(latents, clip_keys, texts, text_keys)
     if index.get("content_sha256", content) != content:  # earlier versions had none
         raise WanError(
-            f"{folder}: its latents or texts are not those that {INDEX} was written for; run "
-            "train.preprocess there again with the same settings"
+            f"{folder}: its latents or texts are not those that {INDEX} was written for; {again}"
         )
 
     def rows_of(captions: list[str]) -> list[Tensor]:
@@ -309,12 +301,12 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
 
 
 def content_digest(
-    latents: TensorStore, clips: list[str], texts: TensorStore, said: list[str]
+    latents: TensorStore, clip_keys: list[str], texts: TensorStore, text_keys: list[str]
 ) -> str:
     """Of the bytes of clips and texts, by their keys, as the shards' headers tell."""
     return key_of(
-        [latents.stored[key].sha256 for key in clips],
-        [texts.stored[key].sha256 for key in sorted(said)],
+        [latents.stored[key].sha256 for key in clip_keys],
+        [texts.stored[key].sha256 for key in sorted(text_keys)],
     )
 
 

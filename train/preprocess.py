@@ -132,8 +132,9 @@ def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Ro
 def patch_size(source: Path) -> tuple[int, int, int]:
     """Of the checkpoint's transformer, if it has one."""
     path = part_folder(source, "transformer") / "config.json"
-    settings = read_json_object(path) if path.is_file() else {"patch_size": (1, 1, 1)}
-    return settings.get("patch_size", DiTConfig.patch_size)
+    if not path.is_file():
+        return (1, 1, 1)
+    return read_json_object(path).get("patch_size", DiTConfig.patch_size)
 
 
 def latent_shapes(
