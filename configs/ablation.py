@@ -7,19 +7,19 @@ from omegaconf import MISSING
 
 from configs.evaluation import EvaluateConfig
 from configs.schema import (
+    LoadingConfig,
+    Options,
     SamplerConfig,
-    check_at_least,
-    check_loading,
     check_prompt,
     check_seed,
     option,
 )
-from wan.attention_config import AttentionConfig
 from wan.errors import WanError
+from wan.models.attention_config import AttentionConfig
 
 
 @dataclass
-class GridConfig:
+class GridConfig(Options):
     """What is varied: every combination is one setting. An empty list varies nothing.
 
     In a list, null means what the preset or the model's own folder says.
@@ -28,7 +28,7 @@ class GridConfig:
     attention: list[str] = option([], "names of attentions, or of variants; empty: sdpa")
     sampler: list[str | None] = option([], "names of samplers")
     shift: list[float | None] = option([], "shifts of the noise levels")
-    guidance_scale: list[float | None] = option([], "weights of the prompt")
+    guidance_scale: list[float | None] = option([], "weights of the prompt", at_least=1)
     steps: list[int | None] = option([], "numbers of network evaluations")
 
 
@@ -84,7 +84,7 @@ class Setting:
 
 
 @dataclass
-class AblateConfig:
+class AblateConfig(LoadingConfig):
     """`python -m infer.ablate`: every combination of some settings, each measured.
 
     Without a prompt, captions of the miniature's world are made and read by its detectors. With
@@ -94,18 +94,25 @@ class AblateConfig:
     output_dir: str = option("runs/ablation", "results, tables, picture and contact-sheet video")
     report_only: bool = option(False, "make no clips, only the report of what is stored")
 
-    prompt: str | None = option(None, "what the videos show; any text, exactly as typed")
+    prompt: str | None = option(
+        None, "what the videos show; any text, exactly as typed", check=check_prompt
+    )
     prompt_file: str | None = option(None, "several: one prompt a line")
-    prompts: list[str] = option([], "of an experiment: where neither of the two is given")
-    seed: int = option(0, "the first seed, of noise and, in the world, of captions")
-    num_seeds: int = option(1, "seeds seed, seed + 1, ..: each prompt gets a clip of each")
+    prompts: list[str] = option(
+        [], "of an experiment: where neither of the two is given", check=check_prompt
+    )
+    seed: int = option(
+        0, "the first seed, of noise and, in the world, of captions", check=check_seed
+    )
+    num_seeds: int = option(
+        1, "seeds seed, seed + 1, ..: each prompt gets a clip of each", at_least=1
+    )
     num_captions: int = option(64, "of the world: captions per seed")
     num_objects: int = option(1, "of the world: 1 or 2")
     split: str = option("heldout", "of the world: heldout, train or any combinations")
     batch_size: int = option(8, "of the world: clips at a time; changes no clip")
 
     made_for: list[str] = option([], "of an experiment: the model presets it fits; empty: any")
-    checkpoint: str = option(MISSING, "the model, where `models` names none")
     models: dict[str, ModelConfig] = field(
         default_factory=dict, metadata={"help": "several: name -> checkpoint, see ModelConfig"}
     )
@@ -115,7 +122,6 @@ class AblateConfig:
     )
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
-    revision: str | None = option(None, "commit, branch or tag on the hub")
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance_scale: float | None = option(None, "weight of the prompt where the grid has none")
     guidance_scale_2: float | None = option(None, "of a second expert; for models with two")
@@ -125,30 +131,15 @@ class AblateConfig:
     height: int | None = option(None, "pixels")
     width: int | None = option(None, "pixels")
     num_frames: int | None = option(None, "4k + 1")
-    fps: float | None = option(None, "of the videos that are written; none: 8")
-    device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
-    dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
-    offload: str = option("none", "stage or block: less memory on the device; changes no number")
-    quantize: str = option("none", "int8 or fp8 weights in the transformer and text encoder")
-    compile: str = option(
-        "none", "torch.compile: dit, all; its seconds are stored apart, as warmup_seconds"
-    )
+    fps: float | None = option(None, "of the videos that are written; none: 8", at_least=1)
 
     def __post_init__(self) -> None:
-        if self.prompt is not None:
-            check_prompt("prompt", self.prompt)
+        super().__post_init__()
         if self.prompt is not None and self.prompt_file is not None:
             raise WanError("prompt= and prompt_file=: give only one of them")
-        for text in self.prompts:
-            check_prompt("prompts", text)
         if len(set(self.prompts)) < len(self.prompts):
             raise WanError("prompts=: one is there twice; num_seeds= makes more of it")
-        check_loading(self)
-        check_at_least("num_seeds", self.num_seeds, 1)
-        check_seed("seed", self.seed)
         check_seed("seed + num_seeds - 1", self.seeds[-1])
-        if self.fps is not None:
-            check_at_least("fps", self.fps, 1)
         self.settings()
 
     @property
@@ -195,8 +186,6 @@ class AblateConfig:
                 )
             ]
             for name, sampler, shift, guidance, steps in itertools.product(*lists):
-                if guidance is not None:
-                    check_at_least("guidance_scale", guidance, 1)
                 settings.append(
                     Setting(
                         model,

@@ -12,8 +12,8 @@ from configs.schema import (
     check_seed,
     option,
 )
-from wan.attention_config import AttentionConfig
 from wan.errors import WanError
+from wan.models.attention_config import AttentionConfig
 
 COMPARED = ("text", "encode", "decode", "dit", "block", "pipeline", "load")
 STAGES = ("text", "denoise", "decode")

@@ -20,8 +20,8 @@ from configs.training import (
     check_ema_decay,
     check_grad_clip,
 )
-from wan.attention_config import AttentionConfig
 from wan.errors import WanError
+from wan.models.attention_config import AttentionConfig
 
 EXITS = ("stratified", "late", "random", "shared")
 GAN_HOSTS = ("critic", "teacher")

@@ -8,20 +8,64 @@ from omegaconf import MISSING
 
 from configs.schema import (
     PICTURES,
+    LoadingConfig,
+    Options,
     SamplerConfig,
-    check_at_least,
     check_choice,
     check_ending,
-    check_loading,
     check_seed,
     option,
 )
-from wan.attention_config import AttentionConfig
 from wan.errors import WanError
+from wan.models.attention_config import AttentionConfig
+
+
+def check_split(name: str, value: str) -> None:
+    check_choice(name, value, ("heldout", "train", "any"))
 
 
 @dataclass
-class EvaluateConfig:
+class CaptionSetConfig(Options):
+    """Which captions of the miniature's world are made, and how often."""
+
+    num_captions: int = option(
+        512, "the first so many of the captions that the seed chooses", at_least=1
+    )
+    seeds_per_caption: int = option(
+        1, "clips of each; with several, their diversity is measured", at_least=1
+    )
+    split: str = option(
+        "heldout", "heldout (combinations never trained on), train or any", check=check_split
+    )
+    num_objects: int | None = option(
+        1, "1 or 2; null draws 1 for six scenes in ten", at_least=1, at_most=2
+    )
+    omit: float = option(
+        0.0,
+        "chance that a caption leaves an attribute unsaid; training has 0.15",
+        at_least=0,
+        at_most=1,
+    )
+    seed: int = option(
+        0, "chooses captions and noise; clip i gets noise seed + i", check=check_seed
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("the last clip's seed", self.seed + self.num_clips - 1)
+        if self.seeds_per_caption > 1 and self.num_objects != 1:
+            raise WanError(
+                f"seeds_per_caption={self.seeds_per_caption} with num_objects={self.num_objects}: "
+                "diversity is measured on captions of one object; set num_objects=1"
+            )
+
+    @property
+    def num_clips(self) -> int:
+        return self.num_captions * self.seeds_per_caption
+
+
+@dataclass
+class EvaluateConfig(LoadingConfig, CaptionSetConfig):
     """`python -m infer.evaluate`: captions of the miniature's world in, how many came true out.
 
     What is None here and in the preset is taken from the checkpoint's own folder.
@@ -30,31 +74,22 @@ class EvaluateConfig:
     source: str = option(
         "model",
         "model, or a ceiling: renders (the truth itself), vae (the truth through the autoencoder)",
+        choices=("model", "renders", "vae"),
     )
-    num_captions: int = option(512, "the first so many of the captions that the seed chooses")
-    seeds_per_caption: int = option(1, "clips of each; with several, their diversity is measured")
-    split: str = option("heldout", "heldout (combinations never trained on), train or any")
-    num_objects: int | None = option(1, "1 or 2; null draws 1 for six scenes in ten")
-    omit: float = option(0.0, "chance that a caption leaves an attribute unsaid; training has 0.15")
-    seed: int = option(0, "chooses captions and noise; clip i gets noise seed + i")
-    batch_size: int = option(16, "clips at a time; changes no clip")
-
-    checkpoint: str = option(MISSING, "a folder or a hub id (owner/name), not the preset's own")
-    revision: str | None = option(None, "commit, branch or tag on the hub")
+    batch_size: int = option(16, "clips at a time; changes no clip", at_least=1)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance")
+    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
     negative_prompt: str | None = option(None, "what videos should not show; needs guidance")
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
-    max_sequence_length: int | None = option(None, "prompt tokens that are read")
-    height: int = option(128, "pixels; the world is square")
+    max_sequence_length: int | None = option(
+        None, "text tokens that are read, padding included", at_least=1
+    )
+    height: int = option(128, "pixels; the world is square", at_least=64)
     width: int = option(128, "pixels")
-    num_frames: int = option(17, "4k + 1; at least 9, so that a circle can be told from a line")
+    num_frames: int = option(
+        17, "4k + 1; at least 9, so that a circle can be told from a line", at_least=9
+    )
     fps: float | None = option(None, "of a preset; everything is measured per frame")
-    device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
-    dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
-    offload: str = option("none", "stage or block: less memory on the device; changes no number")
-    quantize: str = option("none", "int8 or fp8 weights in the transformer and text encoder")
-    compile: str = option("none", "torch.compile: dit (its blocks), all (the VAE's decoder too)")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     output: str | None = option(
@@ -63,39 +98,11 @@ class EvaluateConfig:
     sheet: str | None = option(None, "also write a PNG of clips that are not what was asked for")
 
     def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise WanError("checkpoint= is empty: name a folder or a hub id")
-        check_choice("source", self.source, ("model", "renders", "vae"))
-        check_choice("split", self.split, ("heldout", "train", "any"))
+        super().__post_init__()
         check_ending("output", self.output, (".json",))
         check_ending("sheet", self.sheet, PICTURES)
-        check_loading(self)
-        check_seed("seed", self.seed)
-        for name, least in (
-            *(("num_captions", 1), ("seeds_per_caption", 1)),
-            *(("batch_size", 1), ("num_frames", 9)),
-        ):
-            check_at_least(name, getattr(self, name), least)
-        check_at_least("height", self.height, 64)
-        check_seed("the last clip's seed", self.seed + self.num_clips - 1)
-        for name in ("guidance_scale", "max_sequence_length"):
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), 1)
-        if self.num_objects not in (None, 1, 2):
-            raise WanError(f"num_objects={self.num_objects}: the world shows 1 or 2; null draws")
-        if self.seeds_per_caption > 1 and self.num_objects != 1:
-            raise WanError(
-                f"seeds_per_caption={self.seeds_per_caption} with num_objects={self.num_objects}: "
-                "diversity is measured on captions of one object; set num_objects=1"
-            )
-        if not 0 <= self.omit <= 1:
-            raise WanError(f"omit={self.omit}: a probability, from 0 to 1")
         if self.height != self.width:
             raise WanError(f"height={self.height}, width={self.width}: the world is square")
-
-    @property
-    def num_clips(self) -> int:
-        return self.num_captions * self.seeds_per_caption
 
     def question(self) -> dict[str, Any]:
         """The settings that numbers depend on."""
@@ -117,19 +124,7 @@ def loading_key(config: Any) -> dict[str, str]:
 
 
 @dataclass
-class CaptionSetConfig:
-    """Captions that all settings of a study get; the names are those of `EvaluateConfig`."""
-
-    num_captions: int = option(512, "the first so many of the captions that the seed chooses")
-    seeds_per_caption: int = option(1, "clips of each")
-    num_objects: int = option(1, "1 or 2")
-    split: str = option("heldout", "heldout, train or any")
-    omit: float = option(0.0, "chance that a caption leaves an attribute unsaid")
-    seed: int = option(0, "chooses captions and noise")
-
-
-@dataclass
-class SettingConfig:
+class SettingConfig(Options):
     """One row of a study: a model and how it is run. None means as the model's folder says."""
 
     source: str = option("model", "model, or a ceiling: renders, vae")
@@ -138,12 +133,10 @@ class SettingConfig:
     guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance")
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    share: float = option(1.0, "of every caption set that is made: the first so many captions")
+    share: float = option(
+        1.0, "of every caption set that is made: the first so many captions", above=0, at_most=1
+    )
     line: str | None = option(None, "settings of one line are joined in the picture")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise WanError(f"share={self.share}: above 0, up to 1 (all captions)")
 
 
 @dataclass
@@ -169,7 +162,7 @@ class MatchConfig:
 
 
 @dataclass
-class StudyConfig:
+class StudyConfig(LoadingConfig):
     """`python -m infer.study`: several settings on the same captions, and one report of them."""
 
     output_dir: str = option("runs/study", "results of settings, the table and the picture")
@@ -177,7 +170,6 @@ class StudyConfig:
     only: list[str] | None = field(
         default=None, metadata={"help": "names of settings to run; the others are left as stored"}
     )
-    checkpoint: str = option(MISSING, "the model of settings that name none")
     settings: dict[str, SettingConfig] = field(
         default_factory=dict, metadata={"help": "name -> what to run, see SettingConfig"}
     )
@@ -185,14 +177,10 @@ class StudyConfig:
     single: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     pair: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     seeds: CaptionSetConfig = field(default_factory=CaptionSetConfig)
-    batch_size: int = option(8, "clips at a time; changes no clip")
-    device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
-    dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
-    offload: str = option("none", "stage or block: less memory on the device; changes no number")
-    quantize: str = option("none", "int8 or fp8 weights in the transformer and text encoder")
-    compile: str = option("none", "torch.compile: dit (its blocks), all (the VAE's decoder too)")
+    batch_size: int = option(8, "clips at a time; changes no clip", at_least=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.settings:
             raise WanError("settings= is empty: a study needs at least one setting")
         for name in self.settings:  # names become folders

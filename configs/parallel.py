@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from configs.schema import check_at_least, check_choice, option
 
-CHECKPOINT_BLOCKS = ("none", "full", "selective")  # of wan.recompute
+CHECKPOINT_BLOCKS = ("none", "full", "selective")  # of wan.models.recompute
 REDUCE_DTYPES = ("float32", "bfloat16")
 
 

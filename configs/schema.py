@@ -7,33 +7,113 @@ torch): a wrong option is reported before anything heavy is loaded.
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from wan.attention_config import AttentionConfig
 from wan.errors import WanError
-from wan.vae_config import CHUNK_LATENTS
+from wan.models.attention_config import AttentionConfig
+from wan.models.vae_config import CHUNK_LATENTS
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
-# How a model is loaded: the same options in every command that makes videos.
-LOADING = {
-    "dtype": ("auto", *DTYPES),
-    "offload": ("none", "stage", "block"),
-    "quantize": ("none", "int8", "fp8"),
-    "compile": ("none", "dit", "all"),
-}
+# How the weights are loaded: a model that is in memory serves a command that agrees in these.
+LOADING = ("dtype", "offload", "quantize", "compile")
 MAX_SEED = 2**32 - 1  # PyTorch's CPU generator reads 32 bits
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the line that `--help` prints for it."""
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    check: Callable[[str, Any], None] | None = None,
+) -> Any:
+    """A dataclass field with the line that `--help` prints for it and the values that it may have.
+
+    Args:
+        choices: the texts that are allowed.
+        at_least, above, at_most, below: bounds of a number.
+        check: called with name and value; raises a WanError for what none of the above can say.
+    """
+    low = (at_least, True) if above is None else (above, False)
+    high = (at_most, True) if below is None else (below, False)
+    about = {"help": help, "choices": tuple(choices), "low": low, "high": high, "check": check}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+@dataclass
+class Options:
+    """The settings of a command, or a group of them, checked when they are made.
+
+    Each field's `option` says what it may hold; None is always allowed, and of a list each element
+    is checked. What relates two fields goes into a `__post_init__` of the subclass, which calls
+    this one first.
+
+    Attributes:
+        GROUP: what stands before the fields' names on a command line: "loop." or nothing.
+    """
+
+    GROUP: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and one != MISSING:
+                    check_option(f"{self.GROUP}{item.name}", one, item.metadata)
+
+
+def check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
+    """Hold one value against what its `option` allows.
+
+    Raises:
+        WanError: it is not allowed; names the option, the value and what is allowed.
+    """
+    if about.get("choices"):
+        check_choice(name, value, about["choices"])
+    check_number(name, value, about.get("low", NO_BOUND), about.get("high", NO_BOUND))
+    if about.get("check") is not None:
+        about["check"](name, value)
+
+
+Bound = tuple[float | None, bool]  # a number, and whether it is itself allowed
+NO_BOUND: Bound = (None, True)
+
+
+def check_number(name: str, value: Any, low: Bound, high: Bound = NO_BOUND) -> None:
+    """Refuse what is not a finite number within its bounds."""
+    (least, with_least), (most, with_most) = low, high
+    if least is None and most is None:
+        return
+    fits = math.isfinite(value)
+    fits &= least is None or value > least or (with_least and value == least)
+    fits &= most is None or value < most or (with_most and value == most)
+    if fits:
+        return
+    if most is None:
+        allowed = f"be a number {'of at least' if with_least else 'above'} {least}"
+    elif least is None:
+        allowed = f"be a number {'of at most' if with_most else 'below'} {most}"
+    else:
+        allowed = f"lie in {'(['[with_least]}{least}, {most}{')]'[with_most]}"
+    raise WanError(f"{name}={value}: must {allowed}")
+
+
+def check_at_least(name: str, value: float, lowest: float) -> None:
+    check_number(name, value, (lowest, True))
+
+
+def check_positive(name: str, value: float) -> None:
+    check_number(name, value, (0, False))
 
 
 def read_config(schema: type[C], cfg: DictConfig) -> C:
@@ -49,9 +129,10 @@ def read_config(schema: type[C], cfg: DictConfig) -> C:
 
 
 def walk_options(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
-    """(dotted name, type, dataclass field) of every option of a schema, nested ones included."""
+    """Yield (dotted name, type, dataclass field) for every option of a schema, nested ones too."""
     hints = get_type_hints(schema)
-    for item in fields(schema):
+    own = vars(schema).get("__annotations__", {})  # --help lists a command's own options first
+    for item in sorted(fields(schema), key=lambda item: item.name not in own):
         kind = hints[item.name]
         if isinstance(kind, type) and is_dataclass(kind):
             yield from walk_options(kind, f"{prefix}{item.name}.")
@@ -62,16 +143,6 @@ def walk_options(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Fie
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise WanError(f"{name}={value}: choose one of {', '.join(allowed)}")
-
-
-def check_at_least(name: str, value: float, lowest: float) -> None:
-    if not (math.isfinite(value) and value >= lowest):
-        raise WanError(f"{name}={value}: must be a number of at least {lowest}")
-
-
-def check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise WanError(f"{name}={value}: must be a number above 0")
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # endings
@@ -93,11 +164,14 @@ def check_device(name: str, value: str) -> None:
         raise WanError(f"{name}={value}: choose auto, cpu, mps, cuda or cuda:N")
 
 
-def check_loading(config: Any) -> None:
-    """The options of a command that say how and where its model is loaded."""
-    check_device("device", config.device)
-    for name, allowed in LOADING.items():
-        check_choice(name, getattr(config, name), allowed)
+def check_prompt(name: str, text: str) -> None:
+    if not text.strip():
+        raise WanError(f'{name}= is empty: say what the video shows, e.g. {name}="a red circle"')
+
+
+def check_filled(name: str, value: str) -> None:
+    if not value:
+        raise WanError(f"{name}= is empty: name a folder or a hub id")
 
 
 def check_every_step(attention: AttentionConfig) -> None:
@@ -109,11 +183,11 @@ def check_every_step(attention: AttentionConfig) -> None:
 
 
 @dataclass
-class SamplerConfig:
+class SamplerConfig(Options):
     """How the network is integrated. None everywhere means as the model's own folder says."""
 
     name: str | None = option(None, "unipc, euler or few_step")
-    steps: int | None = option(None, "number of network evaluations")
+    steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=1000)
     timesteps: list[float] | None = field(
         default=None, metadata={"help": "instead: an explicit list, e.g. [1000,757,522]"}
     )
@@ -121,18 +195,16 @@ class SamplerConfig:
         None,
         "moves the noise levels of `steps` towards high noise; 1 = not at all. A list of timesteps "
         "is taken as it is",
+        above=0,
     )
 
     def __post_init__(self) -> None:
-        if self.shift is not None:
-            check_positive("shift", self.shift)
+        super().__post_init__()
         if self.steps is not None and self.timesteps is not None:
             raise WanError(
                 f"steps={self.steps} and timesteps={self.timesteps} set the same thing: "
                 "give only one of them"
             )
-        if self.steps is not None and not 1 <= self.steps <= 1000:
-            raise WanError(f"steps={self.steps}: must be between 1 and 1000")
         if self.timesteps is not None:
             check_timesteps(self.timesteps)
 
@@ -148,66 +220,113 @@ def check_timesteps(timesteps: list[float]) -> None:
 
 
 @dataclass
-class SampleConfig:
+class LoadingConfig(Options):
+    """Which model a command runs, and how it is loaded."""
+
+    checkpoint: str = option(
+        MISSING, "a folder or a hub id (owner/name), not the preset's own", check=check_filled
+    )
+    revision: str | None = option(None, "commit, branch or tag on the hub")
+    device: str = option(
+        "auto",
+        "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N",
+        check=check_device,
+    )
+    dtype: str = option(
+        "auto",
+        "auto (bfloat16 on cuda, else float32), float32, bfloat16",
+        choices=("auto", *DTYPES),
+    )
+    offload: str = option(
+        "none",
+        "stage keeps only the network at work on the device, block only two of its blocks",
+        choices=("none", "stage", "block"),
+    )
+    quantize: str = option(
+        "none",
+        "int8 or fp8 weights in the transformer and text encoder: half the memory",
+        choices=("none", "int8", "fp8"),
+    )
+    compile: str = option(
+        "none",
+        "torch.compile: dit (its blocks), all (the VAE's decoder too)",
+        choices=("none", "dit", "all"),
+    )
+
+
+@dataclass
+class SampleConfig(LoadingConfig):
     """`python -m infer.sample`: a prompt in, a video out.
 
     What is None here and in the preset is taken from the checkpoint's own folder.
     """
 
-    prompt: str | None = option(None, "what the video shows; any text, exactly as typed")
+    prompt: str | None = option(
+        None, "what the video shows; any text, exactly as typed", check=check_prompt
+    )
     negative_prompt: str | None = option(None, "what it should not show; needs guidance")
     prompt_file: str | None = option(
         None, 'one job a line: a prompt, or JSON such as {"prompt": "..", "seed": 7, "width": 256}'
     )
     image: str | None = option(None, "a picture to start from, for models trained on that (TI2V)")
-    image_fit: str = option("crop", "crop keeps its proportions, resize stretches it")
-    image_background: list[int] | None = option(
-        None, "red, green, blue (0 to 255) behind transparent pixels; null refuses those"
+    image_fit: str = option(
+        "crop", "crop keeps its proportions, resize stretches it", choices=("crop", "resize")
     )
-    seed: int = option(0, "a video depends on seed and settings, not on batch or device")
-    num_videos: int = option(1, "videos per prompt, with seeds seed, seed+1, ...")
+    image_background: list[int] | None = option(
+        None,
+        "red, green, blue (0 to 255) behind transparent pixels; null refuses those",
+        at_least=0,
+        at_most=255,
+    )
+    seed: int = option(
+        0, "a video depends on seed and settings, not on batch or device", check=check_seed
+    )
+    num_videos: int = option(1, "videos per prompt, with seeds seed, seed+1, ...", at_least=1)
 
-    checkpoint: str = option(MISSING, "a folder or a hub id (owner/name), not the preset's own")
-    revision: str | None = option(None, "commit, branch or tag on the hub")
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance")
+    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
     guidance_scale_2: float | None = option(
-        None, "the same for the low-noise expert of models with two"
+        None, "the same for the low-noise expert of models with two", at_least=1
     )
     deterministic: bool | None = option(None, "few_step: put back predicted noise, not fresh noise")
     frame_first_noise: bool = option(False, "draw noise in FastVideo's order: its seeds match ours")
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = option(
-        None, "rows of text that are read, past the prompt's end too; another number, another model"
+        None,
+        "text tokens that are read, padding included; another number makes another video",
+        at_least=1,
     )
 
-    height: int | None = option(None, "pixels; an illegal size is refused with the nearest legal")
-    width: int | None = option(None, "pixels")
-    num_frames: int | None = option(None, "4k + 1")
-    fps: float | None = option(None, "frames per second written into the file; changes no frame")
+    height: int | None = option(
+        None, "pixels; an illegal size is refused with the nearest legal", at_least=1
+    )
+    width: int | None = option(None, "pixels", at_least=1)
+    num_frames: int | None = option(None, "4k + 1", at_least=1)
+    fps: float | None = option(
+        None,
+        "frames per second written into the file; changes no frame",
+        at_least=1,
+        at_most=240,
+    )
 
-    device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N")
-    dtype: str = option("auto", "auto (bfloat16 on cuda, else float32), float32, bfloat16")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    offload: str = option(
-        "none", "stage keeps only the network at work on the device, block only two of its blocks"
-    )
-    quantize: str = option(
-        "none", "int8 or fp8 weights in the transformer and text encoder: half the memory"
-    )
-    compile: str = option("none", "torch.compile: dit (its blocks), all (the VAE's decoder too)")
     preflight: str = option(
         "auto",
         "predict memory and refuse what cannot fit: always, never, auto (from about 1 GiB on)",
+        choices=("auto", "always", "never"),
     )
     chunk_latents: int = option(
-        CHUNK_LATENTS, "latent frames decoded at a time; 1 needs least memory and takes longer"
+        CHUNK_LATENTS,
+        "latent frames decoded at a time; 1 needs least memory and takes longer",
+        at_least=1,
     )
-    tile: int | None = option(None, "decode in tiles of this many latents: less memory, not exact")
+    tile: int | None = option(
+        None, "decode in tiles of this many latents: less memory, not exact", at_least=1
+    )
     verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
     lora: str | None = option(None, "a LoRA file to merge into the weights")
     lora_2: str | None = option(None, "the one for the low-noise expert of models with two")
-    lora_strength: float = option(1.0, "how much of it")
+    lora_strength: float = option(1.0, "factor on the LoRA's difference; 1 as it was trained")
 
     output_dir: str = option("outputs", "made if missing; nothing in it is ever overwritten")
     save_latents: bool = option(True, "keep the latents of good videos too; of bad ones always")
@@ -216,30 +335,13 @@ class SampleConfig:
     hash_weights: bool = option(True, "put the sha256 of every weight file into the record")
 
     def __post_init__(self) -> None:
-        if self.prompt is not None:
-            check_prompt("prompt", self.prompt)
+        super().__post_init__()
         if self.prompt is not None and self.prompt_file is not None:
             raise WanError("prompt= and prompt_file=: give only one of them")
-        if not self.checkpoint:
-            raise WanError("checkpoint= is empty: name a folder or a hub id")
-        check_choice("image_fit", self.image_fit, ("crop", "resize"))
         colour = self.image_background
-        if colour is not None and not (len(colour) == 3 and all(0 <= c <= 255 for c in colour)):
+        if colour is not None and len(colour) != 3:
             raise WanError(f"image_background={colour}: need three numbers from 0 to 255")
-        check_loading(self)
-        check_choice("preflight", self.preflight, ("auto", "always", "never"))
-        check_seed("seed", self.seed)
-        check_at_least("num_videos", self.num_videos, 1)
-        check_at_least("chunk_latents", self.chunk_latents, 1)
         check_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
-        for name in ("guidance_scale", "guidance_scale_2", "max_sequence_length"):
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), 1)
-        for name in ("height", "width", "num_frames", "tile"):
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), 1)
-        if self.fps is not None and not (math.isfinite(self.fps) and 1 <= self.fps <= 240):
-            raise WanError(f"fps={self.fps}: must be between 1 and 240")
         if not math.isfinite(self.lora_strength):
             raise WanError(f"lora_strength={self.lora_strength}: must be a number")
 
@@ -252,8 +354,3 @@ def check_text(key: str, text: str) -> None:
         raise WanError(f"{key}=: the text is not valid UTF-8") from error
     if "\0" in text:
         raise WanError(f"{key}=: there is a zero byte in the text")
-
-
-def check_prompt(name: str, text: str) -> None:
-    if not text.strip():
-        raise WanError(f'{name}= is empty: say what the video shows, e.g. {name}="a red circle"')

@@ -9,15 +9,15 @@ import torch
 from tqdm import tqdm
 
 from configs.schema import SampleConfig
-from infer.record import WeightDigests
-from infer.request import torch_dtype
-from wan.digests import verify_digests
+from infer.sample.record import WeightDigests
+from infer.sample.request import torch_dtype
 from wan.errors import WanError
-from wan.lora import LoRAMerge
-from wan.lora_files import LoRA, read_lora
-from wan.pipeline import PIPELINES, WanPipeline
-from wan.pipeline_config import PipelineConfig, parts_from_elsewhere, read_pipeline_config
-from wan.weights import census_line
+from wan.lora.files import LoRA, read_lora
+from wan.lora.merge import LoRAMerge
+from wan.pipeline.config import PipelineConfig, parts_from_elsewhere, read_pipeline_config
+from wan.pipeline.pipeline import PIPELINES, WanPipeline
+from wan.weights.digests import verify_digests
+from wan.weights.load import census_line
 
 
 class StageBars:

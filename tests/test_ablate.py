@@ -11,17 +11,17 @@ import torch
 from test_pipeline import build, write_tokenizer
 
 from configs.ablation import AblateConfig, GridConfig, ModelConfig, ReferenceConfig
-from infer import ablate
-from infer.ablate import LINE, MAX_PSNR, main
-from infer.cli import Run, compose_runs, execute
-from infer.command_line import preset_names
-from wan.attention import network_attention
-from wan.attention.choice import SELF_TEST_GRID
-from wan.attention.top_k import FLEX_BLOCK, tiling
-from wan.attention_config import AttentionConfig
+from configs.cli import Run, compose_runs, execute
+from configs.command_line import preset_names
+from infer.ablate import __main__ as ablate
+from infer.ablate.__main__ import LINE, MAX_PSNR, main
 from wan.errors import WanError
-from wan.schedule import FEW_STEP_TABLE_SHIFT
-from wan.video import read_video
+from wan.media.video import read_video
+from wan.models.attention import network_attention
+from wan.models.attention.choice import SELF_TEST_GRID
+from wan.models.attention.top_k import FLEX_BLOCK, tiling
+from wan.models.attention_config import AttentionConfig
+from wan.sampling.schedule import FEW_STEP_TABLE_SHIFT
 
 PROMPT = "a red circle, moving right"
 GRID_5B = (31, 22, 40)  # tokens of 121x704x1280

@@ -2,8 +2,8 @@ import pytest
 import torch
 from reference.attention import attend
 
-from wan.attention import ATTENTION, build_attention
 from wan.errors import WanError
+from wan.models.attention import ATTENTION, build_attention
 
 
 def inputs(dtype=torch.float32, queries=7, keys=5):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from wan.attention import (
+from wan.errors import WanError
+from wan.models.attention import (
     ATTENTION,
     BACKENDS,
     SPARSE,
@@ -14,12 +15,11 @@ from wan.attention import (
     network_attention,
     sdpa_attention,
 )
-from wan.attention.choice import SELF_TEST_GRID
-from wan.attention.factorised import Spatial, Temporal
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
-from wan.errors import WanError
-from wan.schedule import unipc_schedule
+from wan.models.attention.choice import SELF_TEST_GRID
+from wan.models.attention.factorised import Spatial, Temporal
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.sampling.schedule import unipc_schedule
 
 CPU = torch.device("cpu")
 GRID = (3, 2, 4)

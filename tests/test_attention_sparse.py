@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from wan.attention import SPARSE, build_attention, math_attention, pattern, top_k
-from wan.attention.pattern import Pattern, attend_blocks, block_mask, gathered, remembered
-from wan.attention.top_k import TopK, as_mask, chosen_blocks, tiling
 from wan.errors import WanError
+from wan.models.attention import SPARSE, build_attention, math_attention, pattern, top_k
+from wan.models.attention.pattern import Pattern, attend_blocks, block_mask, gathered, remembered
+from wan.models.attention.top_k import TopK, as_mask, chosen_blocks, tiling
 
 GRIDS = [(5, 4, 4), (3, 5, 7), (1, 3, 2), (4, 1, 9)]
 VARIANTS = [

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from configs.benchmark import COMPARED, STAGES, BenchConfig
-from infer import bench, bench_compare, bench_load, bench_stages, record
-from infer.bench_compare import prompt_of
-from infer.bench_measure import (
+from infer.bench import __main__ as bench
+from infer.bench import against_diffusers as bench_compare
+from infer.bench import loading as bench_load
+from infer.bench import stages as bench_stages
+from infer.bench.against_diffusers import prompt_of
+from infer.bench.timing import (
     Contest,
     Outcome,
     Timing,
@@ -21,9 +24,10 @@ from infer.bench_measure import (
     run_contest,
     table,
 )
-from wan.attention import AttentionConfig
-from wan.dit_config import DiTConfig
+from infer.sample import record
 from wan.errors import WanError
+from wan.models.attention import AttentionConfig
+from wan.models.dit_config import DiTConfig
 
 CPU = torch.device("cpu")
 
@@ -289,7 +293,7 @@ def test_blocks_and_decoder_are_held_against_diffusers_in_bfloat16():
 
 
 def test_what_computes_something_else_is_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr("wan.vae.silu", torch.relu)
+    monkeypatch.setattr("wan.models.vae.silu", torch.relu)
     monkeypatch.setattr(bench, "run_contest", lambda *_: pytest.fail("timed"))
     config = BenchConfig(stages="tiny", compile=False, output_dir=str(tmp_path))
     with pytest.raises(WanError, match=r"nothing is timed; first: decode, \(3, 4, 4\) latents"):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
-from wan.safetensors_file import write_tensors
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.safetensors_file import write_tensors
 
 STEM = "diffusion_pytorch_model"
 SHARDS = {

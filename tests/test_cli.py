@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
+from configs.command_line import CommandLine, Shortcut, help_text
 from configs.schema import SampleConfig, SamplerConfig, option
-from infer.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
-from infer.command_line import CommandLine, Shortcut, help_text
 from wan.errors import WanError
 
 SAMPLE = CommandLine(
@@ -90,7 +90,7 @@ def test_a_text_survives_a_real_shell_and_process(tmp_path):
     script.write_text(
         "import json\n"
         "from configs.schema import SampleConfig\n"
-        "from infer.cli import run_command\n"
+        "from configs.cli import run_command\n"
         "def main(config):\n"
         "    print(json.dumps(config.prompt))\n"
         "run_command(main, SampleConfig, 'sample')\n"
@@ -293,8 +293,8 @@ def test_a_schema_without_texts_or_presets_works_too(tmp_path, monkeypatch):
         sizes: list[int] = option([1, 2], "a list")
 
     (tmp_path / "other.yaml").write_text("sizes: [1, 2]\n")
-    monkeypatch.setattr("infer.cli.CONFIG_FOLDER", tmp_path)
-    monkeypatch.setattr("infer.command_line.CONFIG_FOLDER", tmp_path)
+    monkeypatch.setattr("configs.cli.CONFIG_FOLDER", tmp_path)
+    monkeypatch.setattr("configs.command_line.CONFIG_FOLDER", tmp_path)
     line = CommandLine(Other, "other", text_keys=("prompt", "inner.caption"))
     with pytest.raises(WanError, match="unknown option prompt="):
         compose_runs(line, ["prompt=x"])

@@ -20,7 +20,7 @@ from train.clips import (
     read_clip,
 )
 from wan.errors import WanError
-from wan.video import write_video
+from wan.media.video import write_video
 
 
 def make_clip(path, frames=5, fps=8.0, size=(32, 32), caption="a gray wall", seed=0):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from wan.errors import WanError
-from wan.miniature.comparison import (
+from wan.miniature.metrics import kernel_distance, kernel_terms
+from wan.miniature.statistics import (
     Clause,
     Estimate,
     Measured,
@@ -21,7 +22,6 @@ from wan.miniature.comparison import (
     resamples,
     verdict,
 )
-from wan.miniature.metrics import kernel_distance, kernel_terms
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

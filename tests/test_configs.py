@@ -1,22 +1,29 @@
 """Every preset composes into checked settings, and says what it is."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 import configs
+from configs.cli import compose_runs
+from configs.command_line import CommandLine, Shortcut, preset_names
 from configs.distillation import DistillConfig
-from configs.schema import LOADING, MAX_SEED, SampleConfig, SamplerConfig, option, walk_options
+from configs.schema import (
+    MAX_SEED,
+    LoadingConfig,
+    SampleConfig,
+    SamplerConfig,
+    option,
+    walk_options,
+)
 from configs.training import FinetuneConfig, TextEncoderTrainConfig, VAETrainConfig
-from infer.cli import compose_runs
-from infer.command_line import CommandLine, Shortcut, preset_names
-from wan import noise
 from wan.errors import WanError
-from wan.pipeline import COMPILE
-from wan.placement import OFFLOAD
-from wan.quantize import QUANTIZE
+from wan.pipeline.pipeline import COMPILE
+from wan.runtime.offload import OFFLOAD
+from wan.sampling import noise
+from wan.weights.quantize import QUANTIZE
 
 LINE = CommandLine(
     SampleConfig, "sample", shortcuts={"steps": Shortcut("sampler.steps", ("sampler.timesteps",))}
@@ -96,9 +103,10 @@ def test_sampler_takes_at_most_one_of_steps_and_timesteps():
 
 def test_seeds_and_choices_are_those_of_the_model():
     assert MAX_SEED == noise.MAX_SEED
-    assert LOADING["offload"] == OFFLOAD
-    assert LOADING["quantize"] == QUANTIZE
-    assert LOADING["compile"] == COMPILE
+    choices = {item.name: item.metadata["choices"] for item in fields(LoadingConfig)}
+    assert choices["offload"] == OFFLOAD
+    assert choices["quantize"] == QUANTIZE
+    assert choices["compile"] == COMPILE
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infer.cli import CommandLine, execute
-from infer.convert import ConvertConfig, main
-from infer.releases import VAE_CONFIGS, config_of_shapes, official_transformer_config
-from wan.checkpoint import open_checkpoint
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
+from configs.cli import CommandLine, execute
+from configs.conversion import ConvertConfig
+from infer.convert.__main__ import main
+from infer.convert.releases import VAE_CONFIGS, config_of_shapes, official_transformer_config
 from wan.errors import WanError
-from wan.keys import VAELevels
-from wan.pipeline_config import read_pipeline_config
-from wan.safetensors_file import write_tensors
-from wan.umt5 import UMT5Config, UMT5Encoder
-from wan.vae import VAEConfig, WanVAE
-from wan.weights import load_state, save_component
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Config, UMT5Encoder
+from wan.models.vae import VAEConfig, WanVAE
+from wan.pipeline.config import read_pipeline_config
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.keys import VAELevels
+from wan.weights.load import load_state, save_component
+from wan.weights.safetensors_file import write_tensors
 
 DIT = DiTConfig(
     num_attention_heads=2,

@@ -11,7 +11,13 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from wan.costs import (
+from wan.lora.merge import add_lora, lora_state
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Config, UMT5Encoder
+from wan.models.vae import VAEConfig, WanVAE
+from wan.models.vae_layers import DoublingConv2d, convolve_layer
+from wan.runtime.costs import (
     ATTENTION_BACKWARD,
     count_parameters,
     decode_work,
@@ -21,13 +27,7 @@ from wan.costs import (
     network_work,
     text_work,
 )
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
-from wan.lora import add_lora, lora_state
-from wan.umt5 import UMT5Config, UMT5Encoder
-from wan.vae import VAEConfig, WanVAE
-from wan.vae_layers import DoublingConv2d, convolve_layer
-from wan.weights import target_dtype
+from wan.weights.load import target_dtype
 
 TINY = DiTConfig(
     num_attention_heads=2,

@@ -10,7 +10,7 @@ from train.data import LatentCache, world_cache
 from train.loop import check_unchanged
 from wan.errors import WanError
 from wan.miniature.world import sample_scene, scene_rng
-from wan.vae import VAEConfig, WanVAE
+from wan.models.vae import VAEConfig, WanVAE
 
 TINY = VAEConfig(
     base_dim=4,

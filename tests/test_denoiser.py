@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from wan.denoiser import Denoiser, Expert, num_text_rows
-from wan.dit import ContextCache, WanDiT
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
+from wan.models.dit import ContextCache, WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.sampling.denoiser import Denoiser, Expert, num_text_rows
 
 
 class FakeNetwork:

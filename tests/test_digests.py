@@ -6,14 +6,14 @@ import subprocess
 
 import pytest
 
-from wan.digests import (
+from wan.errors import WanError
+from wan.weights.digests import (
     MANIFEST,
     verify_digests,
     verify_hub_digests,
     verify_manifest,
     write_manifest,
 )
-from wan.errors import WanError
 
 
 @pytest.fixture

@@ -29,17 +29,17 @@ from train.data import folder_cache
 from train.distill import distill
 from train.preprocess import preprocess
 from wan import WanDMDPipeline
-from wan.attention_config import AttentionConfig
-from wan.checkpoint import open_checkpoint
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.lora import read_lora
-from wan.miniature import STUDENT, TEACHER
-from wan.pipeline_config import BASE, SamplingDefaults, read_pipeline_config, write_configs
-from wan.schedule import few_step_schedule
-from wan.video import write_video
-from wan.weights import load_state, save_component
+from wan.lora.merge import read_lora
+from wan.media.video import write_video
+from wan.models.attention_config import AttentionConfig
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.pipeline.config import BASE, SamplingDefaults, read_pipeline_config, write_configs
+from wan.sampling.schedule import few_step_schedule
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.hub import STUDENT, TEACHER
+from wan.weights.load import load_state, save_component
 
 TINY = DiTConfig(
     num_attention_heads=2,

@@ -16,7 +16,7 @@ from train.losses import (
     loss_with_gradient,
     sample_score_sigmas,
 )
-from wan.flow import add_noise, velocity_target, x0_from_velocity
+from wan.sampling.flow import add_noise, velocity_target, x0_from_velocity
 
 ANGLES = torch.arange(8) * math.pi / 4
 MODES = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # (8, 2)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan.dit import DiTConfig, PatchEmbedding, WanDiT, timestep_sinusoid
 from wan.errors import WanError
-from wan.recompute import ATTENTION_KERNELS, CHECKPOINT_BLOCKS
+from wan.models.dit import DiTConfig, PatchEmbedding, WanDiT, timestep_sinusoid
+from wan.models.recompute import ATTENTION_KERNELS, CHECKPOINT_BLOCKS
 
 TINY = DiTConfig(
     num_attention_heads=2,

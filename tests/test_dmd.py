@@ -14,8 +14,8 @@ from torch import Tensor
 
 import train.dmd as dmd
 from configs.distillation import GANConfig, RegressionConfig, ScoreConfig, StudentConfig
-from wan.dit import WanDiT
-from wan.schedule import few_step_schedule
+from wan.models.dit import WanDiT
+from wan.sampling.schedule import few_step_schedule
 
 pytestmark = test_distill.pytestmark
 teacher = test_distill.teacher

@@ -9,18 +9,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_pipeline import build, write_tokenizer
 
+from configs.cli import compose_runs, execute
 from configs.evaluation import EvaluateConfig
-from infer.cli import compose_runs, execute
-from infer.evaluate import (
-    LINE,
+from infer.evaluate.__main__ import LINE, main
+from infer.evaluate.measure import draw_examples, evaluate, summarise, table, wilson_interval
+from infer.evaluate.queue import question_key, weights_of
+from infer.evaluate.sources import (
     generate,
     load_pipeline,
-    main,
     reconstruct_truth,
     render_truth,
 )
-from infer.measure import draw_examples, evaluate, summarise, table, wilson_interval
-from infer.study import question_key, weights_of
 from wan.errors import WanError
 from wan.miniature.world import HELD_OUT
 

@@ -17,12 +17,12 @@ from train.optim import EMA, make_optimizers
 from train.parallel import ALONE
 from train.state import TrainState
 from wan import WanPipeline
-from wan.attention_config import AttentionConfig
-from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
-from wan.lora import LoRAMerge, read_lora
-from wan.miniature import TEACHER
-from wan.weights import load_state
+from wan.lora.merge import LoRAMerge, read_lora
+from wan.models.attention_config import AttentionConfig
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.hub import TEACHER
+from wan.weights.load import load_state
 
 DIT = {
     "num_attention_heads": 2,

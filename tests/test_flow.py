@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wan.flow import add_noise, noise_from_velocity, velocity_target, x0_from_velocity
+from wan.sampling.flow import add_noise, noise_from_velocity, velocity_target, x0_from_velocity
 
 
 def pair(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,11 +4,11 @@ from functools import partial
 
 import torch
 
-from train.frozen import TextRows, Texts, load_frozen
-from wan.miniature import STUDENT
-from wan.pipeline_config import read_pipeline_config
-from wan.tokenizer import Tokenizer
-from wan.umt5 import UMT5Encoder, encode_text
+from train.conditioning import TextRows, Texts, load_frozen
+from wan.models.tokenizer import Tokenizer
+from wan.models.umt5 import UMT5Encoder, encode_text
+from wan.pipeline.config import read_pipeline_config
+from wan.weights.hub import STUDENT
 
 
 def test_texts_are_encoded_as_sampling_encodes_them():

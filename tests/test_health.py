@@ -10,7 +10,8 @@ from torch import nn
 
 from configs.distillation import GANConfig
 from train.dmd import Distillation
-from train.health import (
+from train.parallel import ALONE
+from train.validation import (
     RATIOS,
     SATURATED,
     Samples,
@@ -24,7 +25,6 @@ from train.health import (
     world_panel,
     write_pictures,
 )
-from train.parallel import ALONE
 from wan.errors import WanError
 from wan.miniature.world import OBJECT_ATTRIBUTES
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-import wan.hub
+import wan.weights.hub
 from wan.errors import WanError
-from wan.hub import PATTERNS, resolve_model
+from wan.weights.hub import PATTERNS, resolve_model
 
 
 def test_a_folder_wins(tmp_path, monkeypatch):
@@ -31,12 +31,12 @@ def test_what_is_neither_folder_nor_id(tmp_path):
 
 
 def test_offline_and_not_in_the_cache_says_how_to_fetch(tmp_path, monkeypatch):
-    real = wan.hub.snapshot_download
+    real = wan.weights.hub.snapshot_download
 
     def in_empty_cache(name, **options):
         return real(name, cache_dir=tmp_path, **options)
 
-    monkeypatch.setattr(wan.hub, "snapshot_download", in_empty_cache)
+    monkeypatch.setattr(wan.weights.hub, "snapshot_download", in_empty_cache)
     with pytest.raises(WanError) as caught:
         resolve_model("Wan-AI/Some-Model", revision="abc", offline=True)
     message = str(caught.value)
@@ -50,9 +50,11 @@ def test_offline_finds_what_the_cache_has(tmp_path, monkeypatch):
     (snapshot / "model_index.json").write_text("{}")
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
-    real = wan.hub.snapshot_download
+    real = wan.weights.hub.snapshot_download
     monkeypatch.setattr(
-        wan.hub, "snapshot_download", lambda name, **kw: real(name, cache_dir=tmp_path, **kw)
+        wan.weights.hub,
+        "snapshot_download",
+        lambda name, **kw: real(name, cache_dir=tmp_path, **kw),
     )
     assert resolve_model("owner/name", offline=True).samefile(snapshot)
 
@@ -64,7 +66,7 @@ def test_a_network_failure_is_one_clear_error_and_only_weights_are_asked_for(mon
         asked.update(options)
         raise ConnectionError("Name or service not known\nlong trace")
 
-    monkeypatch.setattr(wan.hub, "snapshot_download", no_network)
+    monkeypatch.setattr(wan.weights.hub, "snapshot_download", no_network)
     with pytest.raises(WanError) as caught:
         resolve_model("owner/name")
     assert asked["allow_patterns"] == list(PATTERNS)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from wan import images
 from wan.errors import WanError
-from wan.images import best_size, fit_image, image_to_tensor, load_image
+from wan.media import images
+from wan.media.images import best_size, fit_image, image_to_tensor, load_image
 
 
 def picture(height: int = 12, width: int = 20, mode: str = "RGB") -> Image.Image:

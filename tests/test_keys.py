@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.keys import (
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Config, UMT5Encoder
+from wan.models.vae import VAEConfig, WanVAE
+from wan.weights.keys import (
     COMPONENTS,
     LAYOUTS,
     PREFIXES,
@@ -25,8 +27,6 @@ from wan.keys import (
     released_name,
     table,
 )
-from wan.umt5 import UMT5Config, UMT5Encoder
-from wan.vae import VAEConfig, WanVAE
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/released_names.json").read_text())
 WAN21_VAE = VAEConfig(

@@ -7,12 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wan.checkpoint import open_checkpoint
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.keys import LAYOUTS, released_name, table
-from wan.lora import (
+from wan.lora.merge import (
     LoRAMerge,
     add_lora,
     fold_lora,
@@ -22,8 +18,12 @@ from wan.lora import (
     read_lora,
     save_lora,
 )
-from wan.safetensors_file import map_tensors, read_header, write_tensors
-from wan.weights import load_module, save_component
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.keys import LAYOUTS, released_name, table
+from wan.weights.load import load_module, save_component
+from wan.weights.safetensors_file import map_tensors, read_header, write_tensors
 
 TINY = DiTConfig(
     num_attention_heads=2,

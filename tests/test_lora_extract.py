@@ -9,15 +9,16 @@ import torch
 from test_lora import QUERY, fused_by_diffusers, numbers, state_of, tiny_dit
 from torch import Tensor
 
-from infer.cli import CommandLine, execute
-from infer.convert import ConvertConfig, main
-from wan.checkpoint import open_checkpoint
+from configs.cli import CommandLine, execute
+from configs.conversion import ConvertConfig
+from infer.convert.__main__ import main
 from wan.errors import WanError
-from wan.lora import merge_lora, read_lora
-from wan.lora_extract import extract_lora, low_rank
-from wan.miniature import STUDENT
-from wan.safetensors_file import write_tensors
-from wan.weights import save_component
+from wan.lora.extract import extract_lora, low_rank
+from wan.lora.merge import merge_lora, read_lora
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.hub import STUDENT
+from wan.weights.load import save_component
+from wan.weights.safetensors_file import write_tensors
 
 FULL = 1000  # above every side of the tiny model's matrices
 

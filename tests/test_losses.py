@@ -14,8 +14,8 @@ from train.losses import (
     sample_sigmas,
 )
 from wan.errors import WanError
-from wan.flow import add_noise
-from wan.schedule import shift_sigmas
+from wan.sampling.flow import add_noise
+from wan.sampling.schedule import shift_sigmas
 
 
 def test_loss_of_the_exact_velocity_is_zero():

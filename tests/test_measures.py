@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from infer.evaluate.video_distance import WINDOW, flicker, psnr, ssim
 from wan.errors import WanError
-from wan.measures import WINDOW, flicker, psnr, ssim
 
 
 def noise(seed: int = 0, size: int = 16) -> torch.Tensor:

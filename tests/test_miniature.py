@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from infer.parity_sides import Sides
+from infer.parity.models import Sides
 from wan import WanDMDPipeline, WanError, WanPipeline
-from wan.digests import verify_manifest
-from wan.miniature import STUDENT, TEACHER
 from wan.miniature.detect import detect
+from wan.weights.digests import verify_manifest
+from wan.weights.hub import STUDENT, TEACHER
 
 PROMPT = "a small red circle moving right on a gray background"
 
@@ -40,7 +40,7 @@ def test_the_weights_take_at_most_24_megabytes():
 
 @pytest.mark.parametrize("folder", [STUDENT, TEACHER], ids=lambda folder: folder.name)
 def test_the_shipped_files_are_those_that_were_measured(folder):
-    """After a change: `wan.digests.write_manifest(folder)`, once its card says what it is."""
+    """After a change: `wan.weights.digests.write_manifest(folder)`, and say so in its card."""
     assert verify_manifest(folder) >= 6
 
 

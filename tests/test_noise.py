@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wan.errors import WanError
-from wan.noise import MAX_SEED, draw_noise, sample_generators
+from wan.sampling.noise import MAX_SEED, draw_noise, sample_generators
 
 SHAPE = (3, 5, 4, 6)  # C, T, H, W
 

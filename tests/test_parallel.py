@@ -35,12 +35,12 @@ from train.loop import run_training, step_generator
 from train.optim import EMA, Muon, apply_gradients, make_optimizers
 from train.parallel import ALONE, SequenceSplit, World, gathered, share_out, start
 from train.state import TrainState
-from wan.checkpoint import open_checkpoint
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.pipeline_config import SamplingDefaults, read_pipeline_config, write_configs
-from wan.weights import load_state, save_component
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.pipeline.config import SamplingDefaults, read_pipeline_config, write_configs
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.load import load_state, save_component
 
 teacher = test_distill.teacher  # a fixture
 

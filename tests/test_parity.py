@@ -12,16 +12,18 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from infer import parity, parity_sides
-from infer.cli import run_command
-from infer.parity import GENERAL_RUNGS, RELEASE_RUNGS, ParityConfig, main
-from infer.parity_compare import Row, compare, compare_points, compare_to_truth, distance, table
-from infer.parity_facts import samplers, schedules
-from infer.parity_rungs import autoencoder, pipeline, text_encoder, tokens, transformer
-from infer.parity_sides import random_sides
+from configs.cli import run_command
+from configs.parity import ParityConfig
+from infer.parity import __main__ as parity
+from infer.parity import models as parity_sides
+from infer.parity.__main__ import GENERAL_RUNGS, RELEASE_RUNGS, main
+from infer.parity.models import random_sides
+from infer.parity.tolerance import Row, compare, compare_points, compare_to_truth, distance, table
+from infer.parity.with_weights import autoencoder, pipeline, text_encoder, tokens, transformer
+from infer.parity.without_weights import samplers, schedules
 from wan.errors import WanError
-from wan.samplers import few_step
-from wan.umt5 import relative_position_buckets
+from wan.models.umt5 import relative_position_buckets
+from wan.sampling.samplers import few_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt has", "ignore:`torch_dtype`")
 SETTINGS = {"dtype": torch.float32, "steps": 3, "seed": 0}
@@ -116,15 +118,15 @@ def too_few_buckets(length, num_buckets, *more):
 @pytest.mark.parametrize(
     ("rung", "target", "wrong"),
     [
-        (text_encoder, "wan.umt5.relative_position_buckets", too_few_buckets),
+        (text_encoder, "wan.models.umt5.relative_position_buckets", too_few_buckets),
         (
             autoencoder,
-            "wan.vae.WanVAE.latent_statistics",
+            "wan.models.vae.WanVAE.latent_statistics",
             lambda vae, device: (torch.zeros(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1)),
         ),
         (
             lambda sides: samplers(),
-            "wan.samplers.few_step",
+            "wan.sampling.samplers.few_step",
             lambda x, v, sigma, sigma_next, noise: few_step(x, v, sigma, 0.9 * sigma_next, noise),
         ),
     ],

@@ -18,17 +18,17 @@ import torch
 from PIL import Image
 
 import wan
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.noise import sample_generators
-from wan.pipeline import WanDMDPipeline, WanPipeline
-from wan.pipeline_config import PipelineConfig, SamplingDefaults
-from wan.placement import visiting
-from wan.schedule import few_step_schedule, unipc_schedule
-from wan.tokenizer import Tokenizer, write_tokenizer_folder
-from wan.umt5 import UMT5Config, UMT5Encoder
-from wan.vae import VAEConfig, WanVAE
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
+from wan.models.umt5 import UMT5Config, UMT5Encoder
+from wan.models.vae import VAEConfig, WanVAE
+from wan.pipeline.config import PipelineConfig, SamplingDefaults
+from wan.pipeline.pipeline import WanDMDPipeline, WanPipeline
+from wan.runtime.offload import visiting
+from wan.sampling.noise import sample_generators
+from wan.sampling.schedule import few_step_schedule, unipc_schedule
 
 PROMPT = "a small red circle, moving right"
 SIZE = {"height": 32, "width": 32, "num_frames": 9}
@@ -609,7 +609,7 @@ def test_offloaded_experts_take_turns_on_the_device(tokenizer_folder, monkeypatc
             yield
         visits.append(("out", networks[id(module)]))
 
-    monkeypatch.setattr("wan.placement.visiting", watched)
+    monkeypatch.setattr("wan.runtime.offload.visiting", watched)
     assert np.array_equal(pipeline("blue", seed=0).frames, pipeline("blue", seed=0).frames)
     first = ["text_encoder", "transformer", "transformer_2", "vae"]
     again = ["transformer", "transformer_2", "vae"]  # the prompt is known by then

@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_pipeline import DIT, PROMPT, TEXT, build, random_weights, write_tokenizer
 
-from wan.dit import WanDiT
 from wan.errors import WanError
-from wan.placement import BlockStream, at_work, homes_of, resolve_device, streaming
-from wan.quantize import quantize
-from wan.umt5 import UMT5Encoder
+from wan.models.dit import WanDiT
+from wan.models.umt5 import UMT5Encoder
+from wan.runtime.offload import BlockStream, at_work, homes_of, resolve_device, streaming
+from wan.weights.quantize import quantize
 
 CPU = torch.device("cpu")
 

@@ -20,10 +20,10 @@ from train.plan import (
     trajectory_flops,
 )
 from train.rollout import mean_forwards
-from wan.costs import kept_by_block, network_work
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.recompute import CHECKPOINT_BLOCKS
+from wan.models.dit_config import DiTConfig
+from wan.models.recompute import CHECKPOINT_BLOCKS
+from wan.runtime.costs import kept_by_block, network_work
 
 FULL_5B = DiTConfig()
 CANONICAL = PlanRequest(FULL_5B, latent_size=(31, 44, 80), exits="shared")  # 121 frames of 704x1280

@@ -12,16 +12,16 @@ import pytest
 import torch
 from test_pipeline import PROMPT, TEXT, VAE, build, write_tokenizer
 
-from wan import preflight
-from wan.attention import AttentionConfig
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.hub import resolve_model
-from wan.memory import FusedAttention, LiveBytes, ProcessBytes, free_bytes, peak_bytes
-from wan.pipeline import WanPipeline
-from wan.pipeline_config import PipelineConfig, SamplingDefaults, read_pipeline_config
-from wan.preflight import (
+from wan.models.attention import AttentionConfig
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.models.tokenizer import Tokenizer
+from wan.models.umt5 import UMT5Config
+from wan.models.vae import VAEConfig
+from wan.pipeline import memory as preflight
+from wan.pipeline.config import PipelineConfig, SamplingDefaults, read_pipeline_config
+from wan.pipeline.memory import (
     MemoryRequest,
     alternatives,
     check_fits,
@@ -34,11 +34,11 @@ from wan.preflight import (
     text_bytes,
     video_bytes,
 )
-from wan.sampling_plan import SamplingRequest, plan_sampling
-from wan.tokenizer import Tokenizer
-from wan.umt5 import UMT5Config
-from wan.vae import VAEConfig
-from wan.weights import save_component
+from wan.pipeline.pipeline import WanPipeline
+from wan.pipeline.plan import SamplingRequest, plan_sampling
+from wan.runtime.memory_meter import FusedAttention, LiveBytes, ProcessBytes, free_bytes, peak_bytes
+from wan.weights.hub import resolve_model
+from wan.weights.load import save_component
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -220,10 +220,10 @@ torch.set_num_threads(1)
 """
 
 STAGES = """
-from wan.hub import resolve_model
-from wan.pipeline import WanDMDPipeline
-from wan.preflight import rough_bytes
-from wan.umt5 import UMT5Encoder, UMT5Config, encode_text
+from wan.weights.hub import resolve_model
+from wan.pipeline.pipeline import WanDMDPipeline
+from wan.pipeline.memory import rough_bytes
+from wan.models.umt5 import UMT5Encoder, UMT5Config, encode_text
 
 dtype, sizes = getattr(torch, sys.argv[1]), eval(sys.argv[2])
 pipe = WanDMDPipeline.from_pretrained(resolve_model("builtin:miniature"), dtype=dtype)
@@ -302,10 +302,10 @@ def test_what_malloc_keeps_is_predicted():
 
 
 LOAD = """
-from wan.checkpoint import open_checkpoint
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
-from wan.weights import load_module
+from wan.weights.checkpoint import open_checkpoint
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.weights.load import load_module
 
 checkpoint = open_checkpoint(sys.argv[1])
 torch.ones(300, 300).bfloat16().float() @ torch.ones(300, 300)
@@ -543,8 +543,8 @@ def test_a_container_has_what_its_tightest_group_leaves(tmp_path, monkeypatch, l
             (folder / name).write_text(f"{text}\n")
         (folder / "memory.stat").write_text(f"anon 5\n{names[2]} 300\n")
 
-    monkeypatch.setattr("wan.memory.CGROUPS", tmp_path)
-    monkeypatch.setattr("wan.memory.OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr("wan.runtime.memory_meter.CGROUPS", tmp_path)
+    monkeypatch.setattr("wan.runtime.memory_meter.OWN_CGROUPS", tmp_path / "own")
     (tmp_path / "own").write_text(f"9:cpu:/elsewhere\n{line}\n")
     unlimited = "max" if root == "." else "9223372036854771712"
     group("pod/job", unlimited, 7000)

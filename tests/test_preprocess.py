@@ -16,23 +16,23 @@ from test_clips import damage, make_clip
 
 import train.data
 import train.preprocess
+from configs.cli import compose_runs
+from configs.command_line import CommandLine
 from configs.data import DataConfig, PreprocessConfig, parse_size
 from configs.training import FinetuneConfig, LoopConfig
-from infer.cli import compose_runs
-from infer.command_line import CommandLine
+from train.conditioning import component_digests
 from train.data import folder_cache, open_data
 from train.finetune import finetune
-from train.frozen import component_digests
 from train.preprocess import preprocess
-from train.store import open_to_read
+from train.tensor_cache import open_to_read
 from train.vae import export
-from wan.checkpoint import open_checkpoint
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.miniature import STUDENT
-from wan.safetensors_file import write_tensors
-from wan.vae import VAEConfig, WanVAE
-from wan.weights import load_state
+from wan.models.dit_config import DiTConfig
+from wan.models.vae import VAEConfig, WanVAE
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.hub import STUDENT
+from wan.weights.load import load_state
+from wan.weights.safetensors_file import write_tensors
 
 clips = test_clips.clips
 

@@ -4,13 +4,15 @@ import pytest
 import torch
 from test_pipeline import DIT, TEXT, random_weights
 
-from wan.checkpoint import open_checkpoint
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.lora import LoRA, LoRAMerge, merge_lora
-from wan.lora_files import LowRank
-from wan.quantize import (
+from wan.lora.files import LowRank
+from wan.lora.merge import LoRA, LoRAMerge, merge_lora
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Encoder
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.load import build_on_meta, load_module, save_component
+from wan.weights.quantize import (
     QuantizedLinear,
     quantization_error,
     quantization_of,
@@ -19,8 +21,6 @@ from wan.quantize import (
     quantize_weight,
     restore_weight,
 )
-from wan.umt5 import UMT5Encoder
-from wan.weights import build_on_meta, load_module, save_component
 
 KINDS = ("int8", "fp8")
 
@@ -137,7 +137,7 @@ def test_98_percent_of_the_5b_is_quantised():
 def test_loading_quantised_is_loading_and_then_quantising(tmp_path, kind, monkeypatch):
     dit = random_weights(WanDiT(DIT), 2)
     save_component(dit.state_dict(), tmp_path, "transformer")
-    monkeypatch.setattr("wan.weights.GROUP_BYTES", 3000)  # several groups, some of one tensor
+    monkeypatch.setattr("wan.weights.load.GROUP_BYTES", 3000)  # several groups, some of one tensor
     loaded = load_module(
         lambda: WanDiT(DIT), open_checkpoint(tmp_path), "transformer", quantize=kind
     )

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from configs.benchmark import BenchConfig
+from configs.cli import compose_runs
+from configs.command_line import ATTENTION, CommandLine
+from configs.conversion import ConvertConfig
 from configs.data import PreprocessConfig
 from configs.distillation import DistillConfig
+from configs.parity import ParityConfig
 from configs.training import FinetuneConfig, TextEncoderTrainConfig, VAETrainConfig
-from infer.ablate import LINE as ABLATE
-from infer.cli import compose_runs
-from infer.command_line import ATTENTION, CommandLine
-from infer.convert import ConvertConfig
-from infer.evaluate import LINE as EVALUATE
-from infer.parity import ParityConfig
-from infer.sample import LINE as SAMPLE
-from infer.study import LINE as STUDY
+from infer.ablate.__main__ import LINE as ABLATE
+from infer.evaluate.__main__ import LINE as EVALUATE
+from infer.sample.__main__ import LINE as SAMPLE
+from infer.study.__main__ import LINE as STUDY
 from train.plot import PlotConfig
 
 ROOT = Path(__file__).parents[1]

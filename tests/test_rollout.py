@@ -14,11 +14,11 @@ from train.rollout import (
     roll_out,
     states_at_exits,
 )
-from wan.denoiser import Denoiser, Expert, guide
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
-from wan.samplers import sample_few_step
-from wan.schedule import few_step_schedule
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.sampling.denoiser import Denoiser, Expert, guide
+from wan.sampling.samplers import sample_few_step
+from wan.sampling.schedule import few_step_schedule
 
 TINY = DiTConfig(
     num_attention_heads=2,

@@ -3,7 +3,7 @@ import torch
 from reference.rope import rotate
 
 from wan.errors import WanError
-from wan.rope import apply_rope, axis_channels, rope_table
+from wan.models.rope import apply_rope, axis_channels, rope_table
 
 
 def test_released_heads_split_into_44_42_42():

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from wan.errors import WanError
-from wan.safetensors_file import (
+from wan.weights.safetensors_file import (
     MAX_HEADER_BYTES,
     map_tensors,
     raw_bytes,

@@ -16,21 +16,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_pipeline import build, write_tokenizer
 
-import infer.generate
 import infer.loading
-import infer.request
-import wan.hub
-from infer.cli import INTERRUPTED, USER_ERROR, execute
-from infer.generate import BAD_RESULT
+import infer.sample.generate
+import infer.sample.request
+import wan.weights.hub
+from configs.cli import INTERRUPTED, USER_ERROR, execute
 from infer.loading import LoadedModel, StageBars
-from infer.record import OutputFiles, reserve_files, without_home
-from infer.sample import LINE, SampleCommand
-from wan.digests import write_manifest
-from wan.images import load_image
-from wan.miniature import STUDENT, TEACHER
-from wan.noise import draw_noise, sample_generators
-from wan.pipeline import WanDMDPipeline, WanPipeline
-from wan.video import read_video
+from infer.sample.__main__ import LINE, SampleCommand
+from infer.sample.generate import BAD_RESULT
+from infer.sample.record import OutputFiles, reserve_files, without_home
+from wan.media.images import load_image
+from wan.media.video import read_video
+from wan.pipeline.pipeline import WanDMDPipeline, WanPipeline
+from wan.sampling.noise import draw_noise, sample_generators
+from wan.weights.digests import write_manifest
+from wan.weights.hub import STUDENT, TEACHER
 
 PROMPT = 'a red circle, moving: ${right} (or "left")'
 
@@ -127,7 +127,7 @@ def test_the_header_tells_every_setting_and_its_source(run):
 def test_memory_is_predicted_and_what_cannot_fit_refused_unread(
     run, weights_stay_unread, monkeypatch
 ):
-    monkeypatch.setattr(infer.generate, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(infer.sample.generate, "free_bytes", lambda device: 1000)
     code, _, err = run("prompt=x", "preflight=always")
     assert code == USER_ERROR
     assert "memory, predicted: load" in err
@@ -236,7 +236,7 @@ def test_images_of_a_prompt_file_are_read_one_at_a_time(run, tmp_path, monkeypat
         most = max(most, len(alive))
         return image
 
-    monkeypatch.setattr(infer.request, "load_image", watched)
+    monkeypatch.setattr(infer.sample.request, "load_image", watched)
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     (tmp_path / "jobs").write_text('{"prompt": "x", "image": "a.png"}\n' * 3)
     code, _, err = run(f"prompt_file={tmp_path / 'jobs'}", "steps=1")
@@ -413,7 +413,7 @@ def test_weights_are_fetched_for_requests_that_can_work_alone(run, models, monke
         asked.append("*.safetensors" in allow_patterns)
         return str(models / "student")
 
-    monkeypatch.setattr(wan.hub, "snapshot_download", fetch)
+    monkeypatch.setattr(wan.weights.hub, "snapshot_download", fetch)
     for option in ("height=33", "guidance_scale=5"):
         assert run("checkpoint=someone/model", "prompt=x", option)[0] == USER_ERROR
     assert asked == [False, False]
@@ -497,7 +497,7 @@ def test_ctrl_c_keeps_what_there_is(run, tmp_path, monkeypatch, stage, done, ste
             if (at, count) == (stage, done):
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer.generate, "StageBars", Interrupting)
+    monkeypatch.setattr(infer.sample.generate, "StageBars", Interrupting)
     code, out, err = run("prompt=x", "-m", "seed=0,1")
     assert code == INTERRUPTED
     assert not out
@@ -531,7 +531,8 @@ def test_a_result_that_shows_nothing_is_a_failure(run, tmp_path, monkeypatch, vi
 
 def test_latents_that_blow_up_are_a_failure_that_names_the_step(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "wan.pipeline.Denoiser.__call__", lambda self, x, t: x * (float("nan") if t < 950 else 1)
+        "wan.pipeline.pipeline.Denoiser.__call__",
+        lambda self, x, t: x * (float("nan") if t < 950 else 1),
     )
     code, _, err = run("prompt=x")
     assert code == BAD_RESULT
@@ -545,7 +546,7 @@ def test_a_full_disk_at_the_end_keeps_the_latents(run, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device", "x.mp4")
 
-    monkeypatch.setattr(infer.generate, "write_video", full)
+    monkeypatch.setattr(infer.sample.generate, "write_video", full)
     code, _, err = run("prompt=x", "save_latents=false")
     assert code == USER_ERROR
     assert "No space left" in err
@@ -584,8 +585,8 @@ def test_the_home_folder_is_not_told(monkeypatch):
 def test_a_cold_start_loads_no_compiler_and_a_mistake_no_pytorch(models, tmp_path):
     code = (
         "import sys\n"
-        "from infer.cli import execute\n"
-        "from infer.sample import LINE, SampleCommand\n"
+        "from configs.cli import execute\n"
+        "from infer.sample.__main__ import LINE, SampleCommand\n"
         "assert execute(SampleCommand(), LINE, '', ['stps=3']) == 2\n"
         "assert 'torch' not in sys.modules\n"
         "assert execute(SampleCommand(), LINE, '', sys.argv[1:]) == 0\n"

@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from wan.errors import WanError
-from wan.samplers import SAMPLERS, build_sampler, sample_euler, sample_few_step, sample_unipc
-from wan.schedule import Schedule, euler_schedule, few_step_schedule, unipc_schedule
+from wan.sampling.samplers import (
+    SAMPLERS,
+    build_sampler,
+    sample_euler,
+    sample_few_step,
+    sample_unipc,
+)
+from wan.sampling.schedule import Schedule, euler_schedule, few_step_schedule, unipc_schedule
 
 SHAPE = (2, 3, 2, 4, 4)
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.pipeline_config import PipelineConfig
-from wan.sampling_plan import SamplingRequest, plan_sampling
-from wan.schedule import FEW_STEP_TABLE_SHIFT, euler_schedule, few_step_schedule
-from wan.umt5 import UMT5Config
-from wan.vae_config import VAEConfig
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Config
+from wan.models.vae_config import VAEConfig
+from wan.pipeline.config import PipelineConfig
+from wan.pipeline.plan import SamplingRequest, plan_sampling
+from wan.sampling.schedule import FEW_STEP_TABLE_SHIFT, euler_schedule, few_step_schedule
 
 TIMESTEPS = (1000.0, 757.0, 522.0)
 BASE = PipelineConfig("WanPipeline", DiTConfig(), VAEConfig(), UMT5Config())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from wan.errors import WanError
-from wan.schedule import (
+from wan.sampling.schedule import (
     Schedule,
     euler_schedule,
     few_step_schedule,

@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.conversion import ConvertConfig
 from configs.schema import SampleConfig
-from infer.convert import ConvertConfig
-from infer.convert import main as convert
+from infer.convert.__main__ import main as convert
+from infer.evaluate.queue import weight_digests
 from infer.loading import LoadedModel
-from infer.resumable import weight_digests
+from train.conditioning import component_digests
 from train.export import export_model
-from train.frozen import component_digests
-from wan.digests import list_files, write_manifest
 from wan.errors import WanError
-from wan.hub import resolve_model
-from wan.miniature import BUILTIN, BUILTIN_TEACHER, STUDENT, TEACHER
-from wan.pipeline import PIPELINES
-from wan.pipeline_config import model_files, part_folder, read_index, read_pipeline_config
+from wan.pipeline.config import model_files, part_folder, read_index, read_pipeline_config
+from wan.pipeline.pipeline import PIPELINES
+from wan.weights.digests import list_files, write_manifest
+from wan.weights.hub import BUILTIN, BUILTIN_TEACHER, STUDENT, TEACHER, resolve_model
 
 
 @pytest.fixture(scope="module")

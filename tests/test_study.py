@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_pipeline import build, write_tokenizer
 
+from configs.cli import Run, compose_runs, execute
 from configs.evaluation import (
     CAPTION_SETS,
     CaptionSetConfig,
@@ -20,14 +21,14 @@ from configs.evaluation import (
     StudyConfig,
 )
 from configs.schema import SamplerConfig
-from infer import study, study_report
-from infer.cli import Run, compose_runs, execute
-from infer.measure import draw_examples
-from infer.resumable import LastPipeline
-from infer.study import LINE, main, open_source, question_key, weights_of
-from infer.study_report import read_settings
-from wan.attention_config import AttentionConfig
+from infer.evaluate.measure import draw_examples
+from infer.evaluate.queue import LastPipeline, open_source, question_key, weights_of
+from infer.study import __main__ as study
+from infer.study import report as study_report
+from infer.study.__main__ import LINE, main
+from infer.study.report import read_settings
 from wan.errors import WanError
+from wan.models.attention_config import AttentionConfig
 
 
 def ceilings(folder: Path, **changes) -> StudyConfig:

@@ -10,7 +10,7 @@ import sentencepiece
 import transformers
 
 from wan.errors import WanError
-from wan.tokenizer import (
+from wan.models.tokenizer import (
     Tokenizer,
     clean_prompt,
     tokenizer_json_from_spiece,

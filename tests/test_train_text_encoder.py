@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch import nn
 
+from configs.cli import execute
+from configs.command_line import CommandLine
 from configs.training import LoopConfig, TextEncoderTrainConfig
-from infer.cli import execute
-from infer.command_line import CommandLine
 from train.optim import make_optimizers
 from train.state import TrainState
 from train.text_encoder import (
@@ -35,13 +35,13 @@ from train.text_encoder import (
     train_spiece,
     train_text_encoder,
 )
-from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
-from wan.miniature import STUDENT
 from wan.miniature.captions import BACKGROUND_WORDS, COLOUR_WORDS, SIZE_WORDS, vocabulary
-from wan.tokenizer import Tokenizer, write_tokenizer_folder
-from wan.umt5 import UMT5Config, UMT5Encoder, encode_text
-from wan.weights import load_module
+from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
+from wan.models.umt5 import UMT5Config, UMT5Encoder, encode_text
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.hub import STUDENT
+from wan.weights.load import load_module
 
 NAMES = list(CLASSES)
 

@@ -6,10 +6,10 @@ import torch
 
 from configs.training import LoopConfig, VAETrainConfig
 from train.vae import crop_around_objects, foreground_mask, rendered_clips, train_vae
-from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
-from wan.vae import VAEConfig, WanVAE
-from wan.weights import load_module, load_state
+from wan.models.vae import VAEConfig, WanVAE
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.load import load_module, load_state
 
 TINY = {
     "base_dim": 4,

@@ -6,12 +6,12 @@ import time
 import pytest
 import torch
 
-from train.store import only_writer
+from train.tensor_cache import only_writer
 from train.trajectories import NOISE_SEED, grid_through, sample_trajectories
 from wan.errors import WanError
-from wan.noise import draw_noise, sample_generators
-from wan.samplers import sample_unipc
-from wan.schedule import few_step_schedule, shift_sigmas
+from wan.sampling.noise import draw_noise, sample_generators
+from wan.sampling.samplers import sample_unipc
+from wan.sampling.schedule import few_step_schedule, shift_sigmas
 
 SHAPE, CAPTIONS = (2, 1, 2, 2), ["red", "green", "blue"]
 LEVELS = few_step_schedule([1000, 757, 522]).sigmas[:-1].tolist()

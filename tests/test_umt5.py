@@ -8,8 +8,8 @@ import transformers
 from torch import Tensor
 
 from wan.errors import WanError
-from wan.tokenizer import EOS_ID, Tokenizer
-from wan.umt5 import UMT5Config, UMT5Encoder, encode_text, relative_position_buckets
+from wan.models.tokenizer import EOS_ID, Tokenizer
+from wan.models.umt5 import UMT5Config, UMT5Encoder, encode_text, relative_position_buckets
 
 TINY = UMT5Config(vocab_size=97, d_model=48, d_kv=8, d_ff=80, num_layers=3, num_heads=4)
 

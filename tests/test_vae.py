@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
 from wan.errors import WanError
-from wan.keys import VAELevels, released_name
-from wan.vae import VAEConfig, WanVAE, decode_tiled, patchify, unpatchify
-from wan.vae_layers import Conv3d, DoublingConv2d
+from wan.models.vae import VAEConfig, WanVAE, decode_tiled, patchify, unpatchify
+from wan.models.vae_layers import Conv3d, DoublingConv2d
+from wan.weights.keys import VAELevels, released_name
 
 WAN22 = VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=6)
 WAN22.latents_mean, WAN22.latents_std = (0.1,) * 6, (1.3,) * 6

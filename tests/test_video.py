@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from wan.errors import WanError
-from wan.video import (
+from wan.media.video import (
     contact_sheet,
     flaw,
     frame_rate,
@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypa
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wan.video._encode", full)
+    monkeypatch.setattr("wan.media.video._encode", full)
     with pytest.raises(OSError, match="No space"):
         write_video(path, moving_square(5), 8)
     assert path.read_bytes() == before
@@ -108,11 +108,11 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypa
 
 
 def test_a_file_that_reads_back_shorter_is_an_error(tmp_path, monkeypatch):
-    import wan.video
+    import wan.media.video
 
-    encode = wan.video._encode
+    encode = wan.media.video._encode
     monkeypatch.setattr(
-        wan.video, "_encode", lambda path, frames, *rest: encode(path, frames[:-1], *rest)
+        wan.media.video, "_encode", lambda path, frames, *rest: encode(path, frames[:-1], *rest)
     )
     with pytest.raises(OSError, match="reads back"):
         write_video(tmp_path / "a.mp4", moving_square(5), 8)

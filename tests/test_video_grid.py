@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from infer.evaluate.video_grid import BACKGROUND, GAP, LINE_HEIGHT, video_grid
 from wan.errors import WanError
-from wan.video import write_video
-from wan.video_grid import BACKGROUND, GAP, LINE_HEIGHT, video_grid
+from wan.media.video import write_video
 
 
 def flat(level: int, frames: int = 2, height: int = 16, width: int = 64) -> np.ndarray:

@@ -9,17 +9,24 @@ import pytest
 import torch
 from torch import nn
 
-import wan.tensor_reader
-from wan.checkpoint import open_checkpoint
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
+import wan.weights.tensor_reader
 from wan.errors import WanError
-from wan.keys import VAELevels, released_name
-from wan.pipeline import WanPipeline
-from wan.safetensors_file import map_tensors, read_header, write_tensors
-from wan.umt5 import UMT5Config, UMT5Encoder
-from wan.vae import VAEConfig, WanVAE
-from wan.weights import census_line, dtype_census, grouped, load_module, load_state, save_component
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Config, UMT5Encoder
+from wan.models.vae import VAEConfig, WanVAE
+from wan.pipeline.pipeline import WanPipeline
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.keys import VAELevels, released_name
+from wan.weights.load import (
+    census_line,
+    dtype_census,
+    grouped,
+    load_module,
+    load_state,
+    save_component,
+)
+from wan.weights.safetensors_file import map_tensors, read_header, write_tensors
 
 DIT = DiTConfig(2, 16, 3, 48, in_channels=4, out_channels=4, text_dim=24, freq_dim=16)
 UMT5 = UMT5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
@@ -143,7 +150,7 @@ def test_saving_refuses_a_folder_with_weights_foreign_names_and_a_full_disk(tmp_
     with pytest.raises(WanError, match=r"x\.weight: not a parameter of our transformer"):
         save_component({"x.weight": torch.zeros(1)}, tmp_path / "b", "transformer")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("wan.weights.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("wan.weights.load.shutil.disk_usage", lambda _: usage)
     with pytest.raises(WanError, match=r"GB to write, 0\.00 GB free"):
         save("dit", tmp_path / "c")
     assert not list((tmp_path / "c").iterdir())
@@ -163,7 +170,9 @@ def test_saving_refuses_a_folder_with_weights_foreign_names_and_a_full_disk(tmp_
 def test_weights_arrive_in_the_asked_dtype_and_the_declared_ones_in_float32(
     tmp_path, monkeypatch, share, stored, dtype
 ):
-    monkeypatch.setattr(wan.tensor_reader, "CHUNK_BYTES", 1 << 10)  # most tensors take many chunks
+    monkeypatch.setattr(
+        wan.weights.tensor_reader, "CHUNK_BYTES", 1 << 10
+    )  # most tensors take many chunks
     state = save("dit", tmp_path, dtype=stored)
     module = load("dit", tmp_path, dtype=dtype, threads=3, share_mapping=share)
     wide = 0
@@ -331,7 +340,7 @@ def test_diffusers_and_official_names_in_one_file_are_refused(tmp_path):
 def test_one_value_that_is_not_finite_is_found_wherever_it_is(
     tmp_path, monkeypatch, value, dtype, at
 ):
-    monkeypatch.setattr(wan.tensor_reader, "CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(wan.weights.tensor_reader, "CHUNK_BYTES", 1 << 10)
     save("dit", tmp_path)
     name = "blocks.2.ffn.net.0.proj.weight"
 

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from train.parallel import ALONE, Rows, World
-from wan.digests import sha256_file
 from wan.errors import WanError
 from wan.files import flush_to_disk
+from wan.weights.digests import sha256_file
 
 PREFIX = "step-"
 UNFINISHED = ".writing-"

@@ -22,10 +22,12 @@ from torch import Tensor
 from configs.data import Size
 from configs.schema import PICTURES, check_text
 from wan.errors import WanError
-from wan.images import load_image
-from wan.video import Frames, VideoScan, scan_video, to_uint8
+from wan.files import read_text
+from wan.media.images import load_image
+from wan.media.video import Frames, VideoScan, scan_video, to_uint8
 
-RECIPE = 1  # how files become frames; raise it when this file or wan/video.py change what they give
+# How files become frames. Raise it when this file or wan/media/video.py changes what they give.
+RECIPE = 1
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 SAME_RATE = 0.01  # 23.976 stands for 24
 SAME_SHAPE = 0.01  # scaling to even widths leaves pixels of 1280/1281
@@ -146,13 +148,6 @@ def list_entry(source: Path, number: int, row: Any) -> Clip:
         )
     caption = row.get("prompt")
     return Clip(row["video"], source.parent / row["video"], caption if caption else "")
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise WanError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
 def read_prompts(path: Path) -> list[str]:

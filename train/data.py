@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.data import DataConfig
-from train.frozen import (
+from train.conditioning import (
     TEXT_LENGTH,
     RowsOf,
     TextRows,
@@ -31,16 +31,16 @@ from train.frozen import (
     load_frozen,
     text_dtype,
 )
-from train.store import TensorStore, key_of, open_to_read
+from train.tensor_cache import TensorStore, key_of, open_to_read
 from wan.errors import WanError
 from wan.files import write_text
 from wan.miniature.captions import caption
 from wan.miniature.world import render, sample_scene, scene_rng
-from wan.pipeline_config import PipelineConfig, part_folder
-from wan.safetensors_file import map_tensors, read_header, write_tensors
-from wan.tokenizer import Tokenizer
-from wan.umt5 import UMT5Encoder
-from wan.vae import WanVAE
+from wan.models.tokenizer import Tokenizer
+from wan.models.umt5 import UMT5Encoder
+from wan.models.vae import WanVAE
+from wan.pipeline.config import PipelineConfig, part_folder
+from wan.weights.safetensors_file import map_tensors, read_header, write_tensors
 
 SHARD = 512  # clips per file of the world's cache
 INDEX, REPORT = "index.json", "report.jsonl"  # of a folder that train.preprocess wrote

@@ -25,14 +25,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from configs.cli import INTERRUPTED, run_command
+from configs.command_line import ATTENTION
 from configs.distillation import DistillConfig
-from infer.cli import INTERRUPTED, run_command
-from infer.command_line import ATTENTION
 from train.checkpoint import best_checkpoint, load_checkpoint
-from train.data import open_data
-from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
-from train.export import export_model
-from train.frozen import (
+from train.conditioning import (
     TextRows,
     Texts,
     component_digests,
@@ -40,30 +37,33 @@ from train.frozen import (
     text_dtype,
     transformer_digest,
 )
-from train.health import Samples, decode, panel_numbers, world_panel, write_pictures
+from train.data import open_data
+from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
+from train.export import export_model
 from train.loop import run_training
 from train.parallel import World, start
 from train.plan import PlanRequest, format_plan, plan
 from train.state import TrainState
-from train.store import key_of
+from train.tensor_cache import key_of
 from train.trajectories import Trajectories, grid_through, sample_trajectories
-from wan.attention import network_attention
-from wan.attention_config import AttentionConfig
-from wan.checkpoint import open_checkpoint
-from wan.dit import WanDiT
+from train.validation import Samples, decode, panel_numbers, world_panel, write_pictures
 from wan.errors import WanError
-from wan.hub import CONFIGS, resolve_model
-from wan.lora import add_lora, fold_lora
+from wan.lora.merge import add_lora, fold_lora
+from wan.media.video import to_uint8, write_video
 from wan.miniature.captions import OMIT, caption
 from wan.miniature.world import sample_scene, scene_rng
-from wan.pipeline_config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
-from wan.safetensors_file import read_header, write_tensors
-from wan.schedule import euler_schedule
-from wan.tokenizer import Tokenizer
-from wan.umt5 import UMT5Encoder
-from wan.vae import WanVAE
-from wan.video import to_uint8, write_video
-from wan.weights import load_state
+from wan.models.attention import network_attention
+from wan.models.attention_config import AttentionConfig
+from wan.models.dit import WanDiT
+from wan.models.tokenizer import Tokenizer
+from wan.models.umt5 import UMT5Encoder
+from wan.models.vae import WanVAE
+from wan.pipeline.config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
+from wan.sampling.schedule import euler_schedule
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.hub import CONFIGS, resolve_model
+from wan.weights.load import load_state
+from wan.weights.safetensors_file import read_header, write_tensors
 
 
 def world_captions(config: DistillConfig) -> Callable[[int], Clips]:

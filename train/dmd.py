@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.distillation import DistillConfig
-from train.frozen import Texts
+from train.conditioning import Texts
 from train.gan import Discriminator, block_numbers, noised_logits
-from train.health import saturated_share
 from train.loop import CLIPS, step_generator
 from train.losses import (
     adversarial_loss,
@@ -41,13 +40,14 @@ from train.rollout import (
 )
 from train.state import TrainState
 from train.trajectories import Trajectories
-from wan.dit import WanDiT
+from train.validation import saturated_share
 from wan.errors import WanError
-from wan.flow import add_noise, velocity_target
-from wan.noise import draw_noise, sample_generators
-from wan.pipeline_config import PipelineConfig
-from wan.samplers import sample_euler, sample_few_step
-from wan.schedule import NUM_TIMESTEPS, Schedule, few_step_schedule
+from wan.models.dit import WanDiT
+from wan.pipeline.config import PipelineConfig
+from wan.sampling.flow import add_noise, velocity_target
+from wan.sampling.noise import draw_noise, sample_generators
+from wan.sampling.samplers import sample_euler, sample_few_step
+from wan.sampling.schedule import NUM_TIMESTEPS, Schedule, few_step_schedule
 
 CRITIC_BINS = 5  # the critic's loss is logged by noise level, in as many bins of [0, 1]
 PANEL_SEED = 1_000_000  # noise of the validation samples: sample i has this plus i

@@ -5,13 +5,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from train.store import only_writer
-from wan.attention import SPARSE
-from wan.dit import WanDiT
-from wan.lora import save_lora
-from wan.lora_files import ATTENTION
-from wan.pipeline_config import PipelineConfig, part_folder, write_configs
-from wan.weights import save_component
+from train.tensor_cache import only_writer
+from wan.lora.files import ATTENTION
+from wan.lora.merge import save_lora
+from wan.models.attention import SPARSE
+from wan.models.dit import WanDiT
+from wan.pipeline.config import PipelineConfig, part_folder, write_configs
+from wan.weights.load import save_component
 
 
 def export_model(

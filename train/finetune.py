@@ -14,30 +14,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.cli import INTERRUPTED, run_command
+from configs.command_line import ATTENTION
 from configs.training import FinetuneConfig
-from infer.cli import INTERRUPTED, run_command
-from infer.command_line import ATTENTION
+from train.conditioning import Texts
 from train.data import LatentCache, open_data
 from train.export import export_model
-from train.frozen import Texts
 from train.loop import CLIPS, run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.parallel import World, start
 from train.state import TrainState
-from wan.checkpoint import open_checkpoint
-from wan.denoiser import guide
-from wan.dit import WanDiT
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.flow import add_noise, velocity_target
-from wan.hub import resolve_model
-from wan.lora import add_lora
+from wan.files import read_json
+from wan.lora.merge import add_lora
 from wan.miniature.captions import caption
 from wan.miniature.detect import accuracies, detect, score
 from wan.miniature.world import NUM_FRAMES, STAGE, sample_scene, scene_rng
-from wan.noise import draw_noise, sample_generators
-from wan.pipeline_config import (
+from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Config
+from wan.models.vae import VAEConfig, WanVAE
+from wan.pipeline.config import (
     BASE,
     PipelineConfig,
     SamplingDefaults,
@@ -45,12 +43,14 @@ from wan.pipeline_config import (
     override_defaults,
     read_pipeline_config,
 )
-from wan.samplers import sample_euler
-from wan.schedule import euler_schedule
-from wan.tokenizer import read_json_object
-from wan.umt5 import UMT5Config
-from wan.vae import VAEConfig, WanVAE
-from wan.weights import load_module
+from wan.sampling.denoiser import guide
+from wan.sampling.flow import add_noise, velocity_target
+from wan.sampling.noise import draw_noise, sample_generators
+from wan.sampling.samplers import sample_euler
+from wan.sampling.schedule import euler_schedule
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.hub import resolve_model
+from wan.weights.load import load_module
 
 
 def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
@@ -69,8 +69,7 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
             )
         return settings
     parts = {
-        name: read_json_object(component_config(folder, name, {}))
-        for name in ("vae", "text_encoder")
+        name: read_json(component_config(folder, name, {})) for name in ("vae", "text_encoder")
     }
     return PipelineConfig(
         class_name=BASE,

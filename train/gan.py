@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from train.rollout import Condition, predict_velocity
-from wan.dit import WanDiT
 from wan.errors import WanError
-from wan.flow import add_noise
-from wan.schedule import NUM_TIMESTEPS
+from wan.models.dit import WanDiT
+from wan.sampling.flow import add_noise
+from wan.sampling.schedule import NUM_TIMESTEPS
 
 
 class Discriminator(nn.Module):

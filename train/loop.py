@@ -17,7 +17,7 @@ from train.checkpoint import load_latest, save_checkpoint
 from train.metrics import MetricsLog, media_files
 from train.parallel import ALONE, World
 from train.state import TrainState
-from train.store import only_writer
+from train.tensor_cache import only_writer
 from wan.errors import WanError
 
 

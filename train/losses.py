@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.errors import WanError
-from wan.schedule import shift_sigmas
+from wan.sampling.schedule import shift_sigmas
 
 # B batch; a latent is (B, C, T, H, W)
 

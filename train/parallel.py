@@ -40,9 +40,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from configs.parallel import ParallelConfig
-from wan.dit import WanDiT
 from wan.errors import WanError
-from wan.placement import resolve_device
+from wan.models.dit import WanDiT
+from wan.runtime.offload import resolve_device
 
 T = TypeVar("T")
 Rows = tuple[int, int]  # first row and number of rows

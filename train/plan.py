@@ -2,7 +2,8 @@
 
     print(format_plan(plan(PlanRequest(dit, latent_size=(31, 44, 80), num_gpus=8))))
 
-The counts are those of `wan.costs`. Three things are assumptions and stand here as constants or
+The counts are those of `wan.runtime.costs`. Three things are assumptions and stand here as
+constants or
 arguments: the share of the GPU that is not ours, the room that a forward needs while it runs, and
 the rate that is reached.
 """
@@ -13,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.rollout import mean_forwards
-from wan.costs import count_parameters, kept_by_block, kept_outside, network_work
-from wan.dit_config import DiTConfig
 from wan.errors import WanError
-from wan.weights import short
+from wan.models.dit_config import DiTConfig
+from wan.runtime.costs import count_parameters, kept_by_block, kept_outside, network_work
+from wan.weights.load import short
 
-RECOMPUTE = ("none", "selective", "full")  # of `wan.recompute`, the fewest kept bytes last
+RECOMPUTE = ("none", "selective", "full")  # of `wan.models.recompute`, the fewest kept bytes last
 # CUDA's context, NCCL's buffers and what the allocator cannot join.
 RESERVE = 0.08
 
@@ -45,7 +46,7 @@ class PlanRequest:
         batch_size: clips of all GPUs together.
         bfloat16: matrix products in bfloat16; trained weights, AdamW and the average are float32.
         frozen_bytes: per weight of networks that are not trained.
-        checkpoint_blocks: see `wan.recompute`.
+        checkpoint_blocks: see `wan.models.recompute`.
         shard: None for all GPUs that `replicate` and `sequence` leave.
         other_bytes: what else stays on each GPU, such as a text encoder.
         rate: FLOP/s of a GPU, measured or assumed. FastVideo's run of the 5B reached 285e12.

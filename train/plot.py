@@ -9,8 +9,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.cli import run_command
 from configs.schema import PICTURES, check_ending, option
-from infer.cli import run_command
 from train.metrics import read_metrics
 from wan.errors import WanError
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.cli import run_command
 from configs.data import PreprocessConfig
-from infer.cli import run_command
 from train.clips import (
     RECIPE,
     Clip,
@@ -32,19 +32,19 @@ from train.clips import (
     read_clip,
     read_prompts,
 )
+from train.conditioning import RowsOf, TextRows, component_digests, load_frozen, text_dtype
 from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
-from train.frozen import RowsOf, TextRows, component_digests, load_frozen, text_dtype
-from train.store import TensorStore, key_of, only_writer, open_to_extend
-from wan.digests import sha256_file
-from wan.dit_config import DiTConfig
+from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend
 from wan.errors import WanError
-from wan.files import write_text
-from wan.hub import resolve_model
-from wan.pipeline_config import component_config, part_folder
-from wan.placement import resolve_device
-from wan.tokenizer import Tokenizer, clean_prompt, read_json_object
-from wan.umt5 import UMT5Config, UMT5Encoder
-from wan.vae import VAEConfig, WanVAE
+from wan.files import read_json, write_text
+from wan.models.dit_config import DiTConfig
+from wan.models.tokenizer import Tokenizer, clean_prompt
+from wan.models.umt5 import UMT5Config, UMT5Encoder
+from wan.models.vae import VAEConfig, WanVAE
+from wan.pipeline.config import component_config, part_folder
+from wan.runtime.offload import resolve_device
+from wan.weights.digests import sha256_file
+from wan.weights.hub import resolve_model
 
 CHECK = "check.jsonl"  # the report of check_only=true and of runs that fail: both change no data
 CHUNK = 16  # frames that the autoencoder takes at a time
@@ -63,7 +63,7 @@ def preprocess(config: PreprocessConfig) -> int:
     source = resolve_model(config.checkpoint)
 
     def read_settings(name: str) -> Row:
-        return read_json_object(component_config(source, name, {}))
+        return read_json(component_config(source, name, {}))
 
     def load_vae() -> WanVAE:
         settings = VAEConfig.from_json(read_settings("vae"))
@@ -134,7 +134,7 @@ def patch_size(source: Path) -> tuple[int, int, int]:
     path = part_folder(source, "transformer") / "config.json"
     if not path.is_file():
         return (1, 1, 1)
-    return read_json_object(path).get("patch_size", DiTConfig.patch_size)
+    return read_json(path).get("patch_size", DiTConfig.patch_size)
 
 
 def latent_shapes(
@@ -172,7 +172,7 @@ def claim(folder: Path, index: Row) -> None:
             f"output_dir={folder} holds {shards[0].name} and no {INDEX}: it is no folder of this "
             "command; choose another"
         )
-    there, now = read_json_object(path).get("identity", {}), index["identity"]
+    there, now = read_json(path).get("identity", {}), index["identity"]
     if "recipe" not in there:
         raise WanError(
             f"output_dir={folder} was written by an earlier version, which judged clips by other "

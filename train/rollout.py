@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wan.denoiser import guide
-from wan.flow import x0_from_velocity
-from wan.samplers import few_step
-from wan.schedule import NUM_TIMESTEPS, Schedule
+from wan.sampling.denoiser import guide
+from wan.sampling.flow import x0_from_velocity
+from wan.sampling.samplers import few_step
+from wan.sampling.schedule import NUM_TIMESTEPS, Schedule
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def states_at_exits(
     Args:
         exits: (B,), from `draw_exits`.
         noises: K of (B, C, T, H, W): the start, then one per re-noising.
-        deterministic: as in `wan.samplers.sample_few_step`.
+        deterministic: as in `wan.sampling.samplers.sample_few_step`.
         for_all: run so many steps for every sample, needed or not: all ranks of a sharded network
             must run equally many forwards.
     """

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.cli import INTERRUPTED, run_command
 from configs.training import TextEncoderTrainConfig
-from infer.cli import INTERRUPTED, run_command
 from train.loop import run_training, step_generator
 from train.optim import apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
@@ -29,9 +29,9 @@ from wan.errors import WanError
 from wan.files import write_text
 from wan.miniature.captions import caption, label_classes
 from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
-from wan.tokenizer import Tokenizer, write_tokenizer_folder
-from wan.umt5 import UMT5Config, UMT5Encoder, pad_ids
-from wan.weights import save_component
+from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
+from wan.models.umt5 import UMT5Config, UMT5Encoder, pad_ids
+from wan.weights.load import save_component
 
 # B captions, S text positions, D width, V vocabulary, K labels of a caption
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.parallel import ALONE, World
-from train.store import TensorStore, key_of, only_writer, open_to_extend, open_to_read
-from wan.noise import draw_noise, sample_generators
-from wan.samplers import build_sampler
-from wan.schedule import NUM_TIMESTEPS, Schedule, euler_schedule, shift_sigmas
+from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend, open_to_read
+from wan.sampling.noise import draw_noise, sample_generators
+from wan.sampling.samplers import build_sampler
+from wan.sampling.schedule import NUM_TIMESTEPS, Schedule, euler_schedule, shift_sigmas
 
 NAME = "trajectories"
 SAMPLER = "unipc"

@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.cli import INTERRUPTED, run_command
 from configs.training import VAETrainConfig
-from infer.cli import INTERRUPTED, run_command
 from train.loop import run_training, step_generator
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
-from wan.checkpoint import open_checkpoint
 from wan.errors import WanError
-from wan.keys import VAELevels
+from wan.files import read_json
 from wan.miniature.world import render, sample_scene, scene_rng
-from wan.tokenizer import read_json_object
-from wan.vae import StreamCache, VAEConfig, WanVAE
-from wan.weights import load_state, save_component
+from wan.models.vae import StreamCache, VAEConfig, WanVAE
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.keys import VAELevels
+from wan.weights.load import load_state, save_component
 
 
 def initialize(vae: WanVAE) -> None:
@@ -174,7 +174,7 @@ def build_vae(config: VAETrainConfig) -> WanVAE:
         initialize(vae)
         return vae
     folder = Path(config.start).expanduser()
-    settings = VAEConfig.from_json(read_json_object(folder / "config.json"))
+    settings = VAEConfig.from_json(read_json(folder / "config.json"))
     vae = WanVAE(settings)
     vae.load_state_dict(load_state(open_checkpoint(folder), "vae"))
     if config.decoder_only:

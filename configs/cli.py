@@ -1,0 +1,419 @@
+"""The front door of every command: what a person typed -> checked settings -> main(settings).
+
+Hydra composes the YAML and parses `name=value`; the dataclass of the command checks the result.
+Free text never meets Hydra's grammar: it is taken out of the arguments first and put back into the
+dataclass afterwards, so that commas, quotes, brackets, `${...}` and `null` in a prompt are letters.
+What a person got wrong ends as one line on stderr and exit code 2, before anything heavy is loaded.
+"""
+
+import difflib
+import itertools
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any, Generic, NoReturn, TypeVar
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from configs.command_line import (
+    CONFIG_FOLDER,
+    CommandLine,
+    Shortcut,
+    help_text,
+    option_names,
+    preset_groups,
+    preset_names,
+    read_yaml,
+    short_key,
+)
+from configs.schema import check_text, read_config
+from wan.errors import WanError
+
+C = TypeVar("C")
+
+USER_ERROR = 2
+INTERRUPTED = 130  # what shells report after Ctrl-C
+
+# What other programs call our options; used in hints only.
+FOREIGN_NAMES = {
+    "num_inference_steps": "steps",
+    "sample_steps": "steps",
+    "sampling_steps": "steps",
+    "sample_shift": "shift",
+    "flow_shift": "shift",
+    "sample_guide_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "base_seed": "seed",
+    "frame_num": "num_frames",
+    "frames": "num_frames",
+    "size": "height=.. width",
+    "resolution": "height=.. width",
+    "n_prompt": "negative_prompt",
+    "prompt_path": "prompt_file",
+    "ckpt_dir": "checkpoint",
+    "model_path": "checkpoint",
+    "output": "output_dir",
+    "output_path": "output_dir",
+    "save_file": "output_dir",
+    "offload_model": "offload",
+    "lora_path": "lora",
+}
+
+FLAGS = {
+    "-h, --help": "print this and stop",
+    "-m, --multirun": "run all combinations of comma-separated values: -m steps=4,8 seed=0,1",
+    "--cfg": "print the settings as YAML and stop",
+    "--traceback": "show where in the code an error was raised",
+}
+
+
+@dataclass(frozen=True)
+class Run(Generic[C]):
+    """One point of a sweep, or the only one.
+
+    Attributes:
+        config: the command's settings, checked.
+        sources: where the value of each option comes from, by dotted name: "command line", a
+            preset as `model=mini`, or "default".
+        presets: the chosen file of each group, e.g. {"model": "mini"}.
+        title: the swept values of this point; empty outside a sweep.
+    """
+
+    config: C
+    sources: dict[str, str]
+    presets: dict[str, str]
+    title: str
+
+
+def run_command(
+    main: Callable[[Any], int | None],
+    schema: type,
+    config_name: str,
+    text_keys: tuple[str, ...] = ("prompt", "negative_prompt"),
+    path_keys: tuple[str, ...] = (),
+    shortcuts: Mapping[str, Shortcut] = MappingProxyType({}),
+) -> NoReturn:
+    """Read sys.argv, call `main(config)` once per point of the sweep, and exit.
+
+    The exit code is the highest that `main` returned (None counts as 0), 2 after a WanError or a
+    file that could not be read or written, 130 after Ctrl-C. All points of a sweep are checked
+    before the first one runs.
+    """
+    line = CommandLine(schema, config_name, text_keys, path_keys, shortcuts)
+    run_jobs(lambda run: main(run.config), line, sys.modules[main.__module__].__doc__ or "")
+
+
+def run_jobs(
+    main: Callable[[Run[Any]], int | None], line: CommandLine, description: str
+) -> NoReturn:
+    """`run_command` for a main that also wants to know where its settings come from."""
+    sys.exit(execute(main, line, description, sys.argv[1:]))
+
+
+def execute(
+    main: Callable[[Run[Any]], int | None],
+    line: CommandLine,
+    description: str,
+    arguments: Sequence[str],
+) -> int:
+    """One command from its arguments to its exit code; never raises what a person can cause."""
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        return _execute(main, line, description, arguments)
+
+
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line for a person: where in the code it was raised helps nobody here."""
+    print("warning: " + " ".join(str(message).split()), file=sys.stderr)
+
+
+def _execute(
+    main: Callable[[Run[Any]], int | None],
+    line: CommandLine,
+    description: str,
+    arguments: Sequence[str],
+) -> int:
+    flags = [a for a in arguments if a.startswith("-")]
+    tokens = [a for a in arguments if not a.startswith("-")]
+    try:
+        _check_flags(flags, line)
+        if {"-h", "--help"} & set(flags):
+            print(help_text(line, description, FLAGS))
+            return 0
+        runs = compose_runs(line, tokens, sweep=bool({"-m", "--multirun"} & set(flags)))
+        if "--cfg" in flags:
+            for run in runs:
+                print(
+                    yaml.safe_dump(asdict(run.config), allow_unicode=True, sort_keys=False), end=""
+                )
+            return 0
+    except (WanError, OSError) as error:
+        if "--traceback" in flags:
+            raise
+        return report(error)
+    codes = [0]
+    for number, run in enumerate(runs, 1):
+        if run.title:
+            print(f"[{number}/{len(runs)}] {run.title}", file=sys.stderr)
+        try:
+            codes.append(main(run) or 0)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return INTERRUPTED
+        except (WanError, OSError) as error:
+            if "--traceback" in flags:
+                raise
+            codes.append(report(error))
+        if codes[-1] == INTERRUPTED:
+            return INTERRUPTED
+    return max(codes)
+
+
+def report(error: Exception) -> int:
+    """Print an error as one line; the exit code that belongs to it."""
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return USER_ERROR
+
+
+def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) -> list[Run[Any]]:
+    """`name=value` arguments -> the runs they ask for, each with a checked config.
+
+    Raises:
+        WanError: not name=value, an unknown option or preset, a value of the wrong type, an option
+            given twice, a list of values without `sweep`, a value that the schema refuses, or a
+            file that several points of a sweep would write.
+    """
+    _check_words(tokens, line)
+    tokens, texts = _take_texts(tokens, line, sweep)
+    overrides = [_parse(token, line) for token in tokens]
+    _check_once([line_key(line, o.key_or_group) for o in overrides] + list(texts), line)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_FOLDER)):
+        groups = preset_groups(line.config_name)
+        runs = []
+        for point in _points(overrides, sweep):
+            title = ", ".join(f"{o.key_or_group}={v}" for o, v in point if o.is_sweep_override())
+            runs.append(_compose_run(line, point, groups, texts, title))
+    _check_written(line, runs)
+    return runs
+
+
+def _check_words(tokens: Sequence[str], line: CommandLine) -> None:
+    """Refuse a word that is no option: most often the rest of a text without quotes."""
+    for number, token in enumerate(tokens):
+        if "=" in token:
+            continue
+        advice = "options are written name=value; --help lists them"
+        before = tokens[number - 1] if number else ""
+        key, _, value = before.partition("=")
+        if key in (*line.text_keys, *line.path_keys):
+            advice = f'put quotes around a text with spaces: {key}="{value} {token} ..."'
+        raise WanError(f"{token!r}: {advice}")
+
+
+def _take_texts(
+    tokens: Sequence[str], line: CommandLine, sweep: bool
+) -> tuple[list[str], dict[str, str | None]]:
+    """Split literal texts and paths off: (arguments for Hydra, {option: value})."""
+    known = option_names(line.schema)
+    rest: list[str] = []
+    texts: dict[str, str | None] = {}
+    for token in tokens:
+        key, equals, value = token.partition("=")
+        key = key.lstrip("+")
+        is_path = key in line.path_keys and not (sweep and "," in value)
+        if not equals or not (key in line.text_keys or is_path) or key not in known:
+            rest.append(token)
+            continue
+        if key in texts:
+            raise WanError(f"{key}= is given twice")
+        check_text(key, value)
+        texts[key] = None if is_path and value == "null" else value
+    return rest, texts
+
+
+def _parse(token: str, line: CommandLine) -> Override:
+    """One argument by Hydra's grammar, or the reason why it is none."""
+    key, _, value = token.partition("=")
+    try:
+        override = OverridesParser.create().parse_override(token)
+    except HydraException as error:
+        raise WanError(
+            f"{key}=: cannot read {value!r}; put the value in quotes inside quotes if it is "
+            f"a text: '{key}=\"...\"'"
+        ) from error
+    if override.type == OverrideType.DEL:
+        raise WanError(f"{token}: options cannot be removed, only set")
+    if override.key_or_group.startswith("hydra"):
+        raise WanError(f"{token}: this command chooses its own output folders; see output_dir=")
+    return override
+
+
+def line_key(line: CommandLine, key: str) -> str:
+    """The full name of an option that may be typed by its short one."""
+    return line.shortcuts[key].key if key in line.shortcuts else key
+
+
+def _check_once(keys: list[str], line: CommandLine) -> None:
+    """Refuse an option that is set twice, and two options of which each replaces the other."""
+    for key in keys:
+        if keys.count(key) > 1:
+            raise WanError(f"{short_key(line, key)}= is given twice")
+    for shortcut in line.shortcuts.values():
+        for other in shortcut.clears:
+            if shortcut.key in keys and other in keys:
+                both = f"{short_key(line, shortcut.key)}= and {short_key(line, other)}="
+                raise WanError(f"{both} set the same thing: give only one of them")
+
+
+def _points(overrides: list[Override], sweep: bool) -> Iterator[list[tuple[Override, str]]]:
+    """The combinations of all listed values, as (override, value as Hydra text)."""
+    values: list[list[str]] = []
+    for override in overrides:
+        if override.is_sweep_override():
+            if not sweep:
+                raise WanError(
+                    f"{override.input_line}: one value only; add -m to run one after the other, "
+                    f"or write a list as {override.key_or_group}=[..]"
+                )
+            values.append(list(override.sweep_string_iterator()))
+        else:
+            values.append([override.get_value_element_as_str()])
+    for combination in itertools.product(*values):
+        yield list(zip(overrides, combination, strict=True))
+
+
+def _check_written(line: CommandLine, runs: Sequence[Run[Any]]) -> None:
+    """Refuse a sweep of which only the last point's file would be left."""
+    for key in line.written:
+        files = [file for run in runs if (file := getattr(run.config, key)) is not None]
+        if len(set(files)) < len(files):
+            raise WanError(
+                f"{key}={files[0]}: every point of the sweep would write it, one over the other; "
+                f"run them one by one, each with its own {key}="
+            )
+
+
+def _compose_run(
+    line: CommandLine,
+    point: list[tuple[Override, str]],
+    groups: Sequence[str],
+    texts: dict[str, str | None],
+    title: str,
+) -> Run[Any]:
+    arguments: list[str] = []
+    given = set(texts)
+    clears = {s.key: s.clears for s in line.shortcuts.values()}
+    for override, value in point:
+        key = line_key(line, override.key_or_group)
+        if key in groups:
+            _check_preset(key, value)
+            arguments.append(f"{key}={value}")
+            continue
+        arguments.append(f"++{key}={value}")  # ++: the schema decides which names exist
+        arguments += [f"++{other}=null" for other in clears.get(key, ())]
+        given |= {key, *clears.get(key, ())}
+    try:
+        cfg = compose(line.config_name, overrides=arguments, return_hydra_config=True)
+    except HydraException as error:
+        raise WanError(str(error).splitlines()[0]) from error
+    presets = {g: c for g, c in cfg.hydra.runtime.choices.items() if g in groups}
+    config = _read(line, groups, OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
+    config = _set_texts(config, texts)
+    sources = _sources(line.schema, presets) | dict.fromkeys(given, "command line")
+    return Run(config, sources, presets, title)
+
+
+def _check_preset(group: str, name: str) -> None:
+    known = preset_names(group)
+    if name not in known:
+        raise WanError(f"{group}={name}: no such preset; choose one of {', '.join(known)}")
+
+
+def _read(line: CommandLine, groups: Sequence[str], cfg: DictConfig) -> Any:
+    """`read_config` with OmegaConf's errors in a person's words."""
+    try:
+        return read_config(line.schema, cfg)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        known = [*option_names(line.schema), *line.shortcuts, *groups]
+        raise WanError(f"unknown option {key}=; {_suggest(key, known)}") from error
+    except OmegaConfBaseException as error:
+        key = short_key(line, str(error.full_key))
+        raise WanError(f"{key}=: {str(error).splitlines()[0]}") from error
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    if FOREIGN_NAMES.get(key, "").split("=")[0] in known:
+        return f"here it is called {FOREIGN_NAMES[key]}="
+    # Compare last parts too: `guidance` should find `sampler.guidance`.
+    close = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    close += [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    if close:
+        return "did you mean " + " or ".join(f"{name}=" for name in dict.fromkeys(close)) + "?"
+    return "--help lists all options"
+
+
+def _set_texts(config: Any, texts: Mapping[str, str | None]) -> Any:
+    """Put literal texts into the (nested) dataclass; its own checks run again."""
+    for key, value in texts.items():
+        parent, _, rest = key.partition(".")
+        if rest:
+            value = _set_texts(getattr(config, parent), {rest: value})
+        config = replace(config, **{parent: value})
+    return config
+
+
+def _sources(schema: type, presets: Mapping[str, str]) -> dict[str, str]:
+    """Which file sets which option; `model` comes last, as in the order in which files merge."""
+    sources = dict.fromkeys(option_names(schema), "default")
+    for group, choice in sorted(presets.items(), key=lambda item: item[0] == "model"):
+        for name in _names_in(group, choice):
+            if name in sources:
+                sources[name] = f"{group}={choice}"
+    return sources
+
+
+def _names_in(group: str, choice: str) -> Iterator[str]:
+    """The options that a preset file sets, with those of the files that it builds on."""
+    path = CONFIG_FOLDER / group / f"{choice}.yaml"
+    prefix = "" if "@package _global_" in path.read_text(encoding="utf-8") else f"{group}."
+    content = read_yaml(path)
+    for base in content.pop("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            yield from _names_in(group, base)
+    for name in _leaves(content):
+        yield prefix + name
+
+
+def _leaves(tree: Mapping[Any, Any]) -> Iterator[str]:
+    """Dotted names of all values in a tree of mappings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{name}" for name in _leaves(value))
+        else:
+            yield str(key)
+
+
+def _check_flags(flags: Sequence[str], line: CommandLine) -> None:
+    known = [name for names in FLAGS for name in names.split(", ")]
+    for flag in flags:
+        if flag in known:
+            continue
+        name = re.sub(r"=.*", "", flag.lstrip("-"), flags=re.DOTALL).replace("-", "_")
+        options = [*option_names(line.schema), *line.shortcuts]
+        if name in options:
+            raise WanError(f"{flag.split('=')[0]}: options are written without dashes: {name}=..")
+        raise WanError(f"unknown flag {flag}; the flags are {', '.join(known)}")

@@ -1,0 +1,48 @@
+"""The settings of the command that writes other layouts and LoRA files: convert."""
+
+from dataclasses import dataclass
+
+from configs.schema import DTYPES, check_choice, check_positive, option
+from wan.errors import WanError
+
+
+@dataclass
+class ConvertConfig:
+    """`infer.convert`."""
+
+    source: str = option(
+        "", "a component (file, index, folder), a whole release folder, mini or mini-teacher"
+    )
+    output: str = option("", "a folder to make, not there or empty; of a LoRA a .safetensors file")
+    layout: str = option("", "diffusers, official or prefixed")
+    base: str | None = option(None, "write a LoRA: the transformer that source was trained from")
+    rank: int | None = option(None, "of the LoRA's pairs")
+    diffs: bool = option(False, "the LoRA also keeps changed biases, norms and tables, whole")
+    device: str = option("cpu", "where a LoRA is computed: cpu, or cuda for large models")
+    dtype: str | None = option(None, "float32 or bfloat16; none keeps every bit, of a LoRA float32")
+    round_all: bool = option(False, "dtype= also for what models keep in float32: smaller files")
+    config: str | None = option(None, "config.json of a component that has none beside it")
+    shard_gb: float = option(
+        5.0, "largest weight file, in 10^9 bytes; layout=prefixed is always one"
+    )
+
+    def __post_init__(self) -> None:
+        check_positive("shard_gb", self.shard_gb)
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, DTYPES)
+        elif self.round_all:
+            raise WanError("round_all=true without dtype=: say what to round to")
+        check_choice("device", self.device, ("cpu", "cuda"))  # others know no float64
+
+    def check_task(self) -> None:
+        """Not in `__post_init__`: literal paths are filled in after it."""
+        needed = ("layout",) if self.base is None else ("rank",)
+        for name in ("source", "output", *needed):
+            if getattr(self, name) in (None, ""):
+                raise WanError(f"{name}= is missing; --help shows how to call this command")
+        lora = ("rank", "diffs", "device")
+        idle = lora if self.base is None else ("layout", "config", "round_all", "shard_gb")
+        for name in idle:
+            if getattr(self, name) != getattr(ConvertConfig, name):
+                task = "only with base=, for a LoRA" if self.base is None else "not for a LoRA"
+                raise WanError(f"{name}={getattr(self, name)}: {task}")

@@ -1,0 +1,342 @@
+"""What does a choice buy, and what does it cost? Every combination of some settings, measured.
+
+    python -m infer.ablate experiment=attention      # full attention and the rest, 3 and 50 steps
+    python -m infer.ablate experiment=steps          # 1 step to 50, teacher and student
+    python -m infer.ablate experiment=attention_5b   # the same of the 5B, on a GPU; and steps_5b
+    python -m infer.ablate model=mini-teacher attention=[sdpa,spatial] steps=[4,20]
+    python -m infer.ablate model=wan22_ti2v_5b prompt="a fox runs" num_seeds=4 steps=[4,10,20]
+
+Without a prompt, captions of the miniature's world are made and its detectors say whether clips
+show them. With prompts, clips of any model are compared with its exact many-step result on the same
+noise: that says how near a setting comes to it, and not which of the two is the better video.
+
+What is stored for the same settings and weights is not made again, so an interrupted run goes on
+where it stopped. What fails is named at the end, with exit code 1; the rest is still made.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.ablation import AblateConfig, Setting
+from configs.cli import Run, run_jobs
+from configs.command_line import CommandLine, Shortcut
+from configs.evaluation import loading_key
+from infer.ablate.report import Cell, write_report
+from infer.evaluate.measure import Result, draw_examples, evaluate, write_record
+from infer.evaluate.queue import (
+    LastPipeline,
+    is_stored,
+    open_source,
+    plan_record,
+    question_key,
+    report_failed,
+    result_key,
+    run_each,
+    warm_up,
+    weight_digests,
+    weights_of,
+)
+from infer.evaluate.sources import folder_of, sampling
+from infer.evaluate.video_distance import flicker, psnr, ssim
+from infer.sample.record import writable_folder
+from infer.sample.request import torch_dtype
+from wan.errors import WanError
+from wan.files import read_text, write_json
+from wan.media.video import to_uint8, write_video
+from wan.models.attention import ATTENTION, BACKENDS, SPARSE
+from wan.models.attention.choice import check_known
+from wan.pipeline.pipeline import WanPipelineOutput
+from wan.runtime.offload import resolve_device
+from wan.weights.safetensors_file import write_tensors
+
+LINE = CommandLine(
+    AblateConfig,
+    "ablate",
+    text_keys=("prompt", "negative_prompt"),
+    path_keys=("prompt_file", "output_dir", "checkpoint"),
+    shortcuts={name: Shortcut(f"grid.{name}") for name in ("attention", "steps", "shift")},
+)
+MAX_PSNR = 60.0  # dB; of 8-bit pixels that are equal but for one level in a few
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What all cells share."""
+
+    config: AblateConfig
+    folder: Path
+    models: LastPipeline
+
+
+# --- captions of the world ------------------------------------------------------------------------
+
+
+def make_captions(runner: Runner, cell: Cell) -> None:
+    """Make and read the clips of one setting and seed."""
+    question = runner.config.evaluation(cell.setting, cell.seed)
+    examples = draw_examples(question)
+    source, plan = open_source(question, runner.models)
+    warmup_seconds = warm_up(question, examples[0], runner.models)
+    results: list[Result] = []
+    clips = evaluate(examples, source, question.batch_size)
+    for result, video in tqdm(clips, cell.name, len(examples), unit="clip", disable=None):
+        if not results:
+            write_clip(runner, cell.file.with_suffix(".mp4"), video.nan_to_num(-1))
+        results.append(result)
+    write_record(cell.file, results, **about(runner, cell, plan, warmup_seconds))
+
+
+# --- any prompts ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip and how it was made.
+
+    Attributes:
+        video: (3, F, H, W) in [-1, 1].
+        warmup_seconds: see `LastPipeline.warm_up`; in none of the others.
+        seconds, cpu_seconds: of all stages together; the second is of all threads.
+        stages: seconds of each, as in `WanPipeline.last_timings`.
+    """
+
+    video: Tensor
+    plan: dict[str, Any]
+    warmup_seconds: float
+    seconds: float
+    cpu_seconds: float
+    stages: dict[str, float]
+
+
+def make_video(runner: Runner, setting: Setting, seed: int, prompt: str) -> Clip:
+    """Make a clip with the model warmed up."""
+    config = runner.config
+    question = config.evaluation(setting)
+    pipeline = runner.models.get(question)
+    options = sampling(question)
+    plan = pipeline.plan(**options, guidance_scale_2=config.guidance_scale_2)
+    names = ("height", "width", "num_frames", "max_sequence_length", "guidance_scale_2")
+    call = {name: getattr(config, name) for name in names}
+    call["negative_prompt"] = config.negative_prompt if plan.guided else None
+    warmup_seconds = runner.models.warm_up(question, prompt, **call)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    made = pipeline(prompt, seed=seed, output_type="pt", **call, **options)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    assert isinstance(made, WanPipelineOutput)
+    video = made.frames[0].transpose(0, 1) * 2 - 1
+    frames, height, width = video.shape[1:]
+    record = plan_record(pipeline, plan, height, width, frames)
+    return Clip(video, record, warmup_seconds, seconds, cpu_seconds, dict(pipeline.last_timings))
+
+
+def make_reference(runner: Runner, cell: Cell, file: Path) -> None:
+    """What cells are compared with, as 8-bit frames (F, H, W, 3)."""
+    assert cell.prompt is not None
+    setting = runner.config.reference_of(cell.setting)
+    exact = replace(runner, config=runner.config.unquantized())
+    try:
+        video = make_video(exact, setting, cell.seed, cell.prompt).video
+    except WanError as error:
+        raise WanError(
+            f"the reference: {error}; reference.checkpoint= names another model to compare with, "
+            "reference.steps=null takes the model's own steps"
+        ) from error
+    frames = torch.from_numpy(to_uint8(video))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, {"frames": frames})
+
+
+def make_compared(runner: Runner, cell: Cell, reference: Path) -> None:
+    """Make one clip and compare it with its reference, both as 8-bit frames."""
+    assert cell.prompt is not None
+    if not reference.is_file():
+        raise WanError("nothing to compare with: the reference failed, see above")
+    made = make_video(runner, cell.setting, cell.seed, cell.prompt)
+    frames = to_uint8(made.video)
+    ours, exact = (
+        pixels.permute(3, 0, 1, 2) / 255
+        for pixels in (torch.from_numpy(frames), load_file(reference)["frames"])
+    )
+    measures = {
+        "psnr": min(psnr(ours, exact), MAX_PSNR),
+        "ssim": ssim(ours, exact),
+        "flicker": flicker(ours),
+        "reference_flicker": flicker(exact),
+    }
+    write_clip(runner, cell.file.with_suffix(".mp4"), made.video)
+    stages = made.stages
+    clip = {
+        "prompt": cell.prompt,
+        "seed": cell.seed,
+        "measures": measures,
+        "seconds": stages["denoise"] + stages["decode"],  # a prompt is encoded once for all cells
+        "seconds_in_all": made.seconds,
+        "cpu_seconds_in_all": made.cpu_seconds,
+        "stages": stages,
+    }
+    write_json(cell.file, {**about(runner, cell, made.plan, made.warmup_seconds), "clips": [clip]})
+
+
+def reference_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
+    """The key of what a clip is compared with."""
+    return clip_key(config.unquantized(), config.reference_of(setting), seed, prompt)
+
+
+def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
+    """The key of one clip: all that its pixels depend on."""
+    how = asdict(setting) | loading_key(config)
+    for label in ("model", "attention_name"):
+        del how[label]
+    names = ("guidance_scale_2", "negative_prompt", "max_sequence_length", "height", "width")
+    rest = [getattr(config, name) for name in (*names, "num_frames")]
+    weights = weight_digests(folder_of(config.evaluation(setting)))
+    return result_key([how, rest, made_on(config), seed, prompt, weights])
+
+
+def made_on(config: AblateConfig) -> list[str]:
+    """The kind of device and the dtype, where the settings may say "auto"."""
+    device = resolve_device(config.device)
+    return [device.type, str(torch_dtype(config.dtype, device))]
+
+
+# --- the grid -------------------------------------------------------------------------------------
+
+
+def about(
+    runner: Runner, cell: Cell, plan: dict[str, Any] | None, warmup_seconds: float
+) -> dict[str, Any]:
+    """The head of a record."""
+    device = resolve_device(runner.config.device)
+    return {
+        "key": cell.key,
+        "setting": asdict(cell.setting),
+        "seed": cell.seed,
+        "plan": plan,
+        "warmup_seconds": warmup_seconds,
+        "device": str(device),
+        "dtype": str(torch_dtype(runner.config.dtype, device)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_clip(runner: Runner, file: Path, video: Tensor) -> None:
+    write_video(file, to_uint8(video), runner.config.fps or 8)
+
+
+def read_prompts(config: AblateConfig) -> list[str | None]:
+    """The prompts; None alone stands for captions of the world."""
+    if config.in_world or config.prompt is not None:
+        return [config.prompt]
+    if config.prompt_file is None:
+        return [*config.prompts]
+    path = Path(config.prompt_file).expanduser()
+    prompts: list[str | None] = [line.strip() for line in read_text(path).split("\n")]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise WanError(f"prompt_file={path}: no prompt in it; write one per line")
+    if len(set(prompts)) < len(prompts):
+        raise WanError(f"prompt_file={path}: a prompt is there twice; num_seeds= makes more of it")
+    return prompts
+
+
+def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str]]:
+    """All cells, and the names of those whose model is not there."""
+    cells: list[Cell] = []
+    prompts = read_prompts(config)
+
+    def add(setting: Setting, name: str, seed: int, number: int, prompt: str | None) -> None:
+        if prompt is None:
+            question = config.evaluation(setting, seed)
+            asked = question_key(question, draw_examples(question), weights_of(question))
+            key = result_key([asked, made_on(config)])
+        else:
+            of_clip = (config, setting, seed, prompt)
+            key = result_key([clip_key(*of_clip), reference_key(*of_clip)])
+        cells.append(Cell(setting, seed, prompt, number, name, key, folder / "cells"))
+
+    entries = {}
+    for setting in config.settings():
+        for number, prompt in enumerate(prompts):
+            for seed in config.seeds:
+                where = f", prompt {number + 1}" if len(prompts) > 1 else ""
+                name = f"{', '.join(setting.axes().values())}{where}, seed {seed}"
+                entries[name] = partial(add, setting, name, seed, number, prompt)
+    return cells, run_each(entries)
+
+
+def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str]:
+    """Make what is not stored yet; the names of the cells that failed."""
+    (folder / "cells").mkdir(exist_ok=True)
+    runner = Runner(config, folder, LastPipeline())
+    missing = [cell for cell in cells if not is_stored(cell.file, cell.key)]
+    if missing:
+        print(f"{len(missing)} of {len(cells)} cells to make", file=sys.stderr)
+    if config.in_world:
+        return run_each({cell.name: partial(make_captions, runner, cell) for cell in missing})
+    files = {}
+    for cell in missing:
+        key = reference_key(config, cell.setting, cell.seed, cell.prompt)
+        files[cell.name] = folder / "references" / f"{key[:16]}.safetensors"
+    first = {files[cell.name]: cell for cell in reversed(missing) if not files[cell.name].is_file()}
+    run_each(
+        {
+            f"the reference of {cell.name}": partial(make_reference, runner, cell, file)
+            for file, cell in reversed(first.items())
+        }
+    )
+    return run_each(
+        {cell.name: partial(make_compared, runner, cell, files[cell.name]) for cell in missing}
+    )
+
+
+def check_models(run: Run[AblateConfig]) -> None:
+    """Refuse a typed model that the experiment is not made for, or would never load, and names of
+    attentions that do not exist.
+
+    Raises:
+        WanError: see above.
+    """
+    config, model = run.config, run.presets.get("model")
+    for setting in config.settings():  # a mistyped name, before anything is made
+        check_known(setting.attention.name, {**ATTENTION, **BACKENDS, **SPARSE})
+    if config.made_for and model is not None and model not in config.made_for:
+        raise WanError(
+            f"model={model}: experiment={run.presets['experiment']} is made for "
+            f"model={' or '.join(config.made_for)}; leave model= out or take another experiment"
+        )
+    if config.models and run.sources.get("checkpoint") == "command line":
+        raise WanError(
+            f"checkpoint=: each of the models {', '.join(config.models)} names its own; change "
+            f"that, as in models.{next(iter(config.models))}.checkpoint=.."
+        )
+
+
+def main(run: Run[AblateConfig]) -> int:
+    """The command; exit code 1 if something failed or there is nothing to report."""
+    config = run.config
+    check_models(run)
+    config.check_world()
+    folder = writable_folder(config.output_dir)
+    cells, failed = list_cells(config, folder)
+    if not config.report_only:
+        failed += run_cells(config, folder, cells)
+    stored = [cell for cell in cells if is_stored(cell.file, cell.key)]
+    if stored:
+        print(write_report(config, stored, failed, folder))
+    else:
+        print(f"{folder}: no stored results to report", file=sys.stderr)
+    report_failed(failed, "cells")
+    return 1 if failed or not stored else 0
+
+
+if __name__ == "__main__":
+    run_jobs(main, LINE, __doc__ or "")

@@ -1,0 +1,213 @@
+"""Time and memory: python -m infer.bench [targets=[decode,dit]] [device=cuda attention=cudnn]
+
+    on the CPU     against diffusers and transformers: the same weights, inputs, threads and dtype,
+                   in one process, taking turns. Needs pip install -e .[parity]
+    device=cuda    the stages of TI2V-5B at 121x704x1280 with random weights, eager and compiled,
+                   beside the least time that their FLOPs need, and their sum. Nothing is
+                   downloaded. What bfloat16 computes there is first held against diffusers.
+
+Prints a table of medians, with the middle half of all calls as spread, and writes bench.json. What
+missed its aim, in time or in memory, is named at the end; profile=true says why.
+"""
+
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.benchmark import BenchConfig
+from configs.cli import run_command
+from configs.command_line import ATTENTION
+from configs.parity import ParityConfig
+from infer.bench import against_diffusers as bench_compare
+from infer.bench import loading as bench_load
+from infer.bench import stages as bench_stages
+from infer.bench.timing import Contest, Outcome, profile, run_contest, table
+from infer.parity.models import NEEDED, reference, releases
+from infer.parity.tolerance import Row
+from infer.parity.tolerance import table as parity_table
+from infer.sample.record import environment, package_version, writable_folder
+from wan.errors import WanError
+from wan.runtime.offload import resolve_device
+
+
+def compared(config: BenchConfig) -> Iterator[Contest | Outcome]:
+    """Contests with the references, and loading, which is measured apart."""
+    reference("diffusers")  # its absence is reported before all work
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sides = stack.enter_context(releases(ParityConfig(checkpoint=config.checkpoint)))[0]
+        for target in config.chosen():
+            if target == "load":
+                yield from bench_load.contests(config, scratch / "load")
+            elif target == "block":
+                block = bench_compare.block_sides(
+                    scratch / "block", config.block_heads, config.seed
+                )
+                yield from bench_compare.contests(target, block, config)
+            else:
+                yield from bench_compare.contests(target, sides, config)
+
+
+def check_parity(config: BenchConfig) -> list[Row]:
+    """What bfloat16 computes on the device of the stages; no rows where nobody can tell.
+
+    Raises:
+        WanError: it is wrong, and so not worth timing; names the first row.
+    """
+    device, size = resolve_device(config.device), bench_stages.stage_size(config)
+    if not config.parity:
+        return []
+    try:
+        reference("diffusers")
+    except WanError:
+        return []
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = list(bench_compare.parity_rows(size, device, config, Path(scratch)))
+    if wrong := [row for row in rows if not row.passed]:
+        raise WanError(
+            f"bfloat16 on {device} does not compute what diffusers does, so nothing is timed; "
+            f"first: {wrong[0].rung}, {wrong[0].what}\n{parity_table(rows)}"
+        )
+    return rows
+
+
+def parity_text(rows: list[Row], config: BenchConfig) -> str:
+    if rows:
+        return f"{parity_table(rows)}\n\nparity with diffusers: {len(rows)} of {len(rows)} rows ok"
+    why = f"{', '.join(NEEDED)}: not all installed" if config.parity else "parity=false"
+    return f"parity with diffusers: NOT CHECKED ({why})"
+
+
+def write_profiles(contest: Contest, folder: Path, number: int) -> None:
+    for name, run in contest.sides.items():
+        path = folder / f"profile_{number:02d}_{contest.target}_{name}.txt"
+        path.write_text(f"{contest.what}\n{profile(run, contest.device)}\n", encoding="utf-8")
+        print(f"{contest.target}, {name}: {path}")
+
+
+def phase_lines(outcome: Outcome) -> list[str]:
+    """Where a side's time goes, phase by phase."""
+    lines = []
+    for side, seconds in outcome.phases.items():
+        lines.append(f"{outcome.target}: {outcome.what}, {side}, seconds of all threads:")
+        longest_first = sorted(seconds.items(), key=lambda item: -item[1])
+        lines += [f"  {phase:<18}{taken:8.3f}" for phase, taken in longest_first]
+    return lines
+
+
+def floor_lines(outcomes: list[Outcome], config: BenchConfig) -> list[str]:
+    """How far each stage is from the time that its FLOPs need at the device's best rate."""
+    lines = []
+    for outcome in outcomes:
+        assert outcome.flops is not None
+        floor = outcome.flops / (config.peak_tflops * 1e12)
+        best = min(side.median(config.clock) for side in outcome.sides.values())
+        lines.append(
+            f"{outcome.target}: {outcome.flops / 1e12:.4g} TFLOP need {floor:.3g} s at "
+            f"{config.peak_tflops:g} TFLOP/s; {floor / best:.0%} of that rate"
+        )
+    return lines
+
+
+def compile_lines(outcomes: list[Outcome]) -> list[str]:
+    """What the first call takes longer than a later one, where it compiles."""
+    return [
+        f"{outcome.target}: compiling took {side.first - side.median('wall'):.3g} s"
+        for outcome in outcomes
+        if (side := outcome.sides.get("compiled")) is not None and side.first is not None
+    ]
+
+
+GPU_VERSIONS = {"driver": "driver", "cuda": "CUDA", "cudnn": "cuDNN"}
+
+
+def machine(about: dict[str, Any]) -> str:
+    """The line that says on what these times were taken, from `environment`."""
+    torch_version = f"PyTorch {about['packages']['torch']}"
+    if "gpu" not in about:
+        return f"{about['processor']}, {about['threads']} threads, {torch_version}"
+    versions = [f"{name} {about[key]}" for key, name in GPU_VERSIONS.items() if about[key]]
+    return ", ".join([about["gpu"], *versions, torch_version])
+
+
+def write_json(path: Path, **record: Any) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def measured(
+    contests: Iterable[Contest | Outcome],
+    config: BenchConfig,
+    folder: Path,
+    keep: Callable[[list[Outcome]], None],
+) -> list[Outcome]:
+    """Run the contests one by one, and profile them where that is asked for.
+
+    Args:
+        keep: called with all outcomes so far after each: what failed later loses none.
+    """
+    outcomes: list[Outcome] = []
+    for contest in contests:
+        if sys.stderr.isatty():
+            print(f"\r{contest.target}: {contest.what}", end="\r", file=sys.stderr, flush=True)
+        if isinstance(contest, Outcome):
+            outcomes.append(contest)
+        else:
+            outcomes.append(run_contest(contest, config.repeats, config.warmup))
+            if config.profile:
+                write_profiles(contest, folder, len(outcomes))
+        keep(outcomes)
+        del contest  # and its networks, before the next ones are made
+    return outcomes
+
+
+@torch.no_grad()
+def main(config: BenchConfig) -> None:
+    folder = writable_folder(config.output_dir)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    about: dict[str, Any] = environment(torch.device(config.device))
+    about["packages"] |= {name: package_version(name) for name in NEEDED}
+    rows: list[Row] = []
+
+    def keep(outcomes: list[Outcome]) -> None:
+        write_json(
+            folder / "bench.json",
+            config=asdict(config),
+            environment=about,
+            parity=[asdict(row) for row in rows],
+            outcomes=[outcome.as_json() for outcome in outcomes],
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the references
+        if config.stages is None:
+            outcomes = measured(compared(config), config, folder, keep)
+        else:
+            rows = check_parity(config)
+            outcomes = measured(bench_stages.contests(config), config, folder, keep)
+            outcomes += bench_stages.end_to_end(outcomes, config, bool(rows))
+            keep(outcomes)
+    report = ["", *(line for outcome in outcomes for line in phase_lines(outcome))]
+    if config.stages is None:
+        print(table(outcomes, config.clock))
+    else:
+        print(parity_text(rows, config) + "\n")
+        print(table(outcomes, config.clock, config.peak_tflops))
+        report += floor_lines(outcomes, config) + compile_lines(outcomes)
+    report += [f"{outcome.target}: {outcome.note}" for outcome in outcomes if outcome.note]
+    report += [f"missed: {text}" for outcome in outcomes for text in outcome.misses(config.clock)]
+    print("\n".join([*report, machine(about), f"{folder / 'bench.json'}"]))
+
+
+if __name__ == "__main__":
+    run_command(
+        main, BenchConfig, "bench", path_keys=("checkpoint", "output_dir"), shortcuts=ATTENTION
+    )

@@ -1,0 +1,361 @@
+"""Write a checkpoint in another layout: python -m infer.convert source=.. output=.. layout=..
+
+    source   a component (a .safetensors file, an index, or its folder) or a whole release folder
+             in the diffusers or the official layout; mini or mini-teacher, the shipped ones
+    layout   diffusers: the folder that WanPipeline loads
+             official:  the names of the Wan repositories (safetensors in place of their .pth)
+             prefixed:  a transformer as one file, official names after `model.diffusion_model.`
+
+Names change and bits don't, unless dtype= asks for it: converting there and back gives the same
+tensors. Every tensor is checked against the config first. The output appears whole or not at all.
+
+With base=.. rank=.. it writes a LoRA file instead: the part of source - base that a rank can hold,
+and what it loses, layer by layer, as JSON beside the file.
+"""
+
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.cli import run_command
+from configs.conversion import ConvertConfig
+from configs.schema import check_choice
+from infer.convert.extract_lora import convert_lora
+from infer.convert.releases import (
+    CONFIG_METADATA,
+    EXPERT_FOLDERS,
+    TEXT_ENCODER_STEM,
+    TOKENIZER_FILES,
+    TOKENIZER_FOLDER,
+    TRANSFORMER_STEM,
+    VAE_STEMS,
+    find_config,
+    module_builder,
+    official_pipeline,
+    official_transformer_config,
+)
+from wan.errors import WanError
+from wan.files import read_json, write_json
+from wan.models.dit_config import DiTConfig
+from wan.models.vae import VAEConfig
+from wan.pipeline.config import DEFAULTS_FILE, model_index_json, part_folder, scheduler_json
+from wan.weights.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
+from wan.weights.hub import SHIPPED, builtin_folder
+from wan.weights.keys import COMPONENTS, VAELevels, detect_layout
+from wan.weights.load import (
+    check_fit,
+    load_state,
+    match_names,
+    save_component,
+    short,
+    target_dtype,
+)
+from wan.weights.safetensors_file import read_header
+
+LAYOUTS = ("diffusers", "official", "prefixed")
+# float16 is left out: weights beyond its range would become infinite.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PREFIX = "model.diffusion_model."
+
+
+@dataclass(frozen=True)
+class Target:
+    """How components are to be written."""
+
+    layout: str
+    dtype: torch.dtype | None
+    round_all: bool
+    max_shard_bytes: int
+
+
+def main(config: ConvertConfig) -> None:
+    config.check_task()
+    if config.base is not None:
+        assert config.rank is not None
+        convert_lora(
+            find("source", config.source),
+            find("base", config.base),
+            Path(config.output).expanduser(),
+            config.rank,
+            diffs=config.diffs,
+            dtype=DTYPES[config.dtype or "float32"],
+            device=config.device,
+        )
+        return
+    check_choice("layout", config.layout, LAYOUTS)
+    dtype = None if config.dtype is None else DTYPES[config.dtype]
+    # A prefixed file is one file by definition.
+    limit = sys.maxsize if config.layout == "prefixed" else int(config.shard_gb * 1e9)
+    target = Target(config.layout, dtype, config.round_all, limit)
+    source = find("source", config.source)
+    with new_folder(Path(config.output).expanduser()) as folder:
+        if (source / "model_index.json").is_file() or is_official_release(source):
+            if config.config is not None:
+                raise WanError("config= is for a single component; a release brings its own")
+            convert_release(source, folder, target)
+        else:
+            values = None if config.config is None else read_json(Path(config.config).expanduser())
+            convert_component(open_checkpoint(source), None, folder, target, values)
+    print(f"wrote {config.output}")
+
+
+def find(option: str, name: str) -> Path:
+    """A file or folder, or that of a shipped model."""
+    path = builtin_folder(SHIPPED.get(name, name)) or Path(name).expanduser()
+    if not path.exists():
+        shipped = " or ".join(SHIPPED)
+        raise FileNotFoundError(f"{option}={name}: no such file or folder, nor {shipped}")
+    return path
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name at the end, and is gone if anything fails."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise WanError(f"output={output}: is there already and not empty; choose another folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.part")
+    beside.mkdir()
+    try:
+        yield beside
+        if output.exists():
+            output.rmdir()  # empty, and only that goes
+        beside.rename(output)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+
+
+# --- one component --------------------------------------------------------------------------------
+
+
+def convert_component(
+    checkpoint: Checkpoint,
+    component: str | None,
+    folder: Path,
+    target: Target,
+    config: Mapping[str, Any] | None = None,
+    model_type: str | None = None,
+) -> dict[str, Any]:
+    """Write one component into a folder, with its config.json where the layout has one.
+
+    Args:
+        component: one of `wan.weights.keys.COMPONENTS`; None finds out by the names.
+        config: its settings; None looks for them (see `find_config`).
+        model_type: for the official config of a transformer; None goes by the latent channels.
+    Returns:
+        The config that was used.
+    """
+    component = component or detect_component(checkpoint)
+    names = match_names(checkpoint, component)
+    shapes = {name: tensor.entry.shape for name, tensor in names.stored.items()}
+    values = dict(config or find_config(checkpoint, component, shapes))
+    with torch.device("meta"):
+        module = module_builder(component, values)()
+    wanted = module.state_dict()
+    check_fit(checkpoint, component, names, wanted)
+    if target.layout == "prefixed" and component != "transformer":
+        raise WanError(f"layout=prefixed is for transformers; {checkpoint.path} is a {component}")
+    views = load_state(checkpoint, component)
+    state = {name: views[name] for name in wanted}  # in one order, so that shards come out equal
+    dtypes = None
+    if target.dtype is not None:
+        # The loader raises these to float32 anyway; rounding them here loses their bits.
+        float32 = () if target.round_all else module.FLOAT32_PARAMETERS
+        assert isinstance(float32, tuple)
+        dtypes = {n: target_dtype(n, t.dtype, target.dtype, float32) for n, t in state.items()}
+    written = save_component(
+        state,
+        folder,
+        component,
+        "diffusers" if target.layout == "diffusers" else "official",
+        vae_levels=vae_levels(values) if component == "vae" else None,
+        prefix=PREFIX if target.layout == "prefixed" else "",
+        dtypes=dtypes,
+        max_shard_bytes=target.max_shard_bytes,
+        metadata=None if target.layout == "diffusers" else {CONFIG_METADATA: json.dumps(values)},
+    )
+    if (written_config := layout_config(component, target.layout, values, model_type)) is not None:
+        write_json(folder / "config.json", written_config)
+    count = sum(tensor.numel() for tensor in state.values())
+    files = ", ".join(path.name for path in written[:1])
+    more = f" and {len(written) - 1} more" if len(written) > 1 else ""
+    print(
+        f"{component}: {names.layout.layout} -> {target.layout}, {len(state)} tensors, "
+        f"{short(count)} parameters -> {files}{more}"
+    )
+    return values
+
+
+def detect_component(checkpoint: Checkpoint) -> str:
+    """Which component a checkpoint is, by its names."""
+    reasons = []
+    for component in COMPONENTS:
+        try:
+            detect_layout(component, checkpoint.tensors)
+        except WanError as error:
+            reasons.append(error)
+        else:
+            return component
+    # The transformer's reason also names a model of another kind.
+    raise WanError(f"{checkpoint.path}: {reasons[0]}")
+
+
+def vae_levels(config: Mapping[str, Any]) -> VAELevels:
+    vae = VAEConfig.from_json(dict(config))
+    return VAELevels(vae.is_residual, vae.num_res_blocks)
+
+
+def layout_config(
+    component: str, layout: str, values: dict[str, Any], model_type: str | None
+) -> dict[str, Any] | None:
+    """The config.json for a component in a layout; None if the layout has none for it."""
+    if component != "transformer":
+        return values if layout == "diffusers" else None
+    is_official = "dim" in values
+    if layout == "diffusers":
+        return DiTConfig.from_json(values).to_json() if is_official else values
+    if is_official:
+        return values
+    config = DiTConfig.from_json(values)
+    by_channels = "ti2v" if config.in_channels == 48 else "t2v"
+    return official_transformer_config(config, model_type or by_channels)
+
+
+# --- a whole release ------------------------------------------------------------------------------
+
+
+def is_official_release(source: Path) -> bool:
+    """Whether a folder holds a transformer and more, under the official names."""
+    names = [path.name for path in source.iterdir()] if source.is_dir() else []
+    others = any(name.startswith((*VAE_STEMS, TEXT_ENCODER_STEM)) for name in names)
+    transformer = any(name.startswith(TRANSFORMER_STEM) for name in names)
+    return bool(set(EXPERT_FOLDERS.values()) & set(names)) or (transformer and others)
+
+
+def convert_release(source: Path, folder: Path, target: Target) -> None:
+    if target.layout == "prefixed":
+        raise WanError("layout=prefixed holds a transformer alone: give that as source=")
+    if (source / "model_index.json").is_file():
+        convert_diffusers_release(source, folder, target)
+    else:
+        convert_official_release(source, folder, target)
+
+
+def convert_diffusers_release(source: Path, folder: Path, target: Target) -> None:
+    """A folder with model_index.json. Its scheduler has no place in the official layout."""
+    index = read_json(source / "model_index.json")
+    experts = [name for name in EXPERT_FOLDERS if is_used(index.get(name))]
+    model_type = "ti2v" if index.get("expand_timesteps") else "t2v"
+    is_official = target.layout == "official"
+    for name in experts:
+        into = expert_folder(folder, name, len(experts)) if is_official else folder / name
+        checkpoint = open_checkpoint(source / name)
+        convert_component(checkpoint, "transformer", into, target, model_type=model_type)
+    for name in ("vae", "text_encoder"):
+        into = folder if is_official else folder / name
+        convert_component(open_checkpoint(part_folder(source, name)), name, into, target)
+    copy_tokenizer(
+        part_folder(source, "tokenizer"),
+        folder / (TOKENIZER_FOLDER if is_official else "tokenizer"),
+    )
+    if is_official:
+        print(
+            "model_index.json, scheduler/ and sampling defaults are not written: the official code "
+            "holds those of the official models. Steps, size and, of a student, its timesteps are "
+            "lost: converted back, the folder will be a base model"
+        )
+        return
+    for name in ("model_index.json", "scheduler/scheduler_config.json", DEFAULTS_FILE):
+        if (source / name).is_file():
+            write_json(folder / name, read_json(source / name))
+
+
+def convert_official_release(source: Path, folder: Path, target: Target) -> None:
+    """A folder of the official repositories, its pickles converted to safetensors before."""
+    is_official = target.layout == "official"
+    experts = (
+        list(EXPERT_FOLDERS)
+        if (source / EXPERT_FOLDERS["transformer"]).is_dir()
+        else ["transformer"]
+    )
+    for name in experts:
+        from_folder = expert_folder(source, name, len(experts))
+        into = expert_folder(folder, name, len(experts)) if is_official else folder / name
+        checkpoint = open_checkpoint(find_weights(from_folder, (TRANSFORMER_STEM,)))
+        configs = {"transformer": convert_component(checkpoint, "transformer", into, target)}
+    for name, stems in (("vae", VAE_STEMS), ("text_encoder", (TEXT_ENCODER_STEM,))):
+        into = folder if is_official else folder / name
+        checkpoint = open_checkpoint(find_weights(source, stems))
+        configs[name] = convert_component(checkpoint, name, into, target)
+    tokenizer = folder / (TOKENIZER_FOLDER if is_official else "tokenizer")
+    copy_tokenizer(source / TOKENIZER_FOLDER, tokenizer)
+    if not is_official:
+        pipeline = official_pipeline(configs, len(experts))
+        print(
+            f"guessed, as official files do not say: a {pipeline.class_name} of shift "
+            f"{pipeline.shift:g} and the official defaults; a student needs the model_index.json "
+            "that it had"
+        )
+        index = model_index_json(pipeline)
+        if not (tokenizer / "tokenizer.json").is_file():
+            index["tokenizer"] = ["transformers", "T5TokenizerFast"]  # the one that reads pieces
+        write_json(folder / "model_index.json", index)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(pipeline.shift))
+
+
+def is_used(entry: Any) -> bool:
+    """Whether model_index.json names a class for a component."""
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def expert_folder(release: Path, name: str, num_experts: int) -> Path:
+    """Where the official layout keeps a transformer: one alone lies at the top."""
+    return release / EXPERT_FOLDERS[name] if num_experts == 2 else release
+
+
+def find_weights(folder: Path, stems: tuple[str, ...]) -> Path:
+    """The index or the one file of a component in a folder that holds several.
+
+    Raises:
+        WanError: none, several, or only a pickle, with the command that converts it.
+    """
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    paths = [path for path in paths if path.name.startswith(stems)]
+    indices = [path for path in paths if path.name.endswith(INDEX_SUFFIX)]
+    files = [path for path in paths if path.suffix == ".safetensors"]
+    found = indices or files
+    if not found and paths:
+        read_header(paths[0])  # says what it is and how to convert it
+    if len(found) != 1:
+        wanted = " or ".join(f"{stem}*.safetensors" for stem in stems)
+        listed = ", ".join(path.name for path in found) or "nothing"
+        raise WanError(f"{folder}: need one {wanted}, found {listed}")
+    return found[0]
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not found:
+        raise WanError(f"{source}: no tokenizer here ({' or '.join(TOKENIZER_FILES[:2])})")
+    folder.mkdir(parents=True)
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+
+
+if __name__ == "__main__":
+    run_command(
+        main,
+        ConvertConfig,
+        "convert",
+        text_keys=(),
+        path_keys=("source", "output", "config", "base"),
+    )

@@ -1,0 +1,107 @@
+"""Measure how often videos show what their captions say.
+
+Captions of the miniature's world go in; analytic detectors read what came out. A clip counts as
+right only if every stated attribute and the number of objects are. Example:
+
+    python -m infer.evaluate num_captions=512 split=heldout output=outputs/evaluation.json
+
+Two ceilings need no trained transformer: source=renders scores the world's own renders (how good
+the detectors are), source=vae the same renders through the autoencoder (how much it keeps).
+
+The distance to the truth compares all clips with other true scenes of the same captions, so that
+source=renders shows its floor. How diverse a model is shows where captions leave something open and
+get several seeds: omit=0.5 seeds_per_caption=8 split=train.
+"""
+
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.cli import Run, run_jobs
+from configs.command_line import ATTENTION, CommandLine, Shortcut
+from configs.evaluation import EvaluateConfig
+from infer.evaluate.measure import (
+    Result,
+    draw_examples,
+    evaluate,
+    summarise,
+    table,
+    write_record,
+)
+from infer.evaluate.sources import SOURCES
+from wan.errors import WanError
+
+# B batch, F frames, H W pixels
+
+LINE = CommandLine(
+    EvaluateConfig,
+    "evaluate",
+    text_keys=("negative_prompt",),
+    path_keys=("checkpoint", "output", "sheet"),
+    shortcuts={
+        "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),
+        "timesteps": Shortcut("sampler.timesteps", clears=("sampler.steps",)),
+        "shift": Shortcut("sampler.shift"),
+        **ATTENTION,
+    },
+    written=("output", "sheet"),
+)
+
+SHEET_ROWS, SHEET_FRAMES = 16, 5
+
+
+def failure_row(video: Tensor) -> Tensor:
+    """Frames of a clip (3, F, H, W) side by side: (H, W', 3) uint8."""
+    chosen = torch.linspace(0, video.shape[1] - 1, SHEET_FRAMES).round().long()
+    row = video[:, chosen].nan_to_num(-1).clamp(-1, 1)  # black where there is no number
+    return ((row + 1) * 127.5).round().byte().permute(2, 1, 3, 0).flatten(1, 2)
+
+
+def _writable(path: str | None) -> Path | None:
+    """A file that can be written later, so that minutes of work don't end in an error."""
+    if path is None:
+        return None
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise WanError(f"{file} is a folder: name the file to write")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=file.parent):
+        pass
+    return file
+
+
+def main(run: Run[EvaluateConfig]) -> None:
+    """The command: make the clips, print the table, write what was asked for."""
+    config = run.config
+    output, sheet = (_writable(path) for path in (config.output, config.sheet))
+    examples = draw_examples(config)
+    started = time.perf_counter()
+    source = SOURCES[config.source](config)
+    results: list[Result] = []
+    failed: list[Tensor] = []
+    progress = tqdm(total=len(examples), desc="clips", unit="clip", disable=None)
+    for result, video in evaluate(examples, source, config.batch_size):
+        results.append(result)
+        if not result.score.joint and len(failed) < SHEET_ROWS:
+            failed.append(failure_row(video))
+        progress.update()
+    progress.close()
+    seconds = time.perf_counter() - started
+    print(f"{config.num_captions} captions, split {config.split}, source {config.source}")
+    print(table(summarise(results)))
+    print(f"{'seconds in all':<28} {seconds:>7.0f}")
+    if output is not None:
+        more = {"config": asdict(config), "presets": run.presets, "seconds": seconds}
+        write_record(output, results, **more)
+    if sheet is not None and failed:
+        Image.fromarray(torch.cat(failed).numpy()).save(sheet)
+
+
+if __name__ == "__main__":
+    run_jobs(main, LINE, __doc__ or "")

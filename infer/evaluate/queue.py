@@ -1,0 +1,207 @@
+"""Long lists of things to make: what is stored is not made again, a failure stops only itself."""
+
+import hashlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.cli import report
+from configs.evaluation import EvaluateConfig
+from configs.schema import LOADING
+from infer.evaluate.measure import Example, VideoSource
+from infer.evaluate.sources import SOURCES, folder_of, generate, load_pipeline, sampling
+from wan.errors import WanError
+from wan.models.attention_config import AttentionConfig
+from wan.pipeline.config import model_files
+from wan.pipeline.pipeline import WanPipeline
+from wan.pipeline.plan import SamplingPlan
+from wan.weights.digests import hash_files
+from wan.weights.quantize import quantization_of
+
+FORMAT = 2  # of stored results: others are made again
+# Failures whose message says enough; any other kind is shown with where it was raised.
+EXPECTED = (WanError, OSError, FloatingPointError, torch.OutOfMemoryError)
+
+
+class LastPipeline:
+    """The last model that was loaded, for the next entry that wants the same."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._pipeline: WanPipeline | None = None
+        self._attention: AttentionConfig | None = None
+        self._warm: set[tuple[Any, ...]] = set()  # what ran since model and attention were set
+
+    def get(self, config: EvaluateConfig) -> WanPipeline:
+        """The model that a config names, with the attention that it names."""
+        loading = {name: getattr(config, name) for name in LOADING}
+        weights = tuple(weight_digests(folder_of(config)).items())
+        key = (folder_of(config), weights, config.device, loading)
+        if self._pipeline is None or key != self._key:
+            self._pipeline = None  # before the next one needs the room
+            self._pipeline = load_pipeline(config)
+            self._key = key
+        elif config.attention != self._attention:
+            self._pipeline.set_attention(config.attention)
+        else:
+            return self._pipeline
+        self._attention = config.attention
+        self._warm.clear()
+        return self._pipeline
+
+    def warm_up(self, config: EvaluateConfig, prompt: str, **call: Any) -> float:
+        """Begin a clip and drop it, where model, attention or size are new; the seconds of that.
+
+        What only a first call pays for, compiling, choosing kernels and starting CUDA, is then not
+        in the time of the clips that follow. One step is made, or as many as it takes until the
+        attention has been used and been left out, if it names steps.
+
+        Args:
+            call: what the clips are called with beside `sampling(config)`: negative_prompt, height,
+                width, num_frames and others.
+        Returns:
+            Seconds, decoding included; 0 if such a clip was made before.
+        Raises:
+            WanError: what the clips themselves would be refused for.
+        """
+        pipeline = self.get(config)
+        what = tuple(call[name] for name in ("height", "width", "num_frames"))
+        if pipeline.compile != "none":  # a text of another length is compiled for anew
+            what += (prompt, call["negative_prompt"], config.guidance_scale)
+        if what in self._warm:
+            return 0.0
+        options = sampling(config)
+        used = config.attention.uses("steps", len(pipeline.plan(**options).schedule))
+        last = max(used.index(kind) for kind in set(used))
+
+        def stop(pipeline: WanPipeline, step: int, *_: Any) -> None:
+            pipeline.interrupt = step == last
+
+        started = time.perf_counter()
+        with suppress(FloatingPointError):  # is for the clips to fail by
+            pipeline(prompt, seed=0, output_type="pt", callback_on_step_end=stop, **call, **options)
+        self._warm.add(what)
+        return time.perf_counter() - started
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """sha256 of all of `model_files`; read again only if a file's size or time has changed.
+
+    Raises:
+        WanError: there is nothing to hash.
+    """
+    files = model_files(folder)
+    if not files:
+        raise WanError(f"{folder}: no such folder, or an empty one")
+    states = {name: path.stat() for name, path in files.items()}
+    return _digests(
+        tuple((name, files[name], s.st_size, s.st_mtime_ns) for name, s in states.items())
+    )
+
+
+@cache
+def _digests(files: tuple[tuple[str, Path, int, int], ...]) -> dict[str, str]:
+    digests = hash_files(path for _, path, _, _ in files)
+    return {name: digests[path] for name, path, _, _ in files}
+
+
+def result_key(parts: Sequence[Any]) -> str:
+    """sha256 of all that a result depends on: plain data, in this order."""
+    return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()
+
+
+def is_stored(file: Path, key: str) -> bool:
+    """Whether a record is there and answers this very question."""
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["key"] == key
+
+
+def plan_record(
+    pipeline: WanPipeline, plan: SamplingPlan, height: int, width: int, num_frames: int
+) -> dict[str, Any]:
+    """How a model makes its clips; density is attention's share of the FLOPs of dense attention."""
+    shape = pipeline.config.latent_shape(height, width, num_frames)
+    grid = pipeline.config.transformer.token_grid(shape[1:])
+    attention = pipeline.transformer.attention
+    return {
+        "sampler": plan.sampler,
+        "steps": len(plan.schedule),
+        "guidance_scale": plan.guidance_scale,
+        "untrained": list(plan.untrained),
+        "density": attention.density(grid, len(plan.schedule)),
+        "offload": pipeline.offload,
+        "quantize": quantization_of(pipeline.transformer),
+        "compile": pipeline.compile,
+    }
+
+
+def run_each(entries: Mapping[str, Callable[[], None]]) -> list[str]:
+    """Call one after the other, whatever fails; only Ctrl-C stops them all.
+
+    Returns:
+        The names of those that failed, each with its reason on stderr.
+    """
+    failed = []
+    for name, make in entries.items():
+        try:
+            make()
+        except Exception as error:
+            print(f"{name} failed ({type(error).__name__}):", file=sys.stderr)
+            if isinstance(error, EXPECTED):
+                report(error)
+            else:
+                traceback.print_exc()
+            failed.append(name)
+    return failed
+
+
+def report_failed(failed: Sequence[str], what: str) -> None:
+    """Say at the end, where it is seen, what was not made."""
+    if failed:
+        print(f"{len(failed)} {what} failed: {', '.join(failed)}", file=sys.stderr)
+
+
+def weights_of(config: EvaluateConfig) -> dict[str, str] | None:
+    """Digests of the model that makes the clips; None where the world itself shows them."""
+    return None if config.source == "renders" else weight_digests(folder_of(config))
+
+
+def question_key(
+    config: EvaluateConfig, examples: Sequence[Example], weights: dict[str, str] | None
+) -> str:
+    """The key of a result: settings, captions and scenes, and weights."""
+    return result_key([FORMAT, config.question(), repr(examples), weights])
+
+
+def open_source(
+    config: EvaluateConfig, models: LastPipeline
+) -> tuple[VideoSource, dict[str, Any] | None]:
+    """Where the clips come from, and the plan by which a model makes them."""
+    if config.source != "model":
+        return SOURCES[config.source](config), None
+    pipeline = models.get(config)
+    size = (config.height, config.width, config.num_frames)
+    plan = pipeline.plan(**sampling(config))
+    return generate(config, pipeline), plan_record(pipeline, plan, *size)
+
+
+def warm_up(config: EvaluateConfig, example: Example, models: LastPipeline) -> float:
+    """`LastPipeline.warm_up` for clips of captions; what no model makes needs none."""
+    if config.source != "model":
+        return 0.0
+    return models.warm_up(
+        config,
+        example.said.text,
+        negative_prompt=config.negative_prompt,
+        height=config.height,
+        width=config.width,
+        num_frames=config.num_frames,
+        max_sequence_length=config.max_sequence_length,
+    )

@@ -1,0 +1,138 @@
+"""What is to be made: one job from the command line, or one per line of a prompt file."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.schema import SampleConfig, SamplerConfig, check_prompt, check_text
+from wan.errors import WanError
+from wan.files import read_text
+
+PROMPT_FILE = "prompt file"  # as the source of a value
+# What a line of a prompt file may set, with the type that its JSON value must have.
+JOB_KEYS: dict[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "negative_prompt": str,
+    "image": str,
+    "seed": int,
+    "num_videos": int,
+    "height": int,
+    "width": int,
+    "num_frames": int,
+    "fps": (int, float),
+    "guidance_scale": (int, float),
+    "guidance_scale_2": (int, float),
+    "sampler": str,
+    "steps": int,
+    "timesteps": list,
+    "shift": (int, float),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt with its settings.
+
+    Attributes:
+        config: the command's settings with the job's own put in; `prompt` is set.
+        sources: where the value of each option comes from.
+        name: how to speak of it in an error; empty for the only job of a command line.
+    """
+
+    config: SampleConfig
+    sources: dict[str, str]
+    name: str = ""
+
+
+def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
+    """The jobs of a command.
+
+    Raises:
+        FileNotFoundError: the prompt file does not exist.
+        WanError: neither prompt nor prompt file, or a line that can't be used, by its number.
+    """
+    if config.prompt_file is None:
+        if config.prompt is None:
+            raise WanError('no prompt: say what the video shows, e.g. prompt="a red circle"')
+        return [Job(config, sources)]
+    path = Path(config.prompt_file).expanduser()
+    jobs = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            name = f"{path}, line {number}"
+            try:
+                jobs.append(_line_job(line.strip(), config, sources, path.parent, name))
+            except WanError as error:
+                raise WanError(f"{name}: {error}") from error
+    if not jobs:
+        raise WanError(f"prompt_file={path}: no prompt in it; write one per line")
+    return jobs
+
+
+def _line_job(
+    line: str, config: SampleConfig, sources: dict[str, str], folder: Path, name: str
+) -> Job:
+    values = _parse_line(line)
+    given = {"sampler.name" if k == "sampler" else k: v for k, v in values.items()}
+    for key in ("steps", "timesteps", "shift"):
+        if key in given:
+            given[f"sampler.{key}"] = given.pop(key)
+    sampler = _sampler(config.sampler, {k: v for k, v in given.items() if "." in k})
+    settings = {k: v for k, v in given.items() if "." not in k}
+    if "image" in settings:  # beside the prompt file, wherever the command runs
+        settings["image"] = str(folder / Path(settings["image"]).expanduser())
+    check_prompt("prompt", settings["prompt"])
+    job = replace(config, prompt_file=None, sampler=sampler, **settings)
+    return Job(job, {**sources, **dict.fromkeys(given, PROMPT_FILE)}, name)
+
+
+def _parse_line(line: str) -> dict[str, Any]:
+    """A line as {option: value}."""
+    if not line.startswith("{"):
+        return {"prompt": line}
+    try:
+        values = json.loads(line, object_pairs_hook=_once_each)
+    except json.JSONDecodeError as error:
+        raise WanError(
+            f"starts with {{ but is not JSON ({error}); a prompt that starts so is written "
+            '{"prompt": "..."}'
+        ) from error
+    if unknown := sorted(set(values) - set(JOB_KEYS)):
+        raise WanError(f"unknown {', '.join(unknown)}; a job may set {', '.join(JOB_KEYS)}")
+    if "prompt" not in values:
+        raise WanError('no "prompt" in it')
+    for key, value in values.items():
+        kind = JOB_KEYS[key]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            words = " or ".join(k.__name__ for k in kinds)
+            raise WanError(f"{key}={value!r}: need {words}")
+        check_text(key, str(value))
+    if not all(_is_number(t) for t in values.get("timesteps", [])):
+        raise WanError(f"timesteps={values['timesteps']}: need a list of numbers")
+    return values
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python alone would keep the last of equal keys."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise WanError(f"{', '.join(twice)}: given more than once")
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sampler(base: SamplerConfig, given: dict[str, Any]) -> SamplerConfig:
+    """The command's sampler with a job's settings; steps and timesteps replace each other."""
+    settings = {key.removeprefix("sampler."): value for key, value in given.items()}
+    if "steps" in settings:
+        settings.setdefault("timesteps", None)
+    elif "timesteps" in settings:
+        settings["steps"] = None
+    return replace(base, **settings)

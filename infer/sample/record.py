@@ -1,0 +1,205 @@
+"""What a run leaves behind: file names that never collide, and a JSON record that explains them.
+
+    00003_9f2c81d0_s42.mp4                  the video
+    00003_9f2c81d0_s42.png                  frames of it side by side
+    00003_9f2c81d0_s42.latents.safetensors  what the decoder saw
+    00003_9f2c81d0_s42.json                 the record
+
+The number counts up in a folder, the letters are a hash of prompt and settings, s is the seed.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import resource
+import secrets
+import sys
+import threading
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan.errors import WanError
+from wan.files import write_text
+from wan.pipeline.config import model_files
+from wan.weights.digests import hash_files
+from wan.weights.safetensors_file import write_tensors
+
+RECORD_VERSION = 1
+PACKAGES = (
+    *("wan-few-step", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "ftfy"),
+    *("hydra-core", "omegaconf", "av", "pillow", "huggingface-hub"),
+)
+# Kernels that may be there: recorded where they are.
+KERNELS = ("triton", "flash-attn", "flash-attn-3", "sageattention")
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """The files of one video, all with the same stem."""
+
+    folder: Path
+    stem: str
+
+    @property
+    def video(self) -> Path:
+        return self.folder / f"{self.stem}.mp4"
+
+    @property
+    def sheet(self) -> Path:
+        return self.folder / f"{self.stem}.png"
+
+    @property
+    def latents(self) -> Path:
+        return self.folder / f"{self.stem}.latents.safetensors"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / f"{self.stem}.json"
+
+
+def writable_folder(name: str) -> Path:
+    """Make the output folder and prove, with a file, that it can be written to.
+
+    Raises:
+        WanError: it can't; names the reason.
+    """
+    folder = Path(name).expanduser()
+    probe = folder / f".write-test-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise WanError(
+            f"output_dir={name}: can't be written to ({error.strerror}); choose another folder"
+        ) from error
+    return folder
+
+
+def reserve_files(folder: Path, settings: dict[str, Any], seed: int) -> OutputFiles:
+    """Names for a new video: the record is created here, so that no other run takes them."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    taken = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
+    number = max((int(match[1]) + 1 for match in taken if match), default=0)
+    while True:
+        files = OutputFiles(folder, f"{number:05d}_{digest}_s{seed}")
+        try:
+            files.record.touch(exist_ok=False)
+            return files
+        except FileExistsError:
+            number += 1
+
+
+def write_record(files: OutputFiles, record: dict[str, Any]) -> None:
+    """Replace the record as a whole: a reader sees the old one or the new one, never half."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(files.record, text + "\n")
+
+
+def save_latents(path: Path, latents: Tensor, **about: Any) -> None:
+    """Latents (B, C, T, h, w) in float32, with what they are."""
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
+    write_tensors(path, {"latents": latents.float()}, texts)
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of a tensor's numbers as float32 in row-major order."""
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+class WeightDigests:
+    """sha256 of all of `model_files`, taken in the background while the model is at work.
+
+    A daemon thread: hashing lets other threads run, and Ctrl-C need not wait for it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._digests: dict[str, str] | None = None
+        self._thread = threading.Thread(target=self._hash, args=(folder,), daemon=True)
+        self._thread.start()
+
+    def _hash(self, folder: Path) -> None:
+        files = {name: path for name, path in model_files(folder).items() if path.is_file()}
+        digests = hash_files(files.values(), threads=2)
+        self._digests = {name: digests[path] for name, path in files.items()}
+
+    def result(self) -> dict[str, str]:
+        """{file: sha256}, waiting for the rest if need be."""
+        self._thread.join()
+        if self._digests is None:
+            raise OSError("the weight files could not be read again to hash them")
+        return self._digests
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a video was made: versions and hardware, nothing about the person."""
+    kernels = {name: version for name in KERNELS if (version := package_version(name))}
+    record: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: package_version(name) for name in PACKAGES} | kernels,
+        "processor": processor(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        record["gpu"] = torch.cuda.get_device_name(device)
+        record["cuda"] = torch.version.cuda
+        record["cudnn"] = torch.backends.cudnn.version()
+        record["driver"] = driver_version()
+    return record
+
+
+def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Of NVIDIA's kernel module, such as 550.54.15; None where the system does not tell."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)*", file.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return found[0] if found else None
+
+
+def processor() -> str:
+    """The CPU's name as the system tells it; its kind, such as x86_64, where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def package_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return None
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Largest memory use of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # the two count in different units
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["cuda"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def without_home(path: str | Path) -> str:
+    """A path with the person's home folder as ~."""
+    home = str(Path.home())
+    text = str(path)
+    if text == home or text.startswith(home.rstrip("/") + "/"):
+        return "~" + text[len(home.rstrip("/")) :] if home != "/" else text
+    return text

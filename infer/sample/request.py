@@ -1,0 +1,260 @@
+"""A job meets a model: every open setting is decided, checked and explained before weights load."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import SampleConfig
+from infer.sample.jobs import PROMPT_FILE, Job
+from infer.sample.record import without_home
+from wan.errors import WanError
+from wan.media.images import best_size, fit_image, load_image
+from wan.models.attention import network_attention
+from wan.pipeline.config import PipelineConfig
+from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
+from wan.sampling.schedule import FEW_STEP_TABLE_SHIFT
+
+MODEL = "checkpoint"  # as the source of a value: the model's own folder
+CHOSEN = ("command line", PROMPT_FILE)  # sources that are a person's own words
+# Options that a model's folder has a default for, by the name it goes by there.
+FROM_MODEL = ("height", "width", "num_frames", "fps", "max_sequence_length")
+# What the header and the record list, in this order.
+SHOWN = (
+    *("checkpoint", "revision", "height", "width", "num_frames", "fps", "seed", "num_videos"),
+    *("sampler.name", "sampler.steps", "sampler.timesteps", "sampler.shift", "guidance_scale"),
+    *("guidance_scale_2", "negative_prompt", "image", "image_fit", "image_background"),
+    *("max_sequence_length", "device", "dtype", "attention", "offload", "quantize", "compile"),
+    *("chunk_latents", "tile", "deterministic", "frame_first_noise", "allow_untrained"),
+    *("lora", "lora_2", "lora_strength"),
+)
+PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job with nothing left open.
+
+    Attributes:
+        job: its config as asked for, less a negative prompt that nothing would read.
+        height, width, num_frames, fps, max_sequence_length: as asked for, or the model's own.
+        plan: sampler, schedule and guidance.
+        latent_shape: (C, T, h, w).
+        grid: tokens along T, H, W.
+        attention_density: share of the FLOPs of dense self-attention, over layers and steps.
+        settings: (value, where it comes from) of each option in SHOWN.
+    """
+
+    job: Job
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    max_sequence_length: int
+    plan: SamplingPlan
+    latent_shape: tuple[int, int, int, int]
+    grid: tuple[int, int, int]
+    attention_density: float
+    settings: dict[str, tuple[Any, str]]
+
+    @property
+    def config(self) -> SampleConfig:
+        return self.job.config
+
+    @property
+    def prompt(self) -> str:
+        assert self.config.prompt is not None  # every job has one
+        return self.config.prompt
+
+    def first_frame(self) -> Tensor | None:
+        """The image as (3, H, W) in [-1, 1], of the video's size; None without one.
+
+        It is read when it is asked for: the images of many jobs are more than memory should hold.
+        """
+        if self.config.image is None:
+            return None
+        image = read_image(self.config)
+        return fit_image(image, self.height, self.width, self.config.image_fit)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence that attention sees."""
+        return math.prod(self.grid)
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.num_videos)
+
+
+def read_image(config: SampleConfig) -> Tensor:
+    assert config.image is not None
+    return load_image(Path(config.image).expanduser(), config.image_background)
+
+
+def resolve_request(job: Job, model: PipelineConfig, device: str, dtype: str) -> Request:
+    """Decide what a job leaves open and refuse what the model can't do.
+
+    Raises:
+        FileNotFoundError: the image does not exist.
+        WanError: illegal sizes with the nearest legal ones, an unreadable image, or a request that
+            the model was not trained for; names the job if there are several.
+    """
+    try:
+        return _resolve(job, model, device, dtype)
+    except WanError as error:
+        if not job.name:
+            raise
+        raise WanError(f"{job.name}: {error}") from error
+
+
+def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Request:
+    config, sources = job.config, dict(job.sources)
+    if config.lora is None and config.lora_strength != 1:
+        raise WanError(
+            f"lora_strength={config.lora_strength:g} without lora=: there is nothing to weigh; "
+            "name the LoRA file with lora=FILE"
+        )
+    for name in ("image_fit", "image_background"):
+        if config.image is None and sources[name] in CHOSEN:
+            raise WanError(f"{name}= without image=: there is nothing to fit or to fill")
+    values: dict[str, Any] = {}
+    for name in FROM_MODEL:
+        values[name] = getattr(config, name)
+        if values[name] is None:
+            values[name], sources[name] = getattr(model.defaults, name), MODEL
+    image = None
+    if config.image is not None:
+        image = read_image(config)
+        if not {sources["height"], sources["width"]} & set(CHOSEN):
+            # The legal size nearest to the image's proportions, within the default's pixels.
+            multiple = model.vae.spatial_stride * model.transformer.patch_size[1]
+            area = values["height"] * values["width"]
+            size = best_size(image.shape[1], image.shape[2], area, multiple)
+            values["height"], values["width"] = size
+            sources["height"] = sources["width"] = "image's proportions"
+    shape = model.latent_shape(values["height"], values["width"], values["num_frames"])
+    config = _drop_unused_negative(config, sources, model)
+    limits = {name: values[name] for name in ("num_frames", "max_sequence_length")}
+    plan = plan_sampling(model, SamplingRequest(**sampling_options(config), **limits))
+    if image is not None:  # whether it can be brought to that size
+        fit_image(image, values["height"], values["width"], config.image_fit)
+    decided = values | {
+        "sampler.name": plan.sampler,
+        "sampler.steps": len(plan.schedule),
+        "sampler.shift": model.shift if model.timesteps is None else FEW_STEP_TABLE_SHIFT,
+        "guidance_scale": plan.guidance_scale,
+        "guidance_scale_2": plan.guidance_scale_2 if model.boundary_ratio else None,
+        "lora_strength": config.lora_strength if config.lora else None,
+        "device": device,
+        "dtype": dtype,
+        "attention": str(config.attention),
+        "deterministic": config.deterministic,
+        "image_fit": config.image_fit if config.image else None,
+        "frame_first_noise": config.frame_first_noise or None,
+        "allow_untrained": config.allow_untrained or None,
+    }
+    if config.deterministic is None and plan.sampler == "few_step":
+        decided["deterministic"] = model.defaults.deterministic or None  # shown where it is so
+    sources["attention"] = sources["attention.name"]
+    if config.sampler.shift is not None:
+        decided["sampler.shift"] = config.sampler.shift
+    grid = model.transformer.token_grid(shape[1:])
+    attention = network_attention(config.attention, model.transformer.num_layers)
+    return Request(
+        job=replace(job, config=config),
+        plan=plan,
+        latent_shape=shape,
+        grid=grid,
+        attention_density=attention.density(grid, len(plan.schedule)),
+        settings=_settings(config, sources, decided),
+        **values,
+    )
+
+
+def sampling_options(config: SampleConfig) -> dict[str, Any]:
+    """What decides the plan, by the names of `SamplingRequest`."""
+    return {
+        "num_inference_steps": config.sampler.steps,
+        "timesteps": config.sampler.timesteps,
+        "sampler": config.sampler.name,
+        "shift": config.sampler.shift,
+        "guidance_scale": config.guidance_scale,
+        "guidance_scale_2": config.guidance_scale_2,
+        "negative_prompt": bool(config.negative_prompt),
+        "image": config.image is not None,
+        "deterministic": config.deterministic,
+        "allow_untrained": config.allow_untrained,
+    }
+
+
+def _drop_unused_negative(
+    config: SampleConfig, sources: dict[str, str], model: PipelineConfig
+) -> SampleConfig:
+    """Without guidance a preset's negative prompt has no use; a person's own is kept, and refused.
+
+    It would be read by nothing, and the record should not claim that it was.
+    """
+    scales = (config.guidance_scale or model.defaults.guidance_scale, config.guidance_scale_2 or 1)
+    if sources["negative_prompt"] in CHOSEN or scales != (1, 1):
+        return config
+    sources["negative_prompt"] = "no guidance"
+    return replace(config, negative_prompt=None)
+
+
+def _settings(
+    config: SampleConfig, sources: dict[str, str], decided: dict[str, Any]
+) -> dict[str, tuple[Any, str]]:
+    """Each option of SHOWN as it will be used, and where that comes from."""
+    settings: dict[str, tuple[Any, str]] = {}
+    for name in SHOWN:
+        nested = name.removeprefix("sampler.")
+        asked = getattr(config if nested == name else config.sampler, nested)
+        value, source = decided.get(name, asked), sources[name]
+        if asked is None and value is not None and source == "default":
+            source = MODEL
+        settings[name] = (without_home(value) if name in PATH_OPTIONS and value else value, source)
+    if config.sampler.timesteps is not None:
+        settings["sampler.steps"] = (settings["sampler.steps"][0], sources["sampler.timesteps"])
+    return settings
+
+
+def describe(request: Request, folder: Path) -> str:
+    """The header of a run: each setting and its source, then every step's (t, sigma)."""
+    rows = [("prompt", _short(request.prompt), request.job.sources["prompt"])]
+    for name, (value, source) in request.settings.items():
+        if value is not None and value != "":
+            rows.append((name.removeprefix("sampler."), _short(value), source))
+    channels, frames, height, width = request.latent_shape
+    rows.append(("latents", f"{channels} x {frames} x {height} x {width}", "computed"))
+    grid = " x ".join(map(str, request.grid))
+    rows.append(("tokens", f"{request.tokens} ({grid})", "computed"))
+    rows.append(("self-attention", f"{request.attention_density:.1%} of dense", "computed"))
+    rows.append(("model folder", without_home(folder), "found"))
+    wide = max(len(name) for name, _, _ in rows)
+    value_width = max(len(value) for _, value, _ in rows)
+    lines = [f"{n:<{wide}}  {v:<{value_width}}  {s}".rstrip() for n, v, s in rows]
+    schedule = request.plan.schedule
+    steps = [
+        f"{t:g} ({s:.4f})"
+        for t, s in zip(schedule.timesteps.tolist(), schedule.sigmas.tolist(), strict=False)
+    ]
+    lines.append(f"t (sigma) of {schedule.description}:")
+    lines += ["  " + "  ".join(steps[i : i + 6]) for i in range(0, len(steps), 6)]
+    if request.plan.untrained:
+        lines.append(f"not what this model was trained for: {', '.join(request.plan.untrained)}")
+    return "\n".join(lines)
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """float32 where nothing says otherwise, as on a CPU bfloat16 is often the slower one."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,380 @@
+"""LoRA: merging files into the DiT, and layers to train one.
+
+    lora = read_lora("style.safetensors")
+    report = merge_lora(dit, lora, strength=0.8)
+
+Merging computes in float32 and rounds once to the weight's dtype. For training, `add_lora` replaces
+linear layers by ones that carry a trainable pair, `save_lora` writes these in the diffusers format,
+and `fold_lora` turns them into plain layers again.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.errors import WanError
+from wan.lora.files import FOLDER_NAMES, FullDelta, LoRA, LowRank, read_lora
+from wan.weights.keys import released_name
+from wan.weights.load import grouped
+from wan.weights.quantize import refuse_quantized
+from wan.weights.safetensors_file import write_tensors
+
+__all__ = [
+    "DEFAULT_TARGETS",
+    "LoRA",
+    "LoRALinear",
+    "LoRAMerge",
+    "MergeReport",
+    "add_lora",
+    "fold_lora",
+    "lora_state",
+    "merge_lora",
+    "pair_tensors",
+    "read_lora",
+    "save_lora",
+    "write_lora",
+]
+
+# --- merging a file -------------------------------------------------------------------------------
+
+WIDTHS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 TI2V-5B", 5120: "a Wan 14B or A14B"}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge changed."""
+
+    path: str
+    format: str
+    strength: float
+    num_tensors: int  # all of the file's: a merge uses every one or fails
+    ranks: tuple[int, ...]  # those that occur
+    parameters: tuple[str, ...]  # changed, by our names
+
+    def __str__(self) -> str:
+        ranks = f", rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        return (
+            f"LoRA {self.path}: {self.num_tensors} tensors ({self.format}{ranks}) merged into "
+            f"{len(self.parameters)} parameters at strength {self.strength:g}"
+        )
+
+
+@torch.no_grad()
+def merge_lora(module: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeReport:
+    """Add `strength` times a LoRA to the module's weights, in place.
+
+    The sum is taken in float32 on the parameter's device and rounded once to its dtype. Nothing is
+    changed unless everything fits.
+
+    Raises:
+        WanError: a parameter that the module lacks or that has another shape (all of them listed,
+            with the model the LoRA seems to be for), weights not loaded yet, weights quantised,
+            strength not finite.
+    """
+    merge = LoRAMerge(lora, strength)
+    refuse_quantized(module, "merge a LoRA before (from_pretrained does, given loras=)")
+    parameters = dict(module.named_parameters())
+    merge.check(parameters)
+    unloaded = [name for name in lora.names if parameters[name].is_meta]
+    if unloaded:
+        raise WanError(f"LoRA {lora.path}: load the model's weights first: {grouped(unloaded)}")
+    for name in lora.names:
+        parameters[name].copy_(merge(name, parameters[name]))
+    return merge.report
+
+
+@dataclass(frozen=True)
+class LoRAMerge:
+    """A LoRA on its way into weights, one parameter at a time: (our name, tensor) -> tensor.
+
+    For loading, `load_module(..., changes=merge.changes)`; `merge_lora` is for modules that are
+    loaded.
+
+    Raises:
+        WanError: strength is not finite.
+    """
+
+    lora: LoRA
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise WanError(f"LoRA strength={self.strength}: must be a finite number")
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        """Refuse parameters that it does not fit; they need no values yet."""
+        check_fit(parameters, self.lora)
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        total = tensor
+        for change in changes_of(self.lora, name):
+            delta = change.delta(tensor.device).reshape(tensor.shape)
+            total = total.float() + self.strength * delta
+        return total.to(tensor.dtype)
+
+    @property
+    def changes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What becomes of each parameter that the LoRA touches, by our name."""
+        return {name: partial(self, name) for name in self.lora.names}
+
+    @property
+    def report(self) -> MergeReport:
+        lora = self.lora
+        ranks = tuple(sorted({pair.rank for pair in lora.pairs.values()}))
+        return MergeReport(
+            lora.path, lora.format, self.strength, lora.num_tensors, ranks, tuple(lora.names)
+        )
+
+
+def changes_of(lora: LoRA, name: str) -> list[LowRank | FullDelta]:
+    found: list[LowRank | FullDelta] = []
+    if name in lora.pairs:
+        found.append(lora.pairs[name])
+    if name in lora.deltas:
+        found.append(lora.deltas[name])
+    return found
+
+
+def check_fit(parameters: Mapping[str, Tensor], lora: LoRA) -> None:
+    missing = [name for name in lora.names if name not in parameters]
+    misfits = [
+        (name, change.shape, tuple(parameters[name].shape))
+        for name in lora.names
+        if name in parameters
+        for change in changes_of(lora, name)
+        if not change.fits(parameters[name].shape)
+    ]
+    problems = []
+    if missing:
+        problems.append(f"parameters that this model lacks: {grouped(missing)}")
+    if misfits:
+        name, theirs, ours = misfits[0]
+        problems.append(
+            f"other shapes: {grouped(name for name, _, _ in misfits)}; "
+            f"for example {name}: LoRA {theirs}, model {ours}"
+        )
+    if problems:
+        problems += [describe_model(parameters, lora)]
+        raise WanError(f"LoRA {lora.path}: was made for another model: {'; '.join(problems)}")
+
+
+def describe_model(parameters: Mapping[str, Tensor], lora: LoRA) -> str:
+    """The size of the model, and what can be told of the one that the LoRA was made for."""
+    layers = [int(m[1]) for name in lora.names if (m := re.match(r"blocks\.(\d+)\.", name))]
+    model_layers = [int(m[1]) for name in parameters if (m := re.match(r"blocks\.(\d+)\.", name))]
+    # The output of these is one width wide; q, k, v and out are square.
+    widths = {
+        change.shape[0]
+        for name in lora.names
+        if re.search(r"attention\.\w+\.(weight|bias)$|ffn\.down\.", name)
+        for change in changes_of(lora, name)
+    }
+    model_width = next((p.shape[-1] for n, p in parameters.items() if n == "head.modulation"), None)
+    theirs = [f"blocks up to number {max(layers)}"] if layers else []
+    for width in sorted(widths):
+        theirs.append(f"width {width}" + (f" ({WIDTHS[width]})" if width in WIDTHS else ""))
+    return (
+        f"the LoRA has {', '.join(theirs) or 'no blocks'}; "
+        f"this model has {max(model_layers, default=-1) + 1} blocks of width {model_width}"
+    )
+
+
+# --- training one ---------------------------------------------------------------------------------
+
+# Our names of the layers that get a pair: all attention projections and both FFN layers.
+DEFAULT_TARGETS = (
+    r"blocks\.\d+\.(self|cross)_attention\.(query|key|value|out)",
+    r"blocks\.\d+\.ffn\.(up|down)",
+)
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with a trainable low-rank pair beside its frozen weight.
+
+    y = W x + b + (alpha / r) * lora_B lora_A x. The pair is kept in float32, which small updates
+    need, and multiplied in x's dtype like the weight. `weight` and `bias` keep their names, so that
+    checkpoints load and merge as before.
+    """
+
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None = None
+    ):
+        # Built on meta: the weight and the bias are the base's own, not copies.
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.scale = alpha / rank
+        down = torch.empty(rank, base.in_features)
+        # As in the LoRA paper's code (and peft): B = 0 makes the start a no-op.
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        self.lora_A = nn.Parameter(down.to(base.weight.device))  # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(x, self.lora_A.to(x.dtype))
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
+
+
+def add_lora(
+    module: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Freeze the module, and give every linear layer named by `targets` a trainable pair.
+
+    Args:
+        rank: r, at least 1.
+        alpha: the pair counts alpha / r times; r if None.
+        targets: regular expressions that match whole names of layers (our names).
+        generator: a CPU generator for the starting values.
+
+    Returns:
+        The names of the replaced layers, in the module's order.
+
+    Raises:
+        WanError: rank or alpha out of range, an expression that is not valid or matches nothing,
+            or one that matches something else than a plain linear layer.
+    """
+    if rank < 1:
+        raise WanError(f"LoRA rank={rank}: must be at least 1")
+    alpha = float(rank) if alpha is None else alpha
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise WanError(f"LoRA alpha={alpha}: must be a positive number")
+    layers = dict(module.named_modules())
+    names = [name for target in targets for name in matching(layers, target)]
+    chosen = [name for name in layers if name in set(names)]
+    for name in chosen:
+        if type(layers[name]) is not nn.Linear:
+            kind = type(layers[name]).__name__
+            raise WanError(f"LoRA target {name}: is a {kind}, only plain linear layers take a LoRA")
+    module.requires_grad_(False)
+    for name in chosen:
+        layer = layers[name]
+        assert isinstance(layer, nn.Linear)
+        set_layer(module, name, LoRALinear(layer, rank, alpha, generator))
+    return chosen
+
+
+def matching(layers: dict[str, nn.Module], target: str) -> list[str]:
+    try:
+        pattern = re.compile(target)
+    except re.error as error:
+        raise WanError(f"LoRA target {target!r}: not a regular expression ({error})") from error
+    names = [name for name in layers if pattern.fullmatch(name)]
+    if not names:
+        some = ", ".join(name for name, layer in layers.items() if isinstance(layer, nn.Linear))
+        raise WanError(f"LoRA target {target!r}: matches no layer; the linear layers are {some}")
+    return names
+
+
+def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
+    """The layers with a pair, by name."""
+    return {n: layer for n, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def lora_state(module: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors alone, by our names: `<layer>.lora_A` (r, in), `<layer>.lora_B` (out, r).
+
+    `module.load_state_dict(state, strict=False)` takes them back.
+    """
+    state = {}
+    for name, layer in lora_layers(module).items():
+        state[f"{name}.lora_A"] = layer.lora_A.detach()
+        state[f"{name}.lora_B"] = layer.lora_B.detach()
+    return state
+
+
+@torch.no_grad()
+def fold_lora(module: nn.Module) -> list[str]:
+    """Merge every pair into its weight (float32, rounded once) and make the layers plain again."""
+    folded = lora_layers(module)
+    for name, layer in folded.items():
+        delta = LowRank(layer.lora_A, layer.lora_B, layer.scale).delta(layer.weight.device)
+        plain = nn.Linear(
+            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+        )
+        plain.weight, plain.bias = layer.weight, layer.bias
+        plain.weight.copy_(layer.weight.float() + delta)
+        set_layer(module, name, plain)
+    return list(folded)
+
+
+def set_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, layer)
+
+
+def save_lora(
+    path: str | Path,
+    module: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Write the trained pairs as a LoRA file in the diffusers format (`transformer.` names).
+
+    alpha / r is multiplied into lora_B, so that the file means the same to readers that know an
+    alpha and to those that ignore it. The file appears whole or not at all.
+
+    Args:
+        path: a .safetensors file, or a folder that gets `pytorch_lora_weights.safetensors`.
+        metadata: strings to keep in the file, such as the base model and the training command.
+
+    Raises:
+        WanError: the module has no pairs, or a layer that other readers would not know.
+    """
+    layers = lora_layers(module)
+    if not layers:
+        raise WanError("no LoRA to save: the model has no LoRA layers (see add_lora)")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        up = layer.lora_B.detach().float() * layer.scale
+        down = layer.lora_A.detach()
+        tensors |= pair_tensors(f"{name}.weight", down.to("cpu", dtype), up.to("cpu", dtype))
+    return write_lora(path, tensors, metadata)
+
+
+# In front of the names of each layout in a LoRA file, by which readers tell them apart.
+FILE_PREFIXES = {"diffusers": "transformer", "official": "diffusion_model"}
+
+
+def pair_tensors(
+    name: str, down: Tensor, up: Tensor, layout: str = "diffusers"
+) -> dict[str, Tensor]:
+    """A pair under the names of a LoRA file.
+
+    Args:
+        name: ours, of the weight that it changes.
+        down, up: (r, in, ...) and (out, r, ...), alpha / r multiplied in.
+    Raises:
+        WanError: a weight that other readers would not know.
+    """
+    released = released_name("transformer", layout, name).removesuffix(".weight")
+    stem = f"{FILE_PREFIXES[layout]}.{released}"
+    return {f"{stem}.lora_A.weight": down.contiguous(), f"{stem}.lora_B.weight": up.contiguous()}
+
+
+def write_lora(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> Path:
+    """Write a LoRA file, or into a folder the file of the name that diffusers looks for."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path / FOLDER_NAMES[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors, {"format": "pt", **(metadata or {})})
+    return path

@@ -1,0 +1,162 @@
+"""Settings of the diffusion transformer, and reading them from the config.json of a release.
+
+Source: `transformer/config.json` of the Wan releases in diffusers' layout, `config.json` of the
+official ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from wan.errors import WanError
+from wan.models.rope import axis_channels
+
+
+@dataclass
+class DiTConfig:
+    """Settings of the network, under the names of the released `transformer/config.json`."""
+
+    num_attention_heads: int = 24
+    attention_head_dim: int = 128
+    num_layers: int = 30
+    ffn_dim: int = 14336
+    in_channels: int = 48
+    out_channels: int = 48
+    text_dim: int = 4096
+    freq_dim: int = 256  # width of the sinusoid of the timestep
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    rope_max_seq_len: int = 1024  # longest axis of the token grid
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in (one.name for one in fields(self) if one.type is int):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise WanError(f"{name}={value!r}: must be a whole number above 0")
+        if not self.eps >= 0:
+            raise WanError(f"eps={self.eps}: must not be negative")
+        if len(self.patch_size) != 3 or not all(
+            isinstance(n, int) and n > 0 for n in self.patch_size
+        ):
+            raise WanError(
+                f"patch_size={self.patch_size}: need three whole numbers above 0, for T, H and W"
+            )
+        self.patch_size = (self.patch_size[0], self.patch_size[1], self.patch_size[2])
+        axis_channels(self.attention_head_dim)
+        if self.freq_dim % 2:
+            raise WanError(f"freq_dim={self.freq_dim}: must be even, half cosines and half sines")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def token_grid(self, latent_size: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens along T, H and W of latents with these T, H and W.
+
+        Raises:
+            WanError: sizes that patches do not divide, or too long an axis.
+        """
+        if any(n < 1 or n % p for n, p in zip(latent_size, self.patch_size, strict=True)):
+            raise WanError(
+                f"latents with T, H, W = {tuple(latent_size)}: must be multiples of "
+                f"{self.patch_size}"
+            )
+        t, h, w = (n // p for n, p in zip(latent_size, self.patch_size, strict=True))
+        if max(t, h, w) > self.rope_max_seq_len:
+            raise WanError(f"a grid of {t}x{h}x{w} tokens: no axis above {self.rope_max_seq_len}")
+        return t, h, w
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "DiTConfig":
+        """Read a released `config.json`, in diffusers' field names or in the official ones.
+
+        Raises:
+            WanError: a network of another kind, a setting this one does not know, or one missing.
+        """
+        values = {k: v for k, v in values.items() if not k.startswith("_") or k == "_class_name"}
+        refuse_other_networks(values)
+        values.pop("_class_name", None)
+        if "dim" in values:
+            values = official_to_released_names(values)
+        fixed = {name: values.pop(name, value) for name, value in FIXED_SETTINGS.items()}
+        for name, value in FIXED_SETTINGS.items():
+            if fixed[name] != value:
+                raise WanError(
+                    f"transformer config.json: {name}={fixed[name]!r}, only {value!r} is supported"
+                )
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise WanError(
+                f"transformer config.json: unknown settings {', '.join(unknown)}; the file may be "
+                "of another network"
+            )
+        required = [name for name in known if name not in ("patch_size", "rope_max_seq_len", "eps")]
+        if missing := [name for name in required if name not in values]:
+            raise WanError(f"transformer config.json lacks {', '.join(missing)}")
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The released `config.json` of this network, in diffusers' field names."""
+        settings = asdict(self) | {"patch_size": list(self.patch_size)}
+        return {"_class_name": "WanTransformer3DModel", **settings, **FIXED_SETTINGS}
+
+
+# Settings that have one value in every supported release: read and checked, written, never varied.
+FIXED_SETTINGS: dict[str, Any] = {
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+
+OFFICIAL_NAMES = {
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "num_heads": "num_attention_heads",
+    "eps": "eps",
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "num_layers": "num_layers",
+    "patch_size": "patch_size",
+    "text_dim": "text_dim",
+}
+
+
+def refuse_other_networks(values: dict[str, Any]) -> None:
+    """Name the relatives of this network that a config.json can be of.
+
+    Raises:
+        WanError: the settings are those of VACE, image-to-video of Wan2.1, or not Wan at all.
+    """
+    supported = "supported are Wan2.1-T2V, Wan2.2-T2V-A14B and Wan2.2-TI2V-5B"
+    class_name = values.get("_class_name", "WanModel")
+    model_type = values.get("model_type", "t2v")
+    if any(name.startswith("vace_") for name in values) or model_type == "vace":
+        raise WanError(f"this is a VACE transformer, with control blocks of its own; {supported}")
+    if values.get("image_dim") or values.get("added_kv_proj_dim") or model_type in ("i2v", "flf2v"):
+        raise WanError(
+            "this is an image-to-video transformer, with keys and values or input channels for "
+            f"the image; {supported}"
+        )
+    if class_name not in ("WanTransformer3DModel", "WanModel") or model_type not in ("t2v", "ti2v"):
+        raise WanError(
+            f"transformer config.json: _class_name={class_name!r}, model_type={model_type!r} is "
+            f"not a transformer this project knows; {supported}"
+        )
+
+
+def official_to_released_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The official config.json under diffusers' names, with what it leaves to its code's defaults.
+
+    Raises:
+        WanError: a size is missing, or the width is not a multiple of the heads.
+    """
+    ignored = ("dim", "model_type", "text_len")  # text_len: any number of rows may be attended
+    values = {"text_dim": 4096} | values
+    if not values.get("num_heads") or values["dim"] % values["num_heads"]:
+        raise WanError(
+            f"transformer config.json: dim={values['dim']} must be a multiple of "
+            f"num_heads={values.get('num_heads')}"
+        )
+    renamed = {OFFICIAL_NAMES.get(k, k): v for k, v in values.items() if k not in ignored}
+    return renamed | {"attention_head_dim": values["dim"] // values["num_heads"]}

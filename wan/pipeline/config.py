@@ -1,0 +1,347 @@
+"""What a released folder says about itself, read before any weight is.
+
+    model_index.json                    pipeline class, boundary_ratio, expand_timesteps
+    scheduler/scheduler_config.json     the shift
+    transformer/ [transformer_2/] vae/ text_encoder/     config.json each, and weights
+    tokenizer/
+    sampling_defaults.json              this project's own, optional: `SamplingDefaults`
+    shared_parts.json                   its own too: parts that lie elsewhere, `part_folder`
+
+A student's model_index.json may say `timesteps`, the list it was trained on; without it, it is that
+of the released students.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from wan.errors import WanError
+from wan.files import read_json
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Config
+from wan.models.vae import VAEConfig
+from wan.sampling.schedule import FEW_STEP_TIMESTEPS, few_step_schedule
+from wan.weights.digests import list_files
+
+BASE, FEW_STEP = PIPELINE_CLASSES = ("WanPipeline", "WanDMDPipeline")
+DEFAULTS_FILE = "sampling_defaults.json"
+SHARED_FILE = "shared_parts.json"
+CARD = "README.md"
+DEFAULT_SHIFT = 5.0
+LIBRARIES = {  # component -> [library, class] in model_index.json
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    # This class takes tokenizer.json as it is; T5's own rebuilds it with other special ids.
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+}
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a call uses where nothing else is asked for."""
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    fps: float = 16
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None  # of the low-noise expert; None: the same
+    max_sequence_length: int = 512
+    attention: str | None = None  # sparse self-attention that it was trained with; None: full
+    deterministic: bool = False  # few-step: predicted noise is put back between steps, not fresh
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The settings of a whole pipeline.
+
+    Attributes:
+        class_name: "WanPipeline" (base model) or "WanDMDPipeline" (few-step student).
+        boundary_ratio: noise level where two experts hand over; None for one network.
+        expand_timesteps: the network was trained with a timestep per token, so that a clean first
+            frame can be given.
+        shift: of the schedule.
+        timesteps: the list a student was trained on; None for a base model.
+    """
+
+    class_name: str
+    transformer: DiTConfig
+    vae: VAEConfig
+    text_encoder: UMT5Config
+    boundary_ratio: float | None = None
+    expand_timesteps: bool = False
+    shift: float = DEFAULT_SHIFT
+    timesteps: tuple[float, ...] | None = None
+    defaults: SamplingDefaults = SamplingDefaults()
+
+    def __post_init__(self) -> None:
+        if self.class_name not in PIPELINE_CLASSES:
+            raise WanError(
+                f"pipeline class {self.class_name!r}: known are {', '.join(PIPELINE_CLASSES)}"
+            )
+        dit, channels = self.transformer, self.vae.z_dim
+        if (dit.in_channels, dit.out_channels) != (channels, channels):
+            raise WanError(
+                f"the transformer has {dit.in_channels} input and {dit.out_channels} output "
+                f"channels, the VAE's latents have {channels}: they are of different models"
+            )
+        if dit.text_dim != self.text_encoder.d_model:
+            raise WanError(
+                f"the transformer reads text of width {dit.text_dim}, the text encoder gives "
+                f"{self.text_encoder.d_model}: they are of different models"
+            )
+        if self.boundary_ratio is not None and not 0 < self.boundary_ratio < 1:
+            raise WanError(f"boundary_ratio={self.boundary_ratio}: must lie between 0 and 1")
+        if (self.class_name == FEW_STEP) != (self.timesteps is not None):
+            raise WanError(f"{self.class_name} with timesteps={self.timesteps}: only students")
+        if self.timesteps is not None:
+            few_step_schedule(self.timesteps)  # refuses what is not a schedule
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The folders that hold weights."""
+        experts = ("transformer",) if self.boundary_ratio is None else TWO_EXPERTS
+        return (*experts, "vae", "text_encoder")
+
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents of a video.
+
+        Raises:
+            WanError: a size the model cannot do, with the nearest that it can.
+        """
+        _, patch_h, patch_w = self.transformer.patch_size
+        stride, longest = self.vae.spatial_stride, self.transformer.rope_max_seq_len
+        problems = []
+        for name, size, patch in (("height", height, patch_h), ("width", width, patch_w)):
+            step = stride * patch
+            if nearest := _nearest(size, step, first=step, last=longest * step):
+                problems.append(f"{name}={size}: must be a multiple of {step}{nearest}")
+        time = self.vae.temporal_stride
+        if nearest := _nearest(num_frames, time, first=1, last=(longest - 1) * time + 1):
+            problems.append(f"num_frames={num_frames}: must be {time}k + 1{nearest}")
+        if problems:
+            raise WanError("; ".join(problems))
+        latent_frames = self.vae.latent_frames(num_frames)
+        return (self.vae.z_dim, latent_frames, height // stride, width // stride)
+
+
+TWO_EXPERTS = ("transformer", "transformer_2")
+
+
+def _nearest(size: int, step: int, first: int, last: int) -> str:
+    """ "" if size is first + k * step and at most last; else the nearest such sizes, in words."""
+    low = first + (size - first) // step * step
+    if first <= size <= last and low == size:
+        return ""
+    around = sorted({min(max(first, value), last) for value in (low, low + step)})
+    return f"; nearest {'is' if len(around) == 1 else 'are'} {' and '.join(map(str, around))}"
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_pipeline_config(
+    folder: Path, overrides: Mapping[str, Path] | None = None
+) -> PipelineConfig:
+    """Read every configuration of a released folder.
+
+    Args:
+        folder: holds model_index.json.
+        overrides: component -> another folder for it; one with its own config.json brings that.
+
+    Raises:
+        WanError: a file is missing or damaged, the class is unknown, or parts don't fit together.
+    """
+    index = read_index(folder)
+    configs = {
+        name: read_json(component_config(folder, name, overrides or {}))
+        for name in ("transformer", "vae", "text_encoder")
+    }
+    boundary = index.get("boundary_ratio")
+    second = index.get("transformer_2") or [None, None]
+    if (boundary is not None) != (second[0] is not None):
+        raise WanError(
+            f"{folder / 'model_index.json'}: boundary_ratio={boundary} and transformer_2="
+            f"{second[1]}: two experts need both, one network neither"
+        )
+    vae = VAEConfig.from_json(configs["vae"])
+    timesteps = None
+    if index["_class_name"] == FEW_STEP:
+        timesteps = tuple(index.get("timesteps", FEW_STEP_TIMESTEPS))
+    return PipelineConfig(
+        class_name=index["_class_name"],
+        transformer=DiTConfig.from_json(configs["transformer"]),
+        vae=vae,
+        text_encoder=UMT5Config.from_json(configs["text_encoder"]),
+        boundary_ratio=boundary,
+        expand_timesteps=bool(index.get("expand_timesteps", False)),
+        shift=read_shift(folder),
+        timesteps=timesteps,
+        defaults=read_defaults(folder, vae, boundary is not None),
+    )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json, whose `_class_name` is one of ours."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        config = folder / "config.json"
+        hint = ""
+        if config.is_file() and read_json(config).get("_class_name") == "WanModel":
+            hint = " (this is the official layout: python -m infer.convert writes the other one)"
+        raise WanError(f"{folder}: no model_index.json; give the top folder of a model{hint}")
+    index = read_json(path)
+    if index.get("_class_name") not in PIPELINE_CLASSES:
+        raise WanError(
+            f"{path}: pipeline class {index.get('_class_name')!r} is not supported; known are "
+            f"{', '.join(PIPELINE_CLASSES)}"
+        )
+    return index
+
+
+def component_config(folder: Path, component: str, overrides: Mapping[str, Path]) -> Path:
+    """Where the config.json of a component is."""
+    own = overrides.get(component)
+    if own is not None and own.is_dir() and (own / "config.json").is_file():
+        return own / "config.json"
+    path = part_folder(folder, component) / "config.json"
+    if not path.is_file():
+        raise WanError(f"{path} is missing: the model's folder is not complete")
+    return path
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """Where a part of a model lies: in its folder, or where `SHARED_FILE` there says."""
+    return shared_parts(folder).get(part, folder / part)
+
+
+def shared_parts(folder: Path) -> dict[str, Path]:
+    """Parts that a model takes from elsewhere, and the folders they lie in.
+
+    Models that share parts need them once: `SHARED_FILE` holds a JSON object, part -> folder,
+    relative to its own. `infer.convert` writes the whole of such a model.
+    """
+    file = folder / SHARED_FILE
+    if not file.is_file():
+        return {}
+    return {part: folder / str(place) for part, place in read_json(file).items()}
+
+
+def parts_from_elsewhere(folder: Path) -> dict[str, Path]:
+    """`shared_parts`, and the parts that are links to other folders."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    links = {e.name: e.resolve() for e in sorted(entries) if e.is_symlink() and e.is_dir()}
+    return links | shared_parts(folder)
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """Every file that what a model makes may depend on, by its path in the released layout.
+
+    Parts from elsewhere are among them; the model's card is not.
+    """
+    files = list_files(folder)
+    for part, place in parts_from_elsewhere(folder).items():
+        files |= {f"{part}/{name}": path for name, path in list_files(place).items()}
+    return {name: path for name, path in files.items() if name != CARD}
+
+
+def read_shift(folder: Path) -> float:
+    """The shift of the released scheduler: UniPC calls it flow_shift, flow-match Euler shift."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise WanError(f"{path} is missing: the model's folder is not complete")
+    settings = read_json(path)
+    shift = settings.get("flow_shift", settings.get("shift"))
+    if not isinstance(shift, int | float):
+        raise WanError(f"{path}: neither flow_shift nor shift is a number; the model has no grid")
+    return float(shift)
+
+
+def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
+    """The folder's own defaults; those of the official code where it has none.
+
+    Source: Wan2.2 `wan/configs`: the VAE's stride tells TI2V-5B from the others, which diffusers
+    runs at 832x480.
+    """
+    defaults = SamplingDefaults()
+    if vae.spatial_stride == 16:
+        defaults = replace(defaults, height=704, width=1280, num_frames=121, fps=24)
+    if two_experts:
+        defaults = replace(
+            defaults, num_inference_steps=40, guidance_scale=4.0, guidance_scale_2=3.0
+        )
+    path = folder / DEFAULTS_FILE
+    if not path.is_file():
+        return defaults
+    return override_defaults(defaults, read_json(path), str(path))
+
+
+def override_defaults(
+    defaults: SamplingDefaults, own: Mapping[str, Any], where: str
+) -> SamplingDefaults:
+    """`defaults` with some of them replaced; an unknown name is a WanError that says where."""
+    known = [field.name for field in fields(SamplingDefaults)]
+    if unknown := sorted(set(own) - set(known)):
+        raise WanError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return replace(defaults, **own)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def model_index_json(config: PipelineConfig) -> dict[str, Any]:
+    """The model_index.json of a pipeline."""
+    index: dict[str, Any] = {
+        "_class_name": config.class_name,
+        "_diffusers_version": "0.35.0",
+        "boundary_ratio": config.boundary_ratio,
+        "expand_timesteps": config.expand_timesteps,
+        **LIBRARIES,
+        "transformer_2": LIBRARIES["transformer"] if config.boundary_ratio else [None, None],
+    }
+    # Left out where it goes without saying: other readers take a list for a [library, class] pair.
+    if config.timesteps not in (None, FEW_STEP_TIMESTEPS):
+        index["timesteps"] = list(config.timesteps or ())
+    return index
+
+
+def scheduler_json(shift: float) -> dict[str, Any]:
+    """The released scheduler_config.json, which makes diffusers sample as `unipc` does."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "_diffusers_version": "0.35.0",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": shift,
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "predict_x0": True,
+        "lower_order_final": True,
+        "disable_corrector": [],
+        "solver_p": None,
+        "final_sigmas_type": "zero",
+        "timestep_spacing": "linspace",
+    }
+
+
+def write_configs(config: PipelineConfig, folder: Path) -> None:
+    """Write model_index.json, the sampling defaults, the scheduler's and every part's settings."""
+    transformers = TWO_EXPERTS if config.boundary_ratio is not None else TWO_EXPERTS[:1]
+    objects = {
+        "model_index.json": model_index_json(config),
+        "scheduler/scheduler_config.json": scheduler_json(config.shift),
+        DEFAULTS_FILE: asdict(config.defaults),
+        "vae/config.json": config.vae.to_json(),
+        "text_encoder/config.json": config.text_encoder.to_json(),
+        **{f"{name}/config.json": config.transformer.to_json() for name in transformers},
+    }
+    for name, values in objects.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

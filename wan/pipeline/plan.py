@@ -1,0 +1,207 @@
+"""From what a caller asks for to a sampler, its schedule and its guidance.
+
+A base model takes any. A few-step student was trained on one list of timesteps, without guidance
+and without an image: everything else is refused, all at once, unless the caller insists.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from wan.errors import WanError
+from wan.pipeline.config import PipelineConfig
+from wan.sampling.samplers import build_sampler
+from wan.sampling.schedule import (
+    FEW_STEP_TABLE_SHIFT,
+    Schedule,
+    euler_schedule,
+    few_step_schedule,
+    unipc_schedule,
+)
+
+# The grid of a sampler when only a number of steps is given.
+SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
+    "euler": euler_schedule,
+    "unipc": unipc_schedule,
+    "few_step": euler_schedule,
+}
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """What a caller may ask for; None is the model's own choice.
+
+    Attributes:
+        num_inference_steps, timesteps, schedule: how many steps, or which timesteps, or the whole
+            schedule; at most one of them.
+        sampler: a name in `wan.sampling.samplers.SAMPLERS`.
+        shift: of the grid, or of the table in which the sigmas of `timesteps` are looked up: the
+            list itself is taken as it is. Not beside `schedule`.
+        guidance_scale, guidance_scale_2: at least 1, which is none; the second is that of the
+            low-noise expert.
+        negative_prompt, image: whether there is one.
+        num_frames: of the video.
+        max_sequence_length: rows of text that the model reads. Those after a prompt's end are read
+            too, so that another number is another model.
+        deterministic: few-step sampling puts back predicted noise, not fresh noise.
+        allow_untrained: let a student go on with what it was not trained for.
+    """
+
+    num_inference_steps: int | None = None
+    timesteps: Sequence[float] | None = None
+    schedule: Schedule | None = None
+    sampler: str | None = None
+    shift: float | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    negative_prompt: bool = False
+    image: bool = False
+    num_frames: int | None = None
+    max_sequence_length: int | None = None
+    deterministic: bool | None = None
+    allow_untrained: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What is going to happen.
+
+    Attributes:
+        sampler: name in `wan.sampling.samplers.SAMPLERS`.
+        schedule: the steps.
+        guidance_scale, guidance_scale_2: of the high-noise (or only) and the low-noise expert.
+        untrained: what the model was told to do though it was not trained for it, in words.
+    """
+
+    sampler: str
+    schedule: Schedule
+    guidance_scale: float
+    guidance_scale_2: float
+    untrained: tuple[str, ...] = ()
+
+    @property
+    def guided(self) -> bool:
+        """Whether a second forward, with the negative prompt, is needed at all."""
+        return self.guidance_scale != 1 or self.guidance_scale_2 != 1
+
+
+def plan_sampling(config: PipelineConfig, request: SamplingRequest) -> SamplingPlan:
+    """Decide sampler, schedule and guidance; needs no weights.
+
+    Raises:
+        WanError: contradictory, out of range, or not what the model was trained for.
+    """
+    knobs = ("num_inference_steps", "timesteps", "schedule")
+    given = [name for name in knobs if getattr(request, name) is not None]
+    if len(given) > 1:
+        raise WanError(f"{' and '.join(given)}: both say what the steps are; give one of them")
+    if request.schedule is not None and request.shift is not None:
+        raise WanError(
+            f"shift={request.shift:g} and schedule: a schedule has its noise levels already; build "
+            "it with that shift, or leave shift out"
+        )
+    if request.image and not config.expand_timesteps:
+        raise WanError(
+            "image: this model was not trained to start from one (TI2V models are: their "
+            "model_index.json says expand_timesteps)"
+        )
+    if request.image and request.num_frames == 1:
+        raise WanError("image with num_frames=1: the only frame would be the image itself")
+    if request.max_sequence_length is not None and request.max_sequence_length < 1:
+        raise WanError(f"max_sequence_length={request.max_sequence_length}: need at least 1")
+    if request.guidance_scale_2 is not None and config.boundary_ratio is None:
+        raise WanError(
+            f"guidance_scale_2={request.guidance_scale_2}: for models with two experts; this one "
+            "has one network"
+        )
+    for name in ("guidance_scale", "guidance_scale_2"):
+        scale = getattr(request, name)
+        if scale is not None and not (scale >= 1 and math.isfinite(scale)):
+            raise WanError(f"{name}={scale}: must be at least 1 (1 turns guidance off)")
+    if config.timesteps is None:
+        plan = _plan_base(config, request)
+    else:
+        plan = _plan_few_step(config, config.timesteps, request)
+    if request.deterministic is not None and plan.sampler != "few_step":
+        raise WanError(f"deterministic: sampler {plan.sampler} adds no noise; for few_step")
+    return plan
+
+
+def _other_text_length(config: PipelineConfig, request: SamplingRequest) -> list[str]:
+    length = request.max_sequence_length
+    if length in (None, config.defaults.max_sequence_length):
+        return []
+    return [f"max_sequence_length={length}"]
+
+
+def _plan_base(config: PipelineConfig, request: SamplingRequest) -> SamplingPlan:
+    defaults = config.defaults
+    scale, scale_2 = request.guidance_scale, request.guidance_scale_2
+    if scale is None:
+        scale = defaults.guidance_scale
+        scale_2 = defaults.guidance_scale_2 if scale_2 is None else scale_2
+    plan = SamplingPlan(
+        sampler="unipc" if request.sampler is None else request.sampler,
+        schedule=_schedule(request, "unipc", defaults.num_inference_steps, config.shift),
+        guidance_scale=scale,
+        guidance_scale_2=scale if scale_2 is None else scale_2,
+        untrained=tuple(_other_text_length(config, request)),
+    )
+    if request.negative_prompt and not plan.guided:
+        raise WanError("negative_prompt has no effect without guidance: set guidance_scale above 1")
+    return plan
+
+
+def _plan_few_step(
+    config: PipelineConfig, trained: tuple[float, ...], request: SamplingRequest
+) -> SamplingPlan:
+    steps, sampler = request.num_inference_steps, request.sampler
+    shift = FEW_STEP_TABLE_SHIFT if request.shift is None else request.shift
+    untrained = []
+    if steps is not None and steps != len(trained):
+        untrained.append(f"num_inference_steps={steps}")
+    if request.timesteps is not None and tuple(request.timesteps) != trained:
+        untrained.append(f"timesteps={[*request.timesteps]}")
+    if request.schedule is not None:
+        untrained.append(f"schedule ({request.schedule.description})")
+    if shift != FEW_STEP_TABLE_SHIFT:
+        untrained.append(f"shift={shift:g}")
+    if sampler not in (None, "few_step"):
+        untrained.append(f"sampler={sampler}")
+    for name in ("guidance_scale", "guidance_scale_2"):
+        if getattr(request, name) not in (None, 1):
+            untrained.append(f"{name}={getattr(request, name)}")
+    untrained += [name for name in ("negative_prompt", "image") if getattr(request, name)]
+    untrained += _other_text_length(config, request)
+    if untrained and not request.allow_untrained:
+        listed = ", ".join(f"{t:g}" for t in trained)
+        raise WanError(
+            f"{', '.join(untrained)}: this few-step model was trained for the {len(trained)} "
+            f"timesteps [{listed}] and {config.defaults.max_sequence_length} rows of text, without "
+            "guidance, negative prompt or image; leave it out, or say allow_untrained=True to see "
+            "what happens"
+        )
+    if any(name.startswith(("num_inference_steps", "timesteps", "schedule")) for name in untrained):
+        schedule = _schedule(request, "few_step", len(trained), shift)
+    else:
+        schedule = few_step_schedule(trained, shift)
+    scale = 1.0 if request.guidance_scale is None else request.guidance_scale
+    scale_2 = scale if request.guidance_scale_2 is None else request.guidance_scale_2
+    if request.negative_prompt and scale == scale_2 == 1:
+        raise WanError("negative_prompt has no effect without guidance: set guidance_scale above 1")
+    return SamplingPlan(sampler or "few_step", schedule, scale, scale_2, tuple(untrained))
+
+
+def _schedule(
+    request: SamplingRequest, sampler: str, default_steps: int, default_shift: float
+) -> Schedule:
+    """The caller's schedule, or one from the caller's list or number of steps."""
+    sampler = sampler if request.sampler is None else request.sampler
+    build_sampler(sampler)  # refuses an unknown name
+    shift = default_shift if request.shift is None else request.shift
+    if request.schedule is not None:
+        return request.schedule
+    if request.timesteps is not None:
+        return few_step_schedule(request.timesteps, shift)
+    steps = default_steps if request.num_inference_steps is None else request.num_inference_steps
+    return SCHEDULES[sampler](steps, shift)

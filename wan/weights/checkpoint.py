@@ -1,0 +1,236 @@
+"""A checkpoint on disk: one safetensors file, or a folder of shards with an optional index.
+
+Opening one reads every header and holds the index against the shards, so that whatever is missing,
+doubled or misplaced is reported before memory is spent. No tensor is read.
+
+A shard may be a symlink only to a file in its own folder or in the blob store of the hub cache that
+the folder belongs to: everything else a link could point at was not part of what was downloaded.
+"""
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from wan.errors import WanError
+from wan.weights.safetensors_file import (
+    PICKLE_SUFFIXES,
+    SafetensorsFile,
+    TensorEntry,
+    map_tensors,
+    parse_json,
+    read_header,
+    refuse_pickle,
+)
+
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_INDEX_BYTES = 16 << 20
+SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")  # no folder, no drive
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    name: str  # in the file
+    file: SafetensorsFile
+    entry: TensorEntry
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a checkpoint, by the names in its files."""
+
+    path: Path
+    files: tuple[SafetensorsFile, ...]
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The string metadata of all files; a later file's entry replaces an earlier one's."""
+        return {key: value for file in self.files for key, value in file.metadata.items()}
+
+    def map(self) -> dict[str, Tensor]:
+        """Every tensor as a view of its mapped file, in the stored dtype: see `map_tensors`."""
+        return {name: tensor for file in self.files for name, tensor in map_tensors(file).items()}
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a .safetensors file, an index, or a folder that holds one checkpoint.
+
+    Raises:
+        WanError: nothing there, several checkpoints, pickles only, or files that contradict each
+            other; the message names files and tensors.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if path.name.endswith(INDEX_SUFFIX):
+            return open_index(path)
+        if not path.exists() and not path.is_symlink():
+            raise WanError(f"{path}: no such file or folder")
+        return combine(path, [read_header(path)])
+    names = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+    families = {family(name) for name in names if name.endswith((".safetensors", INDEX_SUFFIX))}
+    if not families:
+        raise WanError(nothing_found(path, names))
+    if len(families) > 1:
+        found = ", ".join(sorted(f"{stem}*.safetensors" for stem in families))
+        raise WanError(f"{path}: holds several checkpoints ({found}): give the file or index")
+    (stem,) = families
+    if f"{stem}{INDEX_SUFFIX}" in names:
+        return open_index(path / f"{stem}{INDEX_SUFFIX}")
+    files = [name for name in names if name.endswith(".safetensors")]
+    check_complete_set(path, files)
+    for name in files:
+        check_inside(path, name)
+    return combine(path, [read_header(path / name) for name in files])
+
+
+def family(name: str) -> str:
+    """What the names of an index and its shards have in common."""
+    match = SHARD_NAME.fullmatch(name)
+    return match["stem"] if match else name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
+
+
+def nothing_found(path: Path, names: list[str]) -> str:
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        return refuse_pickle(path / pickles[0])
+    if "model_index.json" in names:
+        return f"{path}: a whole pipeline; give one component, e.g. {path / 'transformer'}"
+    return f"{path}: no .safetensors file here (found: {', '.join(names[:8]) or 'nothing'})"
+
+
+def check_complete_set(path: Path, files: list[str]) -> None:
+    """Without an index, several files must be the complete set that their names announce."""
+    shards = [SHARD_NAME.fullmatch(name) for name in files]
+    if len(files) == 1 and shards[0] is None:
+        return
+    counts = {match["count"] for match in shards if match is not None}
+    if None in shards or len(counts) != 1:
+        raise WanError(f"{path}: {', '.join(files)} do not form one set; give the file you mean")
+    count = int(counts.pop())
+    present = {int(match["number"]) for match in shards if match is not None}
+    missing = sorted(set(range(1, count + 1)) - present)
+    if missing:
+        stem = family(files[0])
+        raise WanError(
+            f"{path}: missing "
+            + ", ".join(f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in missing[:8])
+            + f" ({len(missing)} of {count} shards): fetch them again"
+        )
+
+
+def open_index(path: Path) -> Checkpoint:
+    """Open the shards that an index lists, and hold both against each other."""
+    folder = path.parent
+    weight_map, total_size = read_index(path)
+    listed = sorted(set(weight_map.values()))
+    for name in listed:
+        if not FILE_NAME.fullmatch(name) or len(name) > 255:
+            raise WanError(
+                f"{path}: shard name {ascii(name)[:120]}: must be a plain .safetensors file name "
+                "in the index's folder"
+            )
+        check_inside(folder, name)
+    missing = [name for name in listed if not (folder / name).exists()]
+    if missing:
+        raise WanError(
+            f"{path}: lists {', '.join(missing[:8])} ({len(missing)} of {len(listed)} shards "
+            "missing): fetch them again"
+        )
+    stem = family(path.name)
+    unlisted = sorted(
+        file.name
+        for file in folder.glob("*.safetensors")
+        if family(file.name) == stem and file.name not in listed and file.name[0] != "."
+    )
+    if unlisted:
+        raise WanError(
+            f"{path}: does not list {', '.join(unlisted[:8])}, which lie beside it: move away what "
+            "belongs to another download"
+        )
+    checkpoint = combine(path, [read_header(folder / name) for name in listed])
+    check_weight_map(path, weight_map, checkpoint)
+    stored = sum(t.entry.end - t.entry.start for t in checkpoint.tensors.values())
+    if total_size is not None and total_size != stored:
+        # Published repacks get this number wrong, and the shards themselves have just been checked.
+        warnings.warn(f"{path}: total_size {total_size:,}, shards hold {stored:,}", stacklevel=3)
+    return checkpoint
+
+
+def read_index(path: Path) -> tuple[dict[str, str], int | None]:
+    """weight_map and metadata.total_size of an index file."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_INDEX_BYTES:
+            raise WanError(f"{path}: {size:,} bytes, over the limit of {MAX_INDEX_BYTES:,}")
+        index = parse_json(path, path.read_bytes())
+    except OSError as error:
+        raise WanError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    weight_map = index.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise WanError(f"{path}: needs a weight_map from tensor names to file names")
+    metadata = index.get("metadata")
+    total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, int(total_size) if isinstance(total_size, int | float) else None
+
+
+def check_inside(folder: Path, name: str) -> None:
+    """Follow a symlinked shard, and refuse it if it leaves the folder and the hub cache's blobs."""
+    if not (folder / name).is_symlink():
+        return
+    try:
+        target = (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
+        raise WanError(f"{folder / name}: a broken symlink; fetch the file again") from error
+    allowed = [folder.resolve()]
+    # <cache>/models--owner--name/snapshots/<commit>/<component> -> <cache>/models--.../blobs
+    for parent in folder.absolute().parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            allowed.append((parent.parent / "blobs").resolve())
+    if target.parent not in allowed:
+        raise WanError(
+            f"{folder / name}: a symlink to {target}, outside its folder; copy the file here or "
+            "give the folder it lies in"
+        )
+
+
+def combine(path: Path, files: list[SafetensorsFile]) -> Checkpoint:
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, entry in file.tensors.items():
+            if name in tensors:
+                raise WanError(
+                    f"{path}: tensor {name} is in {tensors[name].file.path.name} and in "
+                    f"{file.path.name}; these are shards of different downloads"
+                )
+            tensors[name] = StoredTensor(name, file, entry)
+    return Checkpoint(path, tuple(files), tensors)
+
+
+def check_weight_map(path: Path, weight_map: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Every listed tensor lies in the shard it is listed for, and no other tensor exists."""
+    problems = []
+    for name, file_name in weight_map.items():
+        stored = checkpoint.tensors.get(name)
+        if stored is None:
+            problems.append(f"{name} is not in {file_name}")
+        elif stored.file.path.name != file_name:
+            problems.append(f"{name} is in {stored.file.path.name}, not in {file_name}")
+    problems += [
+        f"{name} in {stored.file.path.name} is not listed"
+        for name, stored in checkpoint.tensors.items()
+        if name not in weight_map
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise WanError(
+            f"{path}: index and shards disagree: {'; '.join(problems[:4])}{more}; fetch the index "
+            "and its shards from one revision"
+        )

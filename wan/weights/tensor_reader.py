@@ -1,0 +1,125 @@
+"""Fill tensors from checkpoint files: shared with the mapped file, or read by several threads.
+
+A tensor that is wanted in its stored dtype on the CPU is the mapped file itself. Any other goes
+through a buffer of fixed size, one per thread: read, looked at, converted, placed. Beyond the
+tensors that are kept, those buffers are all the memory needed, however large a tensor or shard is.
+"""
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from wan.errors import WanError
+from wan.weights.checkpoint import StoredTensor
+from wan.weights.safetensors_file import map_tensors, read_bytes
+
+CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of elements of one tensor, small enough to pass through a thread's buffer."""
+
+    name: str
+    stored: StoredTensor
+    target: Tensor  # (count,) view of what is kept
+    offset: int  # of the first byte in the file
+    file: BinaryIO | None  # None: `target` is the mapped file, only look at it
+
+
+def read_tensors(
+    stored: Mapping[str, StoredTensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+    *,
+    threads: int,
+    check_finite: bool,
+    share_mapping: bool,
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Read, convert and place tensors; those that need neither may stay views of the file.
+
+    Returns:
+        The tensors, and the names of those that are all zeros (if `check_finite`).
+    Raises:
+        WanError: NaN or infinity (if `check_finite`); a file changed or ends early.
+    """
+    state: dict[str, Tensor] = {}
+    mapped: dict[Path, dict[str, Tensor]] = {}
+    pieces: list[Piece] = []
+    with ExitStack() as stack:
+        files: dict[Path, BinaryIO] = {}
+        for name, tensor in stored.items():
+            path, entry = tensor.file.path, tensor.entry
+            shared = share_mapping and device.type == "cpu" and dtypes[name] == entry.dtype
+            if shared:
+                if path not in mapped:
+                    mapped[path] = map_tensors(tensor.file)
+                state[name] = mapped[path][tensor.name]
+            else:
+                if path not in files:
+                    files[path] = stack.enter_context(tensor.file.open())
+                state[name] = torch.empty(entry.shape, dtype=dtypes[name], device=device)
+            if shared and not check_finite:
+                continue
+            flat = state[name].view(-1)
+            size = CHUNK_BYTES // entry.dtype.itemsize
+            for i, part in enumerate(flat.split(size)) if len(flat) else ():
+                offset = entry.start + i * CHUNK_BYTES
+                pieces.append(Piece(name, tensor, part, offset, None if shared else files[path]))
+        pieces.sort(key=lambda piece: (piece.stored.file.path, piece.offset))
+        zero = fill(pieces, device, threads, check_finite)
+    return state, zero
+
+
+def fill(pieces: list[Piece], device: torch.device, threads: int, check_finite: bool) -> set[str]:
+    """Fill all pieces; returns the names whose pieces are all zero (only looked at if checking)."""
+    scratch = threading.local()
+
+    def run(piece: Piece) -> bool:
+        """Fill one piece; true if it is all zeros."""
+        source = piece.target
+        if piece.file is not None:
+            dtype = piece.stored.entry.dtype
+            if device.type != "cpu" or dtype != source.dtype:
+                if not hasattr(scratch, "buffer"):
+                    pin = device.type == "cuda"
+                    scratch.buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pin)
+                source = scratch.buffer[: source.numel() * dtype.itemsize].view(dtype)
+            read_bytes(piece.file, source, piece.offset)
+        zero = check_finite and is_zero(piece, source)
+        if source is not piece.target:
+            piece.target.copy_(source)
+            if check_finite and piece.target.dtype == torch.float16:
+                is_zero(piece, piece.target)
+        return zero
+
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(run, pieces))
+    touched = {piece.name for piece, zero in zip(pieces, results, strict=True) if not zero}
+    return {piece.name for piece in pieces} - touched if check_finite else set()
+
+
+def is_zero(piece: Piece, values: Tensor) -> bool:
+    """Whether all values are 0.
+
+    The minimum and maximum carry every NaN and infinity and need no memory, unlike `isfinite`.
+
+    Raises:
+        WanError: NaN or infinity among them.
+    """
+    low, high = (bound.item() for bound in torch.aminmax(values))
+    if low != low or low == float("-inf") or high == float("inf"):
+        overflow = values.dtype == torch.float16 != piece.stored.entry.dtype
+        remedy = "too large for float16: load as bfloat16" if overflow else "the file is damaged"
+        raise WanError(
+            f"{piece.stored.file.path}: tensor {piece.stored.name} is not finite "
+            f"({low}..{high}); {remedy}"
+        )
+    return low == high == 0
