@@ -95,6 +95,22 @@ class Run(Generic[C]):
     title: str
 
 
+Main = Callable[[Run[Any]], int | None]
+
+
+def run(main: Main, line: CommandLine, description: str) -> NoReturn:
+    """Read sys.argv, call `main` once per point of the sweep, and exit.
+
+    The exit code is the highest that `main` returned (None counts as 0), 2 after a WanError or a
+    file that could not be read or written, 130 after Ctrl-C. All points of a sweep are checked
+    before the first one runs.
+
+    Args:
+        description: what stands at the top of `--help`; a command's module docstring.
+    """
+    sys.exit(execute(main, line, description, sys.argv[1:]))
+
+
 def run_command(
     main: Callable[[Any], int | None],
     schema: type,
@@ -103,33 +119,11 @@ def run_command(
     path_keys: tuple[str, ...] = (),
     shortcuts: Mapping[str, Shortcut] = MappingProxyType({}),
 ) -> NoReturn:
-    """Read sys.argv, call `main(config)` once per point of the sweep, and exit.
-
-    The exit code is the highest that `main` returned (None counts as 0), 2 after a WanError or a
-    file that could not be read or written, 130 after Ctrl-C. All points of a sweep are checked
-    before the first one runs.
-    """
     line = CommandLine(schema, config_name, text_keys, path_keys, shortcuts)
-    run_jobs(lambda run: main(run.config), line, sys.modules[main.__module__].__doc__ or "")
+    run(lambda run: main(run.config), line, sys.modules[main.__module__].__doc__ or "")
 
 
-def run_jobs(
-    main: Callable[[Run[Any]], int | None], line: CommandLine, description: str
-) -> NoReturn:
-    """`run_command` for a main that also wants to know where its settings come from."""
-    sys.exit(execute(main, line, description, sys.argv[1:]))
-
-
-def execute(
-    main: Callable[[Run[Any]], int | None],
-    line: CommandLine,
-    description: str,
-    arguments: Sequence[str],
-) -> int:
-    """One command from its arguments to its exit code; never raises what a person can cause."""
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning
-        return _execute(main, line, description, arguments)
+run_jobs = run
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -137,46 +131,53 @@ def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print("warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
-def _execute(
-    main: Callable[[Run[Any]], int | None],
-    line: CommandLine,
-    description: str,
-    arguments: Sequence[str],
-) -> int:
-    flags = [a for a in arguments if a.startswith("-")]
-    tokens = [a for a in arguments if not a.startswith("-")]
-    try:
-        _check_flags(flags, line)
-        if {"-h", "--help"} & set(flags):
-            print(help_text(line, description, FLAGS))
-            return 0
-        runs = compose_runs(line, tokens, sweep=bool({"-m", "--multirun"} & set(flags)))
-        if "--cfg" in flags:
-            for run in runs:
-                print(
-                    yaml.safe_dump(asdict(run.config), allow_unicode=True, sort_keys=False), end=""
-                )
-            return 0
-    except (WanError, OSError) as error:
-        if "--traceback" in flags:
-            raise
-        return report(error)
-    codes = [0]
-    for number, run in enumerate(runs, 1):
-        if run.title:
-            print(f"[{number}/{len(runs)}] {run.title}", file=sys.stderr)
+def execute(main: Main, line: CommandLine, description: str, arguments: Sequence[str]) -> int:
+    """One command from its arguments to its exit code; never raises what a person can cause."""
+    code = 0
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
         try:
-            codes.append(main(run) or 0)
+            runs = read_arguments(line, description, arguments)
+            for number, one in enumerate(runs, 1):
+                if one.title:
+                    print(f"[{number}/{len(runs)}] {one.title}", file=sys.stderr)
+                try:
+                    done = main(one) or 0
+                except (WanError, OSError) as error:  # the other points of a sweep still run
+                    if "--traceback" in arguments:
+                        raise
+                    done = report(error)
+                code = max(code, done)
+                if done == INTERRUPTED:
+                    return INTERRUPTED
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return INTERRUPTED
         except (WanError, OSError) as error:
-            if "--traceback" in flags:
+            if "--traceback" in arguments:
                 raise
-            codes.append(report(error))
-        if codes[-1] == INTERRUPTED:
-            return INTERRUPTED
-    return max(codes)
+            return report(error)
+    return code
+
+
+def read_arguments(line: CommandLine, description: str, arguments: Sequence[str]) -> list[Run[Any]]:
+    """The runs that the arguments of a command ask for; none where a flag is answered instead.
+
+    Raises:
+        WanError: an unknown flag, or what `compose_runs` refuses.
+    """
+    flags = [a for a in arguments if a.startswith("-")]
+    tokens = [a for a in arguments if not a.startswith("-")]
+    _check_flags(flags, line)
+    if {"-h", "--help"} & set(flags):
+        print(help_text(line, description, FLAGS))
+        return []
+    runs = compose_runs(line, tokens, sweep=bool({"-m", "--multirun"} & set(flags)))
+    if "--cfg" not in flags:
+        return runs
+    for one in runs:
+        print(yaml.safe_dump(asdict(one.config), allow_unicode=True, sort_keys=False), end="")
+    return []
 
 
 def report(error: Exception) -> int:
@@ -377,7 +378,10 @@ def _set_texts(config: Any, texts: Mapping[str, str | None]) -> Any:
 
 
 def _sources(schema: type, presets: Mapping[str, str]) -> dict[str, str]:
-    """Which file sets which option; `model` comes last, as in the order in which files merge."""
+    """Source of each option: "default" or the preset file that sets it, as `group=preset`.
+
+    Files merge in the order of their groups, `model` last, so that its file wins.
+    """
     sources = dict.fromkeys(option_names(schema), "default")
     for group, choice in sorted(presets.items(), key=lambda item: item[0] == "model"):
         for name in _names_in(group, choice):

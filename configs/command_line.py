@@ -1,4 +1,4 @@
-"""What a command's arguments look like, and the page that explains them (`--help`)."""
+"""The form of a command's arguments, and the page that explains them (`--help`)."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
@@ -28,7 +28,7 @@ ATTENTION = {"attention": Shortcut("attention.name")}
 
 @dataclass(frozen=True)
 class CommandLine:
-    """How the arguments of one command are read.
+    """The settings by which the arguments of one command are read.
 
     Attributes:
         schema: the command's dataclass in configs/schema.py.
@@ -82,7 +82,7 @@ def _type_name(kind: Any) -> str:
 
 
 def help_text(line: CommandLine, description: str, flags: Mapping[str, str]) -> str:
-    """What a stranger needs: what it does, every option with its default, presets, flags."""
+    """The text of `--help`: the description, every option with its default, presets and flags."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_FOLDER)):
         cfg = compose(line.config_name, return_hydra_config=True)
     presets = {group: cfg.hydra.runtime.choices[group] for group in preset_groups(line.config_name)}

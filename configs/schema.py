@@ -103,6 +103,8 @@ def check_number(name: str, value: Any, low: Bound, high: Bound = NO_BOUND) -> N
         allowed = f"be a number {'of at least' if with_least else 'above'} {least}"
     elif least is None:
         allowed = f"be a number {'of at most' if with_most else 'below'} {most}"
+    elif with_least and with_most:
+        allowed = f"be between {least} and {most}"
     else:
         allowed = f"lie in {'(['[with_least]}{least}, {most}{')]'[with_most]}"
     raise WanError(f"{name}={value}: must {allowed}")
@@ -149,7 +151,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # endings
 
 
 def check_ending(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    """The name of a file to write, if there is one."""
+    """Refuse the name of a file to write that has another ending; None names no file."""
     if value is not None and not value.lower().endswith(allowed):
         raise WanError(f"{name}={value}: the name must end in {' or '.join(allowed)}")
 
@@ -184,7 +186,7 @@ def check_every_step(attention: AttentionConfig) -> None:
 
 @dataclass
 class SamplerConfig(Options):
-    """How the network is integrated. None everywhere means as the model's own folder says."""
+    """The sampler, its steps and its noise levels. None takes what the model's folder says."""
 
     name: str | None = option(None, "unipc, euler or few_step")
     steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=1000)
@@ -221,7 +223,7 @@ def check_timesteps(timesteps: list[float]) -> None:
 
 @dataclass
 class LoadingConfig(Options):
-    """Which model a command runs, and how it is loaded."""
+    """The model that a command runs, and how it is loaded."""
 
     checkpoint: str = option(
         MISSING, "a folder or a hub id (owner/name), not the preset's own", check=check_filled

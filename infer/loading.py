@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from infer.sample.request import torch_dtype
 from wan.errors import WanError
 from wan.lora.files import LoRA, read_lora
 from wan.lora.merge import LoRAMerge
-from wan.pipeline.config import PipelineConfig, parts_from_elsewhere, read_pipeline_config
+from wan.models.attention import NetworkAttention
+from wan.pipeline.config import PipelineConfig, parts_from_elsewhere
+from wan.pipeline.folder import ModelFolder
 from wan.pipeline.pipeline import PIPELINES, WanPipeline
 from wan.weights.digests import verify_digests
-from wan.weights.load import census_line
+from wan.weights.names import census_line
 
 
 class StageBars:
@@ -43,38 +46,38 @@ class StageBars:
 
 
 class LoadedModel:
-    """A pipeline with what the record says about it."""
+    """A pipeline with what the record of a video says about it."""
 
-    def __init__(self, folder: Path, config: SampleConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        config: SampleConfig,
+        attention: NetworkAttention,
+        loras: Mapping[str, LoRA],
+        device: torch.device,
+    ) -> None:
         started = time.perf_counter()
-        model = read_pipeline_config(folder)
         if config.verify:
-            # A part from elsewhere is listed where it lies, in the folder above it.
-            places = [folder, *(place.parent for place in parts_from_elsewhere(folder).values())]
-            distinct = dict.fromkeys(place.resolve() for place in places)
-            number = sum(verify_digests(place) for place in distinct)
-            print(f"{number} files match their sha256", file=sys.stderr)
-        loras = {
-            part: LoRAMerge(lora, config.lora_strength)
-            for part, lora in read_loras(config, model).items()
-        }
+            verify_files(folder.path)
+        merges = {part: LoRAMerge(lora, config.lora_strength) for part, lora in loras.items()}
         bars = StageBars()
         try:
-            self.pipeline: WanPipeline = PIPELINES[model.class_name].from_pretrained(
+            self.pipeline: WanPipeline = PIPELINES[folder.config.class_name].from_pretrained(
                 folder,
                 dtype=torch_dtype(config.dtype, device),
                 device=device,
-                attention=config.attention,
+                attention=attention,
                 offload=config.offload,
                 compile=config.compile,
                 quantize=config.quantize,
-                loras=loras,
+                loras=merges,
                 on_progress=bars,
             )
         finally:
             bars.close()
-        self.merges = [f"{part}: {merge.report}" for part, merge in loras.items()]
-        self.digests = WeightDigests(folder) if config.hash_weights else None
+        self.folder = folder.path
+        self.merges = [f"{part}: {merge.report}" for part, merge in merges.items()]
+        self.digests = WeightDigests(folder.path) if config.hash_weights else None
         self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
         self.seconds = time.perf_counter() - started
 
@@ -83,30 +86,56 @@ class LoadedModel:
         return "\n".join([*lines, *self.merges])
 
 
+def verify_files(folder: Path) -> None:
+    """Hold all files of a model against their published digests, and report how many there are.
+
+    Raises:
+        WanError: a file is missing, changed or not listed.
+    """
+    # A part from elsewhere is listed where it lies, in the folder above it.
+    places = [folder, *(place.parent for place in parts_from_elsewhere(folder).values())]
+    distinct = dict.fromkeys(place.resolve() for place in places)
+    number = sum(verify_digests(place) for place in distinct)
+    print(f"{number} files match their sha256", file=sys.stderr)
+
+
 class ModelCache:
-    """The last model that was loaded, for the next point of a sweep that wants the same."""
+    """Keeps the last model that was loaded, for the next point of a sweep that wants the same."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
         self._model: LoadedModel | None = None
 
-    def get(self, folder: Path, config: SampleConfig, device: torch.device) -> LoadedModel:
+    def get(
+        self,
+        folder: ModelFolder,
+        config: SampleConfig,
+        attention: NetworkAttention,
+        loras: Mapping[str, LoRA],
+        device: torch.device,
+    ) -> LoadedModel:
+        """The model of a folder as a command's settings load it.
+
+        Args:
+            attention: verified on the device.
+            loras: from `read_loras`.
+        """
         key = (
-            *(folder, device, config.dtype, config.offload, config.compile, config.quantize),
+            *(folder.path, device, config.dtype, config.offload, config.compile, config.quantize),
             *(config.lora, config.lora_2, config.lora_strength, config.hash_weights, config.verify),
         )
         if self._model is None or key != self._key:
             self._model = None  # before the next one needs the room
-            self._model = LoadedModel(folder, config, device)
+            self._model = LoadedModel(folder, config, attention, loras, device)
             self._key = key
             print(self._model.describe(), file=sys.stderr)
         self._model.pipeline.tile = config.tile
         self._model.pipeline.chunk_latents = config.chunk_latents
-        self._model.pipeline.set_attention(config.attention)
+        self._model.pipeline.set_attention(attention)
         return self._model
 
     def bytes_on(self, device: torch.device) -> int:
-        """What the model at hand takes of a device: as good as free for the next one."""
+        """Bytes that the loaded model takes of a device; they are free for the next model."""
         if self._model is None:
             return 0
         return sum(
@@ -118,7 +147,11 @@ class ModelCache:
 
 
 def read_loras(config: SampleConfig, model: PipelineConfig) -> dict[str, LoRA]:
-    """The LoRA files by the network they are for."""
+    """Read a command's LoRA files, by the network that each is for.
+
+    Raises:
+        WanError: a file that cannot be read, or files that do not suit the number of experts.
+    """
     two = model.boundary_ratio is not None
     if config.lora_2 is not None and not two:
         raise WanError("lora_2=: for models with two experts; this one has one network")

@@ -108,7 +108,7 @@ def test_cross_attention_is_exact_whatever_is_chosen(name):
 
 def test_factorised_alternates():
     layers = network_attention("factorised", 4).layers
-    assert [layer.chosen for layer in layers] == [Spatial(), Temporal(), Spatial(), Temporal()]
+    assert [layer.sparse for layer in layers] == [Spatial(), Temporal(), Spatial(), Temporal()]
     density = network_attention("factorised", 4).density(GRID)
     assert density == pytest.approx((1 / 3 + 1 / 8) / 2)
 

@@ -22,8 +22,9 @@ from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import read_pipeline_config
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.keys import VAELevels
-from wan.weights.load import load_state, save_component
+from wan.weights.load import load_state
 from wan.weights.safetensors_file import write_tensors
+from wan.weights.save import save_component
 
 DIT = DiTConfig(
     num_attention_heads=2,

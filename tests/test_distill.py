@@ -39,7 +39,8 @@ from wan.pipeline.config import BASE, SamplingDefaults, read_pipeline_config, wr
 from wan.sampling.schedule import few_step_schedule
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import STUDENT, TEACHER
-from wan.weights.load import load_state, save_component
+from wan.weights.load import load_state
+from wan.weights.save import save_component
 
 TINY = DiTConfig(
     num_attention_heads=2,

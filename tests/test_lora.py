@@ -22,8 +22,9 @@ from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.keys import LAYOUTS, released_name, table
-from wan.weights.load import load_module, save_component
+from wan.weights.load import load_module
 from wan.weights.safetensors_file import map_tensors, read_header, write_tensors
+from wan.weights.save import save_component
 
 TINY = DiTConfig(
     num_attention_heads=2,

@@ -17,8 +17,8 @@ from wan.lora.extract import extract_lora, low_rank
 from wan.lora.merge import merge_lora, read_lora
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import STUDENT
-from wan.weights.load import save_component
 from wan.weights.safetensors_file import write_tensors
+from wan.weights.save import save_component
 
 FULL = 1000  # above every side of the tiny model's matrices
 

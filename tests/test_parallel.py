@@ -40,7 +40,8 @@ from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.pipeline.config import SamplingDefaults, read_pipeline_config, write_configs
 from wan.weights.checkpoint import open_checkpoint
-from wan.weights.load import load_state, save_component
+from wan.weights.load import load_state
+from wan.weights.save import save_component
 
 teacher = test_distill.teacher  # a fixture
 

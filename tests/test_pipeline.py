@@ -21,7 +21,8 @@ import wan
 from wan.errors import WanError
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
-from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
+from wan.models.tokenizer import Tokenizer
+from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import PipelineConfig, SamplingDefaults

@@ -23,8 +23,7 @@ import wan.weights.hub
 from configs.cli import INTERRUPTED, USER_ERROR, execute
 from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
-from infer.sample.generate import BAD_RESULT
-from infer.sample.record import OutputFiles, reserve_files, without_home
+from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files, without_home
 from wan.media.images import load_image
 from wan.media.video import read_video
 from wan.pipeline.pipeline import WanDMDPipeline, WanPipeline

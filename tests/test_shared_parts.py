@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from configs.conversion import ConvertConfig
-from configs.schema import SampleConfig
 from infer.convert.__main__ import main as convert
 from infer.evaluate.queue import weight_digests
-from infer.loading import LoadedModel
+from infer.loading import verify_files
 from train.conditioning import component_digests
 from train.export import export_model
 from wan.errors import WanError
@@ -67,8 +66,7 @@ def test_a_linked_part_counts_and_is_verified(tmp_path):
     (linked / "vae").symlink_to(whole / "vae")
     write_manifest(linked)
     assert set(model_files(linked)) == set(model_files(STUDENT))
-    config = SampleConfig(checkpoint=str(linked), verify=True)
-    LoadedModel(linked, config, torch.device("cpu"))
+    verify_files(linked)
     before = weight_digests(linked)
     weights = next((whole / "vae").glob("*.safetensors"))
     content = bytearray(weights.read_bytes())
@@ -76,7 +74,7 @@ def test_a_linked_part_counts_and_is_verified(tmp_path):
     weights.write_bytes(content)
     assert weight_digests(linked) != before
     with pytest.raises(WanError, match=r"vae/.*has other content"):
-        LoadedModel(linked, config, torch.device("cpu"))
+        verify_files(linked)
 
 
 def video(folder):

@@ -10,12 +10,8 @@ import sentencepiece
 import transformers
 
 from wan.errors import WanError
-from wan.models.tokenizer import (
-    Tokenizer,
-    clean_prompt,
-    tokenizer_json_from_spiece,
-    write_tokenizer_folder,
-)
+from wan.models.tokenizer import Tokenizer, clean_prompt
+from wan.models.tokenizer_export import tokenizer_json_from_spiece, write_tokenizer_folder
 
 NUM_SENTINELS = 5
 TEXTS = [

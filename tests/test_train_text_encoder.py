@@ -37,7 +37,8 @@ from train.text_encoder import (
 )
 from wan.errors import WanError
 from wan.miniature.captions import BACKGROUND_WORDS, COLOUR_WORDS, SIZE_WORDS, vocabulary
-from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
+from wan.models.tokenizer import Tokenizer
+from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder, encode_text
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import STUDENT

@@ -18,15 +18,10 @@ from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.pipeline import WanPipeline
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.keys import VAELevels, released_name
-from wan.weights.load import (
-    census_line,
-    dtype_census,
-    grouped,
-    load_module,
-    load_state,
-    save_component,
-)
+from wan.weights.load import load_module, load_state
+from wan.weights.names import census_line, dtype_census, grouped
 from wan.weights.safetensors_file import map_tensors, read_header, write_tensors
+from wan.weights.save import save_component
 
 DIT = DiTConfig(2, 16, 3, 48, in_channels=4, out_channels=4, text_dim=24, freq_dim=16)
 UMT5 = UMT5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
@@ -150,7 +145,7 @@ def test_saving_refuses_a_folder_with_weights_foreign_names_and_a_full_disk(tmp_
     with pytest.raises(WanError, match=r"x\.weight: not a parameter of our transformer"):
         save_component({"x.weight": torch.zeros(1)}, tmp_path / "b", "transformer")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("wan.weights.load.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("wan.weights.save.shutil.disk_usage", lambda _: usage)
     with pytest.raises(WanError, match=r"GB to write, 0\.00 GB free"):
         save("dit", tmp_path / "c")
     assert not list((tmp_path / "c").iterdir())

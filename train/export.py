@@ -11,7 +11,7 @@ from wan.lora.merge import save_lora
 from wan.models.attention import SPARSE
 from wan.models.dit import WanDiT
 from wan.pipeline.config import PipelineConfig, part_folder, write_configs
-from wan.weights.load import save_component
+from wan.weights.save import save_component
 
 
 def export_model(

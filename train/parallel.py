@@ -325,14 +325,13 @@ class SequenceSplit:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        grid: tuple[int, int, int] | None,
+        grid: tuple[int, int, int],
+        exact: bool = False,
     ) -> Tensor:
         """(B, N, l, K) three times and the grid of all L tokens -> (B, N, l, K)."""
-        if grid is None:
-            raise WanError("exact=True: not while tokens are shared out; set_attention('sdpa')")
         share, length = q.shape[2], math.prod(grid)
         q, k, v = self.tokens_to_heads(torch.stack((q, k, v)))[..., :length, :]
-        out = attention(q, k, v, grid)  # (B, N / P, L, K)
+        out = attention(q, k, v, grid, exact)  # (B, N / P, L, K)
         return self.heads_to_tokens(F.pad(out, (0, 0, 0, share * self.size - length)))
 
     def tokens_to_heads(self, x: Tensor) -> Tensor:

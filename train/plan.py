@@ -17,7 +17,7 @@ from train.rollout import mean_forwards
 from wan.errors import WanError
 from wan.models.dit_config import DiTConfig
 from wan.runtime.costs import count_parameters, kept_by_block, kept_outside, network_work
-from wan.weights.load import short
+from wan.weights.names import short
 
 RECOMPUTE = ("none", "selective", "full")  # of `wan.models.recompute`, the fewest kept bytes last
 # CUDA's context, NCCL's buffers and what the allocator cannot join.

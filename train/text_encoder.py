@@ -29,9 +29,10 @@ from wan.errors import WanError
 from wan.files import write_text
 from wan.miniature.captions import caption, label_classes
 from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
-from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
+from wan.models.tokenizer import Tokenizer
+from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder, pad_ids
-from wan.weights.load import save_component
+from wan.weights.save import save_component
 
 # B captions, S text positions, D width, V vocabulary, K labels of a caption
 

@@ -27,7 +27,8 @@ from wan.miniature.world import render, sample_scene, scene_rng
 from wan.models.vae import StreamCache, VAEConfig, WanVAE
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.keys import VAELevels
-from wan.weights.load import load_state, save_component
+from wan.weights.load import load_state
+from wan.weights.save import save_component
 
 
 def initialize(vae: WanVAE) -> None:

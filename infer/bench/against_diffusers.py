@@ -25,7 +25,7 @@ from wan.pipeline.config import part_folder
 from wan.pipeline.pipeline import WanPipeline
 from wan.runtime.costs import decode_work, encode_work, network_work, text_work
 from wan.weights.keys import VAELevels
-from wan.weights.load import save_component
+from wan.weights.save import save_component
 
 CPU = torch.device("cpu")
 BLOCK_LATENTS = (48, 5, 16, 16)  # 320 tokens

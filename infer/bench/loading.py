@@ -31,8 +31,9 @@ from wan.errors import WanError
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.weights.checkpoint import open_checkpoint
-from wan.weights.load import build_on_meta, check_fit, match_names, save_component, target_dtype
+from wan.weights.load import build_on_meta, check_fit, match_names, target_dtype
 from wan.weights.safetensors_file import map_tensors, read_bytes
+from wan.weights.save import save_component
 from wan.weights.tensor_reader import is_zero
 
 BF16 = torch.bfloat16

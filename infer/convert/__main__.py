@@ -50,15 +50,10 @@ from wan.pipeline.config import DEFAULTS_FILE, model_index_json, part_folder, sc
 from wan.weights.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.weights.hub import SHIPPED, builtin_folder
 from wan.weights.keys import COMPONENTS, VAELevels, detect_layout
-from wan.weights.load import (
-    check_fit,
-    load_state,
-    match_names,
-    save_component,
-    short,
-    target_dtype,
-)
+from wan.weights.load import check_fit, load_state, match_names, target_dtype
+from wan.weights.names import short
 from wan.weights.safetensors_file import read_header
+from wan.weights.save import save_component
 
 LAYOUTS = ("diffusers", "official", "prefixed")
 # float16 is left out: weights beyond its range would become infinite.

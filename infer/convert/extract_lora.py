@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from infer.convert.releases import write_json
 from wan.errors import WanError
+from wan.files import write_json
 from wan.lora.extract import ExtractedLoRA, extract_lora
 from wan.lora.files import ATTENTION
 from wan.lora.merge import write_lora
 from wan.pipeline.config import read_pipeline_config
 from wan.runtime.offload import resolve_device
 from wan.weights.checkpoint import Checkpoint, open_checkpoint
-from wan.weights.load import grouped
+from wan.weights.names import grouped
 
 
 def convert_lora(

@@ -25,7 +25,8 @@ from wan.errors import WanError
 from wan.files import read_json
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
-from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
+from wan.models.tokenizer import Tokenizer
+from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import (
@@ -39,7 +40,8 @@ from wan.pipeline.pipeline import WanPipeline
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import SHIPPED, resolve_model
 from wan.weights.keys import VAELevels
-from wan.weights.load import load_module, save_component
+from wan.weights.load import load_module
+from wan.weights.save import save_component
 
 M = TypeVar("M", bound=nn.Module)
 

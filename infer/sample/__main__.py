@@ -17,7 +17,7 @@ import signal
 import sys
 from typing import Any
 
-from configs.cli import Run, run_jobs
+from configs.cli import INTERRUPTED, Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
 from configs.schema import SampleConfig
 from infer.sample.jobs import read_jobs
@@ -37,25 +37,36 @@ LINE = CommandLine(
 
 
 class SampleCommand:
-    """Makes the videos of one point of a sweep after the other; keeps the model in between."""
+    """Makes the videos of one point of a sweep after another; keeps the model in between."""
 
     def __init__(self) -> None:
         self._models: Any = None
 
     def __call__(self, run: Run[SampleConfig]) -> int:
+        """All videos that a command asks for; returns the exit code.
+
+        Everything that can be wrong with the request is found before weights are fetched or read.
+        """
         jobs = read_jobs(run.config, run.sources)
         # Here and not above: PyTorch takes seconds to load, a mistyped option should not.
         from infer.loading import ModelCache
-        from infer.sample.generate import generate
+        from infer.sample.generate import make_video, prepare
 
         self._models = self._models or ModelCache()
-        return generate(run, jobs, self._models)
+        session = prepare(run, jobs, self._models)
+        code = 0
+        for request in session.requests:
+            for seed in request.seeds:
+                code = max(code, make_video(session, request, seed))
+                if code == INTERRUPTED:
+                    return code
+        return code
 
 
 def main() -> None:
     # A scheduler's request to stop is treated as a person's: what there is by then is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run_jobs(SampleCommand(), LINE, sys.modules[__name__].__doc__ or "")
+    run(SampleCommand(), LINE, sys.modules[__name__].__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -2,215 +2,294 @@
 
 import json
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from configs.cli import INTERRUPTED, Run
+from configs.cli import Run
 from configs.schema import SampleConfig
 from infer.loading import LoadedModel, ModelCache, StageBars, read_loras
 from infer.sample.jobs import Job
 from infer.sample.record import (
     RECORD_VERSION,
-    OutputFiles,
+    BadResultError,
+    Story,
     environment,
     now,
-    peak_memory,
+    out_of_memory,
     reserve_files,
     save_latents,
     tensor_sha256,
     without_home,
     writable_folder,
-    write_record,
 )
-from infer.sample.request import (
-    PATH_OPTIONS,
-    Request,
-    describe,
-    resolve_request,
-    sampling_options,
-    torch_dtype,
-)
+from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_request, torch_dtype
 from wan.errors import WanError
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
-from wan.models.attention import network_attention
-from wan.models.tokenizer import Tokenizer, clean_prompt
-from wan.pipeline.config import PipelineConfig, part_folder, read_pipeline_config
-from wan.pipeline.memory import (
-    GIB,
-    MemoryPlan,
-    MemoryRequest,
-    check_fits,
-    predict_memory,
-    rough_bytes,
-    size,
-)
-from wan.pipeline.pipeline import WanPipeline
+from wan.models.attention import NetworkAttention, verified_attention
+from wan.models.tokenizer import clean_prompt
+from wan.pipeline.callbacks import StepFunction
+from wan.pipeline.folder import ModelFolder
+from wan.pipeline.memory import GIB, MemoryEstimate, check_fits, estimate_memory, size
+from wan.pipeline.memory_counts import MemoryRequest, rough_bytes
 from wan.runtime.memory_meter import free_bytes
 from wan.runtime.offload import resolve_device
-from wan.sampling.noise import sample_generators
+from wan.sampling.denoiser import Denoiser
+from wan.sampling.noise import draw_noise, sample_generators
 from wan.weights.hub import CONFIGS, resolve_model
 
-BAD_RESULT = 1
+
+@dataclass(frozen=True)
+class Session:
+    """A command whose every decision is made and whose model is loaded.
+
+    Attributes:
+        run: the command's settings.
+        requests: one per job, in order.
+        model: in memory, on its device.
+        output: the folder that videos go to.
+        memory: what was predicted, or None where nothing was.
+    """
+
+    run: Run[SampleConfig]
+    requests: list[Request]
+    model: LoadedModel
+    output: Path
+    memory: MemoryEstimate | None
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one video is made."""
+        return sum(request.config.num_videos for request in self.requests) > 1
 
 
-class BadResultError(RuntimeError):
-    """The networks ran, and what came out is no picture."""
+def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Session:
+    """Decide everything, refuse what cannot work, then load the model.
 
+    The attention is built and verified here, each job's sampling plan is made here, and each JSON
+    file of the model is read here; everything after this takes them as they are.
 
-def generate(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> int:
-    """Make the videos of all jobs; returns the exit code.
-
-    Everything that can be wrong with the request is found before weights are fetched or read.
+    Raises:
+        WanError: whatever is wrong with the request, before weights are fetched or read.
     """
     config = run.config
     output = writable_folder(config.output_dir)
     device = resolve_device(config.device)
     dtype = torch_dtype(config.dtype, device)
-    folder = resolve_model(config.checkpoint, config.revision, patterns=CONFIGS)
-    model_config = read_pipeline_config(folder)
+    folder = ModelFolder.read(resolve_model(config.checkpoint, config.revision, patterns=CONFIGS))
+    attention = verified_attention(config.attention, folder.config.transformer, device, dtype)
     dtype_name = str(dtype).removeprefix("torch.")
-    requests = [resolve_request(job, model_config, str(device), dtype_name) for job in jobs]
-    read_loras(config, model_config)
-    transformer = model_config.transformer
-    attention = network_attention(config.attention, transformer.num_layers)
-    attention.verify(transformer.attention_head_dim, device, dtype)
-    print(describe(requests[0], folder), file=sys.stderr)
+    requests = [
+        resolve_request(job, folder.config, attention, str(device), dtype_name) for job in jobs
+    ]
+    loras = read_loras(config, folder.config)
+    print(describe(requests[0], folder.path), file=sys.stderr)
     if len(requests) > 1:
         print(f"the first of {len(requests)} jobs; every video has a record", file=sys.stderr)
-    # Prediction loads parts of PyTorch's compiler, which takes a second: longer than a small model.
-    largest = max(requests, key=lambda request: request.tokens).latent_shape
-    wanted = config.preflight == "always" or rough_bytes(model_config, largest, dtype) > GIB
-    memory = None
-    if wanted and config.preflight != "never":
-        memory = predicted_memory(requests, model_config, folder, device, dtype)
-        host = torch.device("cpu")
-        free, free_host = (free_bytes(where) + models.bytes_on(where) for where in (device, host))
-        print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
-        check_fits(memory, free, None if device == host else free_host)
-    folder = resolve_model(config.checkpoint, config.revision)
+    memory = check_memory(requests, folder, attention, device, dtype, models)
+    path = resolve_model(config.checkpoint, config.revision)  # now with the weights
+    if path != folder.path:  # the hub's branch has moved on meanwhile
+        folder = ModelFolder.read(path)
     try:
-        model = models.get(folder, config, device)
+        model = models.get(folder, config, attention, loras, device)
     except torch.OutOfMemoryError as error:
-        raise WanError(_reason(error)) from error
-    code = 0
-    total = sum(request.config.num_videos for request in requests)
-    for request in requests:
-        for seed in request.seeds:
-            done = make_video(run, request, seed, model, folder, output, memory, total > 1)
-            code = max(code, done)
-            if done == INTERRUPTED:
-                return INTERRUPTED
-    return code
+        raise WanError(out_of_memory()) from error
+    return Session(run, requests, model, output, memory)
 
 
-def predicted_memory(
+def check_memory(
     requests: list[Request],
-    model: PipelineConfig,
-    folder: Path,
+    folder: ModelFolder,
+    attention: NetworkAttention,
     device: torch.device,
     dtype: torch.dtype,
-) -> MemoryPlan:
-    """What the largest of some jobs will take."""
-    tokenizer = Tokenizer.from_folder(part_folder(folder, "tokenizer"))
+    models: ModelCache,
+) -> MemoryEstimate | None:
+    """Predict the memory of the largest job where it may matter, and refuse what cannot fit."""
+    config = requests[0].config
+    largest = max(requests, key=lambda request: request.tokens)
+    # Prediction loads parts of PyTorch's compiler, which takes a second: longer than a small model.
+    matters = rough_bytes(folder.config, largest.latent_shape, dtype, attention) > GIB
+    if config.preflight == "never" or (config.preflight == "auto" and not matters):
+        return None
+    memory = estimate_memory(memory_request(requests, largest, folder, attention, device, dtype))
+    host = torch.device("cpu")
+    free, free_host = (free_bytes(where) + models.bytes_on(where) for where in (device, host))
+    print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
+    check_fits(memory, free, None if device == host else free_host)
+    return memory
+
+
+def memory_request(
+    requests: list[Request],
+    largest: Request,
+    folder: ModelFolder,
+    attention: NetworkAttention,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> MemoryRequest:
+    """The largest job, with the longest prompt of all jobs."""
 
     def num_tokens(request: Request) -> int:
         texts = (request.prompt, request.config.negative_prompt or "")
         limit = request.max_sequence_length
-        return max(len(tokenizer(clean_prompt(text), limit).ids) for text in texts)
+        return max(len(folder.tokenizer(clean_prompt(text), limit).ids) for text in texts)
 
-    largest = max(requests, key=lambda request: request.tokens)
     config = largest.config
-    return predict_memory(
-        MemoryRequest(
-            model,
-            largest.latent_shape,
-            largest.plan,
-            prompt_tokens=max(map(num_tokens, requests)),
-            max_sequence_length=largest.max_sequence_length,
-            device=device,
-            dtype=dtype,
-            attention=config.attention,
-            has_image=any(request.config.image is not None for request in requests),
-            offload=config.offload,
-            quantize=config.quantize,
-            chunk_latents=config.chunk_latents,
-            tile=config.tile,
-        )
+    return MemoryRequest(
+        folder.config,
+        largest.latent_shape,
+        largest.plan,
+        prompt_tokens=max(map(num_tokens, requests)),
+        max_sequence_length=largest.max_sequence_length,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        has_image=any(request.config.image is not None for request in requests),
+        offload=config.offload,
+        quantize=config.quantize,
+        chunk_latents=config.chunk_latents,
+        tile=config.tile,
     )
 
 
-def make_video(
-    run: Run[SampleConfig],
-    request: Request,
-    seed: int,
-    model: LoadedModel,
-    folder: Path,
-    output: Path,
-    memory: MemoryPlan | None,
-    one_of_many: bool,
-) -> int:
-    """One video with its companions; its exit code. The record tells the story up to the end."""
-    record = first_record(run, request, seed, model, folder)
-    if memory is not None:  # of the largest job, as the peak below is that of all jobs so far
-        record["predicted_memory_bytes"] = memory.stages | {"host": memory.host}
+def make_video(session: Session, request: Request, seed: int) -> int:
+    """Make one video with its picture, latents and record; return its exit code.
+
+    The record is written before the first step and after the last, so that it tells what happened
+    however the run ends.
+    """
+    config, pipeline = request.config, session.model.pipeline
+    record = first_record(session, request, seed)
     identity = {"prompt": request.prompt, "settings": record["settings"]}
-    files = reserve_files(output, identity, seed)
-    if one_of_many:
+    files = reserve_files(session.output, identity, seed)
+    if session.several:
         print(f"{files.stem}: {request.prompt}", file=sys.stderr)
-    write_record(files, record)
-    try:
-        _produce(request, seed, model, files, record)
-        record["status"] = "done"
-        code = 0
-    except KeyboardInterrupt:
-        record["status"] = "interrupted"
-        code = INTERRUPTED
-    except (BadResultError, FloatingPointError, torch.OutOfMemoryError) as error:
-        record["status"] = f"failed: {_reason(error)}"
-        code = BAD_RESULT
-    except BaseException as error:
-        record["status"] = f"failed: {type(error).__name__}: {error}"
-        raise
-    finally:
-        record["finished"] = now()
-        record["peak_memory_bytes"] = peak_memory(model.pipeline.device)
-        write_record(files, record)
-    kept = f"; latents kept in {files.latents}" if files.latents.exists() else ""
-    if code == 0:
-        print(files.video)
-    elif code == INTERRUPTED:
-        print(f"stopped during {record['stage']}{kept}", file=sys.stderr)
-    else:
-        print(f"error: {record['status'].removeprefix('failed: ')}{kept}", file=sys.stderr)
-    return code
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "out of memory on the GPU; try offload=stage or block, chunk_latents=1, quantize=int8, "
-            "dtype=bfloat16, attention=sdpa, or a smaller height, width or num_frames"
+    generators = sample_generators(seed, 1)
+    bars = StageBars()
+    with Story(files, record, pipeline.device) as story, torch.no_grad():
+        noise = pipeline.prepare_latents(
+            1,
+            request.height,
+            request.width,
+            request.num_frames,
+            generators,
+            frame_first=config.frame_first_noise,
         )
-    return str(error)
+        record["noise_sha256"] = tensor_sha256(noise)
+        with KeptLatents(noise, request, seed, story) as kept:
+            with story.stage("encode_text", bars):
+                context, negative = pipeline.encode_prompt(
+                    request.prompt,
+                    config.negative_prompt or None,
+                    request.plan.guided,
+                    max_sequence_length=request.max_sequence_length,
+                    on_progress=bars,
+                )
+            image, image_latents = request.first_frame(), None
+            if image is not None:
+                with story.stage("encode_image", bars):
+                    image_latents = pipeline.encode_image(image, request.height, request.width)
+            with story.stage("denoise", bars):
+                kept.latents = pipeline.denoise(
+                    request.plan,
+                    noise,
+                    context,
+                    negative,
+                    image_latents,
+                    # Few-step sampling draws on from where the first noise ended.
+                    renoise=lambda i: draw_noise(
+                        request.latent_shape, generators, config.frame_first_noise
+                    ),
+                    deterministic=config.deterministic,
+                    on_step=kept.after_step(bars),
+                )
+        record["latents_sha256"] = tensor_sha256(kept.latents)
+        story.write()
+        with story.stage("decode", bars):
+            video = pipeline.decode_latents(kept.latents, bars)[0]
+        write_files(session, request, seed, video, story)
+    return story.code
 
 
-def first_record(
-    run: Run[SampleConfig], request: Request, seed: int, model: LoadedModel, folder: Path
-) -> dict[str, Any]:
-    """All that is known before the first step."""
-    schedule = request.plan.schedule
+class KeptLatents:
+    """The latents that sampling has reached; as a context it saves them, however sampling ends."""
+
+    def __init__(self, noise: Tensor, request: Request, seed: int, story: Story) -> None:
+        self.latents, self.step = noise, 0
+        self._request, self._seed, self._story = request, seed, story
+
+    def after_step(self, bars: StageBars) -> StepFunction:
+        """A function for `WanPipeline.denoise` to call after each step."""
+        steps = len(self._request.plan.schedule)
+        bars("denoise", 0, steps)
+
+        def watch(denoiser: Denoiser, step: int, timestep: float, x: Tensor) -> None:
+            self.latents, self.step = x, step + 1
+            bars("denoise", step + 1, steps)
+
+        return watch
+
+    def __enter__(self) -> "KeptLatents":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        about = {
+            "prompt": self._request.prompt,
+            "seed": self._seed,
+            "checkpoint": without_home(self._request.config.checkpoint),
+            "step": self.step,
+            "steps": len(self._request.plan.schedule),
+        }
+        save_latents(self._story.files.latents, self.latents, **about)
+        self._story.record["steps_done"] = self.step
+
+
+def write_files(session: Session, request: Request, seed: int, video: Tensor, story: Story) -> None:
+    """Write a decoded video (3, F, H, W) in [-1, 1] and what goes with it.
+
+    Raises:
+        BadResultError: the video is no picture.
+    """
+    config, files, record = request.config, story.files, story.record
+    if not is_finite(video):
+        raise BadResultError("the decoded video is not finite")
+    frames = to_uint8(video)
+    if (problem := flaw(frames)) is not None:
+        raise BadResultError(f"the video shows nothing: {problem}")
+    with story.stage("write"):
+        texts = _metadata(request, seed) if config.embed_prompt else {}
+        info = write_video(files.video, frames, request.fps, texts)
+        record["video"] = {
+            "file": files.video.name,
+            "frames": info.decoded_frames,
+            "height": info.height,
+            "width": info.width,
+            "fps": info.fps,
+        }
+        if config.contact_sheet:
+            contact_sheet(frames).save(files.sheet)
+    if not config.save_latents:
+        files.latents.unlink()
+    if session.model.digests is not None:
+        with story.stage("hash"):
+            record["weights_sha256"] = session.model.digests.result()
+    record["stage"] = "end"
+    seconds = record["seconds"]
+    seconds["total"] = round(sum(v for k, v in seconds.items() if k != "load"), 3)
+
+
+def first_record(session: Session, request: Request, seed: int) -> dict[str, Any]:
+    """The record of a video with everything that is known before the first step."""
+    model, schedule = session.model, request.plan.schedule
     prompt = model.pipeline.tokenizer(clean_prompt(request.prompt), request.max_sequence_length)
     settings = {
         name: {"value": value, "from": source} for name, (value, source) in request.settings.items()
     }
-    return {
+    record = {
         "record_version": RECORD_VERSION,
         "status": "running",
         "stage": "start",
@@ -230,8 +309,8 @@ def first_record(
         "latent_shape": list(request.latent_shape),
         "tokens": request.tokens,
         "config": public_config(request.config),
-        "presets": run.presets,
-        "model_folder": without_home(folder),
+        "presets": session.run.presets,
+        "model_folder": without_home(model.folder),
         "pipeline": type(model.pipeline).__name__,
         "weights": model.census,
         "lora": model.merges,
@@ -243,6 +322,10 @@ def first_record(
         "peak_memory_bytes": None,
         "environment": environment(model.pipeline.device),
     }
+    if session.memory is not None:  # that of the largest job; the peak below is of all jobs so far
+        memory = session.memory
+        record["predicted_memory_bytes"] = memory.stages | {"host": memory.host}
+    return record
 
 
 def public_config(config: SampleConfig) -> dict[str, Any]:
@@ -254,110 +337,8 @@ def public_config(config: SampleConfig) -> dict[str, Any]:
     return values
 
 
-def _produce(
-    request: Request, seed: int, model: LoadedModel, files: OutputFiles, record: dict[str, Any]
-) -> None:
-    """Denoise, decode, check, write; fills in the record on the way."""
-    config, seconds = request.config, record["seconds"]
-    latents = _denoise(request, seed, model.pipeline, files, record)
-    record["latents_sha256"] = tensor_sha256(latents)
-    write_record(files, record)
-
-    bars = StageBars()
-    with _stage("decode", record):
-        try:
-            video = model.pipeline.decode_latents(latents, bars)[0]
-        finally:
-            bars.close()
-    if not is_finite(video):
-        raise BadResultError("the decoded video is not finite")
-    frames = to_uint8(video)
-    if (problem := flaw(frames)) is not None:
-        raise BadResultError(f"the video shows nothing: {problem}")
-
-    with _stage("write", record):
-        texts = _metadata(request, seed) if config.embed_prompt else {}
-        info = write_video(files.video, frames, request.fps, texts)
-        record["video"] = {
-            "file": files.video.name,
-            "frames": info.decoded_frames,
-            "height": info.height,
-            "width": info.width,
-            "fps": info.fps,
-        }
-        if config.contact_sheet:
-            contact_sheet(frames).save(files.sheet)
-    if not config.save_latents:
-        files.latents.unlink()
-    if model.digests is not None:
-        with _stage("hash", record):
-            record["weights_sha256"] = model.digests.result()
-    record["stage"] = "end"
-    seconds["total"] = round(sum(v for k, v in seconds.items() if k != "load"), 3)
-
-
-def _denoise(
-    request: Request,
-    seed: int,
-    pipeline: WanPipeline,
-    files: OutputFiles,
-    record: dict[str, Any],
-) -> Tensor:
-    """The final latents (1, C, T, h, w), saved; the last good ones are saved if it ends early."""
-    config, total = request.config, len(request.plan.schedule)
-    generators = sample_generators(seed, 1)
-    noise = pipeline.prepare_latents(
-        1,
-        request.height,
-        request.width,
-        request.num_frames,
-        generators,
-        frame_first=config.frame_first_noise,
-    )
-    record["noise_sha256"] = tensor_sha256(noise)
-    state: dict[str, Any] = {"latents": noise, "step": 0}
-
-    def after_step(_: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
-        state.update(latents=tensors["latents"], step=step + 1)
-
-    def keep() -> None:
-        checkpoint = without_home(config.checkpoint)
-        about = {"prompt": request.prompt, "seed": seed, "checkpoint": checkpoint}
-        save_latents(files.latents, state["latents"], **about, step=state["step"], steps=total)
-        record["steps_done"] = state["step"]
-
-    options = sampling_options(config)
-    options.pop("image")
-    options["negative_prompt"] = config.negative_prompt or None
-    bars = StageBars()
-    with _stage("denoise", record):
-        try:
-            result = pipeline(
-                request.prompt,
-                image=request.first_frame(),
-                height=request.height,
-                width=request.width,
-                num_frames=request.num_frames,
-                latents=noise,
-                generator=generators,  # few-step sampling draws on from here
-                output_type="latent",
-                callback_on_step_end=after_step,
-                max_sequence_length=request.max_sequence_length,
-                frame_first_noise=config.frame_first_noise,
-                on_progress=bars,
-                **options,
-            )
-            state["latents"] = result.frames  # type: ignore[union-attr]
-        finally:
-            bars.close()
-            keep()
-    # The pipeline's own clock tells its stages apart.
-    record["seconds"].update({k: round(v, 3) for k, v in pipeline.last_timings.items()})
-    return state["latents"]
-
-
 def _metadata(request: Request, seed: int) -> dict[str, str]:
-    """What the mp4 carries: enough to make it again with the same model."""
+    """Text fields of the mp4: enough to make the video again with the same model."""
     values = {name: value for name, (value, _) in request.settings.items() if value is not None}
     for private in ("image", "lora", "lora_2"):  # paths tell about a person's machine
         values.pop(private, None)
@@ -366,11 +347,3 @@ def _metadata(request: Request, seed: int) -> dict[str, str]:
         "title": request.prompt,
         "comment": json.dumps(values, ensure_ascii=False),
     }
-
-
-@contextmanager
-def _stage(name: str, record: dict[str, Any]) -> Iterator[None]:
-    record["stage"] = name
-    started = time.perf_counter()
-    yield
-    record["seconds"][name] = round(time.perf_counter() - started, 3)

@@ -1,4 +1,4 @@
-"""What is to be made: one job from the command line, or one per line of a prompt file."""
+"""The jobs of a command: one from the command line, or one per line of a prompt file."""
 
 import json
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ class Job:
     Attributes:
         config: the command's settings with the job's own put in; `prompt` is set.
         sources: where the value of each option comes from.
-        name: how to speak of it in an error; empty for the only job of a command line.
+        name: the file and line, for errors; empty for the only job of a command line.
     """
 
     config: SampleConfig

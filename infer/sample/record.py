@@ -1,4 +1,4 @@
-"""What a run leaves behind: file names that never collide, and a JSON record that explains them.
+"""The files of a video: names that never collide, and a JSON record that explains them.
 
     00003_9f2c81d0_s42.mp4                  the video
     00003_9f2c81d0_s42.png                  frames of it side by side
@@ -16,6 +16,9 @@ import resource
 import secrets
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -25,13 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.cli import INTERRUPTED
 from wan.errors import WanError
-from wan.files import write_text
+from wan.files import write_json
 from wan.pipeline.config import model_files
 from wan.weights.digests import hash_files
 from wan.weights.safetensors_file import write_tensors
 
 RECORD_VERSION = 1
+BAD_RESULT = 1  # exit code
 PACKAGES = (
     *("wan-few-step", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "ftfy"),
     *("hydra-core", "omegaconf", "av", "pillow", "huggingface-hub"),
@@ -97,10 +102,83 @@ def reserve_files(folder: Path, settings: dict[str, Any], seed: int) -> OutputFi
             number += 1
 
 
-def write_record(files: OutputFiles, record: dict[str, Any]) -> None:
-    """Replace the record as a whole: a reader sees the old one or the new one, never half."""
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(files.record, text + "\n")
+class BadResultError(RuntimeError):
+    """The networks ran, and their result is no picture."""
+
+
+class Story:
+    """The record of one video while it is made, written at its start, in between and at its end.
+
+    As a context it turns the ends that a person must expect into an exit code: Ctrl-C, a result
+    that is no picture, a GPU without memory. Any other error is noted in the record and raised.
+
+    Attributes:
+        code: 0 done, 1 no picture, 130 interrupted.
+    """
+
+    def __init__(self, files: OutputFiles, record: dict[str, Any], device: torch.device) -> None:
+        self.files, self.record, self.code = files, record, 0
+        self._device = device
+
+    def write(self) -> None:
+        """Replace the record as a whole: a reader sees the old one or the new one, never half."""
+        write_json(self.files.record, self.record)
+
+    @contextmanager
+    def stage(self, name: str, bars: Any = None) -> Iterator[None]:
+        """Time a stage; an error inside is then known to have happened in it.
+
+        Args:
+            bars: progress bars that are closed at the end of the stage.
+        """
+        self.record["stage"] = name
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if bars is not None:
+                bars.close()
+        if self._device.type == "cuda":  # GPU work that was only queued counts too
+            torch.cuda.synchronize(self._device)
+        self.record["seconds"][name] = round(time.perf_counter() - started, 3)
+
+    def __enter__(self) -> "Story":
+        self.write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> bool:
+        record, files = self.record, self.files
+        expected, record["status"] = True, "done"
+        if isinstance(error, KeyboardInterrupt):
+            self.code, record["status"] = INTERRUPTED, "interrupted"
+        elif isinstance(error, BadResultError | FloatingPointError):
+            self.code, record["status"] = BAD_RESULT, f"failed: {error}"
+        elif isinstance(error, torch.OutOfMemoryError):
+            self.code, record["status"] = BAD_RESULT, f"failed: {out_of_memory()}"
+        elif error is not None:
+            expected, record["status"] = False, f"failed: {type(error).__name__}: {error}"
+        record["finished"] = now()
+        record["peak_memory_bytes"] = peak_memory(self._device)
+        self.write()
+        kept = f"; latents kept in {files.latents}" if files.latents.exists() else ""
+        if error is None:
+            print(files.video)
+        elif self.code == INTERRUPTED:
+            print(f"stopped during {record['stage']}{kept}", file=sys.stderr)
+        elif expected:
+            reason = record["status"].removeprefix("failed: ")
+            print(f"error: {reason}{kept}", file=sys.stderr)
+        return expected
+
+
+def out_of_memory() -> str:
+    """The error message for a GPU without memory, with options to try."""
+    return (
+        "out of memory on the GPU; try offload=stage or block, chunk_latents=1, quantize=int8, "
+        "dtype=bfloat16, attention=sdpa, or a smaller height, width or num_frames"
+    )
 
 
 def save_latents(path: Path, latents: Tensor, **about: Any) -> None:
@@ -139,7 +217,7 @@ class WeightDigests:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where a video was made: versions and hardware, nothing about the person."""
+    """Versions and hardware that a video was made with; nothing about the person."""
     kernels = {name: version for name in KERNELS if (version := package_version(name))}
     record: dict[str, Any] = {
         "python": platform.python_version(),
@@ -158,7 +236,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Of NVIDIA's kernel module, such as 550.54.15; None where the system does not tell."""
+    """The version of NVIDIA's kernel module, such as 550.54.15; None where it is not known."""
     try:
         found = re.search(r"\d+\.\d+(\.\d+)*", file.read_text(encoding="utf-8"))
     except OSError:

@@ -1,4 +1,4 @@
-"""A job meets a model: every open setting is decided, checked and explained before weights load."""
+"""Decide, check and explain every open setting of a job before the weights are loaded."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from infer.sample.jobs import PROMPT_FILE, Job
 from infer.sample.record import without_home
 from wan.errors import WanError
 from wan.media.images import best_size, fit_image, load_image
-from wan.models.attention import network_attention
+from wan.models.attention import NetworkAttention
 from wan.pipeline.config import PipelineConfig
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.sampling.schedule import FEW_STEP_TABLE_SHIFT
@@ -94,7 +94,9 @@ def read_image(config: SampleConfig) -> Tensor:
     return load_image(Path(config.image).expanduser(), config.image_background)
 
 
-def resolve_request(job: Job, model: PipelineConfig, device: str, dtype: str) -> Request:
+def resolve_request(
+    job: Job, model: PipelineConfig, attention: NetworkAttention, device: str, dtype: str
+) -> Request:
     """Decide what a job leaves open and refuse what the model can't do.
 
     Raises:
@@ -103,14 +105,16 @@ def resolve_request(job: Job, model: PipelineConfig, device: str, dtype: str) ->
             the model was not trained for; names the job if there are several.
     """
     try:
-        return _resolve(job, model, device, dtype)
+        return _resolve(job, model, attention, device, dtype)
     except WanError as error:
         if not job.name:
             raise
         raise WanError(f"{job.name}: {error}") from error
 
 
-def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Request:
+def _resolve(
+    job: Job, model: PipelineConfig, attention: NetworkAttention, device: str, dtype: str
+) -> Request:
     config, sources = job.config, dict(job.sources)
     if config.lora is None and config.lora_strength != 1:
         raise WanError(
@@ -139,6 +143,7 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
     config = _drop_unused_negative(config, sources, model)
     limits = {name: values[name] for name in ("num_frames", "max_sequence_length")}
     plan = plan_sampling(model, SamplingRequest(**sampling_options(config), **limits))
+    attention.exact_timesteps(plan.schedule.timesteps.tolist())  # refuses what can't be told apart
     if image is not None:  # whether it can be brought to that size
         fit_image(image, values["height"], values["width"], config.image_fit)
     decided = values | {
@@ -162,7 +167,6 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
     if config.sampler.shift is not None:
         decided["sampler.shift"] = config.sampler.shift
     grid = model.transformer.token_grid(shape[1:])
-    attention = network_attention(config.attention, model.transformer.num_layers)
     return Request(
         job=replace(job, config=config),
         plan=plan,
@@ -175,7 +179,7 @@ def _resolve(job: Job, model: PipelineConfig, device: str, dtype: str) -> Reques
 
 
 def sampling_options(config: SampleConfig) -> dict[str, Any]:
-    """What decides the plan, by the names of `SamplingRequest`."""
+    """The settings that decide the sampling plan, by the names of `SamplingRequest`."""
     return {
         "num_inference_steps": config.sampler.steps,
         "timesteps": config.sampler.timesteps,
@@ -193,9 +197,9 @@ def sampling_options(config: SampleConfig) -> dict[str, Any]:
 def _drop_unused_negative(
     config: SampleConfig, sources: dict[str, str], model: PipelineConfig
 ) -> SampleConfig:
-    """Without guidance a preset's negative prompt has no use; a person's own is kept, and refused.
+    """Drop a preset's negative prompt where guidance is off, since nothing would read it.
 
-    It would be read by nothing, and the record should not claim that it was.
+    A negative prompt that a person typed is kept here and refused later.
     """
     scales = (config.guidance_scale or model.defaults.guidance_scale, config.guidance_scale_2 or 1)
     if sources["negative_prompt"] in CHOSEN or scales != (1, 1):

@@ -19,7 +19,8 @@ from wan.errors import WanError
 from wan.lora.merge import FILE_PREFIXES, pair_tensors
 from wan.weights.checkpoint import Checkpoint, StoredTensor
 from wan.weights.keys import released_name
-from wan.weights.load import grouped, match_names
+from wan.weights.load import match_names
+from wan.weights.names import grouped
 from wan.weights.safetensors_file import read_bytes
 
 # What a file of whole differences calls them, by the last part of the official name; the names of
@@ -29,7 +30,7 @@ DIFF_SUFFIXES = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What a LoRA keeps of one changed parameter.
+    """How much of one changed parameter a LoRA keeps.
 
     Attributes:
         rank: of the pair; 0 where there is none.

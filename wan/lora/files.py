@@ -26,7 +26,7 @@ from torch import Tensor
 
 from wan.errors import WanError
 from wan.weights.keys import LAYOUTS, our_name, table
-from wan.weights.load import grouped
+from wan.weights.names import grouped
 from wan.weights.safetensors_file import map_tensors, read_header
 
 # Names a folder may use for its one LoRA file: diffusers', then peft's.

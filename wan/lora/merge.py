@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wan.errors import WanError
 from wan.lora.files import FOLDER_NAMES, FullDelta, LoRA, LowRank, read_lora
 from wan.weights.keys import released_name
-from wan.weights.load import grouped
+from wan.weights.names import grouped
 from wan.weights.quantize import refuse_quantized
 from wan.weights.safetensors_file import write_tensors
 
@@ -49,7 +49,7 @@ WIDTHS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 TI2V-5B", 5120: "a Wan 14B or A14B"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge changed."""
+    """The parameters that a merge changed, and the names it did not know."""
 
     path: str
     format: str

@@ -110,7 +110,7 @@ def _to_tensor(image: Image.Image, background: Sequence[int] | None, name: str) 
 
 
 def _to_rgb(image: Image.Image, background: Sequence[int] | None, name: str) -> Image.Image:
-    """An 8-bit RGB version of the image, or the reason why there is none."""
+    """Convert an image to 8-bit RGB, or refuse a mode whose meaning would be a guess."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return _flatten(image.convert("RGBA"), background, name)
     if image.mode in ("1", "L", "P", "RGB", "RGBX", "YCbCr"):

@@ -32,7 +32,7 @@ CRF = 17  # visually lossless; 0 would be lossless, 23 is x264's own choice
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file says about itself, and what was found in it.
+    """The facts in a video's header, and the number of frames that were decoded.
 
     Attributes:
         declared_frames: the number in the container's header; 0 if it has none.
@@ -52,7 +52,7 @@ class VideoInfo:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: their minimum and maximum tell, without a copy."""
+    """True if no value is NaN or infinite; minimum and maximum tell that without a copy."""
     return all(math.isfinite(bound.item()) for bound in values.aminmax())
 
 
@@ -332,7 +332,7 @@ def contact_sheet(frames: Frames, max_frames: int = 12, max_width: int = 320) ->
 
 
 def flaw(frames: Frames) -> str | None:
-    """What is plainly wrong with a result, in words; None for one with a picture in it.
+    """Describe a result that shows no picture; None for any other.
 
     Black means that no value is above 16 of 255; constant, that every pixel of every frame has the
     same colour up to 2 levels. A video that stands still is no flaw.

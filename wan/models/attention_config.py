@@ -1,4 +1,4 @@
-"""Which attention a network uses, in which layers and steps. Reading this loads no PyTorch."""
+"""The choice of an attention, its layers and its steps, as settings. Loads no PyTorch."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -69,7 +69,7 @@ class AttentionConfig:
         return " ".join([self.name, *(f"{name}={value}" for name, value in given.items())])
 
     def options(self) -> dict[str, Any]:
-        """What is set of the variant's own options."""
+        """The variant's own options that are set, by name."""
         values = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in values.items() if value is not None}
 

@@ -39,7 +39,7 @@ KeyValue = tuple[Tensor, Tensor]  # two of (B, N, S, K)
 
 @dataclass(frozen=True)
 class ContextCache:
-    """What cross-attention reads of a prompt, one entry per block; made by `WanDiT`.
+    """Embedded text for cross-attention, one entry per block; made by `WanDiT`.
 
     An entry is the embedded text (B, S, D), of which each block makes its keys and values, or the
     keys and values themselves. `bias` (S,) is added to the scores, or None.
@@ -63,7 +63,7 @@ class TokenSplit(Protocol):
         ...
 
     def around(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """That self-attention (q, k, v, grid) over all tokens, for the share of each process."""
+        """Wrap a self-attention (q, k, v, grid, exact): each process gives and gets its share."""
         ...
 
 
@@ -210,26 +210,34 @@ class AttentionLayers(nn.Module):
 
 
 class SelfAttention(AttentionLayers):
-    """Tokens attend to tokens, all to all or as `attention` has it; places enter by rotation."""
+    """Video tokens attend to video tokens, all to all or as `attention` says.
+
+    Positions enter through the rotary embedding of queries and keys.
+    """
 
     def __init__(self, config: DiTConfig, attention: LayerAttention) -> None:
         super().__init__(config)
         self.attention: Callable[..., Tensor] = attention
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], grid: Grid | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], grid: Grid, exact: bool = False
+    ) -> Tensor:
         """(B, L, D) on a grid of tokens -> (B, L, D) in the dtype of the weights.
 
-        Without a grid all tokens attend to all, whatever `attention` is.
+        With `exact` all tokens attend to all, whatever `attention` is.
         """
         x = x.to(compute_dtype(self.query))
         query = apply_rope(self.split_heads(self.query_norm(self.query(x))), *rope)
         key = apply_rope(self.split_heads(self.key_norm(self.key(x))), *rope)
         value = self.split_heads(self.value(x))
-        return self.merge_heads(self.attention(query, key, value, grid))
+        return self.merge_heads(self.attention(query, key, value, grid, exact))
 
 
 class CrossAttention(AttentionLayers):
-    """Every token attends to every row of the text, padding too; text has no places."""
+    """Every video token attends to every text token, padding included.
+
+    The text gets no rotary embedding.
+    """
 
     def __init__(self, config: DiTConfig, attention: AttentionFunction) -> None:
         super().__init__(config)
@@ -281,7 +289,8 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         text: Tensor | KeyValue,
         bias: Tensor | None,
-        grid: Grid | None,
+        grid: Grid,
+        exact: bool = False,
     ) -> Tensor:
         """One block: (B, L, D) float32 -> the same.
 
@@ -291,11 +300,12 @@ class Block(nn.Module):
                 feed-forward, to which the block adds its own table.
             rope: cosine and sine, (L, K / 2) each.
             text, bias: an entry of `ContextCache` and its bias.
-            grid: of the tokens, or None for exact attention in this call.
+            grid: number of tokens along T, H and W.
+            exact: all tokens attend to all in this call.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + time).unbind(2)
         modulated = modulate(layer_norm(x, self.eps), shift, scale)
-        x = x + gated(self.self_attention(modulated, rope, grid), gate)
+        x = x + gated(self.self_attention(modulated, rope, grid, exact), gate)
         x = x + self.cross_attention(self.cross_norm(x), text, bias)
         x = x + gated(self.ffn(modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)), ffn_gate)
         return x
@@ -396,7 +406,7 @@ class WanDiT(nn.Module):
             x, time, modulation, rope = share_tokens(self.split, x, time, modulation, rope)
 
         for block, text in zip(self.blocks, context.per_block, strict=True):
-            arguments = (x, modulation, rope, text, context.bias, None if exact else grid)
+            arguments = (x, modulation, rope, text, context.bias, grid, exact)
             with self.block_at_work(block):
                 x = self.run_block(block, *arguments)
 

@@ -93,7 +93,7 @@ class UMT5Config:
 def relative_position_buckets(
     length: int, num_buckets: int, max_distance: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Which row of the bias table each (query, key) pair reads: (S, S) int64.
+    """The bias bucket of each (query, key) pair: (S, S) int64, an index into the bias table.
 
     Half of the buckets are for keys after the query. In each half the first half of the buckets
     hold one distance each, the rest grow with its logarithm up to `max_distance` and beyond.

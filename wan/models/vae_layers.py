@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class StreamCache:
-    """What one pass over a clip remembers from chunk to chunk.
+    """The states that causal convolutions keep from chunk to chunk of one clip.
 
     `history[layer]` holds the last input frames a causal layer saw. `first` is true during the
     first chunk, in which frame 0 skips the temporal resampling. Layers read and replace their own

@@ -1,4 +1,4 @@
-"""A sampler's run in a pipeline, and what happens after each of its steps."""
+"""What happens after each denoising step of a pipeline call: callbacks, progress, interruption."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,16 +9,17 @@ from torch import Tensor
 
 from wan.errors import check_names
 from wan.pipeline.inputs import CALLBACK_TENSORS, OnProgress, report
-from wan.pipeline.plan import SamplingPlan
 from wan.sampling.denoiser import Denoiser
-from wan.sampling.samplers import build_sampler
 
 # (pipeline, step, timestep, tensors by name) -> tensors to go on with, by name
 StepCallback = Callable[..., dict[str, Tensor] | None]
+# (denoiser, step, timestep, latents after it) -> latents to go on with, or None to go on as it is.
+# It may replace the denoiser's prompts, and leaves the sampler by raising `Interrupted`.
+StepFunction = Callable[[Denoiser, int, float, Tensor], Tensor | None]
 
 
 class Interrupted(Exception):
-    """Leaves a sampler from inside its hook, with the state reached."""
+    """Raised after a step to leave the sampler with the latents reached so far."""
 
     def __init__(self, latents: Tensor) -> None:
         self.latents = latents
@@ -26,44 +27,39 @@ class Interrupted(Exception):
 
 @dataclass
 class StepHook:
-    """A sampler's `on_step`: check the latents, show them to the caller, report, maybe stop.
+    """The `StepFunction` of a pipeline call: show the step to the caller, report it, maybe stop.
 
     Attributes:
         pipeline: handed to the callback; sampling stops once its `interrupt` is true.
-        denoiser: its prompts can be replaced by the callback.
-        steps: of the whole run.
+        steps: number of steps of the whole run.
         callback: the caller's function, in the form that diffusers defined.
-        names: the tensors it wants to see, of `CALLBACK_TENSORS`.
+        names: the tensors that the callback receives, of `CALLBACK_TENSORS`.
     """
 
     pipeline: Any
-    denoiser: Denoiser
     steps: int
     callback: StepCallback | None
     names: Sequence[str]
     on_progress: OnProgress | None
 
-    def __call__(self, i: int, timestep: float, sigma: float, x: Tensor) -> Tensor | None:
+    def __call__(self, denoiser: Denoiser, i: int, timestep: float, x: Tensor) -> Tensor | None:
         """After step i: the latents to go on with, or None for x itself.
 
         Raises:
-            FloatingPointError: x is infinite or NaN somewhere.
             Interrupted: the caller wants no further step.
         """
-        if not bool(x.isfinite().all()):
-            raise FloatingPointError(
-                f"latents are not finite after step {i + 1} of {self.steps} (timestep {timestep:g})"
-            )
-        replaced = None if self.callback is None else self._call_back(i, timestep, x)
+        replaced = None
+        if self.callback is not None:
+            replaced = self._call_back(self.callback, denoiser, i, timestep, x)
         report(self.on_progress, "denoise", i + 1, self.steps)
         if self.pipeline.interrupt:
             raise Interrupted(x if replaced is None else replaced)
         return replaced
 
-    def _call_back(self, i: int, timestep: float, x: Tensor) -> Tensor | None:
-        """Show a step to the caller's function and take what it wants changed."""
-        assert self.callback is not None
-        denoiser = self.denoiser
+    def _call_back(
+        self, callback: StepCallback, denoiser: Denoiser, i: int, timestep: float, x: Tensor
+    ) -> Tensor | None:
+        """Call the caller's function; apply the prompts, return the latents that it changed."""
         tensors: dict[str, Tensor | None] = {
             "latents": x,
             "prompt_embeds": denoiser.context,
@@ -72,7 +68,7 @@ class StepHook:
         # An integer where it is one, which is the dtype that callbacks written for diffusers know.
         t = torch.tensor(int(timestep) if timestep == int(timestep) else timestep)
         shown = {name: tensors[name] for name in self.names}
-        changed = self.callback(self.pipeline, i, t, shown) or {}
+        changed = callback(self.pipeline, i, t, shown) or {}
         check_names("the callback's return", list(changed), CALLBACK_TENSORS)
         if "prompt_embeds" in changed or "negative_prompt_embeds" in changed:
             denoiser.set_context(
@@ -80,18 +76,3 @@ class StepHook:
                 changed.get("negative_prompt_embeds", denoiser.negative_context),
             )
         return changed.get("latents")
-
-
-def run_sampler(plan: SamplingPlan, x: Tensor, hook: StepHook, **options: Any) -> Tensor:
-    """From the noise x to the end of the plan, or to where the caller interrupts it.
-
-    Args:
-        options: of the plan's sampler.
-    """
-    sample = build_sampler(plan.sampler)
-    report(hook.on_progress, "denoise", 0, len(plan.schedule))
-    try:
-        x = sample(hook.denoiser, x, plan.schedule, on_step=hook, **options)
-    except Interrupted as stopped:
-        x = stopped.latents
-    return hook.denoiser.impose_image(x)

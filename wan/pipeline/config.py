@@ -1,4 +1,4 @@
-"""What a released folder says about itself, read before any weight is.
+"""The settings files of a released folder, read before any weight is.
 
     model_index.json                    pipeline class, boundary_ratio, expand_timesteps
     scheduler/scheduler_config.json     the shift
@@ -11,14 +11,13 @@ A student's model_index.json may say `timesteps`, the list it was trained on; wi
 of the released students.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
@@ -42,7 +41,7 @@ LIBRARIES = {  # component -> [library, class] in model_index.json
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a call uses where nothing else is asked for."""
+    """Values that a call uses where the caller gives none."""
 
     height: int = 480
     width: int = 832
@@ -146,20 +145,24 @@ def _nearest(size: int, step: int, first: int, last: int) -> str:
 
 
 def read_pipeline_config(
-    folder: Path, overrides: Mapping[str, Path] | None = None
+    folder: Path,
+    overrides: Mapping[str, Path] | None = None,
+    shared: Mapping[str, Path] | None = None,
 ) -> PipelineConfig:
-    """Read every configuration of a released folder.
+    """Read every settings file of a released folder.
 
     Args:
         folder: holds model_index.json.
         overrides: component -> another folder for it; one with its own config.json brings that.
+        shared: what `shared_parts` returned for this folder, if it was called already.
 
     Raises:
         WanError: a file is missing or damaged, the class is unknown, or parts don't fit together.
     """
     index = read_index(folder)
+    shared = shared_parts(folder) if shared is None else shared
     configs = {
-        name: read_json(component_config(folder, name, overrides or {}))
+        name: read_json(component_config(folder, name, overrides or {}, shared))
         for name in ("transformer", "vae", "text_encoder")
     }
     boundary = index.get("boundary_ratio")
@@ -204,19 +207,29 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def component_config(folder: Path, component: str, overrides: Mapping[str, Path]) -> Path:
-    """Where the config.json of a component is."""
+def component_config(
+    folder: Path,
+    component: str,
+    overrides: Mapping[str, Path],
+    shared: Mapping[str, Path] | None = None,
+) -> Path:
+    """The path of a component's config.json; arguments as in `read_pipeline_config`.
+
+    Raises:
+        WanError: there is none.
+    """
     own = overrides.get(component)
     if own is not None and own.is_dir() and (own / "config.json").is_file():
         return own / "config.json"
-    path = part_folder(folder, component) / "config.json"
+    shared = shared_parts(folder) if shared is None else shared
+    path = shared.get(component, folder / component) / "config.json"
     if not path.is_file():
         raise WanError(f"{path} is missing: the model's folder is not complete")
     return path
 
 
 def part_folder(folder: Path, part: str) -> Path:
-    """Where a part of a model lies: in its folder, or where `SHARED_FILE` there says."""
+    """The folder of a part: below the model's folder, or the place that `SHARED_FILE` names."""
     return shared_parts(folder).get(part, folder / part)
 
 
@@ -342,6 +355,4 @@ def write_configs(config: PipelineConfig, folder: Path) -> None:
         **{f"{name}/config.json": config.transformer.to_json() for name in transformers},
     }
     for name, values in objects.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, values)

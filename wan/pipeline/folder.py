@@ -1,9 +1,11 @@
-"""Networks from a released folder, and back into one."""
+"""A model's folder in the released layout: where its parts are, loading them, writing it back."""
 
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +13,162 @@ import torch
 from torch import nn
 
 from wan.errors import WanError, check_names
+from wan.files import read_json
 from wan.lora.merge import LoRAMerge
-from wan.models.attention import AttentionChoice, network_attention
+from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.models.dit import WanDiT
-from wan.models.umt5 import UMT5Encoder
-from wan.models.vae import WanVAE
-from wan.pipeline.config import PipelineConfig, part_folder, write_configs
+from wan.models.dit_config import DiTConfig
+from wan.models.tokenizer import Tokenizer
+from wan.models.umt5 import UMT5Config, UMT5Encoder
+from wan.models.vae import VAEConfig, WanVAE
+from wan.pipeline.config import (
+    PipelineConfig,
+    component_config,
+    part_folder,
+    read_pipeline_config,
+    shared_parts,
+    write_configs,
+)
 from wan.pipeline.inputs import OnProgress, report
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.keys import VAELevels
-from wan.weights.load import build_on_meta, load_module, save_component
+from wan.weights.load import build_on_meta, load_module
+from wan.weights.save import save_component
 
+# part -> the dataclass of its config.json, and its network
+PARTS: dict[str, tuple[Any, type[nn.Module]]] = {
+    "transformer": (DiTConfig, WanDiT),
+    "vae": (VAEConfig, WanVAE),
+    "text_encoder": (UMT5Config, UMT5Encoder),
+}
 QUANTIZED_PARTS = ("transformer", "transformer_2", "text_encoder")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk whose settings have been read: each JSON file once.
+
+    Attributes:
+        path: the folder that holds model_index.json.
+        config: what its JSON files say.
+        places: part -> where its files lie, for parts that are not below `path`.
+    """
+
+    path: Path
+    config: PipelineConfig
+    places: Mapping[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, overrides: Mapping[str, Path] | None = None) -> "ModelFolder":
+        """Read all settings of a folder.
+
+        Args:
+            overrides: part -> another folder or file with its weights; a config.json beside them
+                counts.
+
+        Raises:
+            WanError: see `read_pipeline_config`.
+        """
+        shared = shared_parts(path)
+        places = shared | dict(overrides or {})
+        return cls(path, read_pipeline_config(path, overrides, shared), places)
+
+    def part(self, name: str) -> Path:
+        """The folder or file that holds a part."""
+        return self.places.get(name, self.path / name)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, read when it is first needed."""
+        return Tokenizer.from_folder(self.part("tokenizer"))
+
+
+def weight_kind(part: str) -> str:
+    """The component that a part is: both experts are transformers."""
+    return "transformer" if part == "transformer_2" else part
+
+
+def vae_levels(config: VAEConfig) -> VAELevels:
+    """The numbers that the key table of a VAE depends on."""
+    return VAELevels(config.is_residual, config.num_res_blocks)
+
+
+def part_builder(part: str, config: Any, **options: Any) -> Callable[[], Any]:
+    """A function that makes a part's network.
+
+    Args:
+        config: the part's dataclass of settings, or its config.json as a dict.
+        options: further arguments of the network's class, such as `attention` of `WanDiT`.
+    """
+    config_class, network_class = PARTS[weight_kind(part)]
+    if isinstance(config, Mapping):
+        config = config_class.from_json(config)
+    return lambda: network_class(config, **options)
+
+
+def load_part(
+    folder: Path,
+    part: str,
+    config: Any = None,
+    options: Mapping[str, Any] | None = None,
+    **loading: Any,
+) -> Any:
+    """Load one network of a model's folder, in evaluation mode.
+
+    Args:
+        folder: in the released layout.
+        part: "transformer", "transformer_2", "vae" or "text_encoder".
+        config: its settings, if they are read already.
+        options: further arguments of the network's class.
+        loading: arguments of `wan.weights.load.load_module`: dtype, device and others.
+
+    Raises:
+        WanError: a file is missing, damaged or of another model.
+    """
+    if config is None:
+        config = read_json(component_config(folder, part, {}))
+    build = part_builder(part, config, **(options or {}))
+    checkpoint = open_checkpoint(part_folder(folder, part))
+    return load_module(build, checkpoint, weight_kind(part), **loading).eval()
 
 
 def module_builders(
     config: PipelineConfig, attention: AttentionChoice = "sdpa"
-) -> dict[str, Callable[[], nn.Module]]:
-    """What makes each part, by the name of its folder."""
+) -> dict[str, Callable[[], Any]]:
+    """Functions that make the networks of a pipeline, by part."""
+    transformer = part_builder("transformer", config.transformer, attention=attention)
     return {
-        "transformer": lambda: WanDiT(config.transformer, attention),
-        "transformer_2": lambda: WanDiT(config.transformer, attention),
-        "vae": lambda: WanVAE(config.vae),
-        "text_encoder": lambda: UMT5Encoder(config.text_encoder),
+        "transformer": transformer,
+        "transformer_2": transformer,
+        "vae": part_builder("vae", config.vae),
+        "text_encoder": part_builder("text_encoder", config.text_encoder),
     }
 
 
 def load_modules(
-    folder: Path,
+    folder: ModelFolder,
     config: PipelineConfig,
-    overrides: Mapping[str, Path],
     *,
     dtype: torch.dtype,
     device: torch.device,
-    attention: AttentionChoice,
+    attention: NetworkAttention,
     quantize: str = "none",
     loras: Mapping[str, LoRAMerge] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Every network of a pipeline, in evaluation mode, by the name of its folder.
+    """Load every network of a pipeline, in evaluation mode, by part.
 
     Args:
-        overrides: part -> a file or folder to take instead of the folder's own.
-        quantize: of the parts in `QUANTIZED_PARTS`; see `wan.weights.quantize`.
+        config: the settings to build them by; those of the folder, perhaps as another class.
+        quantize: for the parts in `QUANTIZED_PARTS`; see `wan.weights.quantize`.
         loras: part -> what is merged into it before it is quantised.
 
     Raises:
         WanError: weights that are missing, damaged or of another model; a LoRA of another model.
     """
     loras = loras or {}
-    chosen = str(network_attention(attention, config.transformer.num_layers).config)
-    warn_of_attention(folder, config.defaults.attention, chosen)
+    chosen = str(attention.config)
+    warn_of_attention(folder.path, config.defaults.attention, chosen)
     for merge in loras.values():
         warn_of_attention(merge.lora.path, merge.lora.attention, chosen)
     builders = module_builders(config, attention)
@@ -71,10 +178,9 @@ def load_modules(
     modules = {}
     for done, part in enumerate(config.components):
         report(on_progress, "load", done, len(config.components))
-        checkpoint = open_checkpoint(overrides.get(part) or part_folder(folder, part))
         module = load_module(
             builders[part],
-            checkpoint,
+            open_checkpoint(folder.part(part)),
             weight_kind(part),
             dtype=dtype,
             device=device,
@@ -87,7 +193,10 @@ def load_modules(
 
 
 def warn_of_attention(path: Path | str, trained: str | None, chosen: str) -> None:
-    """A network that was trained with sparse attention is another one with full attention."""
+    """Warn where a network runs with another attention than it was trained with.
+
+    Weights trained with sparse attention make another video with full attention.
+    """
     if trained is not None and chosen != trained:
         name, *options = re.split(r" (?=\w+=)", trained)
         typed = " ".join([f"attention={name}", *(f'"attention.{option}"' for option in options)])
@@ -118,20 +227,9 @@ def save_modules(
         shutil.rmtree(beside)
     write_configs(config, beside)
     shutil.copytree(tokenizer_folder, beside / "tokenizer")
-    levels = VAELevels(config.vae.is_residual, config.vae.num_res_blocks)
     for part, module in modules.items():
-        kind = weight_kind(part)
-        save_component(
-            module.state_dict(),
-            beside / part,
-            kind,
-            vae_levels=levels if kind == "vae" else None,
-        )
+        levels = vae_levels(config.vae) if part == "vae" else None
+        save_component(module.state_dict(), beside / part, weight_kind(part), vae_levels=levels)
     if folder.exists():
         folder.rmdir()
     beside.rename(folder)
-
-
-def weight_kind(part: str) -> str:
-    """The name under which `wan.weights.keys` knows the tensors of a folder."""
-    return "transformer" if part == "transformer_2" else part

@@ -1,4 +1,4 @@
-"""What goes into a pipeline's call and what comes out, checked and brought to one form."""
+"""Arguments and results of a pipeline's call, checked and brought to one form."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass
 class WanPipelineOutput:
-    """What a call returns.
+    """The result of a pipeline's call.
 
     Attributes:
         frames: "np" (B, F, H, W, 3) and "pt" (B, F, 3, H, W) float32 in [0, 1]; "pil" a list of
@@ -42,7 +42,7 @@ class WanPipelineOutput:
 
 
 def report(on_progress: OnProgress | None, stage: str, done: int, total: int) -> None:
-    """Tell whoever listens."""
+    """Call the caller's progress function, if there is one."""
     if on_progress is not None:
         on_progress(stage, done, total)
 
@@ -60,7 +60,7 @@ def prompt_list(prompt: str | list[str] | None, embeds: Tensor | None) -> list[s
 
 
 def prompt_count(prompts: list[str] | None, embeds: Tensor | None) -> int:
-    """How many there are, given what `prompt_list` made of both."""
+    """Number of prompts: those that `prompt_list` returned, or the embeddings in their place."""
     if prompts is not None:
         return len(prompts)
     assert embeds is not None

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from wan.errors import WanError, check_names
 from wan.lora.merge import LoRAMerge
-from wan.models.attention import AttentionChoice, network_attention
+from wan.models.attention import AttentionChoice, verified_attention
 from wan.models.dit import WanDiT
 from wan.models.tokenizer import Tokenizer
 from wan.models.umt5 import UMT5Encoder, encode_text
 from wan.models.vae import WanVAE, decode_tiled
 from wan.models.vae_config import CHUNK_LATENTS
-from wan.pipeline.callbacks import StepCallback, StepHook, run_sampler
-from wan.pipeline.config import BASE, FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
-from wan.pipeline.folder import load_modules, save_modules
+from wan.pipeline.callbacks import Interrupted, StepCallback, StepFunction, StepHook
+from wan.pipeline.config import BASE, FEW_STEP, PipelineConfig
+from wan.pipeline.folder import ModelFolder, load_modules, save_modules
 from wan.pipeline.inputs import (
     Generators,
     ImageInput,
@@ -46,6 +46,7 @@ from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.runtime.offload import OFFLOAD, ExpertSlot, at_work, has_blocks, pin, resolve_device
 from wan.sampling.denoiser import Denoiser, Expert
 from wan.sampling.noise import draw_noise
+from wan.sampling.samplers import build_sampler
 from wan.sampling.schedule import FEW_STEP_TIMESTEPS, Schedule
 from wan.weights.hub import resolve_model
 from wan.weights.quantize import check_quantize, refuse_quantized
@@ -170,7 +171,7 @@ class WanPipeline:
                 module.to("cpu")
         self.to(self.device)
 
-    # What diffusers calls it.
+    # The names that diffusers gives to these settings.
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
         """`offload="stage"` on that device."""
@@ -190,28 +191,28 @@ class WanPipeline:
         """Attend in another way from the next call on.
 
         Args:
-            attention: a name ("sdpa", "cudnn", "spatial", ..), a
-            `wan.models.attention.AttentionConfig`
-                with options, layers and steps, or a function (q, k, v, bias=None).
+            attention: a name ("sdpa", "cudnn", "spatial", ..), a `wan.models.attention_config.
+                AttentionConfig` with options, layers and steps, a function (q, k, v, bias=None), or
+                the result of `wan.models.attention.verified_attention`, which is taken as it is.
 
         Raises:
             WanError: an unknown choice, one that does not fit the model, or a kernel that this
                 device does not have or that computes something else.
         """
-        sizes = self.config.transformer
         dtype = self.transformer.patch_embedding.weight.dtype
-        chosen = network_attention(attention, sizes.num_layers)
-        chosen.verify(sizes.attention_head_dim, self.device, dtype)
-        if self.compile != "none" and chosen != self.transformer.attention:
+        chosen = verified_attention(attention, self.config.transformer, self.device, dtype)
+        if chosen == self.transformer.attention:
+            return
+        if self.compile != "none":
             torch.compiler.reset()  # else, after 8 variants of a block, PyTorch compiles no more
         for network in (self.transformer, self.transformer_2):
             if network is not None:
-                network.set_attention(attention)
+                network.set_attention(chosen)
 
     @classmethod
     def from_pretrained(
         cls: type[P],
-        name: str | Path,
+        name: str | Path | ModelFolder,
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
@@ -232,7 +233,8 @@ class WanPipeline:
         """Load a model.
 
         Args:
-            name: a folder in the released layout, or a hub id.
+            name: a folder in the released layout, a hub id, or a folder whose settings are read
+                already; to that one revision, offline and the parts do not apply.
             dtype: float32 or bfloat16, of the weights; each module keeps in float32 what it
                 declares.
             device, offload, compile: see the constructor.
@@ -259,7 +261,6 @@ class WanPipeline:
         check_names("compile", [compile], COMPILE)
         check_quantize(quantize)
         target = resolve_device(device)
-        folder = resolve_model(name, revision, offline)
         parts = {
             "transformer": transformer,
             "transformer_2": transformer_2,
@@ -267,19 +268,18 @@ class WanPipeline:
             "text_encoder": text_encoder,
         }
         overrides = {part: Path(path) for part, path in parts.items() if path is not None}
-        config = cls._adopt(folder, read_pipeline_config(folder, overrides), overrides)
-        sizes = config.transformer
-        network_attention(attention, sizes.num_layers).verify(
-            sizes.attention_head_dim, target, dtype
-        )
-        tokenizer = Tokenizer.from_folder(part_folder(folder, "tokenizer"))
+        if isinstance(name, ModelFolder):
+            folder = name
+        else:
+            folder = ModelFolder.read(resolve_model(name, revision, offline), overrides)
+        config = cls._adopt(folder, overrides)
+        tokenizer = folder.tokenizer
         modules = load_modules(
             folder,
             config,
-            overrides,
             dtype=dtype,
             device=target if offload == "none" else torch.device("cpu"),
-            attention=attention,
+            attention=verified_attention(attention, config.transformer, target, dtype),
             quantize=quantize,
             loras=loras,
             on_progress=on_progress,
@@ -290,23 +290,22 @@ class WanPipeline:
             device=target,
             offload=offload,
             compile=compile,
-            tokenizer_folder=part_folder(folder, "tokenizer"),
+            tokenizer_folder=folder.part("tokenizer"),
             safety_checker=safety_checker,
             **modules,
         )
 
     @classmethod
-    def _adopt(
-        cls, folder: Path, config: PipelineConfig, overrides: dict[str, Path]
-    ) -> PipelineConfig:
+    def _adopt(cls, folder: ModelFolder, overrides: dict[str, Path]) -> PipelineConfig:
         """The folder's settings for this class, if the folder may be run as this class."""
+        config = folder.config
         if "transformer_2" in overrides and config.boundary_ratio is None:
             raise WanError("transformer_2: this model has one network, not two experts")
         if config.class_name == cls.CLASS_NAME:
             return config
         if "transformer" not in overrides:
             raise WanError(
-                f"{folder}: its model_index.json says {config.class_name}; load it with "
+                f"{folder.path}: its model_index.json says {config.class_name}; load it with "
                 f"wan.{config.class_name}.from_pretrained"
             )
         timesteps = FEW_STEP_TIMESTEPS if cls.CLASS_NAME == FEW_STEP else None
@@ -447,25 +446,27 @@ class WanPipeline:
         image_latents = None
         if pixels is not None:
             with self._timed("encode_image"):
-                image_latents = self.encode_image(pixels, height, width, count)
+                image_latents = self._encode_frames(pixels, count)
                 image_latents = image_latents.repeat_interleave(num_videos_per_prompt, dim=0)
-        options: dict[str, Any] = {}
-        if plan.sampler == "few_step":
-            own = self.config.defaults.deterministic
-            options["deterministic"] = own if deterministic is None else deterministic
-            options["renoise"] = lambda i: draw_noise(x.shape[1:], generators, frame_first_noise)
+        hook = StepHook(
+            self,
+            len(plan.schedule),
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            on_progress,
+        )
+        report(on_progress, "denoise", 0, len(plan.schedule))
         with self._timed("denoise"):
-            denoiser, slot = self._denoiser(plan, context, negative, image_latents)
-            hook = StepHook(
-                self,
-                denoiser,
-                len(plan.schedule),
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-                on_progress,
+            x = self.denoise(
+                plan,
+                x,
+                context,
+                negative,
+                image_latents,
+                renoise=lambda i: draw_noise(x.shape[1:], generators, frame_first_noise),
+                deterministic=deterministic,
+                on_step=hook,
             )
-            with closing(slot):
-                x = run_sampler(plan, x, hook, **options)
 
         output = WanPipelineOutput(x, plan, seeds)
         if output_type != "latent":
@@ -494,9 +495,9 @@ class WanPipeline:
         max_sequence_length: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Texts to what the DiT reads: two (B, S, text_dim), zero after each prompt's end.
+        """Texts to the DiT's context: two (B, S, text_dim), zero after each prompt's tokens.
 
-        The second is None without guidance. Encoded prompts are remembered.
+        The second, of the negative prompt, is None without guidance. Encoded prompts are cached.
 
         Raises:
             WanError: a text and its embedding both given, or neither; counts that don't match.
@@ -533,7 +534,7 @@ class WanPipeline:
     def _encode(
         self, texts: list[str], length: int, on_progress: OnProgress | None
     ) -> dict[str, Tensor]:
-        """(S, text_dim) of each text, on the CPU: remembered ones, the others computed now."""
+        """The embedding (S, text_dim) of each text, on the CPU; from the cache if it is there."""
         known = self._prompt_cache
         missing = [text for text in dict.fromkeys(texts) if (text, length) not in known]
         if missing:
@@ -557,7 +558,10 @@ class WanPipeline:
         Raises:
             WanError: not an image, or neither one nor `count` of them.
         """
-        pixels = first_frames(image, height, width, count)
+        return self._encode_frames(first_frames(image, height, width, count), count)
+
+    def _encode_frames(self, pixels: Sequence[Tensor], count: int) -> Tensor:
+        """`encode_image` of frames (3, H, W) that have the video's size already."""
         with self._on_device(self.vae):
             latents = [self.vae.encode(p[None, :, None].to(self.device)) for p in pixels]
         return torch.cat(latents).expand(count, -1, -1, -1, -1)
@@ -593,6 +597,71 @@ class WanPipeline:
         return latents.to(device=self.device, dtype=torch.float32)
 
     @torch.no_grad()
+    def denoise(
+        self,
+        plan: SamplingPlan,
+        x: Tensor,
+        context: Tensor,
+        negative: Tensor | None = None,
+        image_latents: Tensor | None = None,
+        *,
+        renoise: Callable[[int], Tensor] | None = None,
+        deterministic: bool | None = None,
+        on_step: StepFunction | None = None,
+    ) -> Tensor:
+        """Noise to normalised latents: (B, C, T, h, w) float32 -> the same.
+
+        Args:
+            plan: sampler, schedule and guidance, from `plan`.
+            x: the start, from `prepare_latents`.
+            context, negative: (B, S, text_dim) each, from `encode_prompt`; the second only with
+                guidance.
+            image_latents: (B, C, 1, h, w), a clean first frame from `encode_image`.
+            renoise: fresh noise, shaped like x, for the state after a step; for few-step sampling.
+            deterministic: few-step sampling puts back predicted noise, not fresh noise; None is how
+                the student was trained.
+            on_step: called after every step, see `StepFunction`.
+
+        Raises:
+            FloatingPointError: latents became infinite or NaN; names the step.
+        """
+        timesteps, steps = plan.schedule.timesteps.tolist(), len(plan.schedule)
+        slot = ExpertSlot(self.device, self.offload)
+        low_noise = None
+        if self.transformer_2 is not None:
+            low_noise = Expert(self.transformer_2, plan.guidance_scale_2)
+        denoiser = Denoiser(
+            Expert(self.transformer, plan.guidance_scale),
+            context,
+            negative,
+            low_noise,
+            self.config.boundary_ratio,
+            image_latents,
+            slot.bring,
+            self.transformer.attention.exact_timesteps(timesteps),
+        )
+
+        def after_step(i: int, timestep: float, sigma: float, x: Tensor) -> Tensor | None:
+            if not bool(x.isfinite().all()):
+                raise FloatingPointError(
+                    f"latents are not finite after step {i + 1} of {steps} (timestep {timestep:g})"
+                )
+            return None if on_step is None else on_step(denoiser, i, timestep, x)
+
+        options: dict[str, Any] = {}
+        if plan.sampler == "few_step":
+            own = self.config.defaults.deterministic
+            options["deterministic"] = own if deterministic is None else deterministic
+            options["renoise"] = renoise
+        sample = build_sampler(plan.sampler)
+        with closing(slot):
+            try:
+                x = sample(denoiser, x, plan.schedule, on_step=after_step, **options)
+            except Interrupted as stopped:
+                x = stopped.latents
+        return denoiser.impose_image(x)
+
+    @torch.no_grad()
     def decode_latents(self, latents: Tensor, on_progress: OnProgress | None = None) -> Tensor:
         """Normalised latents (B, C, T, h, w) -> video (B, 3, F, H, W) in [-1, 1], on the CPU."""
         total = len(latents) * latents.shape[2]
@@ -622,34 +691,10 @@ class WanPipeline:
 
     # --- helpers ----------------------------------------------------------------------------------
 
-    def _denoiser(
-        self,
-        plan: SamplingPlan,
-        context: Tensor,
-        negative: Tensor | None,
-        image_latents: Tensor | None,
-    ) -> tuple[Denoiser, ExpertSlot]:
-        """The velocity function of a call, and where its experts visit the device."""
-        slot = ExpertSlot(self.device, self.offload)
-        low_noise = None
-        if self.transformer_2 is not None:
-            low_noise = Expert(self.transformer_2, plan.guidance_scale_2)
-        denoiser = Denoiser(
-            Expert(self.transformer, plan.guidance_scale),
-            context,
-            negative,
-            low_noise,
-            self.config.boundary_ratio,
-            image_latents,
-            slot.bring,
-            self.transformer.attention.exact_timesteps(plan.schedule.timesteps.tolist()),
-        )
-        return denoiser, slot
-
     def _size(
         self, height: int | None, width: int | None, num_frames: int | None, latents: Tensor | None
     ) -> tuple[int, int, int]:
-        """Legal height, width and frames: as asked for, else of the latents, else the default."""
+        """Height, width and number of frames: the caller's, else the latents', else the default."""
         defaults, vae = self.config.defaults, self.config.vae
         fallback = (defaults.height, defaults.width, defaults.num_frames)
         if latents is not None and latents.ndim == 5:

@@ -29,7 +29,7 @@ SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """What a caller may ask for; None is the model's own choice.
+    """A caller's wishes about sampling; None leaves a choice to the model.
 
     Attributes:
         num_inference_steps, timesteps, schedule: how many steps, or which timesteps, or the whole
@@ -41,8 +41,8 @@ class SamplingRequest:
             low-noise expert.
         negative_prompt, image: whether there is one.
         num_frames: of the video.
-        max_sequence_length: rows of text that the model reads. Those after a prompt's end are read
-            too, so that another number is another model.
+        max_sequence_length: number of text tokens that the model reads. The padding after a
+            prompt's end is attended too, so that another number gives another video.
         deterministic: few-step sampling puts back predicted noise, not fresh noise.
         allow_untrained: let a student go on with what it was not trained for.
     """
@@ -64,13 +64,13 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What is going to happen.
+    """Everything that is decided about sampling before it starts.
 
     Attributes:
         sampler: name in `wan.sampling.samplers.SAMPLERS`.
         schedule: the steps.
         guidance_scale, guidance_scale_2: of the high-noise (or only) and the low-noise expert.
-        untrained: what the model was told to do though it was not trained for it, in words.
+        untrained: the settings that the model was not trained for, in words.
     """
 
     sampler: str
@@ -81,7 +81,7 @@ class SamplingPlan:
 
     @property
     def guided(self) -> bool:
-        """Whether a second forward, with the negative prompt, is needed at all."""
+        """True if any step needs a second forward, with the negative prompt."""
         return self.guidance_scale != 1 or self.guidance_scale_2 != 1
 
 

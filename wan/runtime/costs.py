@@ -1,11 +1,12 @@
-"""What the networks cost, from their sizes alone: parameters, FLOPs, and what training keeps.
+"""Parameters, FLOPs and kept activations of the networks, computed from their sizes alone.
 
 For the DiT everything follows from one list, `linear_layers`. Parameters and the FLOPs of matrix
-products and convolutions are exact, kept activations are those of `wan.models.dit` to a few per
-cent; tests hold all of them against PyTorch's own counts.
+products and convolutions are exact. Kept activations agree with `wan.models.dit` to a few per cent.
+Tests hold all of them against PyTorch's own counts.
 
-Letters: L tokens, S text rows, D width, F feed-forward width, N heads, n blocks; of the
-autoencoder, T latent frames, h w latent rows and columns.
+Letters: L video tokens, S text tokens (padding included; `rows` in the arguments), D width, F
+feed-forward width, N heads, n blocks. In the autoencoder: T latent frames, h w latent height and
+width.
 """
 
 import math
@@ -25,8 +26,13 @@ ATTENTION_BACKWARD = 2.5
 class Linear:
     """Linear layers of one kind.
 
-    `before` tells what the gradient must reach through them: "data" nothing, "condition" what only
-    full training changes, "trunk" earlier blocks.
+    Attributes:
+        part: the group of layers that a report names.
+        rows: number of vectors that pass through each layer.
+        count: number of such layers.
+        before: which gradient of their inputs is needed: "data" none, "condition" in full training
+            only (text and time embeddings), "trunk" always (earlier blocks).
+        is_float32: they compute in float32 beside bfloat16 weights.
     """
 
     part: str

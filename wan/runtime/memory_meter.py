@@ -1,12 +1,11 @@
-"""What a computation needs beside its inputs, counted as it runs: on tensors, or on none at all.
+"""Count the memory that a computation needs beside its inputs, while it runs.
 
     peak_bytes(lambda: dit(latents, timestep, context))
 
-On the meta device tensors have sizes and no content, so that a network tells its needs at any size
-in a moment. `LiveBytes` counts the tensors that PyTorch's operations return, while they live: what
-every device needs. `ProcessBytes` adds what a CPU takes besides, so that it tells the resident
-memory of a process. Neither counts the few MiB per thread that libraries keep for themselves, nor
-the workspaces of a GPU's convolutions and matrix products.
+On the meta device tensors have sizes and no content, so that a network's memory at any size is
+known in a moment. `LiveBytes` counts the tensors that PyTorch's operations return, as long as they
+live. It counts neither the memory that libraries keep for themselves nor the workspaces of a GPU's
+convolutions and matrix products.
 """
 
 import os
@@ -23,9 +22,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# From which size on glibc's malloc leaves blocks to mmap: at first, and at most. In between it is
-# the largest of those blocks that was given back so far.
-MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = 128 << 10, 32 << 20
 # Where Linux tells what is free, which control groups this process is in, and what these may take.
 MEMINFO, OWN_CGROUPS, CGROUPS = map(Path, ("/proc/meminfo", "/proc/self/cgroup", "/sys/fs/cgroup"))
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.mkldnn_convolution.default)
@@ -68,14 +64,10 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._meet(leaf, made_here=True)
-        self._ran(func, args, result)
         return result
 
-    def _ran(self, func: Any, args: Any, result: Any) -> None:
-        """An operation is over, and what it was given and has made still lives."""
-
     def _meet(self, tensor: Tensor, made_here: bool) -> None:
-        """Follow a tensor's memory, which others may share, to its end."""
+        """Count a tensor's storage once, however many tensors share it, until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -83,82 +75,12 @@ class LiveBytes(TorchDispatchMode):
         size = storage.nbytes() if made_here else 0
         self._known.add(key)
         weakref.finalize(storage, self._leave, key, size).atexit = False
-        self._take(key, size)
-        self.spike(0)
-
-    def _take(self, key: int, size: int) -> None:
         self.live += size
+        self.spike(0)
 
     def _leave(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
-
-
-class ProcessBytes(LiveBytes):
-    """What a process on the CPU takes meanwhile: with its kernels' copies, and what malloc keeps.
-
-    Blocks that glibc's malloc leaves to mmap are given back at once. The others lie on a heap that
-    stays as large as it ever was, and whose holes are seldom used again: PyTorch asks for 64-byte
-    alignment, for which malloc seeks 96 bytes more than it then takes (until glibc 2.38), so that
-    no block fits into the hole of one of its size; and what was left over, 96 bytes that wait in
-    malloc's cache, keeps neighbouring holes apart.
-
-    Args:
-        holes: what they add to the most that was ever in use of the heap, as a share of it. None is
-            a malloc that keeps nothing.
-    """
-
-    def __init__(self, holes: float | None) -> None:
-        super().__init__()
-        self.holes = holes
-        self._threshold = MMAP_THRESHOLD
-        self._heap = self._heap_peak = 0
-        self._on_heap: set[int] = set()
-
-    def spike(self, num_bytes: int) -> None:
-        if self.holes is not None:
-            num_bytes += int((1 + self.holes) * self._heap_peak) - self._heap
-        super().spike(num_bytes)
-
-    def _ran(self, func: Any, args: Any, result: Any) -> None:
-        self.spike(copied_bytes(func, args, result))
-
-    def _take(self, key: int, size: int) -> None:
-        super()._take(key, size)
-        if size < self._threshold:
-            self._on_heap.add(key)
-            self._heap += size
-            self._heap_peak = max(self._heap_peak, self._heap)
-
-    def _leave(self, key: int, size: int) -> None:
-        super()._leave(key, size)
-        if key in self._on_heap:
-            self._on_heap.remove(key)
-            self._heap -= size
-        elif size < LARGEST_MMAP_THRESHOLD:
-            self._threshold = max(self._threshold, size + 1)
-
-
-def copied_bytes(func: Any, args: Any, result: Any) -> int:
-    """What an operation on the CPU copies of its operands, for as long as it runs.
-
-    oneDNN wants the weights of a convolution in an order of its own, at every call: once more if
-    channels are innermost in the input, else the input too. And where a GPU's kernel converts what
-    it reads, one on the CPU has operands of another dtype than the result's converted as a whole.
-    """
-    operands = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-    if func in CONVOLUTIONS:
-        x, weight = operands[:2]
-        planes = suggest_memory_format(x) == torch.contiguous_format
-        return weight.nbytes + (x if planes else weight).nbytes
-    converts = torch.Tag.pointwise in func.tags or func is torch.ops.aten.linalg_vector_norm.default
-    if not (converts and isinstance(result, Tensor) and result.is_floating_point()):
-        return 0
-    return sum(
-        x.numel() * result.itemsize
-        for x in operands
-        if x.dtype != result.dtype and x.is_floating_point()
-    )
 
 
 class FusedAttention(TorchFunctionMode):
@@ -183,20 +105,16 @@ class FusedAttention(TorchFunctionMode):
 
 
 @torch.no_grad()
-def peak_bytes(compute: Callable[[], Any], memory: LiveBytes | None = None) -> int:
-    """The most bytes of tensors at any time in a computation, its result included.
-
-    Args:
-        memory: what counts, or None for the tensors alone.
-    """
-    with LiveBytes() if memory is None else memory as memory:
+def peak_bytes(compute: Callable[[], Any]) -> int:
+    """The most bytes of tensors at any time in a computation, its result included."""
+    with LiveBytes() as memory:
         result = compute()
     del result
     return memory.peak
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a device has left, by its driver; for a CPU what the system and a container can give."""
+    """Bytes that are free on a device; for a CPU, what the system and its container can give."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -209,7 +127,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def left_in_cgroups() -> list[int]:
-    """What each limited control group around this process leaves, file cache counted as free."""
+    """Bytes that each control group with a limit leaves to this process; file cache is free."""
     left = []
     for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else ():
         _, controllers, path = line.split(":", 2)

@@ -1,4 +1,4 @@
-"""Where a module is while it works: permanently on the device, or only for its stage.
+"""CPU offload: weights stay on the device, or visit it for their stage or block only.
 
 With offload "block" even a network at work is not there as a whole: its blocks take turns in two
 slots, one computes while the next is copied. Networks tell where a block's work begins and ends by
@@ -19,7 +19,7 @@ Home = tuple[dict[str, Any], str, Tensor]  # a module's table, the name in it, t
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """A device that exists here; "auto" is a CUDA device if there is one, else the CPU.
+    """The device of that name; "auto" is a CUDA device if there is one, else the CPU.
 
     Raises:
         WanError: no such device, or this build of PyTorch cannot use it.

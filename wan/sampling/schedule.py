@@ -1,4 +1,4 @@
-"""Which noise levels a sampler visits, and which timesteps the model is told there.
+"""The noise levels that a sampler visits, and the timesteps that the model gets there.
 
 Every schedule is made here, and the shift is applied here and nowhere else. It moves a uniform grid
 towards high noise; each released model names its own (TI2V-5B 5, T2V-A14B 12, Wan2.1 at 480p 3).

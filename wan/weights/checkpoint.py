@@ -88,7 +88,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def family(name: str) -> str:
-    """What the names of an index and its shards have in common."""
+    """The stem that the names of an index and its shards share."""
     match = SHARD_NAME.fullmatch(name)
     return match["stem"] if match else name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
 

@@ -40,14 +40,14 @@ Row = tuple[str, str, str]  # ours, diffusers, official
 
 
 class VAELevels(NamedTuple):
-    """What the numbering of a released VAE depends on: two fields of its config.json."""
+    """The two fields of a VAE's config.json that the numbering of its keys depends on."""
 
     is_residual: bool  # Wan2.2 nests levels; Wan2.1 counts through
     num_res_blocks: int  # residual blocks per encoder level; a decoder level has one more
 
 
 class KeyLayout(NamedTuple):
-    """How the names of a file are written."""
+    """The naming scheme of a file."""
 
     layout: str  # one of LAYOUTS
     prefix: str  # in front of every name, often ""

@@ -1,18 +1,15 @@
-"""Checkpoints <-> our modules: the strict load, the census of dtypes, saving in a released layout.
+"""Checkpoints -> our modules: the strict load.
 
 Loading is strict both ways: every parameter is in the files and every tensor in the files is a
 parameter of the right shape, or one error lists all that don't fit. The module is built on the meta
 device and filled as tensors are read, so peak memory stays near the weights that are kept.
 """
 
-import json
 import os
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,11 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wan.errors import WanError
-from wan.files import write_text
-from wan.weights.checkpoint import INDEX_SUFFIX, Checkpoint, StoredTensor, family
-from wan.weights.keys import ALIASES, KeyLayout, VAELevels, detect_layout, our_name, released_name
+from wan.weights.checkpoint import Checkpoint, StoredTensor
+from wan.weights.keys import ALIASES, KeyLayout, detect_layout, our_name, released_name
+from wan.weights.names import describe, grouped
 from wan.weights.quantize import check_quantize, quantize_layers, quantize_state
-from wan.weights.safetensors_file import map_tensors, write_tensors
+from wan.weights.safetensors_file import map_tensors
 from wan.weights.tensor_reader import read_tensors
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -35,13 +32,10 @@ GROUP_BYTES = 256 << 20
 M = TypeVar("M", bound=nn.Module)
 
 
-# --- loading --------------------------------------------------------------------------------------
-
-
 class _NoInitialisation(TorchFunctionMode):
-    """Leaves new parameters alone: on the meta device there is nothing to initialise.
+    """Skips the initialisation of parameters, which have no values on the meta device.
 
-    PyTorch answers a random draw there with parts of its compiler, whose import alone takes longer
+    A random draw on the meta device would import parts of PyTorch's compiler, which takes longer
     than loading a small model.
     """
 
@@ -269,55 +263,6 @@ def check_fit(
     )
 
 
-def describe(component: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What a set of our names and shapes is, in the words of a model card."""
-    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    if component == "vae":
-        width = shapes.get("encoder.conv_in.weight", ("?",))[0]
-        channels = shapes.get("post_quant_conv.weight", ("?",))[0]
-        return f"a VAE of width {width} with {channels} latent channels"
-    if component == "transformer":
-        width, channels = shapes.get("patch_embedding.weight", ("?", "?"))[:2]
-        return f"a DiT of width {width} with {len(blocks)} blocks and {channels} input channels"
-    width = shapes.get("final_norm.weight", ("?",))[0]
-    return f"a UMT5 encoder of width {width} with {len(blocks)} blocks"
-
-
-def grouped(names: Iterable[str], note: Mapping[str, str] | None = None, limit: int = 12) -> str:
-    """Names that differ in their first number (and agree in their note) as one:
-    `blocks.{0..29}.norm2.weight (30)`."""
-    groups: dict[tuple[str, str], list[int | None]] = {}
-    for name in names:
-        segments = name.split(".")
-        at = next((i for i, segment in enumerate(segments) if segment.isdecimal()), None)
-        number = None if at is None else int(segments[at])
-        if at is not None:
-            segments[at] = "#"
-        groups.setdefault((".".join(segments), note[name] if note else ""), []).append(number)
-    parts = []
-    for (pattern, text), found in groups.items():
-        numbers = sorted(number for number in found if number is not None)
-        shown = pattern
-        if len(numbers) == 1:
-            shown = pattern.replace("#", str(numbers[0]))
-        elif numbers:
-            shown = f"{pattern.replace('#', ranges(numbers))} ({len(numbers)})"
-        parts.append(f"{shown} {text}".rstrip())
-    more = [f"and {len(parts) - limit} more kinds"] if len(parts) > limit else []
-    return ", ".join(parts[:limit] + more)
-
-
-def ranges(numbers: list[int]) -> str:
-    """Ascending numbers as `{0..3,7}`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
-
-
 def target_dtype(
     name: str, stored: torch.dtype, dtype: torch.dtype | None, float32: tuple[str, ...]
 ) -> torch.dtype:
@@ -325,135 +270,3 @@ def target_dtype(
     if wanted.itemsize < 4 and any(re.search(pattern, name) for pattern in float32):
         return torch.float32
     return wanted
-
-
-# --- dtypes ---------------------------------------------------------------------------------------
-
-
-def dtype_census(module: nn.Module) -> dict[torch.dtype, int]:
-    """Number of parameters per dtype, the largest share first."""
-    census: dict[torch.dtype, int] = {}
-    for parameter in module.parameters():
-        census[parameter.dtype] = census.get(parameter.dtype, 0) + parameter.numel()
-    return dict(sorted(census.items(), key=lambda item: -item[1]))
-
-
-def census_line(module: nn.Module) -> str:
-    """The census for a person: `5.00 B parameters, 9.33 GiB: 4.98 B bfloat16, 15.2 M float32`."""
-    census = dtype_census(module)
-    size = sum(count * dtype.itemsize for dtype, count in census.items())
-    parts = [f"{short(n)} {str(dtype).removeprefix('torch.')}" for dtype, n in census.items()]
-    scaled = f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
-    return f"{short(sum(census.values()))} parameters, {scaled}: {', '.join(parts)}"
-
-
-def short(count: int) -> str:
-    """A count to three digits with its unit: 4999787712 -> `5.00 B`."""
-    for limit, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
-        if count >= limit:
-            value = count / limit
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"
-    return str(count)
-
-
-# --- saving ---------------------------------------------------------------------------------------
-
-
-def save_component(
-    state: Mapping[str, Tensor],
-    folder: str | Path,
-    component: str,
-    layout: str = "diffusers",
-    *,
-    vae_levels: VAELevels | None = None,
-    prefix: str = "",
-    dtypes: Mapping[str, torch.dtype] | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-    metadata: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write a state dict with our names as a released component; bits don't change.
-
-    Every file is written beside its place and renamed; the index comes last. The folder is made if
-    need be and may hold other things, but no weights of the same name: nobody could tell a
-    checkpoint that was replaced halfway from a whole one.
-
-    Args:
-        vae_levels: of the VAE's config, for a VAE.
-        prefix: put in front of every released name, as repacked files have it.
-        dtypes: to convert to, by our names; converted shard by shard. None keeps all.
-    Returns:
-        The weight files, and the index if there are several.
-    Raises:
-        WanError: not our names, weights already there, too little space, or no right to write.
-    """
-    folder = Path(folder)
-    released = {n: prefix + released_name(component, layout, n, vae_levels) for n in state}
-    wanted = {released[n]: t.dtype if dtypes is None else dtypes[n] for n, t in state.items()}
-    named = {released[n]: t for n, t in state.items()}
-    stem = file_stem(component, layout, vae_levels)
-    try:
-        return write_shards(named, wanted, folder, stem, max_shard_bytes, metadata or {})
-    except OSError as error:
-        raise WanError(f"{folder}: can't be written: {error.strerror or error}") from error
-
-
-def write_shards(
-    named: Mapping[str, Tensor],
-    wanted: Mapping[str, torch.dtype],
-    folder: Path,
-    stem: str,
-    max_shard_bytes: int,
-    metadata: Mapping[str, str],
-) -> list[Path]:
-    """Write tensors under their final names in the wanted dtypes; see `save_component`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    old = [f.name for f in folder.iterdir() if family(f.name) == stem]
-    if old:
-        raise WanError(f"{folder}: already holds {', '.join(sorted(old))}; choose an empty folder")
-    total = sum(tensor.numel() * wanted[name].itemsize for name, tensor in named.items())
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise WanError(f"{folder}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
-    shards = split_shards(named, wanted, max_shard_bytes)
-    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [f"{stem}.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        write_tensors(
-            folder / name,
-            {n: tensor.to(wanted[n]) for n, tensor in shard.items()},  # itself where it is so
-            {"format": "pt", **metadata},
-        )
-    written = [folder / name for name in names]
-    if len(shards) > 1:
-        weight_map = {t: name for name, s in zip(names, shards, strict=True) for t in s}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        written.append(folder / f"{stem}{INDEX_SUFFIX}")
-        write_text(written[-1], json.dumps(index, indent=2) + "\n")
-    return written
-
-
-def file_stem(component: str, layout: str, vae_levels: VAELevels | None) -> str:
-    """The released name of a component's weight file, less shard number and suffix."""
-    if layout == "official" and component == "vae":
-        assert vae_levels is not None
-        return "Wan2.2_VAE" if vae_levels.is_residual else "Wan2.1_VAE"
-    if component == "text_encoder":
-        return "models_t5_umt5-xxl-enc" if layout == "official" else "model"
-    return "diffusion_pytorch_model"
-
-
-def split_shards(
-    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], max_bytes: int
-) -> list[dict[str, Tensor]]:
-    """Consecutive tensors, at most `max_bytes` each as written, unless one alone is larger."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * dtypes[name].itemsize
-        if shards[-1] and size + nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += nbytes
-    return shards

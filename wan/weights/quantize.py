@@ -36,7 +36,7 @@ def check_quantize(kind: str) -> None:
 
 
 def is_quantized_weight(name: str) -> bool:
-    """Whether `quantize` stores the parameter of this name in 8 bits."""
+    """True if `quantize` stores the parameter of this name in 8 bits."""
     return QUANTIZED_WEIGHTS.fullmatch(name) is not None
 
 
@@ -132,7 +132,7 @@ def quantize(module: nn.Module, kind: str) -> None:
 
 
 def quantization_of(module: nn.Module) -> str:
-    """How a module is quantised: one of `QUANTIZE`."""
+    """The kind of quantisation of a module: one of `QUANTIZE`."""
     kinds = (one.kind for one in module.modules() if isinstance(one, QuantizedLinear))
     return next(kinds, "none")
 
@@ -148,9 +148,3 @@ def quantization_error(weight: Tensor, kind: str) -> float:
     exact = weight.float()
     error = restore_weight(*quantize_weight(weight, kind), torch.float32) - exact
     return float(error.norm() / exact.norm())
-
-
-def quantization_report(state: Mapping[str, Tensor], kind: str) -> dict[str, float]:
-    """`quantization_error` of every weight that would be quantised, by our names."""
-    names = [name for name in state if is_quantized_weight(name)]
-    return {name: quantization_error(state[name], kind) for name in names}

@@ -55,7 +55,7 @@ TENSOR_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")  # no slash, no
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `start` and `end` are byte offsets from the start of the file."""
+    """Dtype, shape and place of one tensor: `start` and `end` are byte offsets in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -162,7 +162,7 @@ PICKLE = "a pickle (.pt, .pth, .bin)"
 
 
 def sniff(start: bytes) -> str | None:
-    """What a file that is no safetensors file begins like, with the way out; None if unknown."""
+    """Recognise another format by its first bytes: its name and what to do; None if unknown."""
     text = start.lstrip().lower()
     if start.startswith(b"PK\x03\x04"):
         return PICKLE

@@ -10,12 +10,12 @@ from wan.models.attention.choice import (
     BACKENDS,
     SPARSE,
     AttentionChoice,
-    Dense,
     GridAttention,
     LayerAttention,
     NetworkAttention,
     build_attention,
     network_attention,
+    verified_attention,
 )
 from wan.models.attention.exact import (
     AttentionFunction,
@@ -33,7 +33,6 @@ __all__ = [
     "AttentionChoice",
     "AttentionConfig",
     "AttentionFunction",
-    "Dense",
     "Grid",
     "GridAttention",
     "LayerAttention",
@@ -43,4 +42,5 @@ __all__ = [
     "network_attention",
     "sdpa_attention",
     "sliced_attention",
+    "verified_attention",
 ]

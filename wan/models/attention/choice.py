@@ -1,4 +1,4 @@
-"""From a name to what every layer of a network calls."""
+"""From the name of an attention to the function that each layer of a network calls."""
 
 import difflib
 import inspect
@@ -30,8 +30,7 @@ from wan.models.attention.pattern import Grid
 from wan.models.attention.sliding_tile import SlidingTile
 from wan.models.attention.top_k import TopK
 from wan.models.attention_config import AttentionConfig
-
-AttentionChoice = str | AttentionConfig | AttentionFunction
+from wan.models.dit_config import DiTConfig
 
 SELF_TEST_GRID = (4, 4, 32)  # large enough that every sparse variant leaves something out
 # Largest relative rms from the formula in float32, for a kernel to be trusted.
@@ -40,7 +39,7 @@ QUANTISED_TOLERANCE = 0.1
 
 
 class GridAttention(Protocol):
-    """Self-attention of tokens on a grid (T, H, W); what a sparse variant is."""
+    """A sparse variant: self-attention of tokens on a grid (T, H, W)."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """(B, N, L, K) three times -> (B, N, L, K)."""
@@ -52,26 +51,7 @@ class GridAttention(Protocol):
         """Share of the FLOPs of dense attention."""
 
     def mask(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        """Who sees whom: bool, broadcasts to (B, N, L, L)."""
-
-
-@dataclass(frozen=True)
-class Dense:
-    """An exact function as a `GridAttention`, with no use for the grid."""
-
-    function: AttentionFunction
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
-        return self.function(q, k, v)
-
-    def of_layer(self, layer: int) -> "Dense":
-        return self
-
-    def density(self, grid: Grid) -> float:
-        return 1.0
-
-    def mask(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        return torch.ones((), dtype=torch.bool, device=q.device)
+        """True where a query attends to a key: bool, broadcasts to (B, N, L, L)."""
 
 
 # Exact, with a bias if need be: for any attention of a network.
@@ -106,7 +86,7 @@ def check_known(name: str, known: Mapping[str, Any]) -> None:
 
 
 def build_attention(name: str, **options: Any) -> Callable[..., Any]:
-    """What is called `name`, with its options bound: of `ATTENTION`, `BACKENDS` or `SPARSE`.
+    """The entry of `ATTENTION`, `BACKENDS` or `SPARSE` with that name, its options bound.
 
     Raises:
         WanError: no such variant, it lacks one of the options, or a value is out of range.
@@ -129,9 +109,8 @@ def build_attention(name: str, **options: Any) -> Callable[..., Any]:
 
 
 def name_of(attention: Any) -> str:
-    """What `build_attention` calls a variant or a function; of others, their own name."""
-    function = attention.function if isinstance(attention, Dense) else attention
-    function = function.func if isinstance(function, partial) else function
+    """The name by which `build_attention` knows a function or variant, else its own name."""
+    function = attention.func if isinstance(attention, partial) else attention
     known: dict[str, Any] = {**ATTENTION, **BACKENDS, **SPARSE}
     own = getattr(function, "__name__", type(function).__name__)
     return next((name for name, one in known.items() if one in (function, type(function))), own)
@@ -139,25 +118,42 @@ def name_of(attention: Any) -> str:
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """Self-attention of one layer: (q, k, v, grid) -> out; without a grid, exact."""
+    """Self-attention of one layer.
 
-    chosen: GridAttention
+    Attributes:
+        sparse: the variant that the layer computes; None where it attends densely.
+        dense: the function it calls without a sparse variant.
+        exact: the function it calls in steps that leave the sparse variant out.
+    """
+
+    sparse: GridAttention | None
+    dense: AttentionFunction
     exact: AttentionFunction
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None) -> Tensor:
-        if grid is None:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, exact: bool = False) -> Tensor:
+        """(B, N, L, K) three times, tokens on a grid (T, H, W) -> (B, N, L, K)."""
+        if exact:
             return self.exact(q, k, v)
-        return self.chosen(q, k, v, grid)
+        if self.sparse is not None:
+            return self.sparse(q, k, v, grid)
+        return self.dense(q, k, v)
+
+    def density(self, grid: Grid) -> float:
+        """Share of the FLOPs of dense attention."""
+        return 1.0 if self.sparse is None else self.sparse.density(grid)
 
 
 @dataclass(frozen=True)
 class NetworkAttention:
-    """What the layers of a network call.
+    """The attention functions of all layers of a network.
+
+    It is built once from a person's choice (`network_attention`), verified once where the device is
+    known (`verify`), and handed on as it is from there.
 
     Attributes:
         config: the choice it was made from.
         layers: self-attention of each layer.
-        cross: attention to the text in every layer, exact.
+        cross: attention to the text in every layer; always exact.
     """
 
     config: AttentionConfig
@@ -166,15 +162,15 @@ class NetworkAttention:
 
     def density(self, grid: Grid, num_steps: int = 1) -> float:
         """Share of the FLOPs of dense self-attention, over all layers and steps."""
-        of_layers = sum(layer.chosen.density(grid) for layer in self.layers) / len(self.layers)
+        of_layers = sum(layer.density(grid) for layer in self.layers) / len(self.layers)
         used = sum(self.config.uses("steps", num_steps)) / num_steps
         return used * of_layers + (1 - used)
 
     def exact_timesteps(self, timesteps: Sequence[float]) -> frozenset[float]:
-        """Those of a schedule's timesteps at which the choice leaves attention exact.
+        """The timesteps of a schedule at which `attention.steps` leaves attention exact.
 
         Raises:
-            WanError: of steps at one timestep the choice leaves out some and not others.
+            WanError: several steps share a timestep, and the choice treats them differently.
         """
         used = self.config.uses("steps", len(timesteps))
         exact = frozenset(t for t, use in zip(timesteps, used, strict=True) if not use)
@@ -190,13 +186,14 @@ class NetworkAttention:
         """Hold every function on a small grid against the formula under its mask or bias.
 
         Raises:
-            WanError: a kernel that is not there, or does not compute what it should.
+            WanError: a kernel is missing on this device, or does not compute the formula.
         """
         generator = torch.Generator().manual_seed(0)
         shape = (3, 1, 2, math.prod(SELF_TEST_GRID), head_dim)
         q, k, v = torch.randn(shape, generator=generator).to(device, dtype)
 
-        def check(name: str, found: Tensor, bias: Tensor) -> None:
+        def check(function: Any, found: Tensor, bias: Tensor) -> None:
+            name = name_of(function)
             tolerance = QUANTISED_TOLERANCE if name == "sage" else TOLERANCE[dtype]
             expected = math_attention(q.float(), k.float(), v.float(), bias)
             error = found.float() - expected
@@ -207,42 +204,61 @@ class NetworkAttention:
                     f"formula on {device}, {tolerance:.0e} is allowed; choose sdpa"
                 )
 
+        no_bias = torch.zeros((), device=device)
         with torch.no_grad():
-            for attention in {
-                a for layer in self.layers for a in (layer.chosen, Dense(layer.exact))
-            }:
-                bias = torch.zeros((), device=device)
-                bias = bias.where(attention.mask(q, k, SELF_TEST_GRID), -math.inf)
-                check(name_of(attention), attention(q, k, v, SELF_TEST_GRID), bias)
-            # As the text's padding rows weigh: `wan.models.dit.share_padding`.
+            for sparse in {layer.sparse for layer in self.layers} - {None}:
+                assert sparse is not None
+                mask = sparse.mask(q, k, SELF_TEST_GRID)
+                check(sparse, sparse(q, k, v, SELF_TEST_GRID), no_bias.where(mask, -math.inf))
+            used = {layer.dense for layer in self.layers if layer.sparse is None}
+            for function in used | {layer.exact for layer in self.layers}:
+                check(function, function(q, k, v), no_bias)
+            # A bias as large as that of the text's padding: `wan.models.dit.share_padding`.
             bias = torch.linspace(-3, 3, k.shape[2], device=device).to(dtype).float()
-            check(name_of(self.cross), self.cross(q, k, v, bias), bias)
+            check(self.cross, self.cross(q, k, v, bias), bias)
+
+
+AttentionChoice = str | AttentionConfig | AttentionFunction | NetworkAttention
 
 
 def network_attention(choice: AttentionChoice, num_layers: int) -> NetworkAttention:
-    """Decide what each layer calls.
+    """Decide which function each layer calls.
 
     Args:
-        choice: a name, a config, or a function (q, k, v, bias=None) for every attention.
+        choice: a name, a config, a function (q, k, v, bias=None) for every attention, or what this
+            function returned before, which is handed back as it is.
+        num_layers: of the network.
 
     Raises:
-        WanError: see `build_attention` and `AttentionConfig`; or nothing would call the exact one.
+        WanError: see `build_attention` and `AttentionConfig`; or an `exact` that nothing would
+            call; or a built attention with another number of layers.
     """
+    if isinstance(choice, NetworkAttention):
+        if len(choice.layers) != num_layers:
+            raise WanError(
+                f"an attention built for {len(choice.layers)} layers, the network has {num_layers}"
+            )
+        return choice
     if not isinstance(choice, str | AttentionConfig):
-        layers = (LayerAttention(Dense(choice), choice),) * num_layers
+        layers = (LayerAttention(None, choice, choice),) * num_layers
         return NetworkAttention(AttentionConfig(), layers, choice)
     config = AttentionConfig(choice) if isinstance(choice, str) else choice
     built = build_attention(config.name, **config.options())
-    chosen: Any = built if config.name in SPARSE else Dense(built)
     check_known(config.exact, {**ATTENTION, **BACKENDS})
     if config.exact == "sage":
         raise WanError("attention.exact=sage is 8-bit, not exact; choose sdpa, cudnn or flash")
     exact = build_attention(config.exact)
+    is_sparse = config.name in SPARSE
+
+    def layer_attention(layer: int, used: bool) -> LayerAttention:
+        if not used:
+            return LayerAttention(None, exact, exact)
+        if is_sparse:
+            return LayerAttention(built.of_layer(layer), exact, exact)  # type: ignore[attr-defined]
+        return LayerAttention(None, built, exact)
+
     used = config.uses("layers", num_layers)
-    layers = tuple(
-        LayerAttention(chosen.of_layer(i) if use else Dense(exact), exact)
-        for i, use in enumerate(used)
-    )
+    layers = tuple(layer_attention(i, use) for i, use in enumerate(used))
     # Of the two, the first that takes a bias; one kernel alone may not, and it hardly matters here.
     cross = next(
         (f for n, f in ((config.name, built), (config.exact, exact)) if n in ATTENTION),
@@ -256,3 +272,19 @@ def network_attention(choice: AttentionChoice, num_layers: int) -> NetworkAttent
             "attention.layers or attention.steps"
         )
     return NetworkAttention(config, layers, cross)
+
+
+def verified_attention(
+    choice: AttentionChoice, config: DiTConfig, device: torch.device, dtype: torch.dtype
+) -> NetworkAttention:
+    """Build the attention of a network and verify it on the device that it will run on.
+
+    What was built before comes back as it is: its maker has verified it.
+
+    Raises:
+        WanError: as `network_attention` and `NetworkAttention.verify`.
+    """
+    built = network_attention(choice, config.num_layers)
+    if built is not choice:
+        built.verify(config.attention_head_dim, device, dtype)
+    return built

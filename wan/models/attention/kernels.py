@@ -43,7 +43,10 @@ def sage_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _kernel(name: str, backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One kernel of PyTorch's, or a WanError: PyTorch says only that there is none."""
+    """Run one kernel of PyTorch's; name it in a WanError where it is missing.
+
+    PyTorch's own error says only that no kernel is available.
+    """
     try:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)

@@ -48,11 +48,11 @@ class Pattern:
     DISJOINT: ClassVar[bool] = False
 
     def allows(self, query: Place, key: Place, grid: Grid) -> Tensor:
-        """Whether each query sees each key; the two broadcast."""
+        """True where a query attends to a key; positions of queries and keys broadcast."""
         raise NotImplementedError
 
     def windows(self, grid: Grid) -> Windows:
-        """The same as lists: every token is a query once."""
+        """The same rule as lists of tokens; every token is a query once."""
         raise NotImplementedError
 
     def of_layer(self, layer: int) -> "Pattern":
@@ -65,7 +65,7 @@ class Pattern:
         return seen / math.prod(grid) ** 2
 
     def mask(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        """Who sees whom, whatever the queries and keys: (L, L) bool."""
+        """True where a query attends to a key: (L, L) bool, the same for all contents."""
         tokens = torch.arange(math.prod(grid), device=q.device)
         return self.allows(places(tokens[:, None], grid), places(tokens, grid), grid)
 

@@ -89,7 +89,7 @@ class TopK:
         return scores.topk(self.num_kept(len(tiles.tokens)), dim=-1).indices
 
     def mask(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        """Who sees whom, given these queries and keys: (B, N, L, L) bool."""
+        """True where a query attends to a key: (B, N, L, L) bool, by these queries and keys."""
         tiles = remembered(tiling, grid, self.tile, q.device)
         tile_of = tiles.position // tiles.tokens.shape[1]  # (L,)
         seen = as_mask(self.choose(q, k, grid))

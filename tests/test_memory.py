@@ -13,32 +13,30 @@ import torch
 from test_pipeline import PROMPT, TEXT, VAE, build, write_tokenizer
 
 from wan.errors import WanError
-from wan.models.attention import AttentionConfig
+from wan.models.attention import AttentionConfig, network_attention
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
-from wan.pipeline import memory as preflight
+from wan.pipeline import memory as memory_module
 from wan.pipeline.config import PipelineConfig, SamplingDefaults, read_pipeline_config
-from wan.pipeline.memory import (
+from wan.pipeline.memory import CPU_MARGIN, check_fits, estimate_memory, fewest, remedies
+from wan.pipeline.memory_counts import (
     MemoryRequest,
-    alternatives,
-    check_fits,
     counted_attention,
     kept_bytes,
     load_bytes,
-    network_of,
-    predict_memory,
+    networks_of,
     rough_bytes,
     text_bytes,
     video_bytes,
 )
 from wan.pipeline.pipeline import WanPipeline
 from wan.pipeline.plan import SamplingRequest, plan_sampling
-from wan.runtime.memory_meter import FusedAttention, LiveBytes, ProcessBytes, free_bytes, peak_bytes
+from wan.runtime.memory_meter import FusedAttention, LiveBytes, free_bytes, peak_bytes
 from wan.weights.hub import resolve_model
-from wan.weights.load import save_component
+from wan.weights.save import save_component
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -97,30 +95,6 @@ def test_tensors_without_values_count_like_real_ones():
     assert peak_bytes(lambda: compute("meta")) == peak_bytes(lambda: compute("cpu")) > 0
 
 
-def test_a_process_takes_copies_and_keeps_holes():
-    x = torch.ones(1, 16, 4, 8, 8).contiguous(memory_format=torch.channels_last_3d)
-    weight = torch.ones(8, 16, 1, 1, 1)
-    out = 8 * 4 * 8 * 8 * 4
-
-    def convolve(x):
-        return torch.conv3d(x, weight)
-
-    for order, copied in ((x, 2 * weight.nbytes), (x.contiguous(), weight.nbytes + x.nbytes)):
-        assert peak_bytes(lambda x=order: convolve(x)) == out
-        assert peak_bytes(lambda x=order: convolve(x), ProcessBytes(None)) == out + copied
-    half = torch.ones(1000, dtype=torch.bfloat16)
-    assert peak_bytes(lambda: half * torch.ones(1000), ProcessBytes(None)) == 3 * 4000
-    with ProcessBytes(holes=0.5) as memory:
-        for large in (64 << 20, 1 << 20):  # the first is mmap's, however often it is freed
-            for _ in range(2):
-                torch.empty(large, dtype=torch.uint8)
-    assert memory.peak == 64 << 20
-    with ProcessBytes(holes=0.5) as memory:
-        for _ in range(2):  # the second time malloc puts it on its heap
-            torch.empty(1 << 20, dtype=torch.uint8)
-    assert memory.peak == 1.5 * (1 << 20)
-
-
 def test_attention_is_fused_where_channels_are_innermost():
     q = torch.empty(1, 2, 50, 8, device="meta")
     flipped = torch.empty(1, 2, 8, 50, device="meta").transpose(2, 3)
@@ -144,8 +118,8 @@ def test_every_stage_takes_what_was_predicted(tokenizer_folder, guidance, attent
     pipeline.set_attention(attention)
     size = {"height": 64, "width": 96, "num_frames": 17}
     request = request_of(pipeline, size, CUDA, guidance=guidance, attention=attention)
-    plan = predict_memory(request)
-    with_image = predict_memory(replace(request, has_image=True))
+    plan = estimate_memory(request)
+    with_image = estimate_memory(replace(request, has_image=True))
     weights = sum(kept_bytes(module) for module in pipeline.modules.values())
     options = {"guidance_scale": guidance, "num_inference_steps": 3, **size}
 
@@ -174,7 +148,7 @@ def test_decoding_takes_what_was_predicted_in_chunks_of_any_length(tokenizer_fol
     peaks = []
     for chunk in (1, 2, 4):
         pipeline.chunk_latents = chunk
-        plan = predict_memory(request_of(pipeline, size, CUDA, chunk_latents=chunk))
+        plan = estimate_memory(request_of(pipeline, size, CUDA, chunk_latents=chunk))
         peaks.append(measured(lambda: pipeline.decode_latents(latents), weights) - plan.host)
         assert plan.stages["decode"] == pytest.approx(peaks[-1], rel=TOLERANCE), chunk
     assert peaks[0] < peaks[1] < peaks[2]
@@ -188,7 +162,7 @@ def test_quantised_weights_are_predicted_as_they_are_kept(tokenizer_folder, tmp_
         loaded = WanPipeline.from_pretrained(tmp_path / "model", dtype=dtype, quantize=kind)
         request = request_of(pipeline, size, dtype=dtype, quantize=kind)
         for part, module in loaded.modules.items():
-            assert kept_bytes(network_of(request, part)) == kept_bytes(module), (part, kind)
+            assert kept_bytes(networks_of(request)[part]) == kept_bytes(module), (part, kind)
 
 
 def peak_of_process(script: str, *arguments: str, **environment: str) -> Any:
@@ -222,7 +196,7 @@ torch.set_num_threads(1)
 STAGES = """
 from wan.weights.hub import resolve_model
 from wan.pipeline.pipeline import WanDMDPipeline
-from wan.pipeline.memory import rough_bytes
+from wan.pipeline.memory_counts import rough_bytes
 from wan.models.umt5 import UMT5Encoder, UMT5Config, encode_text
 
 dtype, sizes = getattr(torch, sys.argv[1]), eval(sys.argv[2])
@@ -253,23 +227,21 @@ SIZES = ((256, 384, 17), (512, 512, 17))
 LONG_TEXT = {"vocab_size": 600, "d_model": 512, "d_ff": 1024, "num_layers": 2, "num_heads": 16}
 
 
-def predicted_and_measured(dtype, malloc_keeps) -> list[tuple[str, int, int, int]]:
-    """(stage, weights, bytes predicted, measured) of the miniature at all sizes."""
+def predicted_and_measured(dtype) -> list[tuple[str, int, int]]:
+    """(stage, working memory predicted, measured) of the miniature at all sizes."""
     config = read_pipeline_config(resolve_model("builtin:miniature"))
     tokenizer = Tokenizer.from_folder(resolve_model("builtin:miniature") / "tokenizer")
     prompt = "circle " * 400
-    environment = {} if malloc_keeps else {"MALLOC_MMAP_THRESHOLD_": "65536"}
     name = str(dtype).removeprefix("torch.")
     arguments = (name, repr(SIZES), repr(LONG_TEXT), prompt, "512")
-    measured = peak_of_process(STAGES, *arguments, **environment)
+    measured = peak_of_process(STAGES, *arguments)
     rows = []
     for size, peaks in zip(SIZES, measured, strict=True):
         plan = plan_sampling(config, SamplingRequest())
-        common = {"dtype": dtype, "malloc_keeps": malloc_keeps, "has_image": True}
         shape = config.latent_shape(*size)
-        request = MemoryRequest(config, shape, plan, 4, 512, CPU, **common)
-        stages = predict_memory(request).stages
-        weights = sum(kept_bytes(network_of(request, part)) for part in config.components)
+        request = MemoryRequest(config, shape, plan, 4, 512, CPU, dtype, has_image=True)
+        stages = estimate_memory(request).stages
+        weights = sum(map(kept_bytes, networks_of(request).values()))
         with_text = replace(
             config,
             text_encoder=UMT5Config(**LONG_TEXT),
@@ -277,28 +249,19 @@ def predicted_and_measured(dtype, malloc_keeps) -> list[tuple[str, int, int, int
         )
         tokens = len(tokenizer(prompt, 512).ids)
         text = replace(request, config=with_text, prompt_tokens=tokens)
-        kept = kept_bytes(network_of(text, "text_encoder"))
-        rows.append(("encode_text", kept, kept + text_bytes(text), kept + peaks.pop("encode_text")))
-        rows += [(name, weights, stages[name], weights + peak) for name, peak in peaks.items()]
+        rows.append(("encode_text", CPU_MARGIN * text_bytes(text), peaks.pop("encode_text")))
+        rows += [(name, stages[name] - weights, peak) for name, peak in peaks.items()]
     return rows
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the margin was measured there")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_stage_takes_of_the_process_what_was_predicted(dtype):
-    """Of the system's memory, with a malloc that gives back what is freed."""
-    for stage, weights, predicted, taken in predicted_and_measured(dtype, malloc_keeps=False):
-        assert predicted == pytest.approx(taken, rel=TOLERANCE), stage
-        # Also what comes on top of the weights, if libraries may keep 3 MiB for themselves.
-        beside = taken - weights
-        assert predicted - weights == pytest.approx(beside, rel=TOLERANCE, abs=3 * 2**20), stage
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="holes are those of glibc's heap")
-def test_what_malloc_keeps_is_predicted():
-    """As glibc comes. No more than roughly: holes differ from run to run, up to twofold."""
-    for stage, _, predicted, taken in predicted_and_measured(torch.float32, malloc_keeps=True):
-        assert taken / 2 < predicted < 2 * taken, stage
+def test_no_stage_takes_more_of_the_process_than_was_estimated(dtype):
+    """Resident memory beside the weights: below the estimate, and not by more than its margin."""
+    libraries = 3 * 2**20  # what they may keep for themselves
+    for stage, predicted, taken in predicted_and_measured(dtype):
+        assert taken - libraries < predicted, stage
+        assert predicted < CPU_MARGIN * (taken + libraries), stage
 
 
 LOAD = """
@@ -332,7 +295,7 @@ def test_loading_takes_what_was_predicted(tmp_path, kind):
     pipeline = PipelineConfig("WanPipeline", config, VAE, replace(TEXT, d_model=256))
     plan = plan_sampling(pipeline, SamplingRequest())
     request = MemoryRequest(pipeline, (16, 1, 8, 8), plan, 8, 16, CPU, quantize=kind)
-    predicted = load_bytes(request, {"transformer": network_of(request, "transformer")})
+    predicted = load_bytes(request, {"transformer": networks_of(request)["transformer"]})
     assert stored > 3e8
     assert predicted == pytest.approx(taken, rel=TOLERANCE)
 
@@ -357,43 +320,50 @@ def full_size(**changes) -> MemoryRequest:
 
 
 def test_the_5b_needs_less_with_every_option():
-    everything = predict_memory(full_size())
+    everything = estimate_memory(full_size())
     assert 21 * GIB < everything.stages["load"] < 22 * GIB
-    stage = predict_memory(full_size(offload="stage"))
+    stage = estimate_memory(full_size(offload="stage"))
     assert stage.stages["load"] == 0
     assert 10.5 * GIB < stage.stages["encode_text"] < 11 * GIB
     assert stage.host > 22 * GIB
-    block = predict_memory(full_size(offload="block"))
+    block = estimate_memory(full_size(offload="block"))
     assert block.stages["encode_text"] < 4 * GIB
     assert block.stages["denoise"] < stage.stages["denoise"] - 8 * GIB
-    small = predict_memory(full_size(offload="stage", quantize="int8"))
+    small = estimate_memory(full_size(offload="stage", quantize="int8"))
     assert small.stages["encode_text"] < 0.65 * stage.stages["encode_text"]
     assert "denoise" in str(small)
     assert "host" in str(small)
 
 
 def test_shorter_chunks_are_offered_before_what_changes_numbers():
-    plan = predict_memory(full_size())
-    one = predict_memory(full_size(chunk_latents=1))
+    plan = estimate_memory(full_size())
+    one = estimate_memory(full_size(chunk_latents=1))
     assert one.stages["decode"] < plan.stages["decode"] - 3 * GIB
     assert one.stages | {"decode": 0} == plan.stages | {"decode": 0}
     with pytest.raises(WanError, match=r"free; chunk_latents=1 would take 28\.\d GiB"):
         check_fits(plan, 31 * GIB)
-    with pytest.raises(WanError, match=r"free; offload=block chunk_latents=1 would take"):
+    with pytest.raises(WanError, match=r"free; chunk_latents=1 offload=block would take"):
         check_fits(plan, 12 * GIB)
-    offered = list(alternatives(full_size()))
-    assert offered[:2] == [{"chunk_latents": 1}, {"offload": "stage"}]
-    exact = [one for one in offered if not {"quantize", "dtype", "tile"} & one.keys()]
-    assert offered[: len(exact)] == exact
+    offered = remedies(full_size(dtype=torch.float32))
+    assert [name for one in offered for name in one] == [
+        *("chunk_latents", "offload", "offload", "dtype", "quantize", "tile"),
+    ]
     offload = {"offload": "block"}
-    assert list(alternatives(full_size(tile=16, chunk_latents=1, quantize="fp8", **offload))) == []
+    assert remedies(full_size(tile=16, chunk_latents=1, quantize="fp8", **offload)) == []
+
+
+def test_no_option_is_offered_that_is_not_needed():
+    options = [{"a": 1}, {"b": 1}, {"b": 2}, {"c": 1}]
+    assert fewest(options, lambda chosen: chosen.get("b") == 2) == {"b": 2}
+    assert fewest(options, lambda chosen: {"a", "c"} <= chosen.keys()) == {"a": 1, "c": 1}
+    assert fewest(options, lambda chosen: "d" in chosen) is None
 
 
 def test_a_fused_kernel_is_offered_in_place_of_the_formula():
     written = full_size(attention=AttentionConfig("sliced", slice_size=8192))
-    assert list(alternatives(written))[:2] == [{"attention": "sdpa"}, {"chunk_latents": 1}]
+    assert remedies(written)[:2] == [{"attention": "sdpa"}, {"chunk_latents": 1}]
     with pytest.raises(WanError, match=r"free; attention=sdpa would take 3\d\.\d GiB"):
-        check_fits(predict_memory(full_size(attention="math")), 80 * GIB)
+        check_fits(estimate_memory(full_size(attention="math")), 80 * GIB)
 
 
 def test_each_stage_is_predicted_once_for_the_options_it_depends_on(tokenizer_folder, monkeypatch):
@@ -401,21 +371,21 @@ def test_each_stage_is_predicted_once_for_the_options_it_depends_on(tokenizer_fo
     side = 18 * pipeline.config.vae.spatial_stride  # more than a tile
     size = {"height": side, "width": side, "num_frames": 5}
     options = {"dtype": torch.bfloat16, "chunk_latents": 1}
-    plan, computed = predict_memory(request_of(pipeline, size, CUDA, **options)), []
+    plan, computed = estimate_memory(request_of(pipeline, size, CUDA, **options)), []
 
     def watch(name, function):
         def watched(request):
             computed.append(name)
             return function(request)
 
-        monkeypatch.setattr(preflight, name, watched)
+        monkeypatch.setattr(memory_module, name, watched)
 
     names = ("networks_of", "text_bytes", "denoise_bytes", "decode_bytes")
     for name in names:
-        watch(name, getattr(preflight, name))
+        watch(name, getattr(memory_module, name))
     with pytest.raises(WanError, match="no option here makes it fit"):
         check_fits(plan, 1000)
-    assert len(list(alternatives(plan.request))) == 11  # tiles, int8, three ways to offload
+    assert len(remedies(plan.request)) == 4  # two ways to offload, int8, tiles
     assert sorted(computed) == sorted(2 * names)
 
 
@@ -423,16 +393,17 @@ def test_what_is_known_of_other_options_changes_no_prediction(tokenizer_folder):
     size = {"height": 64, "width": 64, "num_frames": 17}
     request = request_of(build(tokenizer_folder), size, CUDA, attention="math", has_image=True)
     known: dict[Any, Any] = {}
-    for options in list(alternatives(request))[::5]:
-        one = replace(request, **options)
-        assert predict_memory(one, known) == predict_memory(one)
+    one = request
+    for options in remedies(request):
+        one = replace(one, **options)
+        assert estimate_memory(one, known) == estimate_memory(one)
 
 
 def test_a_host_that_is_too_small_is_told_what_would_help(tokenizer_folder):
     size = {"height": 32, "width": 32, "num_frames": 9}
     offloaded = request_of(build(tokenizer_folder), size, CUDA, offload="stage")
-    plan, video = predict_memory(offloaded), video_bytes(offloaded)
-    assert predict_memory(replace(offloaded, offload="none")).host == video
+    plan, video = estimate_memory(offloaded), video_bytes(offloaded)
+    assert estimate_memory(replace(offloaded, offload="none")).host == video
     check_fits(plan, GIB, 2 * plan.host)
     check_fits(plan, GIB)  # nothing is known of the host
     refused = "not enough memory on the host: weights and video would take .*; offload=none would"
@@ -443,10 +414,10 @@ def test_a_host_that_is_too_small_is_told_what_would_help(tokenizer_folder):
 
 
 def test_what_the_host_keeps_of_the_5b():
-    plans = [predict_memory(full_size(offload=way)) for way in ("stage", "block")]
+    plans = [estimate_memory(full_size(offload=way)) for way in ("stage", "block")]
     # Pinned memory comes in powers of two, and the 5B's matrices are no such sizes.
     assert 1.2 < plans[1].host / plans[0].host < 2
-    assert predict_memory(full_size(offload="stage", quantize="int8")).host < 0.65 * plans[0].host
+    assert estimate_memory(full_size(offload="stage", quantize="int8")).host < 0.65 * plans[0].host
 
 
 @pytest.mark.parametrize("name", ["sliding_tile", "frame_causal", "top_k"])
@@ -456,11 +427,11 @@ def test_a_gpus_sparse_attention_is_one_fused_kernel(name):
     config = replace(full_size().config, transformer=DiTConfig(2, 32, num_layers=1))
     request = replace(full_size(attention=name), config=config, latent_shape=(48, 16, 16, 32))
     assert request.grid == (16, 8, 16)
-    attend = counted_attention(request)
+    (attend,) = counted_attention(request).layers
 
     def on_gpu():
         q, k, v = (torch.empty(shape, device="meta") for _ in range(3))
-        return attend(q, k, v)
+        return attend(q, k, v, request.grid)
 
     def gathered():
         dit = WanDiT(config.transformer, name)
@@ -474,13 +445,14 @@ def test_a_gpus_sparse_attention_is_one_fused_kernel(name):
     # what is dead by then. top_k's means take float32 copies of queries and keys, one at a time.
     assert 7 * tensor <= peak_bytes(on_gpu) < 9 * tensor
     assert peak_bytes(gathered) > 7 * tensor
-    assert counted_attention(replace(request, device=CPU)) == name
-    assert counted_attention(replace(request, attention="spatial")) == "spatial"  # disjoint windows
+    for same in (replace(request, device=CPU), replace(request, attention="spatial")):
+        found = counted_attention(same)  # the second has disjoint windows
+        assert found == network_attention(same.attention, 1)
 
 
 def test_sparse_attention_of_the_5b_on_a_gpu_costs_little_more_than_dense():
     dense, sparse = (
-        predict_memory(full_size(attention=name)).stages["denoise"] for name in ("sdpa", "top_k")
+        estimate_memory(full_size(attention=name)).stages["denoise"] for name in ("sdpa", "top_k")
     )
     assert dense <= sparse < dense + GIB
 
@@ -498,11 +470,11 @@ def test_a_prediction_is_worth_it_for_large_models_and_for_large_videos():
     plan = plan_sampling(model, SamplingRequest())
     for size in ((256, 256, 33), (704, 1280, 121)):
         one = MemoryRequest(model, model.latent_shape(*size), plan, 30, 512, CPU, torch.float32)
-        assert 0.5 < rough(*size) / predict_memory(one).peak < 1.5
+        assert 0.3 < rough(*size) / estimate_memory(one).peak < 1.5
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tokenizer_folder):
-    plan = predict_memory(full_size())
+    plan = estimate_memory(full_size())
     check_fits(plan, 80 * GIB)
     with pytest.raises(
         WanError, match=r"not enough memory on cuda: .* 16.0 GiB are free; .*offload=stage"
@@ -510,7 +482,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tokenizer_folder):
         check_fits(plan, 16 * GIB)
     tiny = build(tokenizer_folder)
     size = {"height": 32, "width": 32, "num_frames": 9}
-    plan = predict_memory(request_of(tiny, size, chunk_latents=1))
+    plan = estimate_memory(request_of(tiny, size, chunk_latents=1))
     with pytest.raises(WanError, match="take a smaller height, width or num_frames"):
         check_fits(plan, 1000)
     needed = plan.peak

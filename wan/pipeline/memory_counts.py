@@ -1,0 +1,351 @@
+"""Bytes of weights and of each stage's working memory, counted on the meta device.
+
+`wan.pipeline.memory` adds them up. Layers of one kind need the same memory one after the other, so
+that two of them stand for all.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wan.models.attention import (
+    SPARSE,
+    AttentionChoice,
+    AttentionFunction,
+    Grid,
+    NetworkAttention,
+    build_attention,
+    network_attention,
+    sdpa_attention,
+)
+from wan.models.attention.pattern import Pattern, attend_blocks, block_mask
+from wan.models.dit import WanDiT
+from wan.models.umt5 import UMT5Encoder
+from wan.models.vae import WanVAE
+from wan.models.vae_config import CHUNK_LATENTS
+from wan.pipeline.config import PipelineConfig
+from wan.pipeline.folder import QUANTIZED_PARTS, module_builders
+from wan.pipeline.plan import SamplingPlan
+from wan.runtime.memory_meter import FusedAttention, LiveBytes, peak_bytes
+from wan.runtime.offload import has_blocks
+from wan.sampling.denoiser import guide
+from wan.sampling.samplers import build_sampler
+from wan.sampling.schedule import Schedule
+from wan.weights.load import GROUP_BYTES, build_on_meta, target_dtype
+from wan.weights.quantize import is_quantized_weight, quantize_layers
+from wan.weights.tensor_reader import CHUNK_BYTES
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """A video and how it is to be made.
+
+    Attributes:
+        config: the settings of the model.
+        latent_shape: (C, T, h, w).
+        plan: sampler, schedule and guidance.
+        prompt_tokens: number of tokens of the longest text.
+        max_sequence_length: number of text tokens that the transformer reads, padding included.
+        device, dtype, attention, offload, quantize: as for `WanPipeline.from_pretrained`.
+        has_image: the video starts from a given frame.
+        chunk_latents: latent frames that are decoded at a time.
+        tile: latents per side of the tiles that are decoded, or None for whole frames.
+    """
+
+    config: PipelineConfig
+    latent_shape: tuple[int, int, int, int]
+    plan: SamplingPlan
+    prompt_tokens: int
+    max_sequence_length: int
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    attention: AttentionChoice = "sdpa"
+    has_image: bool = False
+    offload: str = "none"
+    quantize: str = "none"
+    chunk_latents: int = CHUNK_LATENTS
+    tile: int | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """Number of tokens along T, H and W."""
+        return self.config.transformer.token_grid(self.latent_shape[1:])
+
+
+def weight_bytes(
+    config: PipelineConfig, dtype: torch.dtype, attention: AttentionChoice = "sdpa"
+) -> int:
+    """Bytes of all weights if every parameter had this dtype; float32 exceptions are ignored."""
+    builders = module_builders(config, attention)
+    networks = [build_on_meta(builders[part]) for part in config.components]
+    return sum(p.numel() for network in networks for p in network.parameters()) * dtype.itemsize
+
+
+def rough_bytes(
+    config: PipelineConfig,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    attention: AttentionChoice = "sdpa",
+) -> int:
+    """A rough upper estimate of peak memory, to decide whether the exact one should run.
+
+    It adds weights, finished frames, and the larger of decoding (6 activations of a chunk at its
+    largest) and a feed-forward layer of the transformer.
+
+    Args:
+        shape: (C, T, h, w) of the latents.
+        attention: changes nothing; a built one saves building another.
+    """
+    vae, dit = config.vae, config.transformer
+    _, frames, height, width = shape
+    video = 12 * ((frames - 1) * vae.temporal_stride + 1) * height * width * vae.spatial_stride**2
+    stride = vae.spatial_stride // (vae.patch_size or 1)
+    chunk = 1 + CHUNK_LATENTS * vae.temporal_stride
+    channels = (vae.decoder_base_dim or vae.base_dim) * max(vae.dim_mult[:2])
+    decode = 6 * channels * chunk * height * width * stride**2
+    tokens = math.prod(dit.token_grid(shape[1:]))
+    denoise = tokens * (2 * dit.ffn_dim + 4 * dit.width)
+    return weight_bytes(config, dtype, attention) + video + max(decode, denoise) * dtype.itemsize
+
+
+def networks_of(request: MemoryRequest) -> dict[str, Any]:
+    """All networks of the model without values, by part, with the dtypes that loading gives."""
+    builders = module_builders(request.config, request.attention)
+    return {part: as_loaded(builders[part], request, part) for part in request.config.components}
+
+
+def as_loaded(build: Callable[[], nn.Module], request: MemoryRequest, part: str) -> Any:
+    """A network on the meta device in the dtypes and the quantisation that loading gives it."""
+    module: Any = build_on_meta(build)
+    float32 = type(module).FLOAT32_PARAMETERS
+    quantized: set[str] = set()
+    if part in QUANTIZED_PARTS and request.quantize != "none":
+        before = dict(module.named_parameters())
+        quantize_layers(module, request.quantize)
+        after = dict(module.named_parameters())  # 8-bit weights and their scales keep their dtypes
+        quantized = {n for n in after if n not in before or after[n].dtype != before[n].dtype}
+    state = {
+        name: tensor
+        if name in quantized
+        else tensor.to(target_dtype(name, tensor.dtype, request.dtype, float32))
+        for name, tensor in module.state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def shallow(request: MemoryRequest, part: str) -> Any:
+    """A network as `as_loaded` gives it, with two layers, or one of each kind of attention."""
+    config = request.config
+    attention = counted_attention(request)
+    kinds = tuple(dict.fromkeys(attention.layers))
+    layers = kinds if len(kinds) > 1 else kinds * 2
+    config = replace(
+        config,
+        transformer=replace(config.transformer, num_layers=len(layers)),
+        text_encoder=replace(config.text_encoder, num_layers=2),
+    )
+    builders = module_builders(config, replace(attention, layers=layers))
+    return as_loaded(builders[part], request, part)
+
+
+def counted_attention(request: MemoryRequest) -> NetworkAttention:
+    """The attention that takes on the meta device what the request's takes on its own device.
+
+    Kernels of other packages do not run on the meta device. They need what PyTorch's fused kernel
+    needs.
+    """
+    num_layers = request.config.transformer.num_layers
+    attention = network_attention(request.attention, num_layers)
+    config = attention.config
+    if config.name in ("flash3", "sage"):
+        return network_attention("sdpa", num_layers)
+    if request.device.type == "cuda" and config.name in SPARSE:
+        sparse: Any = build_attention(config.name, **config.options())
+        if not getattr(sparse.of_layer(0), "DISJOINT", False):
+            return network_attention(counted_flex(sparse, request.grid), num_layers)
+    return attention
+
+
+def counted_flex(sparse: Any, grid: Grid) -> AttentionFunction:
+    """Overlapping windows on a GPU: FlexAttention, of which the meta device makes the result alone.
+
+    The block mask is made in the first layer, and before it the (L, L) mask that it sums up.
+    """
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
+        return torch.empty_like(q)
+
+    @cache
+    def mask() -> tuple[Any, Tensor, Tensor]:
+        return block_mask.__wrapped__(sparse, grid, META)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        if k.shape != q.shape:  # to the text
+            return sdpa_attention(q, k, v, bias)
+        if isinstance(sparse, Pattern):
+            return attend_blocks(q, k, v, *mask(), kernel=kernel)
+        return sparse.on_gpu(q, k, v, grid, kernel)
+
+    return attend
+
+
+def kept_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def resident_bytes(request: MemoryRequest, networks: dict[str, Any], part: str) -> int:
+    """Weights on the device while one part is at work."""
+    module = networks[part]
+    everything = sum(kept_bytes(other) for other in networks.values())
+    slots = 0
+    if request.offload == "block" and has_blocks(module):
+        slots = min(2, len(module.blocks)) * kept_bytes(module.blocks[0])
+    if request.device.type == "cpu":  # nothing moves; the slots come on top
+        return everything + slots
+    if request.offload == "none":
+        return everything
+    return kept_bytes(module) - (kept_bytes(module.blocks) - slots if slots else 0)
+
+
+def host_bytes(request: MemoryRequest, module: nn.Module) -> int:
+    """Weights that stay on the host, beside a device that borrows them.
+
+    A file may hold them as they are wanted; then they are its pages, and what is counted here is
+    what the system must read again if it gives them up. Not so for what is pinned, of which PyTorch
+    rounds every tensor up to a power of two.
+    """
+    if request.offload == "block" and request.device.type == "cuda" and has_blocks(module):
+        sizes = (tensor.nbytes for tensor in module.state_dict().values())
+        return sum(1 << (num_bytes - 1).bit_length() for num_bytes in sizes)
+    return kept_bytes(module)
+
+
+def load_bytes(request: MemoryRequest, networks: dict[str, Any]) -> int:
+    """Weights that are kept, and what is on its way to them."""
+    before = peak = 0
+    for part, module in networks.items():
+        before += kept_bytes(module)
+        sizes = {name: tensor.numel() for name, tensor in module.state_dict().items()}
+        passing = min(8, os.cpu_count() or 1) * min(CHUNK_BYTES, 4 * max(sizes.values()))
+        if request.quantize != "none" and part in QUANTIZED_PARTS:
+            quantized = [size for name, size in sizes.items() if is_quantized_weight(name)]
+            # A group as it was read, and two float32 copies of the weight at hand; by then the
+            # buffers of reading are gone.
+            group = min(GROUP_BYTES, sum(quantized) * request.dtype.itemsize)
+            passing = max(passing, group + 2 * 4 * max(quantized))
+        peak = max(peak, before + passing)
+    return peak
+
+
+def text_bytes(request: MemoryRequest) -> int:
+    """Encoding the longest text."""
+    encoder: UMT5Encoder = shallow(request, "text_encoder")
+    length, width = request.max_sequence_length, request.config.text_encoder.d_model
+
+    def encode() -> Tensor:
+        context = torch.zeros(1, length, width, dtype=request.dtype, device=META)
+        tokens = min(request.prompt_tokens, length)
+        context[0, :tokens] = encoder(torch.zeros(1, tokens, dtype=torch.int64, device=META))[0]
+        return context
+
+    with FusedAttention():
+        return peak_bytes(encode)
+
+
+def denoise_bytes(request: MemoryRequest) -> int:
+    """The sampler's states, the text's keys and values, and one forward of the network."""
+    dit: WanDiT = shallow(request, "transformer")
+    sizes, plan = request.config.transformer, request.plan
+    guided = plan.guidance_scale != 1
+    shape, steps = (1, *request.latent_shape), min(3, len(plan.schedule))
+    schedule = Schedule(
+        plan.schedule.timesteps[:steps],
+        torch.cat([plan.schedule.sigmas[:steps], plan.schedule.sigmas[-1:]]),
+        plan.schedule.description,
+    )
+    # Text tokens as `wan.sampling.denoiser` and `wan.models.dit.share_padding` leave them.
+    tokens = min(-(-(request.prompt_tokens + 2) // 8) * 8, request.max_sequence_length)
+    texts = (1 + guided) * request.max_sequence_length * sizes.text_dim * request.dtype.itemsize
+    keys_values = (1 + guided) * 2 * sizes.num_layers * tokens * sizes.width
+    with FusedAttention(), torch.no_grad():
+        context = torch.empty(1, tokens, sizes.text_dim, dtype=request.dtype, device=META)
+        prepared = dit.prepare_context(context)
+        timestep = torch.zeros((1, shape[2]) if request.has_image else (1,), device=META)
+        noise = torch.empty(shape, device=META)
+        forward = peak_bytes(lambda: dit(noise, timestep, prepared))
+        with LiveBytes() as memory:
+
+            def velocity(x: Tensor, _: float) -> Tensor:
+                x = x.clone() if request.has_image else x  # with the first frame put in
+                memory.spike(forward)
+                conditional = torch.empty(shape, device=META)
+                if not guided:
+                    return conditional
+                memory.spike(forward)
+                unconditional = torch.empty(shape, device=META)
+                return guide(conditional, unconditional, plan.guidance_scale)
+
+            options: dict[str, Any] = {}
+            if plan.sampler == "few_step":
+                options["renoise"] = lambda i: torch.empty(shape, device=META)
+            noise = torch.empty(shape, device=META)
+            build_sampler(plan.sampler)(velocity, noise, schedule, **options)
+    return texts + keys_values * request.dtype.itemsize + memory.peak
+
+
+def image_bytes(request: MemoryRequest) -> int:
+    """Encoding the first frame."""
+    vae: WanVAE = shallow(request, "vae")
+    stride = request.config.vae.spatial_stride
+    height, width = (n * stride for n in request.latent_shape[2:])
+
+    def encode() -> Tensor:
+        return vae.encode(torch.empty(1, 3, 1, height, width, device=META))
+
+    with FusedAttention():
+        return peak_bytes(encode)
+
+
+def decode_bytes(request: MemoryRequest) -> int:
+    """Decoding chunk by chunk, each copied to the CPU; tiles are joined on the device."""
+    channels, frames, height, width = request.latent_shape
+    if request.tile is not None:
+        height, width = min(height, request.tile), min(width, request.tile)
+    # After two whole chunks beyond the first latent, decoding has reached its full working set.
+    few = min(frames, 1 + 2 * request.chunk_latents)
+    needed = chunks_bytes(replace(request, latent_shape=(channels, few, height, width)))
+    if request.tile is None:
+        return needed
+    tile = video_bytes(replace(request, latent_shape=(channels, frames, height, width)))
+    # A tile's frames, joined, in float32; all frames, and divided by their weights.
+    return max(needed + video_bytes(request) + 2 * tile, 3 * video_bytes(request))
+
+
+def chunks_bytes(request: MemoryRequest) -> int:
+    """Decoding all latents of a request, chunk by chunk, without keeping the frames."""
+    vae: WanVAE = shallow(request, "vae")
+
+    def decode() -> None:
+        latents = torch.empty(1, *request.latent_shape, device=META)
+        for _chunk in vae.decode_stream(latents, request.chunk_latents):
+            pass  # it lives until the next one is there, as in the pipeline
+
+    with FusedAttention():
+        return peak_bytes(decode)
+
+
+def video_bytes(request: MemoryRequest) -> int:
+    """The finished frames in float32."""
+    vae = request.config.vae
+    _, frames, height, width = request.latent_shape
+    pixels = 3 * height * width * vae.spatial_stride**2
+    return 4 * pixels * ((frames - 1) * vae.temporal_stride + 1)

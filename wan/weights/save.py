@@ -1,0 +1,114 @@
+"""Our modules -> checkpoints in a released layout, sharded, whole or not there."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan.errors import WanError
+from wan.files import write_json
+from wan.weights.checkpoint import INDEX_SUFFIX, family
+from wan.weights.keys import VAELevels, released_name
+from wan.weights.safetensors_file import write_tensors
+
+
+def save_component(
+    state: Mapping[str, Tensor],
+    folder: str | Path,
+    component: str,
+    layout: str = "diffusers",
+    *,
+    vae_levels: VAELevels | None = None,
+    prefix: str = "",
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write a state dict with our names as a released component; bits don't change.
+
+    Every file is written beside its place and renamed; the index comes last. The folder is made if
+    need be and may hold other things, but no weights of the same name: nobody could tell a
+    checkpoint that was replaced halfway from a whole one.
+
+    Args:
+        vae_levels: of the VAE's config, for a VAE.
+        prefix: put in front of every released name, as repacked files have it.
+        dtypes: to convert to, by our names; converted shard by shard. None keeps all.
+    Returns:
+        The weight files, and the index if there are several.
+    Raises:
+        WanError: not our names, weights already there, too little space, or no right to write.
+    """
+    folder = Path(folder)
+    released = {n: prefix + released_name(component, layout, n, vae_levels) for n in state}
+    wanted = {released[n]: t.dtype if dtypes is None else dtypes[n] for n, t in state.items()}
+    named = {released[n]: t for n, t in state.items()}
+    stem = file_stem(component, layout, vae_levels)
+    try:
+        return write_shards(named, wanted, folder, stem, max_shard_bytes, metadata or {})
+    except OSError as error:
+        raise WanError(f"{folder}: can't be written: {error.strerror or error}") from error
+
+
+def write_shards(
+    named: Mapping[str, Tensor],
+    wanted: Mapping[str, torch.dtype],
+    folder: Path,
+    stem: str,
+    max_shard_bytes: int,
+    metadata: Mapping[str, str],
+) -> list[Path]:
+    """Write tensors under their final names in the wanted dtypes; see `save_component`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    old = [f.name for f in folder.iterdir() if family(f.name) == stem]
+    if old:
+        raise WanError(f"{folder}: already holds {', '.join(sorted(old))}; choose an empty folder")
+    total = sum(tensor.numel() * wanted[name].itemsize for name, tensor in named.items())
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise WanError(f"{folder}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
+    shards = split_shards(named, wanted, max_shard_bytes)
+    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(
+            folder / name,
+            {n: tensor.to(wanted[n]) for n, tensor in shard.items()},  # itself where it is so
+            {"format": "pt", **metadata},
+        )
+    written = [folder / name for name in names]
+    if len(shards) > 1:
+        weight_map = {t: name for name, s in zip(names, shards, strict=True) for t in s}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        written.append(folder / f"{stem}{INDEX_SUFFIX}")
+        write_json(written[-1], index)
+    return written
+
+
+def file_stem(component: str, layout: str, vae_levels: VAELevels | None) -> str:
+    """The released name of a component's weight file, less shard number and suffix."""
+    if layout == "official" and component == "vae":
+        assert vae_levels is not None
+        return "Wan2.2_VAE" if vae_levels.is_residual else "Wan2.1_VAE"
+    if component == "text_encoder":
+        return "models_t5_umt5-xxl-enc" if layout == "official" else "model"
+    return "diffusion_pytorch_model"
+
+
+def split_shards(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], max_bytes: int
+) -> list[dict[str, Tensor]]:
+    """Consecutive tensors, at most `max_bytes` each as written, unless one alone is larger."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * dtypes[name].itemsize
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += nbytes
+    return shards
