@@ -72,8 +72,9 @@ LINES = {
 
 
 def fenced(text: str, *languages: str) -> list[str]:
-    """The blocks of a page that are in one of these languages."""
-    return re.findall(rf"```(?:{'|'.join(languages)})\n(.*?)```", text, flags=re.DOTALL)
+    """The blocks of a page that are in one of these languages; "" is none."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for language, block in blocks if language in languages]
 
 
 def prose(text: str) -> str:
@@ -168,6 +169,10 @@ def test_files_and_modules_that_are_named_exist(page):
             assert anywhere or any((place / name).exists() for place in places), name
         elif re.fullmatch(r"(wan|infer|train|configs)(\.\w+)+", name):
             assert resolves(name), name
+    # Those of figures, which stand in plain blocks
+    for block in fenced(TEXTS.get(page, ""), ""):
+        for name in re.findall(r"(?<![\w/])\w+/\w+\.py", block):
+            assert (ROOT / page).parent.joinpath(name).exists(), name
 
 
 def resolves(name: str) -> bool:
@@ -203,7 +208,7 @@ def test_functions_in_the_tables_are_in_their_files(heading, column):
 
 
 def test_everything_in_the_tree_exists():
-    tree = README.split("## Rooms\n\n```\n")[1].split("```")[0]
+    (tree,) = fenced(README, "")
     top, checked = ROOT, 0
     for line in tree.splitlines():
         indent, name, rest = re.fullmatch(r"( *)(\w+/) +(.+)", line).groups()
@@ -214,6 +219,32 @@ def test_everything_in_the_tree_exists():
             assert (folder / file).exists(), f"{name}{file}"
             checked += 1
     assert checked > 15
+
+
+@pytest.mark.parametrize("room", ["wan", "infer"])
+def test_every_file_of_a_room_is_in_its_tree(room):
+    """Of `wan` and `infer`; what `wan/miniature` and `train` hold is in tables of their pages."""
+    (tree,) = [one for one in fenced(TEXTS[f"{room}/README.md"], "") if re.match(r"\w+/ ", one)]
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        folder = folder if indent else name
+        listed.add(folder + name if indent else folder)
+    there = {
+        path.relative_to(ROOT / room).as_posix()
+        for path in (ROOT / room).glob("*/*.py")
+        if path.name[:2] != "__" and path.parent.name != "miniature"
+    }
+    folders = {f"{path.parent.name}/" for path in (ROOT / room).glob("*/*.py")}
+    assert {name for name in listed if name.endswith(".py")} == there
+    assert {name for name in listed if name.count("/") == 1 and name[-1] == "/"} == folders
+
+
+def test_every_file_of_train_and_of_the_world_is_in_a_table():
+    for room in ("train", "wan/miniature"):
+        for path in (ROOT / room).glob("*.py"):
+            if path.name[:2] != "__":
+                assert f"`{path.name}`" in TEXTS[f"{room}/README.md"], path
 
 
 # --- the README itself ----------------------------------------------------------------------------
