@@ -1,15 +1,23 @@
-"""What the README says must work as written."""
+"""What the pages say must work as written: commands, imports, links, names and files."""
 
+import ast
+import importlib
+import importlib.util
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
+import wan
 from configs.benchmark import BenchConfig
 from configs.cli import compose_runs
 from configs.command_line import ATTENTION, CommandLine
+from configs.command_list import commands_of
 from configs.conversion import ConvertConfig
 from configs.data import PreprocessConfig
 from configs.distillation import DistillConfig
@@ -22,11 +30,26 @@ from infer.study.__main__ import LINE as STUDY
 from train.plot import PlotConfig
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CARDS = "".join(
-    (ROOT / f"wan/miniature/{model}/README.md").read_text(encoding="utf-8")
-    for model in ("student", "teacher")
-)
+ROOMS = ("wan", "infer", "train", "wan/miniature")
+PAGES = [
+    "README.md",
+    *(f"{room}/README.md" for room in ROOMS),
+    "notebooks/README.md",
+    "wan/CHANGELOG.md",
+    "wan/miniature/student/README.md",
+    "wan/miniature/teacher/README.md",
+]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+NOTEBOOKS = {
+    f"notebooks/{path.name}": "\n".join(
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "markdown"
+    )
+    for path in (ROOT / "notebooks").glob("*.ipynb")
+}
+
 CONVERT_PATHS = ("source", "base", "output", "config")
 PATHS = ("output_dir", "checkpoint", "data.folder", "data.cache_dir")
 LINES = {
@@ -48,41 +71,187 @@ LINES = {
 }
 
 
+def fenced(text: str, *languages: str) -> list[str]:
+    """The blocks of a page that are in one of these languages; "" is none."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for language, block in blocks if language in languages]
+
+
+def prose(text: str) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def commands(text: str) -> list[str]:
     """Every `-m infer.x ...` and `-m train.x ...` of fenced blocks and between backticks."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    inline = [one.replace("\n", " ") for one in re.findall(r"`(python -m [^`]*)`", prose)]
+    blocks = fenced(text, "bash", "sh")
+    inline = [one.replace("\n", " ") for one in re.findall(r"`(python -m [^`]*)`", prose(text))]
     joined = "\n".join([*blocks, *inline]).replace("\\\n", " ")
     found = re.findall(r"-m (?:infer|train)\.\w+[^\n]*", joined)
     # Not help, and not what a reader would write first
-    return [one for one in found if not re.search("--help|=mine", one)]
+    return [one for one in found if not re.search(r"--help|\bmine\b", one)]
 
 
-@pytest.mark.parametrize("command", commands(README) + commands(CARDS))
-def test_commands_name_options_that_exist(command):
-    _, module, *options = shlex.split(command, comments=True)
-    (run,) = compose_runs(LINES[module], options)
-    assert run.config is not None
+# --- commands and code ----------------------------------------------------------------------------
 
 
-def test_the_readme_has_commands_of_every_kind():
-    assert {c.split()[1] for c in commands(README)} == set(LINES)
+@pytest.mark.parametrize(
+    ("page", "command"), [(page, one) for page in PAGES for one in commands(TEXTS[page])]
+)
+def test_commands_name_options_that_exist(page, command):
+    _, module, *words = shlex.split(command, comments=True)
+    options = [word for word in words if word != "-m"]
+    runs = compose_runs(LINES[module], options, sweep="-m" in words)
+    assert (len(runs) > 1) == ("-m" in words)
+    assert all(run.config is not None for run in runs)
 
 
-def test_links_and_pictures_are_there():
-    targets = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert targets
-    missing = [target for target in targets if not (ROOT / target).exists()]
-    assert missing == []
+def test_the_pages_have_commands_of_every_kind():
+    listed = {f"{room}.{name}" for room in ("infer", "train") for name in commands_of(ROOT / room)}
+    assert set(LINES) == listed
+    assert {c.split()[1] for text in TEXTS.values() for c in commands(text)} == listed
+    for room in ("infer", "train"):
+        of_room = {name for name in listed if name.startswith(room)}
+        assert {name for name in of_room if f"`{name}`" in TEXTS[f"{room}/README.md"]} == of_room
 
 
-def test_every_file_of_the_tree_exists():
-    tree = README.split("```\nwan/ ")[1].split("```")[0]
-    names = re.findall(r"\b\w+\.py\b", tree)
-    assert len(names) > 20
-    missing = [name for name in names if not list(ROOT.glob(f"*/{name}"))]
-    assert missing == []
+@pytest.mark.parametrize("page", [page for page in PAGES if fenced(TEXTS[page], "python")])
+def test_python_blocks_import_what_is_there(page):
+    for block in fenced(TEXTS[page], "python"):
+        tree = ast.parse(block)
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert imports
+        exec(compile(ast.Module(imports, []), page, "exec"), {})
+
+
+def test_public_names_are_on_the_pages():
+    for name in wan.__all__:
+        assert f"`{name}`" in TEXTS["wan/README.md"] or f"`wan.{name}`" in TEXTS["wan/CHANGELOG.md"]
+
+
+# --- links, files and names -----------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_are_there(page):
+    targets = re.findall(r"\]\(([^):\s]+)\)", prose(TEXTS[page]).replace("\n", " "))
+    folder = (ROOT / page).parent
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        path = folder / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", ROOMS)
+def test_the_readme_links_to_every_room(page):
+    assert f"]({page}/README.md)" in README
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS])
+def test_files_and_modules_that_are_named_exist(page):
+    text = prose(TEXTS.get(page) or NOTEBOOKS[page])
+    rows = [line.rsplit("|", 2)[-2] for line in text.splitlines() if line.startswith("| `wan.")]
+    if page == "wan/CHANGELOG.md":  # the columns before the last name what was
+        text = "\n".join([*(one for one in text.splitlines() if not one.startswith("|")), *rows])
+    named = re.findall(r"`([\w./-]+)`", text)
+    for name in named:
+        if re.search(r"\.(py|yaml|ipynb|mplstyle)$", name) and "NAME" not in name:
+            places = (ROOT, (ROOT / page).parent, ROOT / "tests")
+            anywhere = "/" not in name and list(ROOT.glob(f"*/**/{name}"))
+            assert anywhere or any((place / name).exists() for place in places), name
+        elif re.fullmatch(r"(wan|infer|train|configs)(\.\w+)+", name):
+            assert resolves(name), name
+    # Those of figures, which stand in plain blocks
+    for block in fenced(TEXTS.get(page, ""), ""):
+        for name in re.findall(r"(?<![\w/])\w+/\w+\.py", block):
+            assert (ROOT / page).parent.joinpath(name).exists(), name
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    parent, _, last = name.rpartition(".")
+    if importlib.util.find_spec(parent) is None:
+        return False
+    return importlib.util.find_spec(name) is not None or hasattr(
+        importlib.import_module(parent), last
+    )
+
+
+def table_rows(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, its own two lines left out."""
+    section = text.split(f"\n{heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+# To hold the path of a call as well, add ("## The path of one call", 1).
+@pytest.mark.parametrize(("heading", "column"), [("## Equations", 1)])
+def test_functions_in_the_tables_are_in_their_files(heading, column):
+    rows = table_rows(TEXTS["wan/README.md"], heading)
+    assert len(rows) > 15
+    for row in rows:
+        function, file = (row[i].strip("`") for i in (column, column + 1))
+        defined = {
+            node.name
+            for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        assert set(function.split(".")) <= defined, (function, file)
+
+
+def test_everything_in_the_tree_exists():
+    (tree,) = fenced(README, "")
+    top, checked = ROOT, 0
+    for line in tree.splitlines():
+        indent, name, rest = re.fullmatch(r"( *)(\w+/) +(.+)", line).groups()
+        folder = top / name if indent else ROOT / name
+        top = top if indent else folder
+        assert folder.is_dir(), name
+        for file in re.findall(r"\b\w+\.py\b|\b\w+/", rest):
+            assert (folder / file).exists(), f"{name}{file}"
+            checked += 1
+    assert checked > 15
+
+
+@pytest.mark.parametrize("room", ["wan", "infer"])
+def test_every_file_of_a_room_is_in_its_tree(room):
+    """Of `wan` and `infer`; what `wan/miniature` and `train` hold is in tables of their pages."""
+    (tree,) = [one for one in fenced(TEXTS[f"{room}/README.md"], "") if re.match(r"\w+/ ", one)]
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        folder = folder if indent else name
+        listed.add(folder + name if indent else folder)
+    there = {
+        path.relative_to(ROOT / room).as_posix()
+        for path in (ROOT / room).glob("*/*.py")
+        if path.name[:2] != "__" and path.parent.name != "miniature"
+    }
+    folders = {f"{path.parent.name}/" for path in (ROOT / room).glob("*/*.py")}
+    assert {name for name in listed if name.endswith(".py")} == there
+    assert {name for name in listed if name.count("/") == 1 and name[-1] == "/"} == folders
+
+
+def test_every_file_of_train_and_of_the_world_is_in_a_table():
+    for room in ("train", "wan/miniature"):
+        for path in (ROOT / room).glob("*.py"):
+            if path.name[:2] != "__":
+                assert f"`{path.name}`" in TEXTS[f"{room}/README.md"], path
+
+
+# --- the README itself ----------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 10 * 1024
 
 
 def test_ci_finds_both_setup_commands():
@@ -93,5 +262,22 @@ def test_ci_finds_both_setup_commands():
     subprocess.run(["bash", "-n", str(ROOT / ".ci/run")], check=True)
 
 
+def test_the_moving_picture_moves_and_is_small():
+    path = ROOT / "wan/miniature/steps.png"
+    assert path.stat().st_size < 300_000
+    with Image.open(path) as picture:
+        assert picture.n_frames == 17
+    assert "(wan/miniature/steps.png)" in README
+    assert "`python notebooks/moving_picture.py`" in README
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == wan.__version__
+    assert f'version = "{wan.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    latest = re.findall(r"^## (\S+)$", TEXTS["wan/CHANGELOG.md"], flags=re.MULTILINE)[0]
+    assert latest == wan.__version__
+
+
 def test_nothing_is_left_to_fill_in():
-    assert "@@" not in README + CARDS
+    assert "@@" not in "".join(TEXTS.values())

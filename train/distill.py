@@ -1,4 +1,4 @@
-"""Distribution matching distillation.
+"""Distil a few-step student from a many-step teacher by distribution matching.
 
     python -m train.distill                                 # the miniature, three steps
     python -m train.distill method=fastwan3 plan=true       # what the released recipe would take

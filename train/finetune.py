@@ -1,4 +1,6 @@
-"""Flow-matching training: `python -m train.finetune data.kind=folder data.folder=runs/data`.
+"""Train a transformer on clips by flow matching.
+
+    python -m train.finetune data.kind=folder data.folder=runs/data
 
 From a released model (all weights, or a LoRA) or from scratch; on clips that `train.preprocess`
 encoded or on the miniature's rendered world. The text encoder and the autoencoder are frozen, and

@@ -1,4 +1,6 @@
-"""Draw a training run: `python -m train.plot run=runs/student_3` writes runs/student_3/plot.png.
+"""Draw the numbers of a training run.
+
+`python -m train.plot run=runs/student_3` writes runs/student_3/plot.png.
 
 One panel per family of numbers in metrics.jsonl: what shares a name up to its last part, such as
 `critic_loss_sigma_0.2` and `critic_loss_sigma_0.4`, or `val_shape` and `val_colour`.

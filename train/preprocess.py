@@ -1,4 +1,6 @@
-"""Clips and captions -> latents and text embeddings: `python -m train.preprocess clips=clips/`.
+"""Encode clips and captions once, into what training reads.
+
+    python -m train.preprocess clips=clips/
 
 A folder (`name.mp4` beside `name.txt`) or a list of clips, images as clips of one frame, and texts
 without clips (`prompts=`). Each clip is decoded to its end, judged, brought to the size that keeps

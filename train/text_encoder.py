@@ -1,4 +1,6 @@
-"""Train the miniature's tokenizer and text encoder: `python -m train.text_encoder`.
+"""Train the miniature's tokenizer and text encoder.
+
+    python -m train.text_encoder
 
 The encoder learns to say, at every one of its tokens, what the whole caption states: so a small DiT
 finds each attribute whichever token it looks at. Captions are disturbed on the way (other words,

@@ -1,4 +1,6 @@
-"""Train the miniature's autoencoder: `python -m train.vae output_dir=runs/vae`.
+"""Train the miniature's autoencoder.
+
+    python -m train.vae output_dir=runs/vae
 
 Most steps see crops around the objects of rendered clips, which are small and hold the hard pixels;
 the last ones see whole clips. There is no perceptual and no adversarial term: the world has flat

@@ -1,4 +1,4 @@
-"""What does a choice buy, and what does it cost? Every combination of some settings, measured.
+"""Measure the quality and the seconds of every combination of some settings.
 
     python -m infer.ablate experiment=attention      # full attention and the rest, 3 and 50 steps
     python -m infer.ablate experiment=steps          # 1 step to 50, teacher and student

@@ -1,4 +1,6 @@
-"""Time and memory: python -m infer.bench [targets=[decode,dit]] [device=cuda attention=cudnn]
+"""Measure time and memory, on a CPU beside diffusers and on a GPU stage by stage.
+
+    python -m infer.bench [targets=[decode,dit]] [device=cuda attention=cudnn]
 
     on the CPU     against diffusers and transformers: the same weights, inputs, threads and dtype,
                    in one process, taking turns. Needs pip install -e .[parity]

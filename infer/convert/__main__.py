@@ -1,4 +1,7 @@
-"""Write a checkpoint in another layout: python -m infer.convert source=.. output=.. layout=..
+"""Write a checkpoint in another layout, or the LoRA between two checkpoints.
+
+    python -m infer.convert source=.. output=.. layout=..
+    python -m infer.convert source=.. base=.. rank=.. output=..
 
     source   a component (a .safetensors file, an index, or its folder) or a whole release folder
              in the diffusers or the official layout; mini or mini-teacher, the shipped ones

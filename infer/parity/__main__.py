@@ -1,4 +1,6 @@
-"""Hold our models against diffusers and transformers: python -m infer.parity [checkpoint=..]
+"""Hold our models against diffusers and transformers on the same weights.
+
+    python -m infer.parity [checkpoint=..]
 
     checkpoint=random   small models of both generations with random weights (the default)
     checkpoint=mini     the miniature that comes with this project; mini-teacher, its teacher

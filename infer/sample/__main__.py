@@ -1,4 +1,4 @@
-"""A prompt in, a video out.
+"""Make videos from prompts.
 
     python -m infer.sample prompt="a small red circle moving right on a gray background"
     python -m infer.sample model=fastwan_ti2v_5b device=cuda prompt="a cat, running" seed=7

@@ -1,4 +1,4 @@
-"""Compare a student with its teacher: many settings, the same captions and seeds, one report.
+"""Compare a student with its teacher on the same captions and seeds, and report.
 
     python -m infer.study study=mini                    # make what is missing, then the report
     python -m infer.study study=mini report_only=true   # only the report, of what is stored

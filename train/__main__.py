@@ -1,0 +1,9 @@
+"""The list of the commands: `python -m train`."""
+
+import sys
+from pathlib import Path
+
+from configs.command_list import list_commands
+
+if __name__ == "__main__":
+    sys.exit(list_commands(Path(__file__).parent, sys.argv[1:]))
