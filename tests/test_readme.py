@@ -192,7 +192,6 @@ def table_rows(text: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-# To hold the path of a call as well, add ("## The path of one call", 1).
 @pytest.mark.parametrize(("heading", "column"), [("## Equations", 1)])
 def test_functions_in_the_tables_are_in_their_files(heading, column):
     rows = table_rows(TEXTS["wan/README.md"], heading)

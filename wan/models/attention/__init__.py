@@ -1,8 +1,8 @@
 """Attention by name: exact functions, kernels, and approximations for tokens on a grid.
 
-`exact` holds the formula and what equals it, `backends` single kernels. The approximations, a file
-each, are for self-attention and know the (T, H, W) grid of the tokens. `choice` turns a name or an
-`AttentionConfig` into what each layer of a network calls.
+`exact` holds the formula and functions that equal it, `kernels` single kernels. The approximations
+have a file each. They are for self-attention and know the (T, H, W) grid of the tokens. `choice`
+turns a name or an `AttentionConfig` into the function that each layer of a network calls.
 """
 
 from wan.models.attention.choice import (
