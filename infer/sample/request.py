@@ -146,26 +146,7 @@ def _resolve(
     attention.exact_timesteps(plan.schedule.timesteps.tolist())  # refuses what can't be told apart
     if image is not None:  # whether it can be brought to that size
         fit_image(image, values["height"], values["width"], config.image_fit)
-    decided = values | {
-        "sampler.name": plan.sampler,
-        "sampler.steps": len(plan.schedule),
-        "sampler.shift": model.shift if model.timesteps is None else FEW_STEP_TABLE_SHIFT,
-        "guidance_scale": plan.guidance_scale,
-        "guidance_scale_2": plan.guidance_scale_2 if model.boundary_ratio else None,
-        "lora_strength": config.lora_strength if config.lora else None,
-        "device": device,
-        "dtype": dtype,
-        "attention": str(config.attention),
-        "deterministic": config.deterministic,
-        "image_fit": config.image_fit if config.image else None,
-        "frame_first_noise": config.frame_first_noise or None,
-        "allow_untrained": config.allow_untrained or None,
-    }
-    if config.deterministic is None and plan.sampler == "few_step":
-        decided["deterministic"] = model.defaults.deterministic or None  # shown where it is so
     sources["attention"] = sources["attention.name"]
-    if config.sampler.shift is not None:
-        decided["sampler.shift"] = config.sampler.shift
     grid = model.transformer.token_grid(shape[1:])
     return Request(
         job=replace(job, config=config),
@@ -173,9 +154,34 @@ def _resolve(
         latent_shape=shape,
         grid=grid,
         attention_density=attention.density(grid, len(plan.schedule)),
-        settings=_settings(config, sources, decided),
+        settings=_settings(config, sources, values | _decided(config, model, plan, device, dtype)),
         **values,
     )
+
+
+def _decided(
+    config: SampleConfig, model: PipelineConfig, plan: SamplingPlan, device: str, dtype: str
+) -> dict[str, Any]:
+    """Values that differ from what was typed, because the model or another option decides them."""
+    shift = model.shift if model.timesteps is None else FEW_STEP_TABLE_SHIFT
+    deterministic = config.deterministic
+    if deterministic is None and plan.sampler == "few_step":
+        deterministic = model.defaults.deterministic or None  # shown where it is so
+    return {
+        "sampler.name": plan.sampler,
+        "sampler.steps": len(plan.schedule),
+        "sampler.shift": shift if config.sampler.shift is None else config.sampler.shift,
+        "guidance_scale": plan.guidance_scale,
+        "guidance_scale_2": plan.guidance_scale_2 if model.boundary_ratio else None,
+        "lora_strength": config.lora_strength if config.lora else None,
+        "device": device,
+        "dtype": dtype,
+        "attention": str(config.attention),
+        "deterministic": deterministic,
+        "image_fit": config.image_fit if config.image else None,
+        "frame_first_noise": config.frame_first_noise or None,
+        "allow_untrained": config.allow_untrained or None,
+    }
 
 
 def sampling_options(config: SampleConfig) -> dict[str, Any]:
