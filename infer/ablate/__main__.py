@@ -24,31 +24,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.ablation import AblateConfig, Setting
 from configs.cli import Run, run_jobs
 from configs.command_line import CommandLine, Shortcut
 from configs.evaluation import loading_key
 from infer.ablate.report import Cell, write_report
-from infer.evaluate.measure import Result, draw_examples, evaluate, write_record
 from infer.evaluate.queue import (
     LastPipeline,
-    is_stored,
-    open_source,
+    conclude,
     plan_record,
     question_key,
-    report_failed,
     result_key,
     run_each,
-    warm_up,
     weight_digests,
     weights_of,
 )
 from infer.evaluate.sources import folder_of, sampling
+from infer.evaluate.store import StoredClips, machine
 from infer.evaluate.video_distance import flicker, psnr, ssim
 from infer.sample.record import writable_folder
-from infer.sample.request import torch_dtype
 from wan.errors import WanError
 from wan.files import read_text, write_json
 from wan.media.video import to_uint8, write_video
@@ -77,22 +72,16 @@ class Runner:
     models: LastPipeline
 
 
-# --- captions of the world ------------------------------------------------------------------------
+def write_clip(runner: Runner, cell: Cell, video: Tensor) -> None:
+    """Write the clip (3, F, H, W) to look at; black where there is no number."""
+    pixels = to_uint8(video.nan_to_num(-1))
+    write_video(cell.file.with_suffix(".mp4"), pixels, runner.config.fps or 8)
 
 
 def make_captions(runner: Runner, cell: Cell) -> None:
-    """Make and read the clips of one setting and seed."""
-    question = runner.config.evaluation(cell.setting, cell.seed)
-    examples = draw_examples(question)
-    source, plan = open_source(question, runner.models)
-    warmup_seconds = warm_up(question, examples[0], runner.models)
-    results: list[Result] = []
-    clips = evaluate(examples, source, question.batch_size)
-    for result, video in tqdm(clips, cell.name, len(examples), unit="clip", disable=None):
-        if not results:
-            write_clip(runner, cell.file.with_suffix(".mp4"), video.nan_to_num(-1))
-        results.append(result)
-    write_record(cell.file, results, **about(runner, cell, plan, warmup_seconds))
+    """Make and read the clips of one setting and seed: captions of the world."""
+    assert cell.clips is not None
+    cell.clips.make_missing(runner.models, on_first=partial(write_clip, runner, cell))
 
 
 # --- any prompts ----------------------------------------------------------------------------------
@@ -172,7 +161,7 @@ def make_compared(runner: Runner, cell: Cell, reference: Path) -> None:
         "flicker": flicker(ours),
         "reference_flicker": flicker(exact),
     }
-    write_clip(runner, cell.file.with_suffix(".mp4"), made.video)
+    write_clip(runner, cell, made.video)
     stages = made.stages
     clip = {
         "prompt": cell.prompt,
@@ -183,7 +172,15 @@ def make_compared(runner: Runner, cell: Cell, reference: Path) -> None:
         "cpu_seconds_in_all": made.cpu_seconds,
         "stages": stages,
     }
-    write_json(cell.file, {**about(runner, cell, made.plan, made.warmup_seconds), "clips": [clip]})
+    how = {"plan": made.plan, "warmup_seconds": made.warmup_seconds, **machine(runner.config)}
+    write_json(
+        cell.file, {"key": cell.key, **about(cell.setting, cell.seed), **how, "clips": [clip]}
+    )
+
+
+def about(setting: Setting, seed: int) -> dict[str, Any]:
+    """What the head of every record says."""
+    return {"setting": asdict(setting), "seed": seed}
 
 
 def reference_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
@@ -204,32 +201,10 @@ def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | No
 
 def made_on(config: AblateConfig) -> list[str]:
     """The kind of device and the dtype, where the settings may say "auto"."""
-    device = resolve_device(config.device)
-    return [device.type, str(torch_dtype(config.dtype, device))]
+    return [resolve_device(config.device).type, machine(config)["dtype"]]
 
 
 # --- the grid -------------------------------------------------------------------------------------
-
-
-def about(
-    runner: Runner, cell: Cell, plan: dict[str, Any] | None, warmup_seconds: float
-) -> dict[str, Any]:
-    """The head of a record."""
-    device = resolve_device(runner.config.device)
-    return {
-        "key": cell.key,
-        "setting": asdict(cell.setting),
-        "seed": cell.seed,
-        "plan": plan,
-        "warmup_seconds": warmup_seconds,
-        "device": str(device),
-        "dtype": str(torch_dtype(runner.config.dtype, device)),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def write_clip(runner: Runner, file: Path, video: Tensor) -> None:
-    write_video(file, to_uint8(video), runner.config.fps or 8)
 
 
 def read_prompts(config: AblateConfig) -> list[str | None]:
@@ -248,27 +223,49 @@ def read_prompts(config: AblateConfig) -> list[str | None]:
     return prompts
 
 
+def caption_cell(
+    config: AblateConfig, folder: Path, setting: Setting, seed: int, name: str
+) -> Cell:
+    """A cell of captions. If only their number grows, the file is the same and grows too."""
+    question = config.evaluation(setting, seed)
+    clips = StoredClips(name, question, Path(), weights_of(question), about(setting, seed))
+    key = result_key([question_key(*clips.first(1), clips.weights), made_on(config)])
+    file = folder / f"{key[:16]}.json"
+    return Cell(setting, seed, None, 0, name, key, file, replace(clips, file=file))
+
+
+def prompt_cell(
+    config: AblateConfig,
+    folder: Path,
+    setting: Setting,
+    seed: int,
+    name: str,
+    number: int,
+    prompt: str,
+) -> Cell:
+    of_clip = (config, setting, seed, prompt)
+    key = result_key([clip_key(*of_clip), reference_key(*of_clip)])
+    return Cell(setting, seed, prompt, number, name, key, folder / f"{key[:16]}.json")
+
+
 def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str]]:
     """All cells, and the names of those whose model is not there."""
     cells: list[Cell] = []
     prompts = read_prompts(config)
 
     def add(setting: Setting, name: str, seed: int, number: int, prompt: str | None) -> None:
+        where = (config, folder / "cells", setting, seed, name)
         if prompt is None:
-            question = config.evaluation(setting, seed)
-            asked = question_key(question, draw_examples(question), weights_of(question))
-            key = result_key([asked, made_on(config)])
+            cells.append(caption_cell(*where))
         else:
-            of_clip = (config, setting, seed, prompt)
-            key = result_key([clip_key(*of_clip), reference_key(*of_clip)])
-        cells.append(Cell(setting, seed, prompt, number, name, key, folder / "cells"))
+            cells.append(prompt_cell(*where, number, prompt))
 
     entries = {}
     for setting in config.settings():
         for number, prompt in enumerate(prompts):
             for seed in config.seeds:
-                where = f", prompt {number + 1}" if len(prompts) > 1 else ""
-                name = f"{', '.join(setting.axes().values())}{where}, seed {seed}"
+                which = f", prompt {number + 1}" if len(prompts) > 1 else ""
+                name = f"{', '.join(setting.axes().values())}{which}, seed {seed}"
                 entries[name] = partial(add, setting, name, seed, number, prompt)
     return cells, run_each(entries)
 
@@ -277,7 +274,7 @@ def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str
     """Make what is not stored yet; the names of the cells that failed."""
     (folder / "cells").mkdir(exist_ok=True)
     runner = Runner(config, folder, LastPipeline())
-    missing = [cell for cell in cells if not is_stored(cell.file, cell.key)]
+    missing = [cell for cell in cells if not cell.is_stored]
     if missing:
         print(f"{len(missing)} of {len(cells)} cells to make", file=sys.stderr)
     if config.in_world:
@@ -286,11 +283,14 @@ def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str
     for cell in missing:
         key = reference_key(config, cell.setting, cell.seed, cell.prompt)
         files[cell.name] = folder / "references" / f"{key[:16]}.safetensors"
-    first = {files[cell.name]: cell for cell in reversed(missing) if not files[cell.name].is_file()}
+    needed: dict[Path, Cell] = {}
+    for cell in missing:
+        if not files[cell.name].is_file():
+            needed.setdefault(files[cell.name], cell)
     run_each(
         {
             f"the reference of {cell.name}": partial(make_reference, runner, cell, file)
-            for file, cell in reversed(first.items())
+            for file, cell in needed.items()
         }
     )
     return run_each(
@@ -329,13 +329,9 @@ def main(run: Run[AblateConfig]) -> int:
     cells, failed = list_cells(config, folder)
     if not config.report_only:
         failed += run_cells(config, folder, cells)
-    stored = [cell for cell in cells if is_stored(cell.file, cell.key)]
-    if stored:
-        print(write_report(config, stored, failed, folder))
-    else:
-        print(f"{folder}: no stored results to report", file=sys.stderr)
-    report_failed(failed, "cells")
-    return 1 if failed or not stored else 0
+    stored = [cell for cell in cells if cell.is_stored]
+    report = write_report(config, stored, failed, folder) if stored else None
+    return conclude(report, failed, "cells", folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Long lists of things to make: what is stored is not made again, a failure stops only itself."""
+"""Many things to make one after the other: they share a model, and a failure stops only itself."""
 
 import hashlib
 import json
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from configs.cli import report
+from configs.cli import report as report_error
 from configs.evaluation import EvaluateConfig
 from configs.schema import LOADING
 from infer.evaluate.measure import Example, VideoSource
 from infer.evaluate.sources import SOURCES, folder_of, generate, load_pipeline, sampling
 from wan.errors import WanError
+from wan.files import read_json
 from wan.models.attention_config import AttentionConfig
 from wan.pipeline.config import model_files
 from wan.pipeline.pipeline import WanPipeline
@@ -120,7 +121,7 @@ def result_key(parts: Sequence[Any]) -> str:
 
 def is_stored(file: Path, key: str) -> bool:
     """Whether a record is there and answers this very question."""
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["key"] == key
+    return file.is_file() and read_json(file)["key"] == key
 
 
 def plan_record(
@@ -143,7 +144,7 @@ def plan_record(
 
 
 def run_each(entries: Mapping[str, Callable[[], None]]) -> list[str]:
-    """Call one after the other, whatever fails; only Ctrl-C stops them all.
+    """Call one entry after the other, whatever fails; only Ctrl-C stops them all.
 
     Returns:
         The names of those that failed, each with its reason on stderr.
@@ -155,17 +156,29 @@ def run_each(entries: Mapping[str, Callable[[], None]]) -> list[str]:
         except Exception as error:
             print(f"{name} failed ({type(error).__name__}):", file=sys.stderr)
             if isinstance(error, EXPECTED):
-                report(error)
+                report_error(error)
             else:
                 traceback.print_exc()
             failed.append(name)
     return failed
 
 
-def report_failed(failed: Sequence[str], what: str) -> None:
-    """Say at the end, where it is seen, what was not made."""
+def conclude(report: str | None, failed: Sequence[str], what: str, folder: Path) -> int:
+    """Print the report, and at the end, where it is seen, what was not made.
+
+    Args:
+        report: None if nothing is stored.
+        what: the kind of the things that failed, in the plural.
+    Returns:
+        The command's exit code: 1 if something failed or there is nothing to report.
+    """
+    if report is None:
+        print(f"{folder}: no stored results to report", file=sys.stderr)
+    else:
+        print(report)
     if failed:
         print(f"{len(failed)} {what} failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed or report is None else 0
 
 
 def weights_of(config: EvaluateConfig) -> dict[str, str] | None:
