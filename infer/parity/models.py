@@ -7,7 +7,6 @@ are written as a released folder too, so that every comparison starts from files
 import importlib
 import importlib.util
 import io
-import json
 import random
 import tempfile
 from collections.abc import Iterator
@@ -18,11 +17,11 @@ from typing import Any, TypeVar
 
 import sentencepiece
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.parity import ParityConfig
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import read_json, write_json
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
@@ -185,14 +184,29 @@ def random_sides(folder: Path, settings: dict[str, Any]) -> list[Sides]:
 def full_block_sides(folder: Path, settings: dict[str, Any]) -> list[Sides]:
     """One block of TI2V-5B at its full width, with embedders and head; no other networks."""
     config = DiTConfig(num_layers=1)
-    module = randomise(WanDiT(config), torch.Generator().manual_seed(0))
-    save_component(module.state_dict(), folder / "transformer", "transformer")
-    write_config(folder / "transformer", config.to_json())
+    write_random(WanDiT(config), config, folder, "transformer", seed=0)
     return [Sides("5B block", folder, ("transformer",), **settings)]
 
 
-def write_config(folder: Path, values: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+def write_random(module: nn.Module, config: Any, folder: Path, part: str, seed: int) -> None:
+    """Give a network random weights, and write it as one part of a release."""
+    randomise(module, torch.Generator().manual_seed(seed))
+    write_part(module.state_dict(), config, folder, part)
+
+
+def write_part(
+    state: dict[str, Tensor], config: Any, folder: Path, part: str, **options: Any
+) -> None:
+    """Write the weights and the config.json of one part of a release.
+
+    Args:
+        config: of the network: a DiTConfig, VAEConfig or UMT5Config.
+        options: of `save_component`.
+    """
+    if part == "vae":
+        options["vae_levels"] = VAELevels(config.is_residual, config.num_res_blocks)
+    save_component(state, folder / part, part, **options)
+    write_json(folder / part / "config.json", config.to_json())
 
 
 def small_vae(generation: str) -> VAEConfig:
