@@ -23,6 +23,7 @@ class ConvertConfig(Options):
         "where a LoRA is computed: cpu, or cuda for large models",
         choices=("cpu", "cuda"),  # other devices know no float64
     )
+    # float16 is no choice: weights beyond its range would become infinite.
     dtype: str | None = option(
         None, "float32 or bfloat16; none keeps every bit, for a LoRA float32", choices=DTYPES
     )

@@ -9,8 +9,8 @@
 Names change and bits don't, unless dtype= asks for it: converting there and back gives the same
 tensors. Every tensor is checked against the config first. The output appears whole or not at all.
 
-With base=.. rank=.. it writes a LoRA file instead: the part of source - base that a rank can hold,
-and what it loses, layer by layer, as JSON beside the file.
+With base=.. rank=.. it writes a LoRA file instead: the part of source - base that a rank can hold.
+A JSON file beside it says how much of the difference is lost, layer by layer.
 """
 
 import json
@@ -46,7 +46,13 @@ from wan.errors import WanError
 from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.vae import VAEConfig
-from wan.pipeline.config import DEFAULTS_FILE, model_index_json, part_folder, scheduler_json
+from wan.pipeline.config import (
+    DEFAULTS_FILE,
+    PipelineConfig,
+    model_index_json,
+    part_folder,
+    scheduler_json,
+)
 from wan.weights.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.weights.hub import SHIPPED, builtin_folder
 from wan.weights.keys import COMPONENTS, VAELevels, detect_layout
@@ -61,8 +67,6 @@ from wan.weights.load import (
 from wan.weights.safetensors_file import read_header
 
 LAYOUTS = ("diffusers", "official", "prefixed")
-# float16 is left out: weights beyond its range would become infinite.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PREFIX = "model.diffusion_model."
 
 
@@ -86,12 +90,12 @@ def main(config: ConvertConfig) -> None:
             Path(config.output).expanduser(),
             config.rank,
             diffs=config.diffs,
-            dtype=DTYPES[config.dtype or "float32"],
+            dtype=getattr(torch, config.dtype or "float32"),
             device=config.device,
         )
         return
     check_choice("layout", config.layout, LAYOUTS)
-    dtype = None if config.dtype is None else DTYPES[config.dtype]
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
     # A prefixed file is one file by definition.
     limit = sys.maxsize if config.layout == "prefixed" else int(config.shard_gb * 1e9)
     target = Target(config.layout, dtype, config.round_all, limit)
@@ -108,7 +112,7 @@ def main(config: ConvertConfig) -> None:
 
 
 def find(option: str, name: str) -> Path:
-    """A file or folder, or that of a shipped model."""
+    """The file or folder of that name, or the folder of a shipped model."""
     path = builtin_folder(SHIPPED.get(name, name)) or Path(name).expanduser()
     if not path.exists():
         shipped = " or ".join(SHIPPED)
@@ -242,74 +246,57 @@ def is_official_release(source: Path) -> bool:
 
 
 def convert_release(source: Path, folder: Path, target: Target) -> None:
+    """Write every part of a release; what else it has follows if the layout has a place for it."""
     if target.layout == "prefixed":
         raise WanError("layout=prefixed holds a transformer alone: give that as source=")
-    if (source / "model_index.json").is_file():
-        convert_diffusers_release(source, folder, target)
+    index_file = source / "model_index.json"
+    index = read_json(index_file) if index_file.is_file() else None
+    model_type = None
+    if index is None:
+        has_two = (source / EXPERT_FOLDERS["transformer"]).is_dir()
+        experts = list(EXPERT_FOLDERS) if has_two else ["transformer"]
     else:
-        convert_official_release(source, folder, target)
-
-
-def convert_diffusers_release(source: Path, folder: Path, target: Target) -> None:
-    """A folder with model_index.json. Its scheduler has no place in the official layout."""
-    index = read_json(source / "model_index.json")
-    experts = [name for name in EXPERT_FOLDERS if is_used(index.get(name))]
-    model_type = "ti2v" if index.get("expand_timesteps") else "t2v"
-    is_official = target.layout == "official"
-    for name in experts:
-        into = expert_folder(folder, name, len(experts)) if is_official else folder / name
-        checkpoint = open_checkpoint(source / name)
-        convert_component(checkpoint, "transformer", into, target, model_type=model_type)
-    for name in ("vae", "text_encoder"):
-        into = folder if is_official else folder / name
-        convert_component(open_checkpoint(part_folder(source, name)), name, into, target)
+        experts = [name for name in EXPERT_FOLDERS if is_used(index.get(name))]
+        model_type = "ti2v" if index.get("expand_timesteps") else "t2v"
+    to_official = target.layout == "official"
+    configs = {}
+    for name in (*experts, "vae", "text_encoder"):
+        component = "transformer" if name in experts else name
+        path = part_folder(source, name) if index else official_file(source, name, len(experts))
+        into = official_folder(folder, name, len(experts)) if to_official else folder / name
+        configs[component] = convert_component(
+            open_checkpoint(path), component, into, target, model_type=model_type
+        )
+    tokenizer = folder / (TOKENIZER_FOLDER if to_official else "tokenizer")
     copy_tokenizer(
-        part_folder(source, "tokenizer"),
-        folder / (TOKENIZER_FOLDER if is_official else "tokenizer"),
+        part_folder(source, "tokenizer") if index else source / TOKENIZER_FOLDER, tokenizer
     )
-    if is_official:
+    if index and to_official:
         print(
             "model_index.json, scheduler/ and sampling defaults are not written: the official code "
             "holds those of the official models. Steps, size and, of a student, its timesteps are "
             "lost: converted back, the folder will be a base model"
         )
-        return
-    for name in ("model_index.json", "scheduler/scheduler_config.json", DEFAULTS_FILE):
-        if (source / name).is_file():
-            write_json(folder / name, read_json(source / name))
+    elif index:
+        for name in ("model_index.json", "scheduler/scheduler_config.json", DEFAULTS_FILE):
+            if (source / name).is_file():
+                write_json(folder / name, read_json(source / name))
+    elif not to_official:
+        write_official_index(official_pipeline(configs, len(experts)), folder)
 
 
-def convert_official_release(source: Path, folder: Path, target: Target) -> None:
-    """A folder of the official repositories, its pickles converted to safetensors before."""
-    is_official = target.layout == "official"
-    experts = (
-        list(EXPERT_FOLDERS)
-        if (source / EXPERT_FOLDERS["transformer"]).is_dir()
-        else ["transformer"]
+def write_official_index(pipeline: PipelineConfig, folder: Path) -> None:
+    """Write what diffusers needs of an official release besides its parts."""
+    print(
+        f"guessed, as official files do not say: a {pipeline.class_name} of shift "
+        f"{pipeline.shift:g} and the official defaults; a student needs the model_index.json "
+        "that it had"
     )
-    for name in experts:
-        from_folder = expert_folder(source, name, len(experts))
-        into = expert_folder(folder, name, len(experts)) if is_official else folder / name
-        checkpoint = open_checkpoint(find_weights(from_folder, (TRANSFORMER_STEM,)))
-        configs = {"transformer": convert_component(checkpoint, "transformer", into, target)}
-    for name, stems in (("vae", VAE_STEMS), ("text_encoder", (TEXT_ENCODER_STEM,))):
-        into = folder if is_official else folder / name
-        checkpoint = open_checkpoint(find_weights(source, stems))
-        configs[name] = convert_component(checkpoint, name, into, target)
-    tokenizer = folder / (TOKENIZER_FOLDER if is_official else "tokenizer")
-    copy_tokenizer(source / TOKENIZER_FOLDER, tokenizer)
-    if not is_official:
-        pipeline = official_pipeline(configs, len(experts))
-        print(
-            f"guessed, as official files do not say: a {pipeline.class_name} of shift "
-            f"{pipeline.shift:g} and the official defaults; a student needs the model_index.json "
-            "that it had"
-        )
-        index = model_index_json(pipeline)
-        if not (tokenizer / "tokenizer.json").is_file():
-            index["tokenizer"] = ["transformers", "T5TokenizerFast"]  # the one that reads pieces
-        write_json(folder / "model_index.json", index)
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(pipeline.shift))
+    index = model_index_json(pipeline)
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        index["tokenizer"] = ["transformers", "T5TokenizerFast"]  # the one that reads pieces
+    write_json(folder / "model_index.json", index)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(pipeline.shift))
 
 
 def is_used(entry: Any) -> bool:
@@ -317,9 +304,17 @@ def is_used(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def expert_folder(release: Path, name: str, num_experts: int) -> Path:
-    """Where the official layout keeps a transformer: one alone lies at the top."""
-    return release / EXPERT_FOLDERS[name] if num_experts == 2 else release
+def official_folder(release: Path, name: str, num_experts: int) -> Path:
+    """Where the official layout keeps a part: all at the top, but for one of two experts."""
+    return (
+        release / EXPERT_FOLDERS[name] if name in EXPERT_FOLDERS and num_experts == 2 else release
+    )
+
+
+def official_file(release: Path, name: str, num_experts: int) -> Path:
+    """The weights of a part of an official release, whose pickles were converted before."""
+    stems = {"vae": VAE_STEMS, "text_encoder": (TEXT_ENCODER_STEM,)}.get(name, (TRANSFORMER_STEM,))
+    return find_weights(official_folder(release, name, num_experts), stems)
 
 
 def find_weights(folder: Path, stems: tuple[str, ...]) -> Path:

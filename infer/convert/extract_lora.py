@@ -1,4 +1,4 @@
-"""What `infer.convert` does with base=: a LoRA file from two checkpoints, and what it loses."""
+"""`infer.convert` with base=: a LoRA file from two checkpoints, and how much it loses."""
 
 import sys
 from dataclasses import asdict
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from infer.convert.releases import write_json
 from wan.errors import WanError
+from wan.files import write_json
 from wan.lora.extract import ExtractedLoRA, extract_lora
 from wan.lora.files import ATTENTION
 from wan.lora.merge import write_lora
@@ -55,7 +55,7 @@ def convert_lora(
 
 
 def trained_attention(source: Path) -> dict[str, str]:
-    """Sparse self-attention that a release was trained with; a component does not know."""
+    """Metadata with the sparse self-attention of a release; a single component has no record."""
     if not (source / "model_index.json").is_file():
         return {}
     attention = read_pipeline_config(source).defaults.attention
@@ -78,7 +78,7 @@ def open_transformer(option: str, source: Path) -> Checkpoint:
 
 
 def losses(lora: ExtractedLoRA) -> str:
-    """What every pair loses, what is left out, and the whole, for a person."""
+    """How much every pair loses, what is left out, and the loss of the whole, as text."""
     lines = [f"{'rank':>5}  {'lost energy':>11}  layer"]
     lines += [f"{c.rank:>5}  {c.residual:>11.3%}  {c.name}" for c in lora.changes if c.rank]
     num_whole = sum(change.rank == 0 for change in lora.changes) - len(lora.left_out)

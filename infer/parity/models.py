@@ -73,12 +73,12 @@ class Sides:
     """A released folder and how to run it.
 
     Attributes:
-        name: shown in the table.
-        folder: in the released layout.
+        name: its name in the table.
+        folder: a release in the diffusers layout.
         parts: the sub-folders that are there.
         dtype: of the weights. In bfloat16 the references' float32 is the truth for both sides.
-        steps: of the sampling runs.
-        seed: of the random inputs.
+        steps: steps of the sampling runs.
+        seed: seed of the random inputs.
     """
 
     name: str
@@ -315,7 +315,7 @@ def releases(config: ParityConfig) -> Iterator[list[Sides]]:
     Raises:
         WanError: no such release.
     """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    dtype = getattr(torch, config.dtype)
     settings: dict[str, Any] = {"dtype": dtype, "steps": config.steps, "seed": config.seed}
     if config.checkpoint == "random":
         make = full_block_sides if config.full_block else random_sides
