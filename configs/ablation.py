@@ -160,7 +160,7 @@ class AblateConfig(LoadingConfig):
         return self.prompt is None and self.prompt_file is None and not self.prompts
 
     def unquantized(self) -> "AblateConfig":
-        """How references are loaded."""
+        """The settings by which references are loaded."""
         return replace(self, quantize="none")
 
     def check_world(self) -> None:
@@ -223,7 +223,7 @@ class AblateConfig(LoadingConfig):
         )
 
     def evaluation(self, setting: Setting, seed: int = 0) -> EvaluateConfig:
-        """What `infer.evaluate` would be asked for one setting and seed.
+        """The evaluation of one setting and seed.
 
         Outside the world, this only says how the model is loaded and run.
         """

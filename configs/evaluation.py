@@ -87,7 +87,7 @@ class EvaluateConfig(LoadingConfig, CaptionSetConfig):
     height: int = option(128, "pixels; the world is square", at_least=64)
     width: int = option(128, "pixels")
     num_frames: int = option(
-        17, "4k + 1; at least 9, so that a circle can be told from a line", at_least=9
+        17, "4k + 1; at least 9, as in fewer frames a circle looks like a line", at_least=9
     )
     fps: float | None = option(None, "of a preset; everything is measured per frame")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -95,7 +95,7 @@ class EvaluateConfig(LoadingConfig, CaptionSetConfig):
     output: str | None = option(
         None, "also write every clip's numbers to this JSON file, and features beside"
     )
-    sheet: str | None = option(None, "also write a PNG of clips that are not what was asked for")
+    sheet: str | None = option(None, "also write a PNG with frames of clips that do not match")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,7 +202,7 @@ class StudyConfig(LoadingConfig):
             check_choice("settings named", name, tuple(self.settings))
 
     def evaluation(self, name: str, captions: str) -> EvaluateConfig:
-        """What `infer.evaluate` would be asked for one setting on one of `CAPTION_SETS`."""
+        """The evaluation of one setting on one of `CAPTION_SETS`."""
         setting, chosen = self.settings[name], getattr(self, captions)
         own_model = setting.checkpoint is not None
         return question_of(

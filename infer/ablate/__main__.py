@@ -1,4 +1,4 @@
-"""What does a choice buy, and what does it cost? Every combination of some settings, measured.
+"""Measure the quality and the seconds of every combination of some settings.
 
     python -m infer.ablate experiment=attention      # full attention and the rest, 3 and 50 steps
     python -m infer.ablate experiment=steps          # 1 step to 50, teacher and student
@@ -6,11 +6,11 @@
     python -m infer.ablate model=mini-teacher attention=[sdpa,spatial] steps=[4,20]
     python -m infer.ablate model=wan22_ti2v_5b prompt="a fox runs" num_seeds=4 steps=[4,10,20]
 
-Without a prompt, captions of the miniature's world are made and its detectors say whether clips
-show them. With prompts, clips of any model are compared with its exact many-step result on the same
-noise: that says how near a setting comes to it, and not which of the two is the better video.
+Without a prompt, clips of captions of the miniature's world are made, and its detectors read
+whether they match. With prompts, clips of any model are compared with its exact many-step result on the
+same noise: that measures how near a setting comes to it, and not which video is better.
 
-What is stored for the same settings and weights is not made again, so an interrupted run goes on
+Stored clips of the same settings and weights are not made again, so an interrupted run goes on
 where it stopped. What fails is named at the end, with exit code 1; the rest is still made.
 """
 
@@ -30,7 +30,9 @@ from configs.cli import Run, run_jobs
 from configs.command_line import CommandLine, Shortcut
 from configs.evaluation import loading_key
 from infer.ablate.report import Cell, write_report
+from infer.evaluate.measure import draw_examples
 from infer.evaluate.queue import (
+    FORMAT,
     LastPipeline,
     conclude,
     plan_record,
@@ -68,7 +70,6 @@ class Runner:
     """What all cells share."""
 
     config: AblateConfig
-    folder: Path
     models: LastPipeline
 
 
@@ -87,27 +88,15 @@ def make_captions(runner: Runner, cell: Cell) -> None:
 # --- any prompts ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Clip:
-    """One clip and how it was made.
+def make_video(
+    runner: Runner, setting: Setting, seed: int, prompt: str
+) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+    """Make a clip with the model warmed up.
 
-    Attributes:
-        video: (3, F, H, W) in [-1, 1].
-        warmup_seconds: see `LastPipeline.warm_up`; in none of the others.
-        seconds, cpu_seconds: of all stages together; the second is of all threads.
-        stages: seconds of each, as in `WanPipeline.last_timings`.
+    Returns:
+        The video (3, F, H, W) in [-1, 1]; how the model made it; and its seconds, warm-up excluded:
+        of each stage as in `WanPipeline.last_timings`, and of all together.
     """
-
-    video: Tensor
-    plan: dict[str, Any]
-    warmup_seconds: float
-    seconds: float
-    cpu_seconds: float
-    stages: dict[str, float]
-
-
-def make_video(runner: Runner, setting: Setting, seed: int, prompt: str) -> Clip:
-    """Make a clip with the model warmed up."""
     config = runner.config
     question = config.evaluation(setting)
     pipeline = runner.models.get(question)
@@ -123,72 +112,61 @@ def make_video(runner: Runner, setting: Setting, seed: int, prompt: str) -> Clip
     assert isinstance(made, WanPipelineOutput)
     video = made.frames[0].transpose(0, 1) * 2 - 1
     frames, height, width = video.shape[1:]
-    record = plan_record(pipeline, plan, height, width, frames)
-    return Clip(video, record, warmup_seconds, seconds, cpu_seconds, dict(pipeline.last_timings))
+    stages = dict(pipeline.last_timings)
+    how = {"plan": plan_record(pipeline, plan, height, width, frames)}
+    return (
+        video,
+        how | {"warmup_seconds": warmup_seconds, **machine(config)},
+        {
+            "seconds": stages["denoise"]
+            + stages["decode"],  # a prompt is encoded once for all cells
+            "seconds_in_all": seconds,
+            "cpu_seconds_in_all": cpu_seconds,
+            "stages": stages,
+        },
+    )
 
 
-def make_reference(runner: Runner, cell: Cell, file: Path) -> None:
-    """What cells are compared with, as 8-bit frames (F, H, W, 3)."""
+def make_reference(runner: Runner, cell: Cell) -> None:
+    """Write what cells are compared with, as 8-bit frames (F, H, W, 3)."""
     assert cell.prompt is not None
+    assert cell.reference is not None
     setting = runner.config.reference_of(cell.setting)
     exact = replace(runner, config=runner.config.unquantized())
     try:
-        video = make_video(exact, setting, cell.seed, cell.prompt).video
+        video, _, _ = make_video(exact, setting, cell.seed, cell.prompt)
     except WanError as error:
         raise WanError(
             f"the reference: {error}; reference.checkpoint= names another model to compare with, "
             "reference.steps=null takes the model's own steps"
         ) from error
-    frames = torch.from_numpy(to_uint8(video))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, {"frames": frames})
+    cell.reference.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(cell.reference, {"frames": torch.from_numpy(to_uint8(video))})
 
 
-def make_compared(runner: Runner, cell: Cell, reference: Path) -> None:
+def make_compared(runner: Runner, cell: Cell) -> None:
     """Make one clip and compare it with its reference, both as 8-bit frames."""
     assert cell.prompt is not None
-    if not reference.is_file():
+    assert cell.reference is not None
+    if not cell.reference.is_file():
         raise WanError("nothing to compare with: the reference failed, see above")
-    made = make_video(runner, cell.setting, cell.seed, cell.prompt)
-    frames = to_uint8(made.video)
-    ours, exact = (
-        pixels.permute(3, 0, 1, 2) / 255
-        for pixels in (torch.from_numpy(frames), load_file(reference)["frames"])
-    )
+    video, how, seconds = make_video(runner, cell.setting, cell.seed, cell.prompt)
+    frames = (torch.from_numpy(to_uint8(video)), load_file(cell.reference)["frames"])
+    ours, exact = (pixels.permute(3, 0, 1, 2) / 255 for pixels in frames)
     measures = {
         "psnr": min(psnr(ours, exact), MAX_PSNR),
         "ssim": ssim(ours, exact),
         "flicker": flicker(ours),
         "reference_flicker": flicker(exact),
     }
-    write_clip(runner, cell, made.video)
-    stages = made.stages
-    clip = {
-        "prompt": cell.prompt,
-        "seed": cell.seed,
-        "measures": measures,
-        "seconds": stages["denoise"] + stages["decode"],  # a prompt is encoded once for all cells
-        "seconds_in_all": made.seconds,
-        "cpu_seconds_in_all": made.cpu_seconds,
-        "stages": stages,
-    }
-    how = {"plan": made.plan, "warmup_seconds": made.warmup_seconds, **machine(runner.config)}
+    write_clip(runner, cell, video)
+    clip = {"prompt": cell.prompt, "seed": cell.seed, "measures": measures, **seconds}
     write_json(
-        cell.file, {"key": cell.key, **about(cell.setting, cell.seed), **how, "clips": [clip]}
+        cell.file, {"key": cell.key, "setting": asdict(cell.setting), **how, "clips": [clip]}
     )
 
 
-def about(setting: Setting, seed: int) -> dict[str, Any]:
-    """What the head of every record says."""
-    return {"setting": asdict(setting), "seed": seed}
-
-
-def reference_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
-    """The key of what a clip is compared with."""
-    return clip_key(config.unquantized(), config.reference_of(setting), seed, prompt)
-
-
-def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
+def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str) -> str:
     """The key of one clip: all that its pixels depend on."""
     how = asdict(setting) | loading_key(config)
     for label in ("model", "attention_name"):
@@ -196,7 +174,7 @@ def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | No
     names = ("guidance_scale_2", "negative_prompt", "max_sequence_length", "height", "width")
     rest = [getattr(config, name) for name in (*names, "num_frames")]
     weights = weight_digests(folder_of(config.evaluation(setting)))
-    return result_key([how, rest, made_on(config), seed, prompt, weights])
+    return result_key([FORMAT, how, rest, made_on(config), seed, prompt, weights])
 
 
 def made_on(config: AblateConfig) -> list[str]:
@@ -223,79 +201,71 @@ def read_prompts(config: AblateConfig) -> list[str | None]:
     return prompts
 
 
-def caption_cell(
-    config: AblateConfig, folder: Path, setting: Setting, seed: int, name: str
-) -> Cell:
-    """A cell of captions. If only their number grows, the file is the same and grows too."""
-    question = config.evaluation(setting, seed)
-    clips = StoredClips(name, question, Path(), weights_of(question), about(setting, seed))
-    key = result_key([question_key(*clips.first(1), clips.weights), made_on(config)])
-    file = folder / f"{key[:16]}.json"
-    return Cell(setting, seed, None, 0, name, key, file, replace(clips, file=file))
-
-
-def prompt_cell(
+def make_cell(
     config: AblateConfig,
     folder: Path,
+    name: str,
     setting: Setting,
     seed: int,
-    name: str,
     number: int,
-    prompt: str,
+    prompt: str | None,
 ) -> Cell:
-    of_clip = (config, setting, seed, prompt)
-    key = result_key([clip_key(*of_clip), reference_key(*of_clip)])
-    return Cell(setting, seed, prompt, number, name, key, folder / f"{key[:16]}.json")
+    """A cell with its key, which tells what is stored of it.
+
+    Raises:
+        WanError: the model is not there.
+    """
+    reference = clips = None
+    if prompt is None:
+        question = config.evaluation(setting, seed)
+        one, weights = replace(question, num_captions=1), weights_of(question)
+        # Without the number of captions: where that grows, clips are added to the same file.
+        key = result_key([question_key(one, draw_examples(one), weights), made_on(config)])
+    else:
+        exact = clip_key(config.unquantized(), config.reference_of(setting), seed, prompt)
+        key = result_key([clip_key(config, setting, seed, prompt), exact])
+        reference = folder / "references" / f"{exact[:16]}.safetensors"
+    file = folder / "cells" / f"{key[:16]}.json"
+    if prompt is None:
+        about = {"setting": asdict(setting), "seed": seed}
+        clips = StoredClips(name, question, file, weights, about)
+    return Cell(name, setting, seed, prompt, number, key, file, reference, clips)
 
 
 def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str]]:
     """All cells, and the names of those whose model is not there."""
     cells: list[Cell] = []
     prompts = read_prompts(config)
-
-    def add(setting: Setting, name: str, seed: int, number: int, prompt: str | None) -> None:
-        where = (config, folder / "cells", setting, seed, name)
-        if prompt is None:
-            cells.append(caption_cell(*where))
-        else:
-            cells.append(prompt_cell(*where, number, prompt))
-
     entries = {}
     for setting in config.settings():
         for number, prompt in enumerate(prompts):
             for seed in config.seeds:
                 which = f", prompt {number + 1}" if len(prompts) > 1 else ""
                 name = f"{', '.join(setting.axes().values())}{which}, seed {seed}"
-                entries[name] = partial(add, setting, name, seed, number, prompt)
+                make = partial(make_cell, config, folder, name, setting, seed, number, prompt)
+                entries[name] = lambda make=make: cells.append(make())
     return cells, run_each(entries)
 
 
 def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str]:
     """Make what is not stored yet; the names of the cells that failed."""
     (folder / "cells").mkdir(exist_ok=True)
-    runner = Runner(config, folder, LastPipeline())
+    runner = Runner(config, LastPipeline())
     missing = [cell for cell in cells if not cell.is_stored]
     if missing:
         print(f"{len(missing)} of {len(cells)} cells to make", file=sys.stderr)
-    if config.in_world:
-        return run_each({cell.name: partial(make_captions, runner, cell) for cell in missing})
-    files = {}
+    references: dict[Path, Cell] = {}  # each with the first cell that needs it
     for cell in missing:
-        key = reference_key(config, cell.setting, cell.seed, cell.prompt)
-        files[cell.name] = folder / "references" / f"{key[:16]}.safetensors"
-    needed: dict[Path, Cell] = {}
-    for cell in missing:
-        if not files[cell.name].is_file():
-            needed.setdefault(files[cell.name], cell)
+        if cell.reference is not None and not cell.reference.is_file():
+            references.setdefault(cell.reference, cell)
     run_each(
         {
-            f"the reference of {cell.name}": partial(make_reference, runner, cell, file)
-            for file, cell in needed.items()
+            f"the reference of {cell.name}": partial(make_reference, runner, cell)
+            for cell in references.values()
         }
     )
-    return run_each(
-        {cell.name: partial(make_compared, runner, cell, files[cell.name]) for cell in missing}
-    )
+    make = make_captions if config.in_world else make_compared
+    return run_each({cell.name: partial(make, runner, cell) for cell in missing})
 
 
 def check_models(run: Run[AblateConfig]) -> None:

@@ -63,20 +63,22 @@ class Cell:
     """A setting with one seed, and with one prompt or the captions of the world.
 
     Attributes:
-        number: the prompt's, from 0.
         name: names the cell in messages.
-        key: sha256 of all that its result depends on; for the world's captions, but their number.
+        number: the prompt's, from 0.
+        key: sha256 of all that its result depends on, but for the number of captions.
         file: the record; a clip to look at lies beside it as .mp4.
-        clips: of the world's captions; None for a prompt.
+        reference: the clip that a prompt's clip is compared with.
+        clips: those of the world's captions.
     """
 
+    name: str
     setting: Setting
     seed: int
     prompt: str | None
     number: int
-    name: str
     key: str
     file: Path
+    reference: Path | None = None
     clips: StoredClips | None = None
 
     @property
@@ -148,8 +150,8 @@ def write_report(
     write_csv(folder / "results.csv", lines)
     labels = {id(setting): row.label for setting, row in settings}
     write_sheet(config, cells, labels, folder / "clips.mp4")
-    x_label, num_panels = SECONDS.heading, len(report.columns) - 1  # all but the seconds
-    report.draw(folder / "report.png", x_label, lambda _, values: values[-1], num_panels=num_panels)
+    seconds = [values[-1] for values in report.estimates]
+    report.draw(folder / "report.png", SECONDS.heading, seconds, len(report.columns) - 1)
     files = "report.md, results.csv, results.json, report.png, clips.mp4"
     return f"{table}\n\n{notes}\n\n{files} in {folder}"
 

@@ -93,7 +93,7 @@ def write_profiles(contest: Contest, folder: Path, number: int) -> None:
 
 
 def explain(outcome: Outcome, config: BenchConfig) -> Iterator[str]:
-    """What the table does not show: phases, the distance from the floor, compiling, the note."""
+    """Lines about an outcome beside the table: phases, distance from the floor, compiling, note."""
     task = outcome.task
     for side, seconds in outcome.phases.items():
         yield f"{task.target}: {task.what}, {side}, seconds of all threads:"

@@ -12,16 +12,14 @@ from torch import Tensor
 from configs.benchmark import BenchConfig
 from infer.bench.stages import StageSize
 from infer.bench.timing import CPU, Contest, Task, named
-from infer.parity.models import Sides, write_random
+from infer.parity.models import Sides, random_part
 from infer.parity.tolerance import Row, compare_to_truth
 from infer.parity.with_weights import rounded
 from wan.errors import WanError
 from wan.models.attention import ATTENTION, BACKENDS
-from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer
 from wan.models.umt5 import encode_text
-from wan.models.vae import WanVAE
 from wan.pipeline.config import part_folder
 from wan.pipeline.pipeline import WanPipeline
 from wan.runtime.costs import decode_work, encode_work, network_work, text_work
@@ -201,14 +199,7 @@ CONTESTS = {
 def block_sides(folder: Path, heads: int, seed: int) -> Sides:
     """One block of the 5B's shape, `heads` heads wide, with random weights."""
     config = DiTConfig(num_attention_heads=heads, ffn_dim=14336 * heads // 24, num_layers=1)
-    return random_part(folder, "transformer", config, seed)
-
-
-def random_part(folder: Path, part: str, config: Any, seed: int) -> Sides:
-    """A release of one network, a transformer or a vae."""
-    module = WanDiT(config) if part == "transformer" else WanVAE(config)
-    write_random(module, config, folder, part, seed)
-    return Sides(part, folder, (part,))
+    return random_part(folder, config, seed)
 
 
 # --- parity on the device of the stages -----------------------------------------------------------
@@ -231,10 +222,10 @@ def parity_rows(
     wide = replace(size.transformer, num_layers=1)
     narrow = replace(wide, num_attention_heads=2, ffn_dim=512, num_layers=4)
     for name, sizes in (("wide", wide), ("narrow", narrow)):
-        sides = random_part(scratch / name, "transformer", sizes, config.seed)
+        sides = random_part(scratch / name, sizes, config.seed)
         what = f"{sizes.num_layers} of {sizes.width} channels, attention {attention}"
         yield held("blocks", what, *velocities(sides, attention, device, config))
-    sides = random_part(scratch / "vae", "vae", size.vae, config.seed)
+    sides = random_part(scratch / "vae", size.vae, config.seed)
     yield held("decode", f"{SMALL_LATENTS} latents", *clips(sides, device, config))
 
 

@@ -63,7 +63,13 @@ def write_sharded(folder: Path, gigabytes: float, seed: int, stored: torch.dtype
             values[key] = torch.randn(parameter.shape, generator=generator).to(key[1])
         state[name] = values[key]
     total = sum(tensor.nbytes for tensor in state.values())
-    write_part(state, config, folder, "transformer", max_shard_bytes=max(1, total // SHARDS))
+    write_part(
+        state,
+        config,
+        folder / "transformer",
+        "transformer",
+        max_shard_bytes=max(1, total // SHARDS),
+    )
     return total
 
 

@@ -305,7 +305,7 @@ def is_used(entry: Any) -> bool:
 
 
 def official_folder(release: Path, name: str, num_experts: int) -> Path:
-    """Where the official layout keeps a part: all at the top, but for one of two experts."""
+    """The folder of a part in the official layout: one of two experts has its own."""
     return (
         release / EXPERT_FOLDERS[name] if name in EXPERT_FOLDERS and num_experts == 2 else release
     )

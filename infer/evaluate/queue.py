@@ -28,7 +28,7 @@ from wan.weights.digests import hash_files
 from wan.weights.quantize import quantization_of
 
 FORMAT = 2  # of stored results: others are made again
-# Failures whose message says enough; any other kind is shown with where it was raised.
+# Failures whose message says enough; any other kind is printed with its traceback.
 EXPECTED = (WanError, OSError, FloatingPointError, torch.OutOfMemoryError)
 
 
@@ -59,19 +59,19 @@ class LastPipeline:
         return self._pipeline
 
     def warm_up(self, config: EvaluateConfig, prompt: str, **call: Any) -> float:
-        """Begin a clip and drop it, where model, attention or size are new; the seconds of that.
+        """Begin a clip and drop it, if model, attention or size are new.
 
-        What only a first call pays for, compiling, choosing kernels and starting CUDA, is then not
-        in the time of the clips that follow. One step is made, or as many as it takes until the
-        attention has been used and been left out, if it names steps.
+        The costs of a first call (compiling, choosing kernels, starting CUDA) are then not in the
+        seconds of the clips that follow. One step is made; if the attention names steps, as many
+        as it takes until it has been used and been left out.
 
         Args:
-            call: what the clips are called with beside `sampling(config)`: negative_prompt, height,
+            call: the pipeline's arguments beside `sampling(config)`: negative_prompt, height,
                 width, num_frames and others.
         Returns:
             Seconds, decoding included; 0 if such a clip was made before.
         Raises:
-            WanError: what the clips themselves would be refused for.
+            WanError: the model refuses these arguments.
         """
         pipeline = self.get(config)
         what = tuple(call[name] for name in ("height", "width", "num_frames"))
@@ -87,7 +87,7 @@ class LastPipeline:
             pipeline.interrupt = step == last
 
         started = time.perf_counter()
-        with suppress(FloatingPointError):  # is for the clips to fail by
+        with suppress(FloatingPointError):  # the clips themselves will fail by it
             pipeline(prompt, seed=0, output_type="pt", callback_on_step_end=stop, **call, **options)
         self._warm.add(what)
         return time.perf_counter() - started
@@ -127,7 +127,10 @@ def is_stored(file: Path, key: str) -> bool:
 def plan_record(
     pipeline: WanPipeline, plan: SamplingPlan, height: int, width: int, num_frames: int
 ) -> dict[str, Any]:
-    """How a model makes its clips; density is attention's share of the FLOPs of dense attention."""
+    """The sampling and loading of a model's clips, for their record.
+
+    "density" is attention's share of the FLOPs of dense attention.
+    """
     shape = pipeline.config.latent_shape(height, width, num_frames)
     grid = pipeline.config.transformer.token_grid(shape[1:])
     attention = pipeline.transformer.attention
@@ -196,7 +199,7 @@ def question_key(
 def open_source(
     config: EvaluateConfig, models: LastPipeline
 ) -> tuple[VideoSource, dict[str, Any] | None]:
-    """Where the clips come from, and the plan by which a model makes them."""
+    """The source of the clips, and the `plan_record` of the model that makes them, if one does."""
     if config.source != "model":
         return SOURCES[config.source](config), None
     pipeline = models.get(config)
@@ -206,12 +209,12 @@ def open_source(
 
 
 def warm_up(config: EvaluateConfig, example: Example, models: LastPipeline) -> float:
-    """`LastPipeline.warm_up` for clips of captions; what no model makes needs none."""
+    """`LastPipeline.warm_up` for clips of captions; 0 seconds if no model makes them."""
     if config.source != "model":
         return 0.0
     return models.warm_up(
         config,
-        example.said.text,
+        example.caption.text,
         negative_prompt=config.negative_prompt,
         height=config.height,
         width=config.width,

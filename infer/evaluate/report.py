@@ -1,6 +1,7 @@
 """A report on several settings: their numbers with intervals, as a table and as panels."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,16 +139,15 @@ class Report:
         self,
         file: Path,
         x_label: str,
-        x_of: Callable[[Row, Sequence[Estimate | None]], Estimate | None],
+        xs: Sequence[Estimate | None],
+        num_panels: int,
         ticks: Sequence[int] | None = None,
-        num_panels: int | None = None,
     ) -> None:
-        """Draw a panel per column over a logarithmic x axis, and a legend.
+        """Draw a panel for each of the first columns over a logarithmic x axis, and a legend.
 
         Args:
-            x_of: a row's x from the row and its numbers; None draws a horizontal line.
+            xs: for each row; None draws a horizontal line.
             ticks: the only values to mark on the x axis.
-            num_panels: draw so many of the first columns only.
         Raises:
             WanError: matplotlib is not installed.
         """
@@ -155,23 +155,23 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise WanError('the picture needs matplotlib: pip install -e ".[plot]"') from error
-        headings = [column.heading for column in self.columns[:num_panels]]
-        across = math.ceil(math.sqrt(len(headings) + 1))
-        down = math.ceil((len(headings) + 1) / across)
+        across = math.ceil(math.sqrt(num_panels + 1))
+        down = math.ceil((num_panels + 1) / across)
         figure = Figure(figsize=(4.5 * across, 3.7 * down), layout="constrained")
         *places, legend = figure.subplots(down, across, squeeze=False).flat
+        lines = list(dict.fromkeys(row.line for row in self.rows))
         handles: dict[str, Any] = {}
-        for index, heading in enumerate(headings):
+        for index, column in enumerate(self.columns[:num_panels]):
+            place = places[index]
             points = [
-                Point(row.line, x_of(row, values), value)
-                for row, values in zip(self.rows, self.estimates, strict=True)
-                if (value := values[index]) is not None
+                (row.line, x, values[index])
+                for row, x, values in zip(self.rows, xs, self.estimates, strict=True)
+                if values[index] is not None
             ]
-            lines = list(dict.fromkeys(row.line for row in self.rows))
-            handles |= draw_points(places[index], points, lines)
-            places[index].set_title(heading)
-            scale_axis(places[index], x_label, ticks)
-        for place in [*places[len(headings) :], legend]:
+            handles |= draw_points(place, points, lines)
+            place.set_title(column.heading)
+            scale_axis(place, x_label, ticks)
+        for place in [*places[num_panels:], legend]:
             place.axis("off")
         drawn = [line for line in lines if line in handles]
         legend.legend([handles[line] for line in drawn], drawn, loc="center")
@@ -181,35 +181,35 @@ class Report:
 # --- the picture ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Point:
-    """A number to draw; those of one line are joined. Without an x it is a horizontal line."""
-
-    line: str
-    x: Estimate | None
-    y: Estimate
+Point = tuple[str, Estimate | None, Any]  # line, x and y
 
 
 def draw_points(place: Any, points: Sequence[Point], lines: Sequence[str]) -> dict[str, Any]:
-    """Draw points with their intervals into matplotlib axes; what to show in a legend, by line.
+    """Draw points with their intervals into matplotlib axes.
 
-    Points of equal x stand side by side.
+    The points of a line are joined; one without an x is a horizontal line. Points of equal x are
+    drawn side by side, 3 % apart.
+
+    Returns:
+        What a legend shows for each line.
     """
     handles = {}
+    num_at = Counter(x.value for _, x, _ in points if x is not None)
+    drawn_at: Counter[float] = Counter()
+    known: dict[str, list[Any]] = {}
+    for line, x, y in points:
+        if x is not None:
+            shift = drawn_at[x.value] - (num_at[x.value] - 1) / 2
+            drawn_at[x.value] += 1
+            known.setdefault(line, []).append((x, y, x.value * 1.03**shift))
     for index, line in enumerate(lines):
         style = {"color": f"C{index % 10}", "label": line}
-        for level in (p.y.value for p in points if p.line == line and p.x is None):
+        for level in (y.value for one, x, y in points if one == line and x is None):
             handles[line] = place.axhline(level, linestyle="--", linewidth=1, **style)
-        known = [
-            (p.x, p.y, drawn_at)
-            for p, drawn_at in zip(points, _side_by_side(points), strict=True)
-            if p.line == line and p.x is not None
-        ]
-        if known:
-            known.sort(key=lambda triple: triple[0].value)
-            xs, ys, drawn_at = zip(*known, strict=True)
+        if line in known:
+            xs, ys, at = zip(*sorted(known[line], key=lambda point: point[0].value), strict=True)
             handles[line] = place.errorbar(
-                drawn_at,
+                at,
                 [y.value for y in ys],
                 xerr=_reach(xs),
                 yerr=_reach(ys),
@@ -234,18 +234,6 @@ def scale_axis(place: Any, label: str, ticks: Sequence[int] | None) -> None:
     place.xaxis.set_minor_locator(NullLocator())
     place.set_xlabel(label)
     place.grid(alpha=0.3)
-
-
-def _side_by_side(points: Sequence[Point]) -> list[float]:
-    """Where points are drawn on the logarithmic x axis: those of equal x 3 % apart."""
-    groups: dict[float, list[int]] = {}
-    for index, point in enumerate(points):
-        groups.setdefault(0.0 if point.x is None else point.x.value, []).append(index)
-    places = [0.0] * len(points)
-    for x, group in groups.items():
-        for order, index in enumerate(group):
-            places[index] = x * 1.03 ** (order - (len(group) - 1) / 2)
-    return places
 
 
 def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:

@@ -11,9 +11,9 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import sentencepiece
 import torch
@@ -183,21 +183,24 @@ def random_sides(folder: Path, settings: dict[str, Any]) -> list[Sides]:
 
 def full_block_sides(folder: Path, settings: dict[str, Any]) -> list[Sides]:
     """One block of TI2V-5B at its full width, with embedders and head; no other networks."""
-    config = DiTConfig(num_layers=1)
-    write_random(WanDiT(config), config, folder, "transformer", seed=0)
-    return [Sides("5B block", folder, ("transformer",), **settings)]
+    return [replace(random_part(folder, DiTConfig(num_layers=1)), name="5B block", **settings)]
 
 
-def write_random(module: nn.Module, config: Any, folder: Path, part: str, seed: int) -> None:
-    """Give a network random weights, and write it as one part of a release."""
+def random_part(folder: Path, config: DiTConfig | VAEConfig, seed: int = 0) -> Sides:
+    """Write a release that is one network with random weights, a transformer or a vae."""
+    if isinstance(config, VAEConfig):
+        part, module = "vae", cast(nn.Module, WanVAE(config))
+    else:
+        part, module = "transformer", WanDiT(config)
     randomise(module, torch.Generator().manual_seed(seed))
-    write_part(module.state_dict(), config, folder, part)
+    write_part(module.state_dict(), config, folder / part, part)
+    return Sides(part, folder, (part,))
 
 
 def write_part(
     state: dict[str, Tensor], config: Any, folder: Path, part: str, **options: Any
 ) -> None:
-    """Write the weights and the config.json of one part of a release.
+    """Write the weights and the config.json of one network into a folder, in the diffusers layout.
 
     Args:
         config: of the network: a DiTConfig, VAEConfig or UMT5Config.
@@ -205,8 +208,8 @@ def write_part(
     """
     if part == "vae":
         options["vae_levels"] = VAELevels(config.is_residual, config.num_res_blocks)
-    save_component(state, folder / part, part, **options)
-    write_json(folder / part / "config.json", config.to_json())
+    save_component(state, folder, part, **options)
+    write_json(folder / "config.json", config.to_json())
 
 
 def small_vae(generation: str) -> VAEConfig:
