@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from omegaconf import MISSING
 
-from configs.evaluation import EvaluateConfig, question_of
+from configs.evaluation import EvaluateConfig, RunConfig, question_of
 from configs.schema import (
     LoadingConfig,
     Options,
@@ -96,7 +96,7 @@ def changed(
 
 
 @dataclass
-class AblateConfig(LoadingConfig):
+class AblateConfig(LoadingConfig, RunConfig):
     """`python -m infer.ablate`: every combination of some settings, each measured.
 
     Without a prompt, captions of the miniature's world are made and read by its detectors. With
@@ -130,11 +130,8 @@ class AblateConfig(LoadingConfig):
     variants: dict[str, AttentionConfig] = option({}, "name -> an attention with options")
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt where the grid has none")
     guidance_scale_2: float | None = option(None, "of a second expert; for models with two")
     negative_prompt: str | None = option(None, "what videos should not show, where guided")
-    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = option(None, "prompt tokens that are read")
     height: int | None = option(None, "pixels")
     width: int | None = option(None, "pixels")

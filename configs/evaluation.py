@@ -65,7 +65,16 @@ class CaptionSetConfig(Options):
 
 
 @dataclass
-class EvaluateConfig(LoadingConfig, CaptionSetConfig):
+class RunConfig(Options):
+    """How a model is run. None means as the preset or the model's own folder says."""
+
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
+    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
+
+
+@dataclass
+class EvaluateConfig(LoadingConfig, RunConfig, CaptionSetConfig):
     """`python -m infer.evaluate`: how often clips of the miniature's world match their captions.
 
     What is None here and in the preset is taken from the checkpoint's own folder.
@@ -77,10 +86,7 @@ class EvaluateConfig(LoadingConfig, CaptionSetConfig):
         choices=SOURCES,
     )
     batch_size: int = option(16, "clips at a time; changes no clip", at_least=1)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
     negative_prompt: str | None = option(None, "what videos should not show; needs guidance")
-    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = option(
         None, "text tokens that are read, padding included", at_least=1
     )
@@ -133,14 +139,11 @@ def question_of(*groups: Any, **own: Any) -> EvaluateConfig:
 
 
 @dataclass
-class SettingConfig(Options):
-    """One setting of a study: a model and how it is run. None means as the model's folder says."""
+class SettingConfig(RunConfig):
+    """One setting of a study: a model and how it is run."""
 
     source: str = option("model", "model, or a ceiling: renders, vae", choices=SOURCES)
     checkpoint: str | None = option(None, "a folder or a hub id; none: the study's own")
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
-    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     share: float = option(
         1.0, "part of every caption set that is made: the first so many", above=0, at_most=1

@@ -7,8 +7,8 @@
     python -m infer.ablate model=wan22_ti2v_5b prompt="a fox runs" num_seeds=4 steps=[4,10,20]
 
 Without a prompt, clips of captions of the miniature's world are made, and its detectors read
-whether they match. With prompts, clips of any model are compared with its exact many-step result on the
-same noise: that measures how near a setting comes to it, and not which video is better.
+whether they match. With prompts, clips of any model are compared with its exact many-step result on
+the same noise: that measures how near a setting comes to it, and not which video is better.
 
 Stored clips of the same settings and weights are not made again, so an interrupted run goes on
 where it stopped. What fails is named at the end, with exit code 1; the rest is still made.

@@ -52,8 +52,8 @@ def write_sharded(folder: Path, gigabytes: float, seed: int, stored: torch.dtype
     heads = 24 if gigabytes >= WIDE_FROM else 6
     config = DiTConfig(num_attention_heads=heads, ffn_dim=14336 * heads // 24, num_layers=1)
     one, two = (num_bytes(build_network(replace(config, num_layers=n)), stored) for n in (1, 2))
-    layers = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
-    config = replace(config, num_layers=layers)
+    num_layers = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
+    config = replace(config, num_layers=num_layers)
     generator = torch.Generator().manual_seed(seed)
     values: dict[tuple[Any, ...], Tensor] = {}
     state = {}

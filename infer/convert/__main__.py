@@ -19,7 +19,6 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ from infer.convert.releases import (
 from wan.errors import WanError
 from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
-from wan.models.vae import VAEConfig
 from wan.pipeline.config import (
     DEFAULTS_FILE,
     PipelineConfig,
@@ -70,44 +68,21 @@ LAYOUTS = ("diffusers", "official", "prefixed")
 PREFIX = "model.diffusion_model."
 
 
-@dataclass(frozen=True)
-class Target:
-    """How components are to be written."""
-
-    layout: str
-    dtype: torch.dtype | None
-    round_all: bool
-    max_shard_bytes: int
-
-
 def main(config: ConvertConfig) -> None:
     config.check_task()
+    source = find("source", config.source)
     if config.base is not None:
-        assert config.rank is not None
-        convert_lora(
-            find("source", config.source),
-            find("base", config.base),
-            Path(config.output).expanduser(),
-            config.rank,
-            diffs=config.diffs,
-            dtype=getattr(torch, config.dtype or "float32"),
-            device=config.device,
-        )
+        convert_lora(config, source, find("base", config.base))
         return
     check_choice("layout", config.layout, LAYOUTS)
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    # A prefixed file is one file by definition.
-    limit = sys.maxsize if config.layout == "prefixed" else int(config.shard_gb * 1e9)
-    target = Target(config.layout, dtype, config.round_all, limit)
-    source = find("source", config.source)
     with new_folder(Path(config.output).expanduser()) as folder:
         if (source / "model_index.json").is_file() or is_official_release(source):
             if config.config is not None:
                 raise WanError("config= is for a single component; a release brings its own")
-            convert_release(source, folder, target)
+            convert_release(source, folder, config)
         else:
             values = None if config.config is None else read_json(Path(config.config).expanduser())
-            convert_component(open_checkpoint(source), None, folder, target, values)
+            convert_component(open_checkpoint(source), None, folder, config, values)
     print(f"wrote {config.output}")
 
 
@@ -145,7 +120,7 @@ def convert_component(
     checkpoint: Checkpoint,
     component: str | None,
     folder: Path,
-    target: Target,
+    target: ConvertConfig,
     config: Mapping[str, Any] | None = None,
     model_type: str | None = None,
 ) -> dict[str, Any]:
@@ -153,7 +128,8 @@ def convert_component(
 
     Args:
         component: one of `wan.weights.keys.COMPONENTS`; None finds out by the names.
-        config: its settings; None looks for them (see `find_config`).
+        target: the layout and dtypes to write.
+        config: the component's settings; None looks for them (see `find_config`).
         model_type: for the official config of a transformer; None goes by the latent channels.
     Returns:
         The config that was used.
@@ -163,38 +139,41 @@ def convert_component(
     shapes = {name: tensor.entry.shape for name, tensor in names.stored.items()}
     values = dict(config or find_config(checkpoint, component, shapes))
     with torch.device("meta"):
-        module = module_builder(component, values)()
+        module: Any = module_builder(component, values)()
     wanted = module.state_dict()
     check_fit(checkpoint, component, names, wanted)
-    if target.layout == "prefixed" and component != "transformer":
+    is_prefixed, is_diffusers = target.layout == "prefixed", target.layout == "diffusers"
+    if is_prefixed and component != "transformer":
         raise WanError(f"layout=prefixed is for transformers; {checkpoint.path} is a {component}")
     views = load_state(checkpoint, component)
     state = {name: views[name] for name in wanted}  # in one order, so that shards come out equal
-    dtypes = None
+    dtypes = levels = None
     if target.dtype is not None:
         # The loader raises these to float32 anyway; rounding them here loses their bits.
-        float32 = () if target.round_all else module.FLOAT32_PARAMETERS
-        assert isinstance(float32, tuple)
-        dtypes = {n: target_dtype(n, t.dtype, target.dtype, float32) for n, t in state.items()}
+        float32, most = module.FLOAT32_PARAMETERS, getattr(torch, target.dtype)
+        float32 = () if target.round_all else float32
+        dtypes = {name: target_dtype(name, t.dtype, most, float32) for name, t in state.items()}
+    if component == "vae":
+        levels = VAELevels(module.config.is_residual, module.config.num_res_blocks)
     written = save_component(
         state,
         folder,
         component,
-        "diffusers" if target.layout == "diffusers" else "official",
-        vae_levels=vae_levels(values) if component == "vae" else None,
-        prefix=PREFIX if target.layout == "prefixed" else "",
+        "diffusers" if is_diffusers else "official",
+        vae_levels=levels,
+        prefix=PREFIX if is_prefixed else "",
         dtypes=dtypes,
-        max_shard_bytes=target.max_shard_bytes,
-        metadata=None if target.layout == "diffusers" else {CONFIG_METADATA: json.dumps(values)},
+        # A prefixed file is one file by definition.
+        max_shard_bytes=sys.maxsize if is_prefixed else int(target.shard_gb * 1e9),
+        metadata=None if is_diffusers else {CONFIG_METADATA: json.dumps(values)},
     )
     if (written_config := layout_config(component, target.layout, values, model_type)) is not None:
         write_json(folder / "config.json", written_config)
     count = sum(tensor.numel() for tensor in state.values())
-    files = ", ".join(path.name for path in written[:1])
     more = f" and {len(written) - 1} more" if len(written) > 1 else ""
     print(
         f"{component}: {names.layout.layout} -> {target.layout}, {len(state)} tensors, "
-        f"{short(count)} parameters -> {files}{more}"
+        f"{short(count)} parameters -> {written[0].name}{more}"
     )
     return values
 
@@ -211,11 +190,6 @@ def detect_component(checkpoint: Checkpoint) -> str:
             return component
     # The transformer's reason also names a model of another kind.
     raise WanError(f"{checkpoint.path}: {reasons[0]}")
-
-
-def vae_levels(config: Mapping[str, Any]) -> VAELevels:
-    vae = VAEConfig.from_json(dict(config))
-    return VAELevels(vae.is_residual, vae.num_res_blocks)
 
 
 def layout_config(
@@ -245,7 +219,7 @@ def is_official_release(source: Path) -> bool:
     return bool(set(EXPERT_FOLDERS.values()) & set(names)) or (transformer and others)
 
 
-def convert_release(source: Path, folder: Path, target: Target) -> None:
+def convert_release(source: Path, folder: Path, target: ConvertConfig) -> None:
     """Write every part of a release; what else it has follows if the layout has a place for it."""
     if target.layout == "prefixed":
         raise WanError("layout=prefixed holds a transformer alone: give that as source=")

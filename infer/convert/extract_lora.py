@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from configs.conversion import ConvertConfig
 from wan.errors import WanError
 from wan.files import write_json
 from wan.lora.extract import ExtractedLoRA, extract_lora
@@ -17,20 +18,10 @@ from wan.weights.checkpoint import Checkpoint, open_checkpoint
 from wan.weights.load import grouped
 
 
-def convert_lora(
-    source: Path,
-    base: Path,
-    output: Path,
-    rank: int,
-    *,
-    diffs: bool,
-    dtype: torch.dtype,
-    device: str,
-) -> None:
-    """Write the LoRA of source - base, and its losses layer by layer as JSON beside it.
-
-    Arguments as for `wan.lora.extract.extract_lora`.
-    """
+def convert_lora(config: ConvertConfig, source: Path, base: Path) -> None:
+    """Write the LoRA of source - base, and its losses layer by layer as JSON beside it."""
+    rank, output = config.rank, Path(config.output).expanduser()
+    assert rank is not None
     report = output.with_suffix(".json")
     if output.suffix != ".safetensors":
         raise WanError(f"output={output}: a LoRA is one file: {output}.safetensors")
@@ -40,9 +31,9 @@ def convert_lora(
         open_transformer("source", source),
         open_transformer("base", base),
         rank,
-        diffs=diffs,
-        dtype=dtype,
-        device=resolve_device(device),
+        diffs=config.diffs,
+        dtype=getattr(torch, config.dtype or "float32"),
+        device=resolve_device(config.device),
         on_progress=progress if sys.stderr.isatty() else None,
     )
     print(losses(lora))
