@@ -163,9 +163,12 @@ def main(config: BenchConfig) -> None:
     rows: list[Row] = []
 
     def keep(outcomes: list[Outcome]) -> None:
-        record = {"config": asdict(config), "environment": about}
-        record["parity"] = [asdict(row) for row in rows]
-        record["outcomes"] = [outcome.as_json() for outcome in outcomes]
+        record = {
+            "config": asdict(config),
+            "environment": about,
+            "parity": [asdict(row) for row in rows],
+            "outcomes": [outcome.as_json() for outcome in outcomes],
+        }
         write_json(folder / "bench.json", record)
 
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -150,7 +150,10 @@ def load_once(
     sides = Sides("load", folder, ("transformer",), BF16)
     before = reset_resident_peak()
     wall, cpu = time.perf_counter(), time.process_time()
-    with timed_phases() if with_phases else nullcontext({}) as phases:
+    watched: AbstractContextManager[dict[str, float]] = nullcontext({})
+    if with_phases:
+        watched = timed_phases()
+    with watched as phases:
         module = LOADERS[side](sides)
         touch(module)
     return {

@@ -152,8 +152,7 @@ def write_report(config: StudyConfig, rows: list[Row], folder: Path) -> str:
     text = f"{table}\n\n{notes}\n\n```\n{decision}\n```\n"
     (folder / REPORT).write_text(text, encoding="utf-8")
     # Ceilings, which take no steps, are horizontal lines.
-    steps = [None if row.plan is None else row.plan["steps"] for row in rows]
-    xs = [None if number is None else exactly(number) for number in steps]
-    ticks = sorted(set(steps) - {None})
+    xs = [None if row.plan is None else exactly(row.plan["steps"]) for row in rows]
+    ticks = sorted({row.plan["steps"] for row in rows if row.plan is not None})
     report.draw(folder / PICTURE, "steps", xs, len(COLUMNS), ticks)
     return f"{decision}\ntable and picture: {folder / REPORT}, {folder / PICTURE}"
