@@ -109,34 +109,38 @@ class AblateConfig(LoadingConfig, RunConfig):
     prompt: str | None = option(
         None, "what the videos show; any text, exactly as typed", check=check_prompt
     )
-    prompt_file: str | None = option(None, "several: one prompt a line")
+    prompt_file: str | None = option(None, "a file of several prompts, one a line")
     prompts: list[str] = option(
-        [], "of an experiment: where neither of the two is given", check=check_prompt
+        [], "from an experiment, used if neither of the two is given", check=check_prompt
     )
     seed: int = option(
-        0, "the first seed, of noise and, in the world, of captions", check=check_seed
+        0, "the first seed, of noise and, without prompts, of captions", check=check_seed
     )
     num_seeds: int = option(
-        1, "seeds seed, seed + 1, ..: each prompt gets a clip of each", at_least=1
+        1, "number of seeds: seed, seed + 1, ..; each prompt gets a clip of each", at_least=1
     )
-    num_captions: int = option(64, "of the world: captions per seed")
-    num_objects: int = option(1, "of the world: 1 or 2")
-    split: str = option("heldout", "of the world: heldout, train or any combinations")
-    batch_size: int = option(8, "of the world: clips at a time; changes no clip")
+    num_captions: int = option(64, "without prompts: captions per seed")
+    num_objects: int = option(1, "without prompts: objects per caption, 1 or 2")
+    split: str = option("heldout", "without prompts: heldout, train or any")
+    batch_size: int = option(8, "without prompts: clips at a time; changes no clip")
 
-    made_for: list[str] = option([], "of an experiment: the model presets it fits; empty: any")
-    models: dict[str, ModelConfig] = option({}, "several: name -> checkpoint, see ModelConfig")
+    made_for: list[str] = option([], "model presets that an experiment fits; empty: any")
+    models: dict[str, ModelConfig] = option(
+        {}, "several models: name -> checkpoint, see ModelConfig"
+    )
     grid: GridConfig = field(default_factory=GridConfig)
     variants: dict[str, AttentionConfig] = option({}, "name -> an attention with options")
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
-    guidance_scale_2: float | None = option(None, "of a second expert; for models with two")
+    guidance_scale_2: float | None = option(
+        None, "the same for the second expert of models with two"
+    )
     negative_prompt: str | None = option(None, "what videos should not show, where guided")
     max_sequence_length: int | None = option(None, "prompt tokens that are read")
     height: int | None = option(None, "pixels")
     width: int | None = option(None, "pixels")
     num_frames: int | None = option(None, "4k + 1")
-    fps: float | None = option(None, "of the videos that are written; none: 8", at_least=1)
+    fps: float | None = option(None, "frames per second of the written videos; none: 8", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

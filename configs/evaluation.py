@@ -95,7 +95,9 @@ class EvaluateConfig(LoadingConfig, RunConfig, CaptionSetConfig):
     num_frames: int = option(
         17, "4k + 1; at least 9, as in fewer frames a circle looks like a line", at_least=9
     )
-    fps: float | None = option(None, "of a preset; everything is measured per frame")
+    fps: float | None = option(
+        None, "of a preset, without effect: everything is measured per frame"
+    )
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     output: str | None = option(

@@ -171,15 +171,14 @@ def test_unchecked_loading_is_told_apart_by_a_damaged_value(tmp_path):
         bench_load.load_once(tmp_path, "ours")
 
 
-@pytest.mark.parametrize("profile", [False, True])
-def test_stages_of_a_tiny_model_run_alone(tmp_path, capsys, profile):
+def test_stages_of_a_tiny_model_run_alone_and_are_profiled(tmp_path, capsys):
     bench.main(
         BenchConfig(
             stages="tiny",
             compile=False,
             parity=False,
             repeats=2,
-            profile=profile,
+            profile=True,
             output_dir=str(tmp_path),
         )
     )
@@ -189,7 +188,7 @@ def test_stages_of_a_tiny_model_run_alone(tmp_path, capsys, profile):
     assert "TFLOP need" in text
     assert "missed" not in text
     profiles = [path.read_text() for path in sorted(tmp_path.glob("profile_*.txt"))]
-    assert len(profiles) == (3 if profile else 0)
+    assert len(profiles) == 3
     assert all("aten::" in text for text in profiles)
 
 

@@ -254,6 +254,7 @@ def test_quantised_weights_are_another_question_and_offloaded_ones_are_not(
     assert (distance < 1e-4) == same_clips, distance
     keys = [question_key(config, examples, weights_of(config)) for config in (plain, other)]
     assert (keys[0] == keys[1]) == same_key
+    assert question_key(plain, examples[1:], weights_of(plain)) != keys[0]
 
 
 def test_a_question_names_what_differs_from_loading_as_ever():

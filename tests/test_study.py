@@ -22,8 +22,7 @@ from configs.evaluation import (
 )
 from configs.schema import SamplerConfig
 from infer.evaluate import queue, report, store
-from infer.evaluate.measure import draw_examples
-from infer.evaluate.queue import LastPipeline, open_source, question_key, weights_of
+from infer.evaluate.queue import LastPipeline, open_source
 from infer.study import __main__ as study
 from infer.study.__main__ import LINE, main
 from infer.study.report import read_settings
@@ -231,25 +230,9 @@ def test_clips_are_of_the_weights_that_were_there_when_they_were_begun(
     assert made == [2, 2, 2, 4]
 
 
-def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path, made, monkeypatch):
-    write = store.write_record
-
-    def stop_at_the_second(file, *args, **more):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        write(file, *args, **more)
-
-    monkeypatch.setattr(store, "write_record", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        run(ceilings(tmp_path, only=["again"]))
-    monkeypatch.setattr(store, "write_record", write)
-    assert run(ceilings(tmp_path, only=["again"])) == 0
-    assert made == [3, 2, 2, 4]  # the second was not stored
-
-
 @pytest.mark.parametrize(("every", "kept"), [(0.0, 2), (300.0, 0)])
 def test_a_long_set_is_stored_while_it_is_made(tmp_path, made, monkeypatch, every, kept):
-    """Of the clips of whole captions, those of the last few minutes are lost."""
+    """An interruption loses the last few minutes of clips, and an unfinished caption's."""
     monkeypatch.setattr(store, "STORE_EVERY", every)
     evaluate = store.evaluate
 
@@ -449,23 +432,3 @@ def test_the_seconds_of_a_setting_are_without_its_warm_up(tmp_path, models, monk
     assert [count for count, _ in asked] == [0, 1]  # before the clips
     assert asked[0][1] > 0
     assert asked[1][1] == 0  # the same model, attention and size
-
-
-def test_other_weights_are_another_question(tmp_path, models):
-    copy = Path(shutil.copytree(models / "teacher", tmp_path / "model"))
-    config = ceilings(
-        tmp_path,
-        settings={"model": SettingConfig()},
-        match=MatchConfig("model", teacher="model", floor="model"),
-        checkpoint=str(copy),
-    )
-    question = config.evaluation("model", "single")
-    examples = draw_examples(question)
-    before = question_key(question, examples, weights_of(question))
-    assert question_key(question, examples, weights_of(question)) == before
-    assert question_key(question, examples[1:], weights_of(question)) != before
-    weights = next((copy / "transformer").glob("*.safetensors"))
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert question_key(question, examples, weights_of(question)) != before
