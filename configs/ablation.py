@@ -1,11 +1,11 @@
-"""The settings of the command that runs a grid: ablate."""
+"""The settings of `python -m infer.ablate`, which measures a grid of settings."""
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from omegaconf import MISSING
 
-from configs.evaluation import EvaluateConfig
+from configs.evaluation import EvaluateConfig, RunConfig, question_of
 from configs.schema import (
     LoadingConfig,
     Options,
@@ -33,7 +33,7 @@ class GridConfig(Options):
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Options):
     """One of several models that are compared."""
 
     checkpoint: str = option(MISSING, "a folder or a hub id")
@@ -42,12 +42,12 @@ class ModelConfig:
 
 
 @dataclass
-class ReferenceConfig:
+class ReferenceConfig(Options):
     """What clips are compared with: the same noise, exact attention, many steps.
 
-    It is loaded as they are but never quantised, so that the error of that is measured too.
-
-    None is what the preset says if it is the same model, and else what its folder says.
+    The reference is loaded as the clips' models are but never quantised, so that the error of
+    quantisation is measured too. None means the preset's value where the reference is the same
+    model, and otherwise the value of its folder.
     """
 
     checkpoint: str | None = option(None, "a folder or a hub id; none: each model its own")
@@ -83,8 +83,20 @@ class Setting:
         }
 
 
+def changed(
+    base: SamplerConfig, name: str | None, shift: float | None, steps: int | None
+) -> SamplerConfig:
+    """A sampler with those values that are given; a number of steps replaces listed timesteps."""
+    return SamplerConfig(
+        name or base.name,
+        base.steps if steps is None else steps,
+        base.timesteps if steps is None else None,
+        base.shift if shift is None else shift,
+    )
+
+
 @dataclass
-class AblateConfig(LoadingConfig):
+class AblateConfig(LoadingConfig, RunConfig):
     """`python -m infer.ablate`: every combination of some settings, each measured.
 
     Without a prompt, captions of the miniature's world are made and read by its detectors. With
@@ -97,41 +109,38 @@ class AblateConfig(LoadingConfig):
     prompt: str | None = option(
         None, "what the videos show; any text, exactly as typed", check=check_prompt
     )
-    prompt_file: str | None = option(None, "several: one prompt a line")
+    prompt_file: str | None = option(None, "a file of several prompts, one a line")
     prompts: list[str] = option(
-        [], "of an experiment: where neither of the two is given", check=check_prompt
+        [], "from an experiment, used if neither of the two is given", check=check_prompt
     )
     seed: int = option(
-        0, "the first seed, of noise and, in the world, of captions", check=check_seed
+        0, "the first seed, of noise and, without prompts, of captions", check=check_seed
     )
     num_seeds: int = option(
-        1, "seeds seed, seed + 1, ..: each prompt gets a clip of each", at_least=1
+        1, "number of seeds: seed, seed + 1, ..; each prompt gets a clip of each", at_least=1
     )
-    num_captions: int = option(64, "of the world: captions per seed")
-    num_objects: int = option(1, "of the world: 1 or 2")
-    split: str = option("heldout", "of the world: heldout, train or any combinations")
-    batch_size: int = option(8, "of the world: clips at a time; changes no clip")
+    num_captions: int = option(64, "without prompts: captions per seed")
+    num_objects: int = option(1, "without prompts: objects per caption, 1 or 2")
+    split: str = option("heldout", "without prompts: heldout, train or any")
+    batch_size: int = option(8, "without prompts: clips at a time; changes no clip")
 
-    made_for: list[str] = option([], "of an experiment: the model presets it fits; empty: any")
-    models: dict[str, ModelConfig] = field(
-        default_factory=dict, metadata={"help": "several: name -> checkpoint, see ModelConfig"}
+    made_for: list[str] = option([], "model presets that an experiment fits; empty: any")
+    models: dict[str, ModelConfig] = option(
+        {}, "several models: name -> checkpoint, see ModelConfig"
     )
     grid: GridConfig = field(default_factory=GridConfig)
-    variants: dict[str, AttentionConfig] = field(
-        default_factory=dict, metadata={"help": "name -> an attention with options"}
-    )
+    variants: dict[str, AttentionConfig] = option({}, "name -> an attention with options")
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt where the grid has none")
-    guidance_scale_2: float | None = option(None, "of a second expert; for models with two")
+    guidance_scale_2: float | None = option(
+        None, "the same for the second expert of models with two"
+    )
     negative_prompt: str | None = option(None, "what videos should not show, where guided")
-    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = option(None, "prompt tokens that are read")
     height: int | None = option(None, "pixels")
     width: int | None = option(None, "pixels")
     num_frames: int | None = option(None, "4k + 1")
-    fps: float | None = option(None, "of the videos that are written; none: 8", at_least=1)
+    fps: float | None = option(None, "frames per second of the written videos; none: 8", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +161,7 @@ class AblateConfig(LoadingConfig):
         return self.prompt is None and self.prompt_file is None and not self.prompts
 
     def unquantized(self) -> "AblateConfig":
-        """How references are loaded."""
+        """The settings by which references are loaded."""
         return replace(self, quantize="none")
 
     def check_world(self) -> None:
@@ -175,17 +184,13 @@ class AblateConfig(LoadingConfig):
         Raises:
             WanError: a value that no sampler or no attention can have.
         """
+        axes = [item.name for item in fields(GridConfig)]
         base = ModelConfig(self.checkpoint, self.allow_untrained)
         settings = []
         for model, one in (self.models or {"model": base}).items():
-            lists = [
-                getattr(one.grid, name) or getattr(self.grid, name) or default
-                for name, default in (
-                    *(("attention", ["sdpa"]), ("sampler", [None]), ("shift", [None])),
-                    *(("guidance_scale", [None]), ("steps", [None])),
-                )
-            ]
-            for name, sampler, shift, guidance, steps in itertools.product(*lists):
+            lists = [getattr(one.grid, n) or getattr(self.grid, n) or [None] for n in axes]
+            for attention, sampler, shift, guidance, steps in itertools.product(*lists):
+                name = attention or "sdpa"
                 settings.append(
                     Setting(
                         model,
@@ -193,7 +198,7 @@ class AblateConfig(LoadingConfig):
                         one.allow_untrained,
                         name,
                         self.variants.get(name) or AttentionConfig(name),
-                        self._sampler(sampler, shift, steps),
+                        changed(self.sampler, sampler, shift, steps),
                         self.guidance_scale if guidance is None else guidance,
                     )
                 )
@@ -203,60 +208,29 @@ class AblateConfig(LoadingConfig):
             raise WanError(f"the grid has {', '.join(twice)} twice: name each value once")
         return settings
 
-    def _sampler(self, name: str | None, shift: float | None, steps: int | None) -> SamplerConfig:
-        """The base's, with what the grid sets."""
-        base = self.sampler
-        return SamplerConfig(
-            name or base.name,
-            base.steps if steps is None else steps,
-            base.timesteps if steps is None else None,
-            base.shift if shift is None else shift,
-        )
-
     def reference_of(self, setting: Setting) -> Setting:
         """What the clips of a setting are compared with."""
         chosen = self.reference
         other = chosen.checkpoint is not None
         base = SamplerConfig() if other else self.sampler
-        few = base.timesteps if chosen.steps is None else None
         return Setting(
-            "reference" if other else setting.model,
-            chosen.checkpoint or setting.checkpoint,
-            False,
-            "sdpa",
-            AttentionConfig(),
-            SamplerConfig(
-                chosen.sampler or base.name,
-                base.steps if chosen.steps is None else chosen.steps,
-                few,
-                base.shift if chosen.shift is None else chosen.shift,
-            ),
-            chosen.guidance_scale or (None if other else self.guidance_scale),
+            model="reference" if other else setting.model,
+            checkpoint=chosen.checkpoint or setting.checkpoint,
+            allow_untrained=False,
+            attention_name="sdpa",
+            attention=AttentionConfig(),
+            sampler=changed(base, chosen.sampler, chosen.shift, chosen.steps),
+            guidance_scale=chosen.guidance_scale or (None if other else self.guidance_scale),
         )
 
     def evaluation(self, setting: Setting, seed: int = 0) -> EvaluateConfig:
-        """What `infer.evaluate` would be asked for one setting and seed."""
-        config = EvaluateConfig(
-            num_captions=self.num_captions,
-            num_objects=self.num_objects,
-            split=self.split,
-            seed=seed,
-            batch_size=self.batch_size,
-            checkpoint=setting.checkpoint,
-            revision=self.revision,
-            sampler=setting.sampler,
-            guidance_scale=setting.guidance_scale,
-            negative_prompt=self.negative_prompt if self.in_world else None,
-            allow_untrained=setting.allow_untrained,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-            dtype=self.dtype,
-            offload=self.offload,
-            quantize=self.quantize,
-            compile=self.compile,
-            attention=setting.attention,
-        )
-        if not self.in_world:  # only how the model is loaded and run is asked for
-            return config
-        sizes = {name: getattr(self, name) for name in ("height", "width", "num_frames")}
-        return replace(config, **{name: size for name, size in sizes.items() if size is not None})
+        """The evaluation of one setting and seed.
+
+        Outside the world, this only says how the model is loaded and run.
+        """
+        size = {name: getattr(self, name) for name in ("height", "width", "num_frames")}
+        default = {name: getattr(EvaluateConfig, name) for name in size}
+        if self.in_world:
+            default |= {name: value for name, value in size.items() if value is not None}
+        negative = self.negative_prompt if self.in_world else None
+        return question_of(self, setting, **default, seed=seed, negative_prompt=negative, fps=None)

@@ -1,41 +1,48 @@
-"""The settings of the command that writes other layouts and LoRA files: convert."""
+"""The settings of `python -m infer.convert`, which writes other layouts and LoRA files."""
 
 from dataclasses import dataclass
 
-from configs.schema import DTYPES, check_choice, check_positive, option
+from configs.schema import DTYPES, Options, option
 from wan.errors import WanError
 
 
 @dataclass
-class ConvertConfig:
-    """`infer.convert`."""
+class ConvertConfig(Options):
+    """`python -m infer.convert`."""
 
     source: str = option(
         "", "a component (file, index, folder), a whole release folder, mini or mini-teacher"
     )
-    output: str = option("", "a folder to make, not there or empty; of a LoRA a .safetensors file")
+    output: str = option("", "a folder to make, not there or empty; for a LoRA a .safetensors file")
     layout: str = option("", "diffusers, official or prefixed")
     base: str | None = option(None, "write a LoRA: the transformer that source was trained from")
-    rank: int | None = option(None, "of the LoRA's pairs")
+    rank: int | None = option(None, "rank of the LoRA's pairs")
     diffs: bool = option(False, "the LoRA also keeps changed biases, norms and tables, whole")
-    device: str = option("cpu", "where a LoRA is computed: cpu, or cuda for large models")
-    dtype: str | None = option(None, "float32 or bfloat16; none keeps every bit, of a LoRA float32")
+    device: str = option(
+        "cpu",
+        "where a LoRA is computed: cpu, or cuda for large models",
+        choices=("cpu", "cuda"),  # other devices know no float64
+    )
+    # float16 is no choice: weights beyond its range would become infinite.
+    dtype: str | None = option(
+        None, "float32 or bfloat16; none keeps every bit, for a LoRA float32", choices=DTYPES
+    )
     round_all: bool = option(False, "dtype= also for what models keep in float32: smaller files")
     config: str | None = option(None, "config.json of a component that has none beside it")
     shard_gb: float = option(
-        5.0, "largest weight file, in 10^9 bytes; layout=prefixed is always one"
+        5.0, "largest weight file, in 10^9 bytes; layout=prefixed is always one", above=0
     )
 
     def __post_init__(self) -> None:
-        check_positive("shard_gb", self.shard_gb)
-        if self.dtype is not None:
-            check_choice("dtype", self.dtype, DTYPES)
-        elif self.round_all:
+        super().__post_init__()
+        if self.round_all and self.dtype is None:
             raise WanError("round_all=true without dtype=: say what to round to")
-        check_choice("device", self.device, ("cpu", "cuda"))  # others know no float64
 
     def check_task(self) -> None:
-        """Not in `__post_init__`: literal paths are filled in after it."""
+        """Refuse missing options, and those of the other task.
+
+        This is not in `__post_init__`, because literal paths are filled in after it.
+        """
         needed = ("layout",) if self.base is None else ("rank",)
         for name in ("source", "output", *needed):
             if getattr(self, name) in (None, ""):

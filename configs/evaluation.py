@@ -1,7 +1,7 @@
 """The settings of the commands that measure: evaluate and study."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -19,9 +19,9 @@ from configs.schema import (
 from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
 
-
-def check_split(name: str, value: str) -> None:
-    check_choice(name, value, ("heldout", "train", "any"))
+SOURCES = ("model", "renders", "vae")
+SPLITS = ("heldout", "train", "any")
+CAPTION_SETS = ("single", "pair", "seeds")  # of a study: options of `StudyConfig`
 
 
 @dataclass
@@ -35,7 +35,7 @@ class CaptionSetConfig(Options):
         1, "clips of each; with several, their diversity is measured", at_least=1
     )
     split: str = option(
-        "heldout", "heldout (combinations never trained on), train or any", check=check_split
+        "heldout", "heldout (combinations never trained on), train or any", choices=SPLITS
     )
     num_objects: int | None = option(
         1, "1 or 2; null draws 1 for six scenes in ten", at_least=1, at_most=2
@@ -65,8 +65,17 @@ class CaptionSetConfig(Options):
 
 
 @dataclass
-class EvaluateConfig(LoadingConfig, CaptionSetConfig):
-    """`python -m infer.evaluate`: captions of the miniature's world in, how many came true out.
+class RunConfig(Options):
+    """How a model is run. None means as the preset or the model's own folder says."""
+
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
+    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
+
+
+@dataclass
+class EvaluateConfig(LoadingConfig, RunConfig, CaptionSetConfig):
+    """`python -m infer.evaluate`: how often clips of the miniature's world match their captions.
 
     What is None here and in the preset is taken from the checkpoint's own folder.
     """
@@ -74,28 +83,27 @@ class EvaluateConfig(LoadingConfig, CaptionSetConfig):
     source: str = option(
         "model",
         "model, or a ceiling: renders (the truth itself), vae (the truth through the autoencoder)",
-        choices=("model", "renders", "vae"),
+        choices=SOURCES,
     )
     batch_size: int = option(16, "clips at a time; changes no clip", at_least=1)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
     negative_prompt: str | None = option(None, "what videos should not show; needs guidance")
-    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = option(
         None, "text tokens that are read, padding included", at_least=1
     )
     height: int = option(128, "pixels; the world is square", at_least=64)
     width: int = option(128, "pixels")
     num_frames: int = option(
-        17, "4k + 1; at least 9, so that a circle can be told from a line", at_least=9
+        17, "4k + 1; at least 9, as in fewer frames a circle looks like a line", at_least=9
     )
-    fps: float | None = option(None, "of a preset; everything is measured per frame")
+    fps: float | None = option(
+        None, "of a preset, without effect: everything is measured per frame"
+    )
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     output: str | None = option(
         None, "also write every clip's numbers to this JSON file, and features beside"
     )
-    sheet: str | None = option(None, "also write a PNG of clips that are not what was asked for")
+    sheet: str | None = option(None, "also write a PNG with frames of clips that do not match")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,33 +122,39 @@ class EvaluateConfig(LoadingConfig, CaptionSetConfig):
 
 
 def loading_key(config: Any) -> dict[str, str]:
-    """What a clip depends on of how its model is loaded; nothing by default, as keys always were.
+    """The loading options that a stored clip depends on; the default ones are left out.
 
     `offload` changes no number, on a CPU its rounding at most. `compile` changes rounding only; it
-    is in for the seconds that are stored with a clip.
+    is included because seconds are stored with a clip.
     """
     chosen = {name: getattr(config, name) for name in ("quantize", "compile")}
     return {name: value for name, value in chosen.items() if value != "none"}
 
 
-@dataclass
-class SettingConfig(Options):
-    """One row of a study: a model and how it is run. None means as the model's folder says."""
+def question_of(*groups: Any, **own: Any) -> EvaluateConfig:
+    """The evaluation with those options that the groups have; later groups and `own` win."""
+    names = {item.name for item in fields(EvaluateConfig)}
+    values: dict[str, Any] = {}
+    for group in groups:
+        values |= {name: value for name, value in vars(group).items() if name in names}
+    return EvaluateConfig(**values | own)
 
-    source: str = option("model", "model, or a ceiling: renders, vae")
+
+@dataclass
+class SettingConfig(RunConfig):
+    """One setting of a study: a model and how it is run."""
+
+    source: str = option("model", "model, or a ceiling: renders, vae", choices=SOURCES)
     checkpoint: str | None = option(None, "a folder or a hub id; none: the study's own")
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance")
-    allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     share: float = option(
-        1.0, "of every caption set that is made: the first so many captions", above=0, at_most=1
+        1.0, "part of every caption set that is made: the first so many", above=0, at_most=1
     )
     line: str | None = option(None, "settings of one line are joined in the picture")
 
 
 @dataclass
-class MatchConfig:
+class MatchConfig(Options):
     """Names of the settings that the match rule compares."""
 
     student: str = option(MISSING, "the few-step model")
@@ -161,18 +175,20 @@ class MatchConfig:
         return [*self.students, self.teacher, self.floor, *baseline]
 
 
+def check_folder_name(name: str) -> None:
+    """Names of settings become folders."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise WanError(f"setting {name!r}: letters, digits and _ . - only")
+
+
 @dataclass
 class StudyConfig(LoadingConfig):
     """`python -m infer.study`: several settings on the same captions, and one report of them."""
 
     output_dir: str = option("runs/study", "results of settings, the table and the picture")
     report_only: bool = option(False, "make no clips, only the report of what is stored")
-    only: list[str] | None = field(
-        default=None, metadata={"help": "names of settings to run; the others are left as stored"}
-    )
-    settings: dict[str, SettingConfig] = field(
-        default_factory=dict, metadata={"help": "name -> what to run, see SettingConfig"}
-    )
+    only: list[str] | None = option(None, "names of settings to run; the others are left as stored")
+    settings: dict[str, SettingConfig] = option({}, "name -> what to run, see SettingConfig")
     match: MatchConfig = field(default_factory=MatchConfig)
     single: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     pair: CaptionSetConfig = field(default_factory=CaptionSetConfig)
@@ -183,37 +199,20 @@ class StudyConfig(LoadingConfig):
         super().__post_init__()
         if not self.settings:
             raise WanError("settings= is empty: a study needs at least one setting")
-        for name in self.settings:  # names become folders
-            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-                raise WanError(f"setting {name!r}: letters, digits and _ . - only")
+        for name in self.settings:
+            check_folder_name(name)
             for captions in CAPTION_SETS:
                 self.evaluation(name, captions)
         for name in [*(self.only or ()), *self.match.names]:
             check_choice("settings named", name, tuple(self.settings))
 
     def evaluation(self, name: str, captions: str) -> EvaluateConfig:
-        """What `infer.evaluate` would be asked for one setting on one of `CAPTION_SETS`."""
+        """The evaluation of one setting on one of `CAPTION_SETS`."""
         setting, chosen = self.settings[name], getattr(self, captions)
-        return EvaluateConfig(
-            source=setting.source,
+        own_model = setting.checkpoint is not None
+        return question_of(
+            *(self, chosen, setting),
             num_captions=max(2, round(setting.share * chosen.num_captions)),
-            seeds_per_caption=chosen.seeds_per_caption,
-            num_objects=chosen.num_objects,
-            split=chosen.split,
-            omit=chosen.omit,
-            seed=chosen.seed,
-            batch_size=self.batch_size,
-            checkpoint=setting.checkpoint or self.checkpoint,
-            sampler=setting.sampler,
-            guidance_scale=setting.guidance_scale,
-            allow_untrained=setting.allow_untrained,
-            attention=setting.attention,
-            device=self.device,
-            dtype=self.dtype,
-            offload=self.offload,
-            quantize=self.quantize,
-            compile=self.compile,
+            checkpoint=setting.checkpoint if own_model else self.checkpoint,
+            revision=None if own_model else self.revision,
         )
-
-
-CAPTION_SETS = ("single", "pair", "seeds")

@@ -1,13 +1,13 @@
-"""The settings of the command that compares with diffusers: parity."""
+"""The settings of `python -m infer.parity`, which compares with diffusers and transformers."""
 
 from dataclasses import dataclass
 
-from configs.schema import DTYPES, check_at_least, check_choice, check_seed, option
+from configs.schema import DTYPES, Options, check_seed, option
 from wan.errors import WanError
 
 
 @dataclass
-class ParityConfig:
+class ParityConfig(Options):
     """`python -m infer.parity`."""
 
     checkpoint: str = option(
@@ -16,14 +16,14 @@ class ParityConfig:
     revision: str | None = option(None, "hub commit, branch or tag")
     full_block: bool = option(False, "one full-width block of TI2V-5B instead")
     dtype: str = option(
-        "float32", "float32, or bfloat16: who is nearer to float32, we or the reference?"
+        "float32",
+        "float32, or bfloat16: who is nearer to float32, we or the reference?",
+        choices=DTYPES,
     )
-    steps: int = option(6, "of the sampling runs")
-    seed: int = option(0, "of the random inputs")
+    steps: int = option(6, "steps of the sampling runs", at_least=1)
+    seed: int = option(0, "seed of the random inputs", check=check_seed)
 
     def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, DTYPES)
-        check_at_least("steps", self.steps, 1)
-        check_seed("seed", self.seed)
+        super().__post_init__()
         if self.full_block and self.checkpoint != "random":
             raise WanError("full_block= has random weights: leave checkpoint= out")

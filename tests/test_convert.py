@@ -14,14 +14,15 @@ from configs.cli import CommandLine, execute
 from configs.conversion import ConvertConfig
 from infer.convert.__main__ import main
 from infer.convert.releases import VAE_CONFIGS, config_of_shapes, official_transformer_config
+from infer.parity.models import write_part
 from wan.errors import WanError
+from wan.files import write_json
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import read_pipeline_config
 from wan.weights.checkpoint import open_checkpoint
-from wan.weights.keys import VAELevels
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import write_tensors
 from wan.weights.save import save_component
@@ -69,31 +70,21 @@ def random_state(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def write_config(folder: Path, values: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(values))
-
-
-def save_transformer(folder: Path, seed: int = 0, **options) -> dict[str, Tensor]:
+def save_transformer(folder: Path, seed: int = 0) -> dict[str, Tensor]:
     state = random_state(WanDiT(DIT), seed)
-    save_component(state, folder, "transformer", max_shard_bytes=30_000, **options)
-    write_config(folder, DIT.to_json())
+    write_part(state, DIT, folder, "transformer", max_shard_bytes=30_000)
     return state
 
 
 def save_vae(folder: Path, generation: str) -> dict[str, Tensor]:
-    config = VAES[generation]
-    state = random_state(WanVAE(config))
-    levels = VAELevels(config.is_residual, config.num_res_blocks)
-    save_component(state, folder, "vae", vae_levels=levels)
-    write_config(folder, config.to_json())
+    state = random_state(WanVAE(VAES[generation]))
+    write_part(state, VAES[generation], folder, "vae")
     return state
 
 
 def save_encoder(folder: Path) -> dict[str, Tensor]:
     state = random_state(UMT5Encoder(ENCODER))
-    save_component(state, folder, "text_encoder")
-    write_config(folder, ENCODER.to_json())
+    write_part(state, ENCODER, folder, "text_encoder")
     return state
 
 
@@ -333,7 +324,7 @@ def test_bad_requests_end_in_one_line_and_leave_nothing(
     save_vae(Path("vae"), "2.2")
     save_component(state, "bare", "transformer")
     save_component({n: t for n, t in state.items() if "ffn" not in n}, "short", "transformer")
-    write_config(Path("short"), DIT.to_json())
+    write_json(Path("short/config.json"), DIT.to_json())
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")
     Path("file").write_text("mine")

@@ -49,15 +49,15 @@ def test_captions_are_held_out_fixed_and_do_not_depend_on_their_number():
     assert all(example.scene.objects[0].triple in HELD_OUT for example in many)
     assert draw_examples(settings("num_captions=5", "seed=1")) != few
     for example in draw_examples(settings("num_captions=5", "split=train", "num_objects=2")):
-        assert len(example.said.objects) == 2
+        assert len(example.caption.objects) == 2
         assert not {one.triple for one in example.scene.objects} & HELD_OUT
 
 
 def test_every_attribute_is_stated_unless_omission_is_asked_for():
     full = draw_examples(settings("num_captions=30"))
-    assert all(None not in vars(example.said.objects[0]).values() for example in full)
+    assert all(None not in vars(example.caption.objects[0]).values() for example in full)
     sparse = draw_examples(settings("num_captions=30", "omit=1"))
-    assert all(example.said.objects[0].motion is None for example in sparse)
+    assert all(example.caption.objects[0].motion is None for example in sparse)
 
 
 def test_the_truth_scores_full_marks_and_a_shifted_truth_does_not():
@@ -114,9 +114,9 @@ def test_the_truth_is_as_diverse_as_the_truth_and_one_clip_for_all_seeds_is_not(
         *("source=renders", "num_captions=2", "seeds_per_caption=4", "omit=1", "split=train")
     )
     examples = draw_examples(config)
-    assert [example.caption for example in examples] == [0] * 4 + [1] * 4
+    assert [example.number for example in examples] == [0] * 4 + [1] * 4
     assert [example.seed for example in examples] == list(range(8))
-    assert len({example.said for example in examples}) == 2
+    assert len({example.caption for example in examples}) == 2
     assert len({example.scene for example in examples}) == 8
     true = render_truth(config)
     summary = summarise([result for result, _ in evaluate(examples, true, 4)])
@@ -232,7 +232,7 @@ def test_a_model_gets_every_caption_with_its_own_seed(model):
     assert videos.max() <= 1
     assert torch.equal(make(examples[1:2]), videos[1:2])
     assert not torch.equal(make([replace(examples[1], seed=9)]), videos[1:2])
-    assert not torch.equal(make([replace(examples[1], said=examples[0].said)]), videos[1:2])
+    assert not torch.equal(make([replace(examples[1], caption=examples[0].caption)]), videos[1:2])
 
 
 @pytest.mark.parametrize(
@@ -254,6 +254,7 @@ def test_quantised_weights_are_another_question_and_offloaded_ones_are_not(
     assert (distance < 1e-4) == same_clips, distance
     keys = [question_key(config, examples, weights_of(config)) for config in (plain, other)]
     assert (keys[0] == keys[1]) == same_key
+    assert question_key(plain, examples[1:], weights_of(plain)) != keys[0]
 
 
 def test_a_question_names_what_differs_from_loading_as_ever():
@@ -294,8 +295,8 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
     [
         ("source=groundtruth", "model, renders, vae"),
         ("split=test", "heldout, train, any"),
-        ("num_objects=3", "1 or 2"),
-        ("omit=2", "from 0 to 1"),
+        ("num_objects=3", r"num_objects=3: must lie in \[1, 2\]"),
+        ("omit=2.0", r"omit=2.0: must lie in \[0, 1\]"),
         ("height=96", "square"),
         ("num_frames=5", "at least 9"),
         ("num_captions=0", "at least 1"),

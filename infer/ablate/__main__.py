@@ -6,11 +6,11 @@
     python -m infer.ablate model=mini-teacher attention=[sdpa,spatial] steps=[4,20]
     python -m infer.ablate model=wan22_ti2v_5b prompt="a fox runs" num_seeds=4 steps=[4,10,20]
 
-Without a prompt, captions of the miniature's world are made and its detectors say whether clips
-show them. With prompts, clips of any model are compared with its exact many-step result on the same
-noise: that says how near a setting comes to it, and not which of the two is the better video.
+Without a prompt, clips of captions of the miniature's world are made, and its detectors read
+whether they match. With prompts, clips of any model are compared with its exact many-step result on
+the same noise: that measures how near a setting comes to it, and not which video is better.
 
-What is stored for the same settings and weights is not made again, so an interrupted run goes on
+Stored clips of the same settings and weights are not made again, so an interrupted run goes on
 where it stopped. What fails is named at the end, with exit code 1; the rest is still made.
 """
 
@@ -24,31 +24,28 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.ablation import AblateConfig, Setting
 from configs.cli import Run, run_jobs
 from configs.command_line import CommandLine, Shortcut
 from configs.evaluation import loading_key
 from infer.ablate.report import Cell, write_report
-from infer.evaluate.measure import Result, draw_examples, evaluate, write_record
+from infer.evaluate.measure import draw_examples
 from infer.evaluate.queue import (
+    FORMAT,
     LastPipeline,
-    is_stored,
-    open_source,
+    conclude,
     plan_record,
     question_key,
-    report_failed,
     result_key,
     run_each,
-    warm_up,
     weight_digests,
     weights_of,
 )
 from infer.evaluate.sources import folder_of, sampling
+from infer.evaluate.store import StoredClips, machine
 from infer.evaluate.video_distance import flicker, psnr, ssim
 from infer.sample.record import writable_folder
-from infer.sample.request import torch_dtype
 from wan.errors import WanError
 from wan.files import read_text, write_json
 from wan.media.video import to_uint8, write_video
@@ -73,52 +70,33 @@ class Runner:
     """What all cells share."""
 
     config: AblateConfig
-    folder: Path
     models: LastPipeline
 
 
-# --- captions of the world ------------------------------------------------------------------------
+def write_clip(runner: Runner, cell: Cell, video: Tensor) -> None:
+    """Write the clip (3, F, H, W) to look at; black where there is no number."""
+    pixels = to_uint8(video.nan_to_num(-1))
+    write_video(cell.file.with_suffix(".mp4"), pixels, runner.config.fps or 8)
 
 
 def make_captions(runner: Runner, cell: Cell) -> None:
-    """Make and read the clips of one setting and seed."""
-    question = runner.config.evaluation(cell.setting, cell.seed)
-    examples = draw_examples(question)
-    source, plan = open_source(question, runner.models)
-    warmup_seconds = warm_up(question, examples[0], runner.models)
-    results: list[Result] = []
-    clips = evaluate(examples, source, question.batch_size)
-    for result, video in tqdm(clips, cell.name, len(examples), unit="clip", disable=None):
-        if not results:
-            write_clip(runner, cell.file.with_suffix(".mp4"), video.nan_to_num(-1))
-        results.append(result)
-    write_record(cell.file, results, **about(runner, cell, plan, warmup_seconds))
+    """Make and read the clips of one setting and seed: captions of the world."""
+    assert cell.clips is not None
+    cell.clips.make_missing(runner.models, on_first=partial(write_clip, runner, cell))
 
 
 # --- any prompts ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Clip:
-    """One clip and how it was made.
+def make_video(
+    runner: Runner, setting: Setting, seed: int, prompt: str
+) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+    """Make a clip with the model warmed up.
 
-    Attributes:
-        video: (3, F, H, W) in [-1, 1].
-        warmup_seconds: see `LastPipeline.warm_up`; in none of the others.
-        seconds, cpu_seconds: of all stages together; the second is of all threads.
-        stages: seconds of each, as in `WanPipeline.last_timings`.
+    Returns:
+        The video (3, F, H, W) in [-1, 1]; how the model made it; and its seconds, warm-up excluded:
+        of each stage as in `WanPipeline.last_timings`, and of all together.
     """
-
-    video: Tensor
-    plan: dict[str, Any]
-    warmup_seconds: float
-    seconds: float
-    cpu_seconds: float
-    stages: dict[str, float]
-
-
-def make_video(runner: Runner, setting: Setting, seed: int, prompt: str) -> Clip:
-    """Make a clip with the model warmed up."""
     config = runner.config
     question = config.evaluation(setting)
     pipeline = runner.models.get(question)
@@ -130,68 +108,58 @@ def make_video(runner: Runner, setting: Setting, seed: int, prompt: str) -> Clip
     warmup_seconds = runner.models.warm_up(question, prompt, **call)
     started, cpu_started = time.perf_counter(), time.process_time()
     made = pipeline(prompt, seed=seed, output_type="pt", **call, **options)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    wall, cpu = time.perf_counter() - started, time.process_time() - cpu_started
     assert isinstance(made, WanPipelineOutput)
     video = made.frames[0].transpose(0, 1) * 2 - 1
     frames, height, width = video.shape[1:]
     record = plan_record(pipeline, plan, height, width, frames)
-    return Clip(video, record, warmup_seconds, seconds, cpu_seconds, dict(pipeline.last_timings))
+    stages = dict(pipeline.last_timings)
+    # A prompt is encoded once for all cells: its time is not in "seconds".
+    seconds: dict[str, Any] = {"seconds": stages["denoise"] + stages["decode"], "stages": stages}
+    seconds |= {"seconds_in_all": wall, "cpu_seconds_in_all": cpu}
+    return video, {"plan": record, "warmup_seconds": warmup_seconds, **machine(config)}, seconds
 
 
-def make_reference(runner: Runner, cell: Cell, file: Path) -> None:
-    """What cells are compared with, as 8-bit frames (F, H, W, 3)."""
+def make_reference(runner: Runner, cell: Cell) -> None:
+    """Write what cells are compared with, as 8-bit frames (F, H, W, 3)."""
     assert cell.prompt is not None
+    assert cell.reference is not None
     setting = runner.config.reference_of(cell.setting)
     exact = replace(runner, config=runner.config.unquantized())
     try:
-        video = make_video(exact, setting, cell.seed, cell.prompt).video
+        video, _, _ = make_video(exact, setting, cell.seed, cell.prompt)
     except WanError as error:
         raise WanError(
             f"the reference: {error}; reference.checkpoint= names another model to compare with, "
             "reference.steps=null takes the model's own steps"
         ) from error
-    frames = torch.from_numpy(to_uint8(video))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, {"frames": frames})
+    cell.reference.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(cell.reference, {"frames": torch.from_numpy(to_uint8(video))})
 
 
-def make_compared(runner: Runner, cell: Cell, reference: Path) -> None:
+def make_compared(runner: Runner, cell: Cell) -> None:
     """Make one clip and compare it with its reference, both as 8-bit frames."""
     assert cell.prompt is not None
-    if not reference.is_file():
+    assert cell.reference is not None
+    if not cell.reference.is_file():
         raise WanError("nothing to compare with: the reference failed, see above")
-    made = make_video(runner, cell.setting, cell.seed, cell.prompt)
-    frames = to_uint8(made.video)
-    ours, exact = (
-        pixels.permute(3, 0, 1, 2) / 255
-        for pixels in (torch.from_numpy(frames), load_file(reference)["frames"])
-    )
+    video, how, seconds = make_video(runner, cell.setting, cell.seed, cell.prompt)
+    frames = (torch.from_numpy(to_uint8(video)), load_file(cell.reference)["frames"])
+    ours, exact = (pixels.permute(3, 0, 1, 2) / 255 for pixels in frames)
     measures = {
         "psnr": min(psnr(ours, exact), MAX_PSNR),
         "ssim": ssim(ours, exact),
         "flicker": flicker(ours),
         "reference_flicker": flicker(exact),
     }
-    write_clip(runner, cell.file.with_suffix(".mp4"), made.video)
-    stages = made.stages
-    clip = {
-        "prompt": cell.prompt,
-        "seed": cell.seed,
-        "measures": measures,
-        "seconds": stages["denoise"] + stages["decode"],  # a prompt is encoded once for all cells
-        "seconds_in_all": made.seconds,
-        "cpu_seconds_in_all": made.cpu_seconds,
-        "stages": stages,
-    }
-    write_json(cell.file, {**about(runner, cell, made.plan, made.warmup_seconds), "clips": [clip]})
+    write_clip(runner, cell, video)
+    clip = {"prompt": cell.prompt, "seed": cell.seed, "measures": measures, **seconds}
+    write_json(
+        cell.file, {"key": cell.key, "setting": asdict(cell.setting), **how, "clips": [clip]}
+    )
 
 
-def reference_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
-    """The key of what a clip is compared with."""
-    return clip_key(config.unquantized(), config.reference_of(setting), seed, prompt)
-
-
-def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | None) -> str:
+def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str) -> str:
     """The key of one clip: all that its pixels depend on."""
     how = asdict(setting) | loading_key(config)
     for label in ("model", "attention_name"):
@@ -199,37 +167,15 @@ def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str | No
     names = ("guidance_scale_2", "negative_prompt", "max_sequence_length", "height", "width")
     rest = [getattr(config, name) for name in (*names, "num_frames")]
     weights = weight_digests(folder_of(config.evaluation(setting)))
-    return result_key([how, rest, made_on(config), seed, prompt, weights])
+    return result_key([FORMAT, how, rest, made_on(config), seed, prompt, weights])
 
 
 def made_on(config: AblateConfig) -> list[str]:
     """The kind of device and the dtype, where the settings may say "auto"."""
-    device = resolve_device(config.device)
-    return [device.type, str(torch_dtype(config.dtype, device))]
+    return [resolve_device(config.device).type, machine(config)["dtype"]]
 
 
 # --- the grid -------------------------------------------------------------------------------------
-
-
-def about(
-    runner: Runner, cell: Cell, plan: dict[str, Any] | None, warmup_seconds: float
-) -> dict[str, Any]:
-    """The head of a record."""
-    device = resolve_device(runner.config.device)
-    return {
-        "key": cell.key,
-        "setting": asdict(cell.setting),
-        "seed": cell.seed,
-        "plan": plan,
-        "warmup_seconds": warmup_seconds,
-        "device": str(device),
-        "dtype": str(torch_dtype(runner.config.dtype, device)),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def write_clip(runner: Runner, file: Path, video: Tensor) -> None:
-    write_video(file, to_uint8(video), runner.config.fps or 8)
 
 
 def read_prompts(config: AblateConfig) -> list[str | None]:
@@ -248,54 +194,71 @@ def read_prompts(config: AblateConfig) -> list[str | None]:
     return prompts
 
 
+def make_cell(
+    config: AblateConfig,
+    folder: Path,
+    name: str,
+    setting: Setting,
+    seed: int,
+    number: int,
+    prompt: str | None,
+) -> Cell:
+    """A cell with its key, which tells what is stored of it.
+
+    Raises:
+        WanError: the model is not there.
+    """
+    reference = clips = None
+    if prompt is None:
+        question = config.evaluation(setting, seed)
+        one, weights = replace(question, num_captions=1), weights_of(question)
+        # Without the number of captions: where that grows, clips are added to the same file.
+        key = result_key([question_key(one, draw_examples(one), weights), made_on(config)])
+    else:
+        exact = clip_key(config.unquantized(), config.reference_of(setting), seed, prompt)
+        key = result_key([clip_key(config, setting, seed, prompt), exact])
+        reference = folder / "references" / f"{exact[:16]}.safetensors"
+    file = folder / "cells" / f"{key[:16]}.json"
+    if prompt is None:
+        about = {"setting": asdict(setting), "seed": seed}
+        clips = StoredClips(name, question, file, weights, about)
+    return Cell(name, setting, seed, prompt, number, key, file, reference, clips)
+
+
 def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str]]:
     """All cells, and the names of those whose model is not there."""
     cells: list[Cell] = []
     prompts = read_prompts(config)
-
-    def add(setting: Setting, name: str, seed: int, number: int, prompt: str | None) -> None:
-        if prompt is None:
-            question = config.evaluation(setting, seed)
-            asked = question_key(question, draw_examples(question), weights_of(question))
-            key = result_key([asked, made_on(config)])
-        else:
-            of_clip = (config, setting, seed, prompt)
-            key = result_key([clip_key(*of_clip), reference_key(*of_clip)])
-        cells.append(Cell(setting, seed, prompt, number, name, key, folder / "cells"))
-
     entries = {}
     for setting in config.settings():
         for number, prompt in enumerate(prompts):
             for seed in config.seeds:
-                where = f", prompt {number + 1}" if len(prompts) > 1 else ""
-                name = f"{', '.join(setting.axes().values())}{where}, seed {seed}"
-                entries[name] = partial(add, setting, name, seed, number, prompt)
+                which = f", prompt {number + 1}" if len(prompts) > 1 else ""
+                name = f"{', '.join(setting.axes().values())}{which}, seed {seed}"
+                make = partial(make_cell, config, folder, name, setting, seed, number, prompt)
+                entries[name] = lambda make=make: cells.append(make())
     return cells, run_each(entries)
 
 
 def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str]:
     """Make what is not stored yet; the names of the cells that failed."""
     (folder / "cells").mkdir(exist_ok=True)
-    runner = Runner(config, folder, LastPipeline())
-    missing = [cell for cell in cells if not is_stored(cell.file, cell.key)]
+    runner = Runner(config, LastPipeline())
+    missing = [cell for cell in cells if not cell.is_stored]
     if missing:
         print(f"{len(missing)} of {len(cells)} cells to make", file=sys.stderr)
-    if config.in_world:
-        return run_each({cell.name: partial(make_captions, runner, cell) for cell in missing})
-    files = {}
+    references: dict[Path, Cell] = {}  # each with the first cell that needs it
     for cell in missing:
-        key = reference_key(config, cell.setting, cell.seed, cell.prompt)
-        files[cell.name] = folder / "references" / f"{key[:16]}.safetensors"
-    first = {files[cell.name]: cell for cell in reversed(missing) if not files[cell.name].is_file()}
+        if cell.reference is not None and not cell.reference.is_file():
+            references.setdefault(cell.reference, cell)
     run_each(
         {
-            f"the reference of {cell.name}": partial(make_reference, runner, cell, file)
-            for file, cell in reversed(first.items())
+            f"the reference of {cell.name}": partial(make_reference, runner, cell)
+            for cell in references.values()
         }
     )
-    return run_each(
-        {cell.name: partial(make_compared, runner, cell, files[cell.name]) for cell in missing}
-    )
+    make = make_captions if config.in_world else make_compared
+    return run_each({cell.name: partial(make, runner, cell) for cell in missing})
 
 
 def check_models(run: Run[AblateConfig]) -> None:
@@ -329,13 +292,9 @@ def main(run: Run[AblateConfig]) -> int:
     cells, failed = list_cells(config, folder)
     if not config.report_only:
         failed += run_cells(config, folder, cells)
-    stored = [cell for cell in cells if is_stored(cell.file, cell.key)]
-    if stored:
-        print(write_report(config, stored, failed, folder))
-    else:
-        print(f"{folder}: no stored results to report", file=sys.stderr)
-    report_failed(failed, "cells")
-    return 1 if failed or not stored else 0
+    stored = [cell for cell in cells if cell.is_stored]
+    report = write_report(config, stored, failed, folder) if stored else None
+    return conclude(report, failed, "cells", folder)
 
 
 if __name__ == "__main__":

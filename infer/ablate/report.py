@@ -3,31 +3,28 @@
 import csv
 import io
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from configs.ablation import AblateConfig, Setting
+from infer.evaluate.queue import is_stored
 from infer.evaluate.report import (
     INTERVALS,
     Column,
-    Point,
-    draw_panels,
-    markdown_table,
+    Report,
+    Row,
+    mean_of,
     numbers,
-    share,
+    ratio_of,
+    share_of,
     taken_on,
 )
+from infer.evaluate.store import StoredClips, cut
 from infer.evaluate.video_grid import video_grid
-from infer.sample.request import torch_dtype
-from wan.files import write_json
+from wan.files import read_json, write_json, write_text
 from wan.media.video import read_video, write_video
-from wan.miniature.statistics import Estimate, mean, ratio
 
 WORLD_NOTE = (
     "Clips of captions of the miniature's world, read by its detectors. Text adherence: everything "
@@ -45,110 +42,87 @@ REFERENCE_NOTE = (
     "calmer or more static; it does not tell these apart. None of them reads the prompt."
 )
 
+SECONDS = Column("seconds per clip", ".2f", mean_of("seconds"))
+WORLD = (
+    Column("text adherence", ".1%", share_of("joint")),
+    Column("motion ratio", ".3f", mean_of("motion_ratio")),
+    Column("residual, px", ".2f", mean_of("residual")),
+    Column("permanence", ".1%", mean_of("permanence")),
+    SECONDS,
+)
+REFERENCE = (
+    Column("PSNR, dB", ".2f", mean_of("psnr")),
+    Column("SSIM", ".4f", mean_of("ssim")),
+    Column("flicker / reference's", ".3f", ratio_of("flicker", "reference_flicker")),
+    SECONDS,
+)
+
 
 @dataclass(frozen=True)
 class Cell:
     """A setting with one seed, and with one prompt or the captions of the world.
 
     Attributes:
-        number: of the prompt.
-        name: how to speak of it.
-        key: sha256 of all that its result depends on.
+        name: names the cell in messages.
+        number: the prompt's, from 0.
+        key: sha256 of all that its result depends on, but for the number of captions.
+        file: the record; a clip to look at lies beside it as .mp4.
+        reference: the clip that a prompt's clip is compared with.
+        clips: those of the world's captions.
     """
 
+    name: str
     setting: Setting
     seed: int
     prompt: str | None
     number: int
-    name: str
     key: str
-    folder: Path
+    file: Path
+    reference: Path | None = None
+    clips: StoredClips | None = None
 
     @property
-    def file(self) -> Path:
-        """The record; the clip to look at lies beside it as .mp4."""
-        return self.folder / f"{self.key[:16]}.json"
+    def is_stored(self) -> bool:
+        if self.clips is None:
+            return is_stored(self.file, self.key)
+        return self.clips.is_complete(self.clips.read())
+
+    def record(self) -> dict[str, Any]:
+        record = read_json(self.file)
+        return record if self.clips is None else cut(record, self.clips.question)
 
 
-@dataclass(frozen=True)
-class Row:
-    """The results of one setting.
-
-    Attributes:
-        label: what tells it from the others.
-        line: the same without the number of steps.
-        machines: what its clips were made on.
-        values: measure -> one number per clip (N,), NaN where there is none.
-    """
-
-    setting: Setting
-    label: str
-    line: str
-    plan: dict[str, Any]
-    machines: list[str]
-    values: dict[str, Tensor]
-
-    @property
-    def num_clips(self) -> int:
-        return len(self.values["seconds"])
-
-
-def _share(row: Row, name: str) -> Estimate:
-    return share(row.values[name])
-
-
-def _mean(row: Row, name: str) -> Estimate:
-    return mean(row.values[name])
-
-
-def _flicker(row: Row, _: str) -> Estimate:
-    return ratio(row.values["flicker"], row.values["reference_flicker"])
-
-
-SECONDS = Column(heading="seconds per clip", written=".2f", compute=_mean, name="seconds")
-WORLD: tuple[Column[Row], ...] = (
-    Column("text adherence", ".1%", _share, "joint"),
-    Column("motion ratio", ".3f", _mean, "motion_ratio"),
-    Column("residual, px", ".2f", _mean, "residual"),
-    Column("permanence", ".1%", _mean, "permanence"),
-)
-REFERENCE: tuple[Column[Row], ...] = (
-    Column("PSNR, dB", ".2f", _mean, "psnr"),
-    Column("SSIM", ".4f", _mean, "ssim"),
-    Column("flicker / reference's", ".3f", _flicker),
-)
-
-
-def read_rows(config: AblateConfig, cells: Sequence[Cell]) -> list[Row]:
+def read_rows(cells: Sequence[Cell]) -> list[tuple[Setting, Row]]:
     """The stored results, a row per setting in the grid's order."""
     axes = {id(setting): setting.axes() for setting in (cell.setting for cell in cells)}
     varied = [n for n in cells[0].setting.axes() if len({a[n] for a in axes.values()}) > 1]
     rows = []
     for setting, group in itertools.groupby(cells, lambda cell: cell.setting):
-        records = [json.loads(cell.file.read_text(encoding="utf-8")) for cell in group]
+        records = [cell.record() for cell in group]
         clips = [clip for record in records for clip in record["clips"]]
         columns = [
             {"joint": clip.get("joint"), "seconds": clip["seconds"], **clip["measures"]}
             for clip in clips
         ]
         own = setting.axes()
-        rows.append(
-            Row(
-                setting,
-                ", ".join(own[name] for name in varied) or setting.attention_name,
-                ", ".join(own[name] for name in varied if name != "steps") or setting.model,
-                records[0]["plan"],
-                [machine(config, record) for record in records],
-                {name: numbers(clip[name] for clip in columns) for name in columns[0]},
-            )
+        row = Row(
+            ", ".join(own[name] for name in varied) or setting.attention_name,
+            ", ".join(own[name] for name in varied if name != "steps") or setting.model,
+            records[0]["plan"],
+            [taken_on(record) for record in records],
+            {name: numbers(clip[name] for clip in columns) for name in columns[0]},
         )
+        rows.append((setting, row))
     return rows
 
 
-def machine(config: AblateConfig, record: dict[str, Any]) -> str:
-    """As `taken_on`. The dtype is in every cell's key, and in records of late only."""
-    dtype = str(torch_dtype(config.dtype, torch.device(record["device"])))
-    return taken_on({"dtype": dtype} | record)
+def plan_of(row: Row) -> dict[str, Any]:
+    assert row.plan is not None, "a model made every clip of a grid"
+    return row.plan
+
+
+def num_clips(row: Row) -> int:
+    return len(row.values["seconds"])
 
 
 def write_report(
@@ -159,60 +133,59 @@ def write_report(
     Raises:
         WanError: matplotlib is not installed; all but the picture is written then.
     """
-    rows = read_rows(config, cells)
-    columns = (*(WORLD if config.in_world else REFERENCE), SECONDS)
-    estimates = [[column.estimate(row) for column in columns] for row in rows]
-    machines = sorted({one for row in rows for one in row.machines})
-    notes = " ".join(
-        [
-            WORLD_NOTE if config.in_world else REFERENCE_NOTE,
-            f"{INTERVALS} A mean over one clip has none.",
-            f"Seconds are without loading{'' if config.in_world else ', encoding the prompt'} and "
-            "what a first clip pays for (warmup_seconds in cells/; with it, where that is missing)."
-            f" They were taken on: {'; '.join(machines)}."
-            f"{' Cells of different ones do not compare in seconds.' if len(machines) > 1 else ''}"
-            " Density: attention's share of the FLOPs of dense attention.",
-            *([f"Failed, and not in here: {'; '.join(failed)}."] if failed else []),
-        ]
-    )
-    head = ["setting", "steps", "density", *(column.heading for column in columns), "clips"]
-    lines = [
-        [row.label, str(row.plan["steps"]), f"{row.plan['density']:.1%}"]
-        + [c.cell(v) for c, v in zip(columns, values, strict=True)]
-        + [str(row.num_clips)]
-        for row, values in zip(rows, estimates, strict=True)
-    ]
-    text = markdown_table(head, lines)
-    (folder / "report.md").write_text(f"{text}\n\n{notes}\n", encoding="utf-8")
-    flat = [_flat(row, columns, values) for row, values in zip(rows, estimates, strict=True)]
-    write_json(folder / "results.json", {"notes": notes, "failed": list(failed), "rows": flat})
-    _write_csv(folder / "results.csv", flat)
-    write_sheet(config, cells, rows, folder / "clips.mp4")
-    panels = {
-        column.heading: [
-            Point(row.line, values[-1], value)
-            for row, values in zip(rows, estimates, strict=True)
-            if (value := values[index]) is not None
-        ]
-        for index, column in enumerate(columns[:-1])
+    settings = read_rows(cells)
+    report = Report([row for _, row in settings], WORLD if config.in_world else REFERENCE)
+    plan_columns = {
+        "steps": lambda row: str(plan_of(row)["steps"]),
+        "density": lambda row: f"{plan_of(row)['density']:.1%}",
     }
-    draw_panels(panels, folder / "report.png", "seconds per clip")
+    table = report.table(plan_columns, {"clips": lambda row: str(num_clips(row))})
+    notes = write_notes(config, report.machines, failed)
+    (folder / "report.md").write_text(f"{table}\n\n{notes}\n", encoding="utf-8")
+    lines = [
+        csv_line(setting, row, report.columns, values)
+        for (setting, row), values in zip(settings, report.estimates, strict=True)
+    ]
+    write_json(folder / "results.json", {"notes": notes, "failed": list(failed), "rows": lines})
+    write_csv(folder / "results.csv", lines)
+    labels = {id(setting): row.label for setting, row in settings}
+    write_sheet(config, cells, labels, folder / "clips.mp4")
+    seconds = [values[-1] for values in report.estimates]
+    report.draw(folder / "report.png", SECONDS.heading, seconds, len(report.columns) - 1)
     files = "report.md, results.csv, results.json, report.png, clips.mp4"
-    return f"{text}\n\n{notes}\n\n{files} in {folder}"
+    return f"{table}\n\n{notes}\n\n{files} in {folder}"
 
 
-def _flat(
-    row: Row, columns: Sequence[Column[Row]], values: Sequence[Estimate | None]
+def write_notes(config: AblateConfig, machines: Sequence[str], failed: Sequence[str]) -> str:
+    """What a reader of the table must know."""
+    notes = [
+        WORLD_NOTE if config.in_world else REFERENCE_NOTE,
+        f"{INTERVALS} A mean over one clip has none.",
+        f"Seconds are without loading{'' if config.in_world else ', encoding the prompt'} and "
+        "what a first clip pays for (warmup_seconds in cells/).",
+        f"They were taken on: {'; '.join(machines)}.",
+    ]
+    if len(machines) > 1:
+        notes.append("Cells of different ones do not compare in seconds.")
+    notes.append("Density: attention's share of the FLOPs of dense attention.")
+    if failed:
+        notes.append(f"Failed, and not in here: {'; '.join(failed)}.")
+    return " ".join(notes)
+
+
+def csv_line(
+    setting: Setting, row: Row, columns: Sequence[Column], values: Sequence[Any]
 ) -> dict[str, Any]:
     """A line of the CSV: how the clips were made, then each number with its interval."""
+    plan = plan_of(row)
     line: dict[str, Any] = {
         "setting": row.label,
-        "model": row.setting.model,
-        "attention": row.setting.attention_name,
-        "shift": row.setting.sampler.shift,
-        **{name: row.plan[name] for name in ("sampler", "steps", "guidance_scale", "density")},
-        "untrained": "; ".join(row.plan["untrained"]),
-        "clips": row.num_clips,
+        "model": setting.model,
+        "attention": setting.attention_name,
+        "shift": setting.sampler.shift,
+        **{name: plan[name] for name in ("sampler", "steps", "guidance_scale", "density")},
+        "untrained": "; ".join(plan["untrained"]),
+        "clips": num_clips(row),
     }
     for column, value in zip(columns, values, strict=True):
         known = {} if value is None else asdict(value)
@@ -221,22 +194,26 @@ def _flat(
     return line
 
 
-def _write_csv(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+def write_csv(file: Path, lines: Sequence[dict[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    file.write_text(text.getvalue(), encoding="utf-8")
+    write_text(file, text.getvalue())
 
 
 def write_sheet(
-    config: AblateConfig, cells: Sequence[Cell], rows: Sequence[Row], file: Path
+    config: AblateConfig, cells: Sequence[Cell], labels: dict[int, str], file: Path
 ) -> None:
-    """The first clip of every setting, all from one prompt and seed, side by side in one video."""
-    labels = {id(row.setting): row.label for row in rows}
-    first = {}
-    for cell in cells:
-        if (cell.seed, cell.number) == (config.seed, 0):
-            first[labels[id(cell.setting)]] = read_video(cell.file.with_suffix(".mp4"))[0]
+    """The first clip of every setting, all from one prompt and seed, side by side in one video.
+
+    Args:
+        labels: by the settings' ids.
+    """
+    first = {
+        labels[id(cell.setting)]: read_video(cell.file.with_suffix(".mp4"))[0]
+        for cell in cells
+        if (cell.seed, cell.number) == (config.seed, 0)
+    }
     if first:
         write_video(file, video_grid(first), config.fps or 8)

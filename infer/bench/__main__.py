@@ -6,13 +6,12 @@
                    in one process, taking turns. Needs pip install -e .[parity]
     device=cuda    the stages of TI2V-5B at 121x704x1280 with random weights, eager and compiled,
                    beside the least time that their FLOPs need, and their sum. Nothing is
-                   downloaded. What bfloat16 computes there is first held against diffusers.
+                   downloaded. First, bfloat16 results on the device are held against diffusers.
 
-Prints a table of medians, with the middle half of all calls as spread, and writes bench.json. What
-missed its aim, in time or in memory, is named at the end; profile=true says why.
+Prints a table of medians, with the middle half of all calls as spread, and writes bench.json. Aims
+that were missed, in time or in memory, are named at the end; profile=true says why.
 """
 
-import json
 import sys
 import tempfile
 import warnings
@@ -28,43 +27,42 @@ from configs.benchmark import BenchConfig
 from configs.cli import run_command
 from configs.command_line import ATTENTION
 from configs.parity import ParityConfig
-from infer.bench import against_diffusers as bench_compare
-from infer.bench import loading as bench_load
-from infer.bench import stages as bench_stages
+from infer.bench import against_diffusers, loading, stages
 from infer.bench.timing import Contest, Outcome, profile, run_contest, table
 from infer.parity.models import NEEDED, reference, releases
 from infer.parity.tolerance import Row
 from infer.parity.tolerance import table as parity_table
 from infer.sample.record import environment, package_version, writable_folder
 from wan.errors import WanError
+from wan.files import write_json
 from wan.runtime.offload import resolve_device
 
 
 def compared(config: BenchConfig) -> Iterator[Contest | Outcome]:
-    """Contests with the references, and loading, which is measured apart."""
+    """Contests with the references; loading is measured in other processes and comes finished."""
     reference("diffusers")  # its absence is reported before all work
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sides = stack.enter_context(releases(ParityConfig(checkpoint=config.checkpoint)))[0]
         for target in config.chosen():
             if target == "load":
-                yield from bench_load.contests(config, scratch / "load")
-            elif target == "block":
-                block = bench_compare.block_sides(
+                yield from loading.contests(config, scratch / "load")
+                continue
+            of_target = sides
+            if target == "block":
+                of_target = against_diffusers.block_sides(
                     scratch / "block", config.block_heads, config.seed
                 )
-                yield from bench_compare.contests(target, block, config)
-            else:
-                yield from bench_compare.contests(target, sides, config)
+            yield from against_diffusers.contests(target, of_target, config)
 
 
 def check_parity(config: BenchConfig) -> list[Row]:
-    """What bfloat16 computes on the device of the stages; no rows where nobody can tell.
+    """Hold bfloat16 on the device against diffusers; no rows if that is off or not installed.
 
     Raises:
-        WanError: it is wrong, and so not worth timing; names the first row.
+        WanError: a result is wrong, and so not worth timing; names the first row.
     """
-    device, size = resolve_device(config.device), bench_stages.stage_size(config)
+    device, size = resolve_device(config.device), stages.stage_size(config)
     if not config.parity:
         return []
     try:
@@ -72,7 +70,7 @@ def check_parity(config: BenchConfig) -> list[Row]:
     except WanError:
         return []
     with tempfile.TemporaryDirectory() as scratch:
-        rows = list(bench_compare.parity_rows(size, device, config, Path(scratch)))
+        rows = list(against_diffusers.parity_rows(size, device, config, Path(scratch)))
     if wrong := [row for row in rows if not row.passed]:
         raise WanError(
             f"bfloat16 on {device} does not compute what diffusers does, so nothing is timed; "
@@ -89,43 +87,33 @@ def parity_text(rows: list[Row], config: BenchConfig) -> str:
 
 
 def write_profiles(contest: Contest, folder: Path, number: int) -> None:
+    task = contest.task
     for name, run in contest.sides.items():
-        path = folder / f"profile_{number:02d}_{contest.target}_{name}.txt"
-        path.write_text(f"{contest.what}\n{profile(run, contest.device)}\n", encoding="utf-8")
-        print(f"{contest.target}, {name}: {path}")
+        path = folder / f"profile_{number:02d}_{task.target}_{name}.txt"
+        path.write_text(f"{task.what}\n{profile(run, contest.device)}\n", encoding="utf-8")
+        print(f"{task.target}, {name}: {path}")
 
 
-def phase_lines(outcome: Outcome) -> list[str]:
-    """Where a side's time goes, phase by phase."""
-    lines = []
+def explain(outcome: Outcome, config: BenchConfig) -> Iterator[str]:
+    """Lines about an outcome beside the table: phases, distance from the floor, compiling, note."""
+    task = outcome.task
     for side, seconds in outcome.phases.items():
-        lines.append(f"{outcome.target}: {outcome.what}, {side}, seconds of all threads:")
-        longest_first = sorted(seconds.items(), key=lambda item: -item[1])
-        lines += [f"  {phase:<18}{taken:8.3f}" for phase, taken in longest_first]
-    return lines
-
-
-def floor_lines(outcomes: list[Outcome], config: BenchConfig) -> list[str]:
-    """How far each stage is from the time that its FLOPs need at the device's best rate."""
-    lines = []
-    for outcome in outcomes:
-        assert outcome.flops is not None
-        floor = outcome.flops / (config.peak_tflops * 1e12)
+        yield f"{task.target}: {task.what}, {side}, seconds of all threads:"
+        for phase, taken in sorted(seconds.items(), key=lambda item: -item[1]):
+            yield f"  {phase:<18}{taken:8.3f}"
+    if config.stages is not None and task.flops is not None:
+        floor = task.flops / (config.peak_tflops * 1e12)
         best = min(side.median(config.clock) for side in outcome.sides.values())
-        lines.append(
-            f"{outcome.target}: {outcome.flops / 1e12:.4g} TFLOP need {floor:.3g} s at "
+        yield (
+            f"{task.target}: {task.flops / 1e12:.4g} TFLOP need {floor:.3g} s at "
             f"{config.peak_tflops:g} TFLOP/s; {floor / best:.0%} of that rate"
         )
-    return lines
-
-
-def compile_lines(outcomes: list[Outcome]) -> list[str]:
-    """What the first call takes longer than a later one, where it compiles."""
-    return [
-        f"{outcome.target}: compiling took {side.first - side.median('wall'):.3g} s"
-        for outcome in outcomes
-        if (side := outcome.sides.get("compiled")) is not None and side.first is not None
-    ]
+        compiled = outcome.sides.get("compiled")
+        if compiled is not None and compiled.first is not None:
+            seconds_more = compiled.first - compiled.median("wall")
+            yield f"{task.target}: compiling took {seconds_more:.3g} s"
+    if task.note:
+        yield f"{task.target}: {task.note}"
 
 
 GPU_VERSIONS = {"driver": "driver", "cuda": "CUDA", "cudnn": "cuDNN"}
@@ -140,17 +128,13 @@ def machine(about: dict[str, Any]) -> str:
     return ", ".join([about["gpu"], *versions, torch_version])
 
 
-def write_json(path: Path, **record: Any) -> None:
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
 def measured(
     contests: Iterable[Contest | Outcome],
     config: BenchConfig,
     folder: Path,
     keep: Callable[[list[Outcome]], None],
 ) -> list[Outcome]:
-    """Run the contests one by one, and profile them where that is asked for.
+    """Run the contests one by one, and profile them if the settings say so.
 
     Args:
         keep: called with all outcomes so far after each: what failed later loses none.
@@ -158,7 +142,8 @@ def measured(
     outcomes: list[Outcome] = []
     for contest in contests:
         if sys.stderr.isatty():
-            print(f"\r{contest.target}: {contest.what}", end="\r", file=sys.stderr, flush=True)
+            what = f"{contest.task.target}: {contest.task.what}"
+            print(f"\r{what}", end="\r", file=sys.stderr, flush=True)
         if isinstance(contest, Outcome):
             outcomes.append(contest)
         else:
@@ -180,31 +165,27 @@ def main(config: BenchConfig) -> None:
     rows: list[Row] = []
 
     def keep(outcomes: list[Outcome]) -> None:
-        write_json(
-            folder / "bench.json",
-            config=asdict(config),
-            environment=about,
-            parity=[asdict(row) for row in rows],
-            outcomes=[outcome.as_json() for outcome in outcomes],
-        )
+        record = {
+            "config": asdict(config),
+            "environment": about,
+            "parity": [asdict(row) for row in rows],
+            "outcomes": [outcome.as_json() for outcome in outcomes],
+        }
+        write_json(folder / "bench.json", record)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the references
         if config.stages is None:
             outcomes = measured(compared(config), config, folder, keep)
+            print(table(outcomes, config.clock))
         else:
-            rows = check_parity(config)
-            outcomes = measured(bench_stages.contests(config), config, folder, keep)
-            outcomes += bench_stages.end_to_end(outcomes, config, bool(rows))
+            rows += check_parity(config)
+            outcomes = measured(stages.contests(config), config, folder, keep)
+            outcomes += stages.end_to_end(outcomes, config, bool(rows))
             keep(outcomes)
-    report = ["", *(line for outcome in outcomes for line in phase_lines(outcome))]
-    if config.stages is None:
-        print(table(outcomes, config.clock))
-    else:
-        print(parity_text(rows, config) + "\n")
-        print(table(outcomes, config.clock, config.peak_tflops))
-        report += floor_lines(outcomes, config) + compile_lines(outcomes)
-    report += [f"{outcome.target}: {outcome.note}" for outcome in outcomes if outcome.note]
+            print(parity_text(rows, config) + "\n")
+            print(table(outcomes, config.clock, config.peak_tflops))
+    report = ["", *(line for outcome in outcomes for line in explain(outcome, config))]
     report += [f"missed: {text}" for outcome in outcomes for text in outcome.misses(config.clock)]
     print("\n".join([*report, machine(about), f"{folder / 'bench.json'}"]))
 

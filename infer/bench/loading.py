@@ -1,23 +1,20 @@
-"""Loading a sharded release, each time in a process of its own: python -m infer.bench_load
+"""Loading a sharded release, each time in a new process.
 
-    python -m infer.bench_load FOLDER ours|unchecked|reference THREADS [phases]
-
-reads the transformer of a folder in bfloat16, touches every page of it, and prints seconds and
-bytes as JSON. `infer.bench` writes the folder and takes turns. Ours looks at every value, and
-refuses NaN and infinity; `unchecked` does not, as the reference does not. With `phases` it also
-prints where the time of our code goes, which takes a little longer.
+A load reads the transformer of a folder in bfloat16 and touches every page of it. The side `ours`
+looks at every value, and refuses NaN and infinity; `unchecked` does not, as the reference does not.
 """
 
-import json
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from configs.benchmark import BenchConfig
-from infer.bench.timing import Outcome, Timing, reset_resident_peak, resident_peak
-from infer.parity.models import Sides, reference, write_config
+from infer.bench.timing import Outcome, Task, Timing, reset_resident_peak, resident, take_turns
+from infer.parity.models import Sides, reference, write_part
 from wan.errors import WanError
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.load import build_on_meta, check_fit, match_names, target_dtype
 from wan.weights.safetensors_file import map_tensors, read_bytes
-from wan.weights.save import save_component
 from wan.weights.tensor_reader import is_zero
 
 BF16 = torch.bfloat16
@@ -41,31 +37,39 @@ PAGE = 4096
 WIDE_FROM = 2.0  # GB from which the layers are as wide as the 5B's
 SHARDS = 4
 AIM_FROM = 10.0  # GB from which the aim for memory holds: buffers of fixed size weigh more in less
-SIDES = ("ours", "unchecked", "reference")
+LOADERS: dict[str, Callable[[Sides], nn.Module]] = {
+    "ours": lambda sides: sides.ours("transformer"),
+    "unchecked": lambda sides: sides.ours("transformer", check_finite=False),
+    "reference": lambda sides: sides.theirs("transformer"),
+}
 
 
-def write_release(folder: Path, gigabytes: float, seed: int, stored: torch.dtype = BF16) -> int:
-    """A sharded transformer of about that size in the released layout; its exact bytes.
+def write_sharded(folder: Path, gigabytes: float, seed: int, stored: torch.dtype = BF16) -> int:
+    """Write a folder with a sharded transformer of about that size; its exact bytes.
 
     Its layers share their values, so that writing needs the memory of one of them.
     """
     heads = 24 if gigabytes >= WIDE_FROM else 6
     config = DiTConfig(num_attention_heads=heads, ffn_dim=14336 * heads // 24, num_layers=1)
     one, two = (num_bytes(build_network(replace(config, num_layers=n)), stored) for n in (1, 2))
-    layers = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
-    config = replace(config, num_layers=layers)
+    num_layers = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
+    config = replace(config, num_layers=num_layers)
     generator = torch.Generator().manual_seed(seed)
     values: dict[tuple[Any, ...], Tensor] = {}
     state = {}
-    module = build_network(config)
-    for name, parameter in module.state_dict().items():
+    for name, parameter in build_network(config).state_dict().items():
         key = (parameter.shape, stored_dtype(name, stored))
         if key not in values:
             values[key] = torch.randn(parameter.shape, generator=generator).to(key[1])
         state[name] = values[key]
     total = sum(tensor.nbytes for tensor in state.values())
-    save_component(state, folder, "transformer", max_shard_bytes=max(1, total // SHARDS))
-    write_config(folder, config.to_json())
+    write_part(
+        state,
+        config,
+        folder / "transformer",
+        "transformer",
+        max_shard_bytes=max(1, total // SHARDS),
+    )
     return total
 
 
@@ -92,73 +96,70 @@ def contests(config: BenchConfig, scratch: Path) -> Iterator[Outcome]:
 
 def contest(config: BenchConfig, scratch: Path, stored: torch.dtype) -> Outcome:
     """Seconds and peak resident memory of all sides; the files are in the page cache."""
-    size = write_release(scratch / "transformer", config.load_gb, config.seed, stored)
-    taken: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    order = list(taken)
-    for round_ in range(config.warmup + config.repeats):
-        for side in order:
-            found = measured_apart(scratch, side, config.threads)
-            if round_ >= config.warmup:
-                taken[side].append(found)
-        order.reverse()
-    timings = {
-        side: Timing(
-            [one["wall"] for one in all_found],
-            [one["cpu"] for one in all_found],
-            None if (peaks := [one["peak_bytes"] for one in all_found])[0] is None else max(peaks),
-        )
-        for side, all_found in taken.items()
-    }
+    size = write_sharded(scratch, config.load_gb, config.seed, stored)
+
+    def measure(side: str) -> dict[str, Any]:
+        return load_apart(scratch, side, config.threads)
+
+    loads = take_turns(list(LOADERS), config.warmup + config.repeats, measure)
+    timings = {}
+    for side, every in loads.items():
+        every = every[config.warmup :]
+        wall, cpu, peaks = ([one[n] for one in every] for n in ("wall", "cpu", "peak_bytes"))
+        timings[side] = Timing(wall, cpu, None if peaks[0] is None else max(peaks))
     phases = {}
     if config.profile:
-        phases["ours"] = measured_apart(scratch, "ours", config.threads, "phases")["phases"]
-    return Outcome(
+        phases["ours"] = load_apart(scratch, "ours", config.threads, with_phases=True)["phases"]
+    task = Task(
         "load",
         f"{size / 1e9:.2f} GB of {str(stored).removeprefix('torch.')} to bfloat16",
-        timings,
         goal=2.0,
         memory_goal=1.1 if config.load_gb >= AIM_FROM else None,
-        weights_bytes=taken["ours"][0]["weights_bytes"],
-        phases=phases,
     )
+    return Outcome(task, timings, weights_bytes=loads["ours"][0]["weights_bytes"], phases=phases)
 
 
-def measured_apart(folder: Path, side: str, threads: int | None, *options: str) -> dict[str, Any]:
-    """One load in a new process.
+def load_apart(
+    folder: Path, side: str, threads: int | None, with_phases: bool = False
+) -> dict[str, Any]:
+    """`load_once` in a new process.
 
     Raises:
         WanError: it failed.
     """
-    command = [sys.executable, "-m", __name__, str(folder), side, str(threads or 0), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise WanError(f"loading ({side}) failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        try:
+            return process.submit(load_once, folder, side, threads, with_phases).result()
+        except (BrokenProcessPool, OSError, RuntimeError, ValueError) as error:
+            raise WanError(f"loading ({side}) failed: {error}") from error
 
 
-def load_once(folder: Path, side: str, with_phases: bool = False) -> dict[str, Any]:
-    """Load and touch, without the time of imports."""
-    sides = Sides("load", folder, ("transformer",), BF16)
-    loaders: dict[str, Callable[[], nn.Module]] = {
-        "ours": lambda: sides.ours("transformer"),
-        "unchecked": lambda: sides.ours("transformer", check_finite=False),
-        "reference": lambda: sides.theirs("transformer"),
-    }
+def load_once(
+    folder: Path, side: str, threads: int | None = None, with_phases: bool = False
+) -> dict[str, Any]:
+    """Load and touch, without the time of imports.
+
+    Returns:
+        "wall" and "cpu" seconds; "peak_bytes" of resident memory (None if not Linux) and
+        "weights_bytes"; "phases", seconds by phase, empty unless asked for: they cost some time.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     if side == "reference":
         assert reference("diffusers").WanTransformer3DModel  # imports it
+    sides = Sides("load", folder, ("transformer",), BF16)
+    before = reset_resident_peak()
+    wall, cpu = time.perf_counter(), time.process_time()
     watched: AbstractContextManager[dict[str, float]] = nullcontext({})
     if with_phases:
         watched = timed_phases()
-    before = reset_resident_peak()
-    wall, cpu = time.perf_counter(), time.process_time()
     with watched as phases:
-        module = loaders[side]()
+        module = LOADERS[side](sides)
         touch(module)
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    peak = resident_peak()
     return {
-        **seconds,
-        "peak_bytes": None if before is None or peak is None else peak - before,
+        "wall": time.perf_counter() - wall,
+        "cpu": time.process_time() - cpu,
+        "peak_bytes": None if before is None else resident("VmHWM") - before,
         "weights_bytes": sum(parameter.nbytes for parameter in module.parameters()),
         "phases": dict(phases),
     }
@@ -170,7 +171,7 @@ def touch(module: nn.Module) -> None:
         parameter.view(-1)[:: PAGE // parameter.element_size()].sum()
 
 
-# What our loading consists of: functions by their code, those of PyTorch by their names.
+# What our loading consists of: Python functions by their code, those of PyTorch by their names.
 PHASES = {
     open_checkpoint.__code__: "open headers",
     match_names.__code__: "match names",
@@ -188,28 +189,27 @@ TORCH_PHASES = {"empty": "allocate", "copy_": "convert and place"}
 def timed_phases() -> Iterator[dict[str, float]]:
     """Seconds per phase, added up over this thread and all that start meanwhile.
 
-    A phase within another counts as part of it.
+    A phase within another counts as part of the outer one.
     """
     seconds: dict[str, float] = defaultdict(float)
     lock, here = threading.Lock(), threading.local()
 
     def watch(frame: Any, event: str, function: Any) -> None:
-        if event in ("call", "return"):
-            phase = PHASES.get(frame.f_code)
-        else:
+        """Called by Python at every call and return; builtins come as c_call and c_return."""
+        if event.startswith("c_"):
             phase = TORCH_PHASES.get(function.__name__)
+        else:
+            phase = PHASES.get(frame.f_code)
         if phase is None:
             return
-        depth = getattr(here, "depth", 0)
-        if event in ("call", "c_call"):
-            here.depth = depth + 1
-            if depth == 0:
-                here.start = time.perf_counter()
+        starts = here.__dict__.setdefault("starts", [])
+        if event.endswith("call"):
+            starts.append(time.perf_counter())
             return
-        here.depth = depth - 1
-        if depth == 1:
+        start = starts.pop()
+        if not starts:  # the outermost phase is over
             with lock:
-                seconds[phase] += time.perf_counter() - here.start
+                seconds[phase] += time.perf_counter() - start
 
     threading.setprofile(watch)
     sys.setprofile(watch)
@@ -218,9 +218,3 @@ def timed_phases() -> Iterator[dict[str, float]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-
-
-if __name__ == "__main__":
-    if int(sys.argv[3]):
-        torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(load_once(Path(sys.argv[1]), sys.argv[2], "phases" in sys.argv[4:])))

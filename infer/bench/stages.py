@@ -1,12 +1,12 @@
-"""The stages of the 5B by themselves, with random weights: text, denoising, decoding.
+"""The stages of the 5B one by one, with random weights: text, denoising, decoding.
 
 Times depend on sizes and not on values, so nothing is downloaded. Denoising and decoding are the
-pipeline's own, so that what is measured is what its users get. `size` tiny is the same code on
-small networks.
+pipeline's own, so that what is measured is what its users get. The size `tiny` runs the same code
+on small networks.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from configs.benchmark import BenchConfig
-from infer.bench.timing import Contest, Outcome, Timing, named
+from infer.bench.timing import Contest, Outcome, Task, Timing, named
+from infer.parity.models import randomise
 from wan.models.attention import Grid
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
@@ -42,7 +43,7 @@ class StageSize:
     height: int
     width: int
     num_frames: int
-    rows: int = 512
+    text_length: int = 512  # tokens, padding included
 
     @property
     def model(self) -> PipelineConfig:
@@ -54,7 +55,7 @@ class StageSize:
             self.text,
             expand_timesteps=True,
             timesteps=FEW_STEP_TIMESTEPS,
-            defaults=SamplingDefaults(max_sequence_length=self.rows),
+            defaults=SamplingDefaults(max_sequence_length=self.text_length),
         )
 
     @property
@@ -63,6 +64,7 @@ class StageSize:
         return self.model.latent_shape(self.height, self.width, self.num_frames)
 
 
+DTYPES = ("bfloat16",)
 SIZES = {
     "full": StageSize(UMT5Config(), DiTConfig(), VAEConfig(), 704, 1280, 121),
     "tiny": StageSize(
@@ -87,16 +89,13 @@ SIZES = {
         32,
         32,
         5,
-        rows=40,
+        text_length=40,
     ),
 }
 
 
-DTYPES = ("bfloat16",)
-
-
 def stage_size(config: BenchConfig) -> StageSize:
-    """The size asked for.
+    """The size that the settings choose.
 
     Raises:
         WanError: the model cannot make such a video.
@@ -120,29 +119,31 @@ def contests(config: BenchConfig) -> Iterator[Contest]:
 def end_to_end(
     outcomes: Sequence[Outcome], config: BenchConfig, parity_checked: bool
 ) -> list[Outcome]:
-    """The stages added up, a row per dtype; none where a stage was left out."""
-    of_stages = [[one for one in outcomes if one.target == stage] for stage in STAGES]
-    rows = []
+    """The stages added up, an outcome per dtype; none where a stage was left out."""
+    of_stages = [[one for one in outcomes if one.task.target == stage] for stage in STAGES]
+    totals = []
     for dtype, *stages in zip(config.dtypes or DTYPES, *of_stages, strict=False):
         sides = {name: added([stage.sides[name] for stage in stages]) for name in stages[0].sides}
-        checked = parity_checked and dtype == "bfloat16"  # what parity= computes
-        doubt = [] if checked else ["parity NOT CHECKED"]
-        what = ", ".join([" + ".join(STAGES), dtype, *doubt])
-        flops = sum(stage.flops or 0.0 for stage in stages)
-        goal = config.goal_seconds
-        rows.append(Outcome("end to end", what, sides, flops=flops, goal_seconds=goal))
-    return rows
+        checked = parity_checked and dtype == "bfloat16"  # the dtype that parity= checks
+        what = f"{' + '.join(STAGES)}, {dtype}{'' if checked else ', parity NOT CHECKED'}"
+        flops = sum(stage.task.flops or 0.0 for stage in stages)
+        task = Task("end to end", what, goal_seconds=config.goal_seconds, flops=flops)
+        totals.append(Outcome(task, sides))
+    return totals
 
 
 def added(timings: Sequence[Timing]) -> Timing:
-    """Of stages that follow each other. Sorted, so that medians add up to the median."""
-    walls, cpus = ([sorted(getattr(one, clock)) for one in timings] for clock in ("wall", "cpu"))
-    return Timing(
-        [sum(calls) for calls in zip(*walls, strict=True)],
-        [sum(calls) for calls in zip(*cpus, strict=True)],
-        peak_bytes=None,
-        first=sum(one.first or 0.0 for one in timings),
-    )
+    """The sum of stages that follow each other.
+
+    The fastest calls are added to the fastest, and so on: then the medians add up to the median.
+    """
+
+    def total(clock: str) -> list[float]:
+        calls = [sorted(getattr(timing, clock)) for timing in timings]
+        return [sum(seconds) for seconds in zip(*calls, strict=True)]
+
+    first = sum(timing.first or 0.0 for timing in timings)
+    return Timing(total("wall"), total("cpu"), peak_bytes=None, first=first)
 
 
 def random_network(
@@ -151,17 +152,12 @@ def random_network(
     """A network made where it is used, in the dtypes that loading gives it."""
     module = build_on_meta(build)
     float32 = cast(Any, type(module)).FLOAT32_PARAMETERS
-    generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, parameter in module.state_dict().items():
         wanted = target_dtype(name, torch.float32, dtype, float32)
-        value = torch.empty(parameter.shape, dtype=wanted, device=device)
-        if name.endswith(("norm.weight", "gamma")):
-            state[name] = value.fill_(1.0)
-        else:
-            spread = max(1, parameter[0].numel()) ** -0.5
-            state[name] = value.normal_(std=spread, generator=generator)
+        state[name] = torch.empty(parameter.shape, dtype=wanted, device=device)
     module.load_state_dict(state, assign=True)
+    randomise(module, torch.Generator(device).manual_seed(seed))
     return module.eval().requires_grad_(False)
 
 
@@ -172,19 +168,15 @@ def pipeline_of(size: StageSize, device: torch.device, **network: nn.Module) -> 
 
 
 def text(size: StageSize, dtype: torch.dtype, device: torch.device, config: BenchConfig) -> Contest:
-    """One prompt of `prompt_tokens` tokens, which are all that is encoded.
+    """Encode one prompt of `prompt_tokens` tokens; padding is not encoded.
 
-    Pipelines run it eager, whatever their `compile`.
+    Pipelines run the encoder eager, whatever their `compile`.
     """
     encoder = random_network(lambda: UMT5Encoder(size.text), dtype, device, config.seed)
     ids = torch.randint(size.text.vocab_size, (1, config.prompt_tokens), device=device)
-    return Contest(
-        "text",
-        named(f"{config.prompt_tokens} tokens", dtype),
-        in_both_ways(lambda: encoder(ids), list(encoder.blocks), config),
-        flops=text_work(size.text, config.prompt_tokens),
-        device=device,
-    )
+    flops = text_work(size.text, config.prompt_tokens)
+    task = Task("text", named(f"{config.prompt_tokens} tokens", dtype), flops=flops)
+    return Contest(task, in_both_ways(lambda: encoder(ids), encoder.blocks, config), device)
 
 
 def denoise(
@@ -197,8 +189,8 @@ def denoise(
     pipe: Any = pipeline_of(size, device, transformer=network)
     latents = torch.randn(1, *size.latent_shape, device=device)
     grid = network.token_grid(latents)
-    context = torch.randn(1, size.rows, sizes.text_dim, device=device, dtype=dtype)
-    context[:, min(config.prompt_tokens, size.rows) :] = 0
+    context = torch.randn(1, size.text_length, sizes.text_dim, device=device, dtype=dtype)
+    context[:, min(config.prompt_tokens, size.text_length) :] = 0
 
     def run() -> Tensor:
         return pipe(
@@ -210,31 +202,13 @@ def denoise(
             allow_untrained=True,
         ).frames
 
-    what = f"{config.steps} steps, {math.prod(grid)} tokens, {config.attention}"
-    return Contest(
+    task = Task(
         "denoise",
-        named(what, dtype),
-        in_both_ways(run, list(network.blocks), config),
-        flops=config.steps * velocity_work(network, grid, size.rows),
-        device=device,
+        named(f"{config.steps} steps, {math.prod(grid)} tokens, {config.attention}", dtype),
+        flops=config.steps * velocity_work(network, grid, size.text_length),
         note=f"attention {kernel_of(network, grid, device, dtype)}",
     )
-
-
-def velocity_work(network: WanDiT, grid: Grid, rows: int) -> float:
-    """FLOPs of one forward, less those that a sparse attention leaves out."""
-    density = network.attention.density(grid)
-    return network_work(network.config, math.prod(grid), rows, density=density).forward
-
-
-def kernel_of(network: WanDiT, grid: Grid, device: torch.device, dtype: torch.dtype) -> str:
-    """Self-attention by its name; where that lets PyTorch choose a kernel, with its choice."""
-    config = network.attention.config
-    if config.name != "sdpa":
-        return str(config)
-    shape = (1, network.config.num_attention_heads, math.prod(grid))
-    q = torch.empty(*shape, network.config.attention_head_dim, device=device, dtype=dtype)
-    return f"{config}, for which PyTorch takes {SDPBackend(torch._fused_sdp_choice(q, q, q)).name}"
+    return Contest(task, in_both_ways(run, network.blocks, config), device)
 
 
 def decode(
@@ -244,24 +218,38 @@ def decode(
     vae = random_network(lambda: WanVAE(size.vae), dtype, device, config.seed)
     pipe = pipeline_of(size, device, vae=vae)
     latents = torch.randn(1, *size.latent_shape, device=device)
-    return Contest(
-        "decode",
-        named(f"{size.num_frames}x{size.height}x{size.width}", dtype),
-        in_both_ways(lambda: pipe.decode_latents(latents), [vae.decoder], config),
-        flops=decode_work(size.vae, *size.latent_shape[1:]),
-        device=device,
-    )
+    what = named(f"{size.num_frames}x{size.height}x{size.width}", dtype)
+    task = Task("decode", what, flops=decode_work(size.vae, *size.latent_shape[1:]))
+    sides = in_both_ways(lambda: pipe.decode_latents(latents), [vae.decoder], config)
+    return Contest(task, sides, device)
 
 
 STAGES = {"text": text, "denoise": denoise, "decode": decode}
 
 
+def velocity_work(network: WanDiT, grid: Grid, text_length: int) -> float:
+    """FLOPs of one forward, without those that a sparse attention leaves out."""
+    density = network.attention.density(grid)
+    return network_work(network.config, math.prod(grid), text_length, density=density).forward
+
+
+def kernel_of(network: WanDiT, grid: Grid, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of self-attention, with PyTorch's choice where it chooses the kernel."""
+    config = network.attention.config
+    if config.name != "sdpa":
+        return str(config)
+    shape = (1, network.config.num_attention_heads, math.prod(grid))
+    q = torch.empty(*shape, network.config.attention_head_dim, device=device, dtype=dtype)
+    return f"{config}, for which PyTorch takes {SDPBackend(torch._fused_sdp_choice(q, q, q)).name}"
+
+
 def in_both_ways(
-    run: Callable[[], Tensor], modules: Sequence[nn.Module], config: BenchConfig
+    run: Callable[[], Tensor], modules: Iterable[nn.Module], config: BenchConfig
 ) -> dict[str, Callable[[], Tensor]]:
     """The sides of a stage: with its modules compiled, and as they are, on the same weights."""
     if not config.compile:
         return {"eager": run}
+    modules = list(modules)
     torch.compiler.reset()  # else, after 8 variants of a block, PyTorch compiles no more
     for module in modules:
         module.compile(dynamic=False, backend=config.compile_backend)

@@ -1,11 +1,13 @@
 """Time and memory of functions that take turns, and a table of them.
 
 Turns make the comparison fair on a machine whose speed changes while it is measured: what slows one
-side slows the other. A row shows medians, and as spread the middle half of all calls.
+side slows the other. A line of the table shows medians, and as spread the middle half of all calls.
 """
 
 import ctypes
 import gc
+import math
+import operator
 import statistics
 import sys
 import time
@@ -13,43 +15,60 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
+from infer.parity.tolerance import aligned, distance
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
 PROC = Path("/proc/self")
 SAME = 0.05  # relative rms up to which two sides did the same work, in bfloat16 too
+CLOCKS = ("wall", "cpu")
 
 
 @dataclass(frozen=True)
-class Contest:
-    """One thing, done in several ways.
+class Task:
+    """What is timed, and what to aim for.
 
     Attributes:
-        target, what: of its row.
-        sides: name -> the call that is timed. The first is ours, and is compared with the last.
+        target, what: its name in the table.
         goal: times as fast as the last side that the first should be.
+        goal_seconds: that the first side should take, at most.
+        memory_goal: the first side's peak, at most: times the last side's, or times the weights if
+            peaks include those.
         flops: of one call, or None.
-        memory_goal: how much of the last side's peak the first may take, at most.
-        note: what a reader of the row must know besides, such as the kernel that ran.
+        note: what a reader must know besides, such as the kernel that ran.
     """
 
     target: str
     what: str
-    sides: Mapping[str, Callable[[], Any]]
     goal: float | None = None
-    flops: float | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    goal_seconds: float | None = None
     memory_goal: float | None = None
+    flops: float | None = None
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One side: seconds on the wall and of all threads, per call, and bytes at the peak.
+class Contest:
+    """A task, done in several ways.
 
-    `first` is the first call's time on the wall: what is compiled is compiled in it.
+    Attributes:
+        sides: name -> the call that is timed. The first is ours, and is compared with the last.
+    """
+
+    task: Task
+    sides: Mapping[str, Callable[[], Any]]
+    device: torch.device = CPU
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One side: seconds per call, on the wall and summed over all threads, and bytes at the peak.
+
+    `first` is the first call's time on the wall, which includes compiling.
     """
 
     wall: list[float]
@@ -72,30 +91,20 @@ class Outcome:
 
     Attributes:
         difference: relative rms of the first and the last side's results, or None.
-        memory_goal, note: see `Contest`.
-        weights_bytes: of the weights, if the peaks include them; None where peaks are beside them.
-        goal_seconds: that the first side should take, at most.
-        phases: side -> what it does -> seconds, where that was asked for.
+        weights_bytes: of the weights, if the peaks include them; None if peaks are on top of them.
+        phases: side -> phase of its work -> seconds, if that was asked for.
     """
 
-    target: str
-    what: str
+    task: Task
     sides: dict[str, Timing]
-    goal: float | None = None
-    flops: float | None = None
     difference: float | None = None
-    memory_goal: float | None = None
     weights_bytes: int | None = None
-    goal_seconds: float | None = None
-    note: str = ""
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def ratio(self, clock: str) -> float | None:
         """How many times as fast the first side is as the last."""
-        sides = list(self.sides.values())
-        if len(sides) < 2:
-            return None
-        return sides[-1].median(clock) / sides[0].median(clock)
+        first, *others = (side.median(clock) for side in self.sides.values())
+        return others[-1] / first if others else None
 
     def memory_ratio(self) -> float | None:
         """The first side's peak over the weights that it includes, else over the last side's."""
@@ -103,81 +112,82 @@ class Outcome:
         limit = peaks[-1] if self.weights_bytes is None else self.weights_bytes
         return peaks[0] / limit if peaks[0] is not None and limit else None
 
+    def aims(self, clock: str) -> dict[str, str | None]:
+        """Each aim as the table shows it, and how it was missed, in words, or None."""
+        task, seconds = self.task, next(iter(self.sides.values())).median(clock)
+        whose = "the reference's" if self.weights_bytes is None else "the weights"
+        memory = f"peak memory {{:.2f}}x {whose}, the aim is {{:g}}x"
+        aims: dict[str, str | None] = {}
+        for goal, aim, value, fails, text in (
+            (task.goal, "{:g}x", self.ratio(clock), operator.lt, "{:.2f}x of {:g}x"),
+            (task.goal_seconds, "{:g} s", seconds, operator.gt, "{:.3g} s, the aim is {:g} s"),
+            (task.memory_goal, "memory {:g}x", self.memory_ratio(), operator.gt, memory),
+        ):
+            if goal is not None:
+                missed = value is not None and fails(value, goal)
+                aims[aim.format(goal)] = text.format(value, goal) if missed else None
+        return aims
+
     def misses(self, clock: str) -> list[str]:
         """Every aim that was not reached, in words."""
-        missed = []
-        seconds = next(iter(self.sides.values())).median(clock)
-        ratio, memory = self.ratio(clock), self.memory_ratio()
-        if self.goal is not None and ratio is not None and ratio < self.goal:
-            missed.append(f"{ratio:.2f}x of {self.goal:g}x")
-        if self.goal_seconds is not None and seconds > self.goal_seconds:
-            missed.append(f"{seconds:.3g} s, the aim is {self.goal_seconds:g} s")
-        if self.memory_goal is not None and memory is not None and memory > self.memory_goal:
-            whose = "the reference's" if self.weights_bytes is None else "the weights"
-            missed.append(f"peak memory {memory:.2f}x {whose}, the aim is {self.memory_goal:g}x")
+        missed = [text for text in self.aims(clock).values() if text is not None]
         if self.difference is not None and not self.difference <= SAME:  # NaN is not
             missed.append(f"results differ by {self.difference:.0e} of their rms")
-        return [f"{self.target}, {self.what}: {text}" for text in missed]
-
-    def goals(self) -> str:
-        """The aims, as the table shows them."""
-        aims = (
-            (self.goal, "{:g}x"),
-            (self.goal_seconds, "{:g} s"),
-            (self.memory_goal, "memory {:g}x"),
-        )
-        return ", ".join(text.format(value) for value, text in aims if value is not None)
+        return [f"{self.task.target}, {self.task.what}: {text}" for text in missed]
 
     def as_json(self) -> dict[str, Any]:
-        clocks = ("wall", "cpu")
         sides = {
             name: asdict(side)
-            | {f"{clock}_median": side.median(clock) for clock in clocks}
-            | {f"{clock}_spread": side.spread(clock) for clock in clocks}
+            | {f"{clock}_median": side.median(clock) for clock in CLOCKS}
+            | {f"{clock}_spread": side.spread(clock) for clock in CLOCKS}
             for name, side in self.sides.items()
         }
-        ratios = {f"{clock}_ratio": self.ratio(clock) for clock in clocks}
-        return {**vars(self), "sides": sides, **ratios, "memory_ratio": self.memory_ratio()}
+        ratios = {f"{clock}_ratio": self.ratio(clock) for clock in CLOCKS}
+        own = {name: value for name, value in vars(self).items() if name != "task"}
+        if self.difference is not None and not math.isfinite(self.difference):
+            own["difference"] = str(self.difference)  # JSON has no NaN
+        ratios["memory_ratio"] = self.memory_ratio()
+        return {**asdict(self.task), **own, "sides": sides, **ratios}
+
+
+def take_turns(
+    sides: Sequence[str], rounds: int, measure: Callable[[str], T]
+) -> dict[str, list[T]]:
+    """Measure every side once a round; the order is reversed after each."""
+    taken: dict[str, list[T]] = {name: [] for name in sides}
+    order = list(sides)
+    for _ in range(rounds):
+        for name in order:
+            taken[name].append(measure(name))
+        order.reverse()
+    return taken
 
 
 def run_contest(contest: Contest, repeats: int, warmup: int) -> Outcome:
     """Warm up, compare the results, measure memory, then time the sides in turns."""
-    order = list(contest.sides)
+    sides, device = contest.sides, contest.device
     results, first = {}, {}
-    for name in reversed(order):  # the first side last: libraries have been set up by then
+    for name in reversed(list(sides)):  # the first side last: libraries have been set up by then
         started = time.perf_counter()
-        results[name] = contest.sides[name]()
-        synchronize(contest.device)
+        results[name] = sides[name]()
+        synchronize(device)
         first[name] = time.perf_counter() - started
     difference = None
-    if len(order) > 1:
-        difference = relative_rms(results[order[0]], results[order[-1]])
+    if len(sides) > 1:
+        ours, *_, theirs = (results[name] for name in sides)
+        difference = distance(ours, theirs)[1]
+        del ours, theirs
     results.clear()
     for _ in range(warmup - 1):
-        for run in contest.sides.values():
+        for run in sides.values():
             run()
-    peaks = {name: median_peak(run, contest.device) for name, run in contest.sides.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contest.sides}
-    for _ in range(repeats):
-        for name in order:
-            times[name].append(timed(contest.sides[name], contest.device))
-        order.reverse()
-    timings = {
-        name: Timing(
-            [wall for wall, _ in taken], [cpu for _, cpu in taken], peaks[name], first[name]
-        )
-        for name, taken in times.items()
-    }
-    return Outcome(
-        contest.target,
-        contest.what,
-        timings,
-        contest.goal,
-        contest.flops,
-        difference,
-        contest.memory_goal,
-        note=contest.note,
-    )
+    peaks = {name: median_peak(run, device) for name, run in sides.items()}
+    taken = take_turns(list(sides), repeats, lambda name: timed(sides[name], device))
+    timings = {}
+    for name, calls in taken.items():
+        wall, cpu = (list(seconds) for seconds in zip(*calls, strict=True))
+        timings[name] = Timing(wall, cpu, peaks[name], first[name])
+    return Outcome(contest.task, timings, difference)
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
@@ -195,7 +205,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory that a call takes beside what was there before; None where none can tell."""
+    """The most memory that a call takes on top of what was there; None if it cannot be measured."""
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -205,14 +215,13 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     resting = reset_resident_peak()
     run()
-    peak = resident_peak()
-    return None if resting is None or peak is None else max(0, peak - resting)
+    return None if resting is None else max(0, resident("VmHWM") - resting)
 
 
 def median_peak(run: Callable[[], Any], device: torch.device, calls: int = 5) -> int | None:
-    """Of several calls: what the CPU's allocator keeps or gives back changes between them.
+    """The median of several calls: the CPU's allocator keeps or gives back memory between them.
 
-    PyTorch counts a GPU's memory itself, so that one call tells.
+    PyTorch counts a GPU's memory itself, so that one call is enough.
     """
     if device.type == "cuda":
         return peak_bytes(run, device)
@@ -221,7 +230,7 @@ def median_peak(run: Callable[[], Any], device: torch.device, calls: int = 5) ->
 
 
 def reset_resident_peak() -> int | None:
-    """Resident bytes of this process now, from where the next peak counts (Linux only)."""
+    """Let the peak count from now on; resident bytes of this process now (None if not Linux)."""
     gc.collect()
     if not sys.platform.startswith("linux"):
         return None
@@ -234,26 +243,17 @@ def reset_resident_peak() -> int | None:
     return resident("VmRSS")
 
 
-def resident_peak() -> int | None:
-    return resident("VmHWM") if sys.platform.startswith("linux") else None
-
-
 def resident(entry: str) -> int:
+    """Bytes by an entry of Linux's status file: VmRSS (now) or VmHWM (the peak)."""
     line = next(x for x in (PROC / "status").read_text().splitlines() if x.startswith(entry))
     return int(line.split()[1]) * 1024
-
-
-def relative_rms(ours: Tensor, theirs: Tensor) -> float:
-    theirs = theirs.float()
-    distance = (ours.float() - theirs).square().mean().sqrt()
-    return float(distance / theirs.square().mean().sqrt())
 
 
 def named(what: str, dtype: torch.dtype) -> str:
     return f"{what}, {str(dtype).removeprefix('torch.')}"
 
 
-# --- what is shown --------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 HEADER = (
     *("target", "side", "first call", "seconds", "spread", "peak MB"),
@@ -262,34 +262,31 @@ HEADER = (
 
 
 def table(outcomes: Sequence[Outcome], clock: str, peak_tflops: float | None = None) -> str:
-    """A line per side; `floor` is the time that a row's FLOPs need at `peak_tflops`."""
+    """A line per side; `floor` is the time that a task's FLOPs need at `peak_tflops`."""
     lines: list[tuple[str, ...]] = [HEADER]
     for outcome in outcomes:
+        task, flops, ratio = outcome.task, outcome.task.flops, outcome.ratio(clock)
+        once = (
+            f"{flops / peak_tflops / 1e12:.3g}" if flops and peak_tflops else "",
+            "" if ratio is None else f"{ratio:.2f}x",
+            ", ".join(outcome.aims(clock)),
+            "" if outcome.difference is None else f"{outcome.difference:.0e}",
+        )
         for place, (name, side) in enumerate(outcome.sides.items()):
-            seconds, ratio, flops = side.median(clock), outcome.ratio(clock), outcome.flops
-            floor = f"{flops / peak_tflops / 1e12:.3g}" if flops and peak_tflops else ""
-            faster = "" if ratio is None else f"{ratio:.2f}x"
-            differs = "" if outcome.difference is None else f"{outcome.difference:.0e}"
+            seconds = side.median(clock)
             lines.append(
                 (
-                    f"{outcome.target}: {outcome.what}" if place == 0 else "",
+                    f"{task.target}: {task.what}" if place == 0 else "",
                     name,
                     "" if side.first is None else f"{side.first:.3g}",
                     f"{seconds:.4g}",
                     f"{side.spread(clock):.0%}",
                     peak_text(side.peak_bytes, outcome.weights_bytes),
                     f"{flops / seconds / 1e12:.3g}" if flops else "",
-                    *((floor, faster, outcome.goals(), differs) if place == 0 else [""] * 4),
+                    *(once if place == 0 else [""] * len(once)),
                 )
             )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned(lines, left=(0, 1))
 
 
 def peak_text(peak: int | None, weights: int | None) -> str:

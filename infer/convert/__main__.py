@@ -12,8 +12,8 @@
 Names change and bits don't, unless dtype= asks for it: converting there and back gives the same
 tensors. Every tensor is checked against the config first. The output appears whole or not at all.
 
-With base=.. rank=.. it writes a LoRA file instead: the part of source - base that a rank can hold,
-and what it loses, layer by layer, as JSON beside the file.
+With base=.. rank=.. it writes a LoRA file instead: the part of source - base that a rank can hold.
+A JSON file beside it says how much of the difference is lost, layer by layer.
 """
 
 import json
@@ -22,7 +22,6 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,13 @@ from infer.convert.releases import (
 from wan.errors import WanError
 from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
-from wan.models.vae import VAEConfig
-from wan.pipeline.config import DEFAULTS_FILE, model_index_json, part_folder, scheduler_json
+from wan.pipeline.config import (
+    DEFAULTS_FILE,
+    PipelineConfig,
+    model_index_json,
+    part_folder,
+    scheduler_json,
+)
 from wan.weights.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.weights.hub import SHIPPED, builtin_folder
 from wan.weights.keys import COMPONENTS, VAELevels, detect_layout
@@ -59,54 +63,29 @@ from wan.weights.safetensors_file import read_header
 from wan.weights.save import save_component
 
 LAYOUTS = ("diffusers", "official", "prefixed")
-# float16 is left out: weights beyond its range would become infinite.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PREFIX = "model.diffusion_model."
-
-
-@dataclass(frozen=True)
-class Target:
-    """How components are to be written."""
-
-    layout: str
-    dtype: torch.dtype | None
-    round_all: bool
-    max_shard_bytes: int
 
 
 def main(config: ConvertConfig) -> None:
     config.check_task()
+    source = find("source", config.source)
     if config.base is not None:
-        assert config.rank is not None
-        convert_lora(
-            find("source", config.source),
-            find("base", config.base),
-            Path(config.output).expanduser(),
-            config.rank,
-            diffs=config.diffs,
-            dtype=DTYPES[config.dtype or "float32"],
-            device=config.device,
-        )
+        convert_lora(config, source, find("base", config.base))
         return
     check_choice("layout", config.layout, LAYOUTS)
-    dtype = None if config.dtype is None else DTYPES[config.dtype]
-    # A prefixed file is one file by definition.
-    limit = sys.maxsize if config.layout == "prefixed" else int(config.shard_gb * 1e9)
-    target = Target(config.layout, dtype, config.round_all, limit)
-    source = find("source", config.source)
     with new_folder(Path(config.output).expanduser()) as folder:
         if (source / "model_index.json").is_file() or is_official_release(source):
             if config.config is not None:
                 raise WanError("config= is for a single component; a release brings its own")
-            convert_release(source, folder, target)
+            convert_release(source, folder, config)
         else:
             values = None if config.config is None else read_json(Path(config.config).expanduser())
-            convert_component(open_checkpoint(source), None, folder, target, values)
+            convert_component(open_checkpoint(source), None, folder, config, values)
     print(f"wrote {config.output}")
 
 
 def find(option: str, name: str) -> Path:
-    """A file or folder, or that of a shipped model."""
+    """The file or folder of that name, or the folder of a shipped model."""
     path = builtin_folder(SHIPPED.get(name, name)) or Path(name).expanduser()
     if not path.exists():
         shipped = " or ".join(SHIPPED)
@@ -139,7 +118,7 @@ def convert_component(
     checkpoint: Checkpoint,
     component: str | None,
     folder: Path,
-    target: Target,
+    target: ConvertConfig,
     config: Mapping[str, Any] | None = None,
     model_type: str | None = None,
 ) -> dict[str, Any]:
@@ -147,7 +126,8 @@ def convert_component(
 
     Args:
         component: one of `wan.weights.keys.COMPONENTS`; None finds out by the names.
-        config: its settings; None looks for them (see `find_config`).
+        target: the layout and dtypes to write.
+        config: the component's settings; None looks for them (see `find_config`).
         model_type: for the official config of a transformer; None goes by the latent channels.
     Returns:
         The config that was used.
@@ -157,38 +137,41 @@ def convert_component(
     shapes = {name: tensor.entry.shape for name, tensor in names.stored.items()}
     values = dict(config or find_config(checkpoint, component, shapes))
     with torch.device("meta"):
-        module = module_builder(component, values)()
+        module: Any = module_builder(component, values)()
     wanted = module.state_dict()
     check_fit(checkpoint, component, names, wanted)
-    if target.layout == "prefixed" and component != "transformer":
+    is_prefixed, is_diffusers = target.layout == "prefixed", target.layout == "diffusers"
+    if is_prefixed and component != "transformer":
         raise WanError(f"layout=prefixed is for transformers; {checkpoint.path} is a {component}")
     views = load_state(checkpoint, component)
     state = {name: views[name] for name in wanted}  # in one order, so that shards come out equal
-    dtypes = None
+    dtypes = levels = None
     if target.dtype is not None:
         # The loader raises these to float32 anyway; rounding them here loses their bits.
-        float32 = () if target.round_all else module.FLOAT32_PARAMETERS
-        assert isinstance(float32, tuple)
-        dtypes = {n: target_dtype(n, t.dtype, target.dtype, float32) for n, t in state.items()}
+        float32, most = module.FLOAT32_PARAMETERS, getattr(torch, target.dtype)
+        float32 = () if target.round_all else float32
+        dtypes = {name: target_dtype(name, t.dtype, most, float32) for name, t in state.items()}
+    if component == "vae":
+        levels = VAELevels(module.config.is_residual, module.config.num_res_blocks)
     written = save_component(
         state,
         folder,
         component,
-        "diffusers" if target.layout == "diffusers" else "official",
-        vae_levels=vae_levels(values) if component == "vae" else None,
-        prefix=PREFIX if target.layout == "prefixed" else "",
+        "diffusers" if is_diffusers else "official",
+        vae_levels=levels,
+        prefix=PREFIX if is_prefixed else "",
         dtypes=dtypes,
-        max_shard_bytes=target.max_shard_bytes,
-        metadata=None if target.layout == "diffusers" else {CONFIG_METADATA: json.dumps(values)},
+        # A prefixed file is one file by definition.
+        max_shard_bytes=sys.maxsize if is_prefixed else int(target.shard_gb * 1e9),
+        metadata=None if is_diffusers else {CONFIG_METADATA: json.dumps(values)},
     )
     if (written_config := layout_config(component, target.layout, values, model_type)) is not None:
         write_json(folder / "config.json", written_config)
     count = sum(tensor.numel() for tensor in state.values())
-    files = ", ".join(path.name for path in written[:1])
     more = f" and {len(written) - 1} more" if len(written) > 1 else ""
     print(
         f"{component}: {names.layout.layout} -> {target.layout}, {len(state)} tensors, "
-        f"{short(count)} parameters -> {files}{more}"
+        f"{short(count)} parameters -> {written[0].name}{more}"
     )
     return values
 
@@ -205,11 +188,6 @@ def detect_component(checkpoint: Checkpoint) -> str:
             return component
     # The transformer's reason also names a model of another kind.
     raise WanError(f"{checkpoint.path}: {reasons[0]}")
-
-
-def vae_levels(config: Mapping[str, Any]) -> VAELevels:
-    vae = VAEConfig.from_json(dict(config))
-    return VAELevels(vae.is_residual, vae.num_res_blocks)
 
 
 def layout_config(
@@ -239,75 +217,58 @@ def is_official_release(source: Path) -> bool:
     return bool(set(EXPERT_FOLDERS.values()) & set(names)) or (transformer and others)
 
 
-def convert_release(source: Path, folder: Path, target: Target) -> None:
+def convert_release(source: Path, folder: Path, target: ConvertConfig) -> None:
+    """Write every part of a release; what else it has follows if the layout has a place for it."""
     if target.layout == "prefixed":
         raise WanError("layout=prefixed holds a transformer alone: give that as source=")
-    if (source / "model_index.json").is_file():
-        convert_diffusers_release(source, folder, target)
+    index_file = source / "model_index.json"
+    index = read_json(index_file) if index_file.is_file() else None
+    model_type = None
+    if index is None:
+        has_two = (source / EXPERT_FOLDERS["transformer"]).is_dir()
+        experts = list(EXPERT_FOLDERS) if has_two else ["transformer"]
     else:
-        convert_official_release(source, folder, target)
-
-
-def convert_diffusers_release(source: Path, folder: Path, target: Target) -> None:
-    """A folder with model_index.json. Its scheduler has no place in the official layout."""
-    index = read_json(source / "model_index.json")
-    experts = [name for name in EXPERT_FOLDERS if is_used(index.get(name))]
-    model_type = "ti2v" if index.get("expand_timesteps") else "t2v"
-    is_official = target.layout == "official"
-    for name in experts:
-        into = expert_folder(folder, name, len(experts)) if is_official else folder / name
-        checkpoint = open_checkpoint(source / name)
-        convert_component(checkpoint, "transformer", into, target, model_type=model_type)
-    for name in ("vae", "text_encoder"):
-        into = folder if is_official else folder / name
-        convert_component(open_checkpoint(part_folder(source, name)), name, into, target)
+        experts = [name for name in EXPERT_FOLDERS if is_used(index.get(name))]
+        model_type = "ti2v" if index.get("expand_timesteps") else "t2v"
+    to_official = target.layout == "official"
+    configs = {}
+    for name in (*experts, "vae", "text_encoder"):
+        component = "transformer" if name in experts else name
+        path = part_folder(source, name) if index else official_file(source, name, len(experts))
+        into = official_folder(folder, name, len(experts)) if to_official else folder / name
+        configs[component] = convert_component(
+            open_checkpoint(path), component, into, target, model_type=model_type
+        )
+    tokenizer = folder / (TOKENIZER_FOLDER if to_official else "tokenizer")
     copy_tokenizer(
-        part_folder(source, "tokenizer"),
-        folder / (TOKENIZER_FOLDER if is_official else "tokenizer"),
+        part_folder(source, "tokenizer") if index else source / TOKENIZER_FOLDER, tokenizer
     )
-    if is_official:
+    if index and to_official:
         print(
             "model_index.json, scheduler/ and sampling defaults are not written: the official code "
             "holds those of the official models. Steps, size and, of a student, its timesteps are "
             "lost: converted back, the folder will be a base model"
         )
-        return
-    for name in ("model_index.json", "scheduler/scheduler_config.json", DEFAULTS_FILE):
-        if (source / name).is_file():
-            write_json(folder / name, read_json(source / name))
+    elif index:
+        for name in ("model_index.json", "scheduler/scheduler_config.json", DEFAULTS_FILE):
+            if (source / name).is_file():
+                write_json(folder / name, read_json(source / name))
+    elif not to_official:
+        write_official_index(official_pipeline(configs, len(experts)), folder)
 
 
-def convert_official_release(source: Path, folder: Path, target: Target) -> None:
-    """A folder of the official repositories, its pickles converted to safetensors before."""
-    is_official = target.layout == "official"
-    experts = (
-        list(EXPERT_FOLDERS)
-        if (source / EXPERT_FOLDERS["transformer"]).is_dir()
-        else ["transformer"]
+def write_official_index(pipeline: PipelineConfig, folder: Path) -> None:
+    """Write what diffusers needs of an official release besides its parts."""
+    print(
+        f"guessed, as official files do not say: a {pipeline.class_name} of shift "
+        f"{pipeline.shift:g} and the official defaults; a student needs the model_index.json "
+        "that it had"
     )
-    for name in experts:
-        from_folder = expert_folder(source, name, len(experts))
-        into = expert_folder(folder, name, len(experts)) if is_official else folder / name
-        checkpoint = open_checkpoint(find_weights(from_folder, (TRANSFORMER_STEM,)))
-        configs = {"transformer": convert_component(checkpoint, "transformer", into, target)}
-    for name, stems in (("vae", VAE_STEMS), ("text_encoder", (TEXT_ENCODER_STEM,))):
-        into = folder if is_official else folder / name
-        checkpoint = open_checkpoint(find_weights(source, stems))
-        configs[name] = convert_component(checkpoint, name, into, target)
-    tokenizer = folder / (TOKENIZER_FOLDER if is_official else "tokenizer")
-    copy_tokenizer(source / TOKENIZER_FOLDER, tokenizer)
-    if not is_official:
-        pipeline = official_pipeline(configs, len(experts))
-        print(
-            f"guessed, as official files do not say: a {pipeline.class_name} of shift "
-            f"{pipeline.shift:g} and the official defaults; a student needs the model_index.json "
-            "that it had"
-        )
-        index = model_index_json(pipeline)
-        if not (tokenizer / "tokenizer.json").is_file():
-            index["tokenizer"] = ["transformers", "T5TokenizerFast"]  # the one that reads pieces
-        write_json(folder / "model_index.json", index)
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(pipeline.shift))
+    index = model_index_json(pipeline)
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        index["tokenizer"] = ["transformers", "T5TokenizerFast"]  # the one that reads pieces
+    write_json(folder / "model_index.json", index)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(pipeline.shift))
 
 
 def is_used(entry: Any) -> bool:
@@ -315,9 +276,17 @@ def is_used(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def expert_folder(release: Path, name: str, num_experts: int) -> Path:
-    """Where the official layout keeps a transformer: one alone lies at the top."""
-    return release / EXPERT_FOLDERS[name] if num_experts == 2 else release
+def official_folder(release: Path, name: str, num_experts: int) -> Path:
+    """The folder of a part in the official layout: one of two experts has its own."""
+    return (
+        release / EXPERT_FOLDERS[name] if name in EXPERT_FOLDERS and num_experts == 2 else release
+    )
+
+
+def official_file(release: Path, name: str, num_experts: int) -> Path:
+    """The weights of a part of an official release, whose pickles were converted before."""
+    stems = {"vae": VAE_STEMS, "text_encoder": (TEXT_ENCODER_STEM,)}.get(name, (TRANSFORMER_STEM,))
+    return find_weights(official_folder(release, name, num_experts), stems)
 
 
 def find_weights(folder: Path, stems: tuple[str, ...]) -> Path:

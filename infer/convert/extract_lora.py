@@ -1,4 +1,4 @@
-"""What `infer.convert` does with base=: a LoRA file from two checkpoints, and what it loses."""
+"""`infer.convert` with base=: a LoRA file from two checkpoints, and how much it loses."""
 
 import sys
 from dataclasses import asdict
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from configs.conversion import ConvertConfig
 from wan.errors import WanError
 from wan.files import write_json
 from wan.lora.extract import ExtractedLoRA, extract_lora
@@ -17,20 +18,10 @@ from wan.weights.checkpoint import Checkpoint, open_checkpoint
 from wan.weights.names import grouped
 
 
-def convert_lora(
-    source: Path,
-    base: Path,
-    output: Path,
-    rank: int,
-    *,
-    diffs: bool,
-    dtype: torch.dtype,
-    device: str,
-) -> None:
-    """Write the LoRA of source - base, and its losses layer by layer as JSON beside it.
-
-    Arguments as for `wan.lora.extract.extract_lora`.
-    """
+def convert_lora(config: ConvertConfig, source: Path, base: Path) -> None:
+    """Write the LoRA of source - base, and its losses layer by layer as JSON beside it."""
+    rank, output = config.rank, Path(config.output).expanduser()
+    assert rank is not None
     report = output.with_suffix(".json")
     if output.suffix != ".safetensors":
         raise WanError(f"output={output}: a LoRA is one file: {output}.safetensors")
@@ -40,9 +31,9 @@ def convert_lora(
         open_transformer("source", source),
         open_transformer("base", base),
         rank,
-        diffs=diffs,
-        dtype=dtype,
-        device=resolve_device(device),
+        diffs=config.diffs,
+        dtype=getattr(torch, config.dtype or "float32"),
+        device=resolve_device(config.device),
         on_progress=progress if sys.stderr.isatty() else None,
     )
     print(losses(lora))
@@ -55,7 +46,7 @@ def convert_lora(
 
 
 def trained_attention(source: Path) -> dict[str, str]:
-    """Sparse self-attention that a release was trained with; a component does not know."""
+    """Metadata with the sparse self-attention of a release; a single component has no record."""
     if not (source / "model_index.json").is_file():
         return {}
     attention = read_pipeline_config(source).defaults.attention
@@ -78,7 +69,7 @@ def open_transformer(option: str, source: Path) -> Checkpoint:
 
 
 def losses(lora: ExtractedLoRA) -> str:
-    """What every pair loses, what is left out, and the whole, for a person."""
+    """How much every pair loses, what is left out, and the loss of the whole, as text."""
     lines = [f"{'rank':>5}  {'lost energy':>11}  layer"]
     lines += [f"{c.rank:>5}  {c.residual:>11.3%}  {c.name}" for c in lora.changes if c.rank]
     num_whole = sum(change.rank == 0 for change in lora.changes) - len(lora.left_out)

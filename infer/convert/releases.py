@@ -1,4 +1,4 @@
-"""What the releases say outside their weights: the configs of each layout, and who lies where.
+"""What belongs to a release besides its weights: the configs of both layouts, and file names.
 
 The official layout has a config.json for the transformer only; the settings of its VAE and text
 encoder stand in the official code, and so do the scheduler's. They are written out here, under the
@@ -35,7 +35,7 @@ HEAD_DIM = 128  # of every release; only this much can't be told from the shapes
 
 
 def module_builder(component: str, config: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    """What builds a component of a config.json in either layout's field names."""
+    """A function that builds a component from the config.json of either layout."""
     values = dict(config)
     if component == "transformer":
         dit_config = DiTConfig.from_json(values)
@@ -85,7 +85,7 @@ def find_config(
 def config_of_shapes(
     component: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any] | None:
-    """The config of the release that has these shapes; None if a needed tensor or release lacks."""
+    """The config of the release that has these shapes; None if no release has them."""
     if component == "vae":
         channels = shapes.get("post_quant_conv.weight", (0,))[0]
         width = shapes.get("encoder.conv_in.weight", (0,))[0]
@@ -122,7 +122,9 @@ def config_of_shapes(
 
 
 def official_transformer_config(config: DiTConfig, model_type: str) -> dict[str, Any]:
-    """The official config.json of a transformer; what its code fixes is only named if it differs.
+    """The official config.json of a transformer.
+
+    What the official code fixes is only written where this model differs.
 
     Args:
         model_type: "t2v", or "ti2v" for a model with a timestep per token.

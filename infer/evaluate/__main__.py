@@ -1,7 +1,7 @@
 """Measure how often videos show what their captions say.
 
-Captions of the miniature's world go in; analytic detectors read what came out. A clip counts as
-right only if every stated attribute and the number of objects are. Example:
+A model makes clips of captions of the miniature's world, and analytic detectors read them. A clip
+counts as right only if every stated attribute and the number of objects are. Example:
 
     python -m infer.evaluate num_captions=512 split=heldout output=outputs/evaluation.json
 
@@ -9,8 +9,8 @@ Two ceilings need no trained transformer: source=renders scores the world's own 
 the detectors are), source=vae the same renders through the autoencoder (how much it keeps).
 
 The distance to the truth compares all clips with other true scenes of the same captions, so that
-source=renders shows its floor. How diverse a model is shows where captions leave something open and
-get several seeds: omit=0.5 seeds_per_caption=8 split=train.
+source=renders gives its floor. Diversity needs captions that leave something open, and several
+seeds of each: omit=0.5 seeds_per_caption=8 split=train.
 """
 
 import tempfile
@@ -77,7 +77,7 @@ def _writable(path: str | None) -> Path | None:
 
 
 def main(run: Run[EvaluateConfig]) -> None:
-    """The command: make the clips, print the table, write what was asked for."""
+    """The command: make the clips, print the table, write the files that the settings name."""
     config = run.config
     output, sheet = (_writable(path) for path in (config.output, config.sheet))
     examples = draw_examples(config)

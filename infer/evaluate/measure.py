@@ -1,6 +1,6 @@
-"""Captions of the miniature's world in, numbers out: what clips show, measured and summarised.
+"""What clips of the miniature's captions show: measured by detectors, summarised and stored.
 
-Where the clips come from is not known here: a `VideoSource` makes them.
+A `VideoSource` makes the clips: the world itself, an autoencoder or a model.
 """
 
 import itertools
@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.evaluation import EvaluateConfig
-from wan.files import write_text
+from wan.files import read_json, write_text
 from wan.miniature.captions import Caption, caption, sample_scene_for
 from wan.miniature.detect import DetectedObject, Detection, Score, detect, score
 from wan.miniature.metrics import (
@@ -51,15 +52,15 @@ class Example:
     """One clip to make: a caption, two scenes that fulfil it, and the seed of the noise.
 
     Attributes:
-        caption: the caption's number; clips of one caption follow each other.
+        number: the caption's; clips of one caption follow each other.
         scene: what source=renders shows.
-        truth: another one, which all sources are compared with.
+        truth: another scene, which all sources are compared with.
     """
 
-    caption: int
+    number: int
     scene: Scene
     truth: Scene
-    said: Caption
+    caption: Caption
     seed: int
 
 
@@ -70,31 +71,34 @@ class Result:
     Attributes:
         features, truth: (D,) of the clip and of the example's true scene.
         num_frames: of both.
-        seconds, cpu_seconds: that making the clip took, without loading and measuring; the second
-            is of all threads, and the same on a machine that is busy with something else.
+        seconds, cpu_seconds: time to make the clip, without loading and measuring; the second adds
+            up all threads, and is the same on a machine that is busy with something else.
     """
 
     example: Example
     detection: Detection
-    score: Score
     features: Tensor
     truth: Tensor
     num_frames: int
     seconds: float
     cpu_seconds: float
 
+    @cached_property
+    def score(self) -> Score:
+        return score(self.detection, self.example.caption)
+
 
 def draw_examples(config: EvaluateConfig) -> list[Example]:
     """The captions of a seed: the first n of them don't depend on how many are drawn."""
     examples: list[Example] = []
-    for index in range(config.num_captions):
-        rng = random.Random(f"evaluate/{config.seed}/{index}")  # no scene that training draws
+    for number in range(config.num_captions):
+        rng = random.Random(f"evaluate/{config.seed}/{number}")  # no scene that training draws
         scene = sample_scene(rng, config.split, config.num_objects, config.num_frames)
-        said = caption(scene, rng, config.omit)
+        stated = caption(scene, rng, config.omit)
         for _ in range(config.seeds_per_caption):
-            truth = sample_scene_for(said, rng, config.split, config.num_frames)
-            examples.append(Example(index, scene, truth, said, config.seed + len(examples)))
-            scene = sample_scene_for(said, rng, config.split, config.num_frames)
+            truth = sample_scene_for(stated, rng, config.split, config.num_frames)
+            examples.append(Example(number, scene, truth, stated, config.seed + len(examples)))
+            scene = sample_scene_for(stated, rng, config.split, config.num_frames)
     return examples
 
 
@@ -103,8 +107,7 @@ def evaluate(
 ) -> Iterator[tuple[Result, Tensor]]:
     """Make every clip and read it: (result, video (3, F, H, W)) in order.
 
-    A clip with a number that is not finite is as good as a black one: nothing that was asked of it
-    is right.
+    A clip with a number that is not finite counts as a black one: nothing in it is right.
     """
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
@@ -114,25 +117,15 @@ def evaluate(
         cpu_seconds = (time.process_time() - cpu_started) / len(batch)
         for example, video in zip(batch, videos, strict=True):
             seen = video if video.isfinite().all() else torch.full_like(video, -1)
-            detection = detect(seen)
             truth = render([example.truth], *video.shape[1:])[0]
-            yield (
-                Result(
-                    example,
-                    detection,
-                    score(detection, example.said),
-                    clip_features(seen),
-                    clip_features(truth),
-                    video.shape[1],
-                    seconds,
-                    cpu_seconds,
-                ),
-                video,
-            )
+            features = clip_features(seen), clip_features(truth)
+            num_frames = video.shape[1]
+            result = Result(example, detect(seen), *features, num_frames, seconds, cpu_seconds)
+            yield result, video
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share that was seen `right` times in `total`.
+    """95 % interval of a share, from `right` of `total` draws.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
@@ -161,13 +154,13 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     for result in results:
         for name, statements in result.score.attributes.items():
             verdicts[name].extend(statements)
-    seeds = sum(result.example.caption == results[0].example.caption for result in results)
+    seeds = sum(result.example.number == results[0].example.number for result in results)
     following = [*results[seeds:], *results[:seeds]]
     other = [
-        score(result.detection, next_one.example.said).joint
+        score(result.detection, next_one.example.caption).joint
         for result, next_one in zip(results, following, strict=True)
     ]
-    measured = [clip_measures(result.example.said, result.score) for result in results]
+    measured = [clip_measures(result.example.caption, result.score) for result in results]
     summary = {
         "joint": _share([result.score.joint for result in results]),
         "attributes": {name: _share(seen) for name, seen in verdicts.items() if seen},
@@ -204,11 +197,11 @@ def _distances(results: Sequence[Result]) -> dict[str, dict[str, float]]:
 def caption_diversities(results: Sequence[Result]) -> list[dict[str, dict[str, float | None]]]:
     """`seed_diversity` of each caption: of its clips, and of as many true scenes."""
     diversities = []
-    for _, group in itertools.groupby(results, lambda result: result.example.caption):
+    for _, group in itertools.groupby(results, lambda result: result.example.number):
         clips = list(group)
-        shown = [shown_by_clip(one.example.said, one.detection, one.score) for one in clips]
+        shown = [shown_by_clip(one.example.caption, one.detection, one.score) for one in clips]
         true = [
-            shown_by_scene(one.example.said, one.example.truth, one.num_frames) for one in clips
+            shown_by_scene(one.example.caption, one.example.truth, one.num_frames) for one in clips
         ]
         diversities.append({"clips": seed_diversity(shown), "truth": seed_diversity(true)})
     return diversities
@@ -226,11 +219,11 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _confusion(results: Sequence[Result], name: str) -> dict[str, dict[str, int]]:
-    """Times that a stated value (outer) was seen as a value or as none (inner)."""
+    """How often a stated value (outer key) was seen as a value or as none (inner key)."""
     seen_as = (*ATTRIBUTES[name], NONE)
     table = {value: dict.fromkeys(seen_as, 0) for value in ATTRIBUTES[name]}
     for result in results:
-        for stated, item in zip(result.example.said.objects, result.score.matches, strict=True):
+        for stated, item in zip(result.example.caption.objects, result.score.matches, strict=True):
             value, seen = getattr(stated, name), getattr(item, name, None)
             if value is not None:
                 table[value][seen or NONE] += 1
@@ -238,7 +231,7 @@ def _confusion(results: Sequence[Result], name: str) -> dict[str, dict[str, int]
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary for people."""
+    """The summary as text."""
     rows = {"all that was stated": summary["joint"]} | summary["attributes"]
     if "joint_of_other_caption" in summary:
         rows["another caption's"] = summary["joint_of_other_caption"]
@@ -249,7 +242,11 @@ def table(summary: dict[str, Any]) -> str:
             f"{name:<20} {share['right']:>7} {share['total']:>6} {share['accuracy']:>8.1%}   "
             f"{low:.1%} to {high:.1%}"
         )
-    lines += ["", *_confusion_lines("shape", summary["confusion"]["shape"]), ""]
+    shapes = summary["confusion"]["shape"]
+    lines += ["", f"{'shape (seen as)':<20}" + "".join(f" {name:>9}" for name in (*shapes, NONE))]
+    for shape, counts in shapes.items():
+        lines.append(f"{shape:<20}" + "".join(f" {count:>9}" for count in counts.values()))
+    lines.append("")
     numbers = dict(summary["measures"])
     for part, distances in summary.get("distance", {}).items():
         numbers |= {f"{name} distance, {part}": value for name, value in distances.items()}
@@ -262,27 +259,19 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _confusion_lines(name: str, confusion: dict[str, dict[str, int]]) -> list[str]:
-    columns = next(iter(confusion.values()))
-    lines = [f"{name + ' (seen as)':<20}" + "".join(f" {column:>9}" for column in columns)]
-    for value, row in confusion.items():
-        lines.append(f"{value:<20}" + "".join(f" {count:>9}" for count in row.values()))
-    return lines
-
-
 def to_json(result: Result) -> dict[str, Any]:
     """One clip's line of the record."""
     return {
-        "prompt": result.example.said.text,
+        "prompt": result.example.caption.text,
         "seed": result.example.seed,
         "stated": {
-            "background": result.example.said.background,
-            "objects": [asdict(stated) for stated in result.example.said.objects],
+            "background": result.example.caption.background,
+            "objects": [asdict(stated) for stated in result.example.caption.objects],
         },
         "seen": asdict(result.detection),
         "right": result.score.attributes,
         "joint": result.score.joint,
-        "measures": clip_measures(result.example.said, result.score),
+        "measures": clip_measures(result.example.caption, result.score),
         "seconds": result.seconds,
         "cpu_seconds": result.cpu_seconds,
     }
@@ -309,23 +298,13 @@ def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
 
 def read_results(file: Path, examples: Sequence[Example]) -> list[Result]:
     """The results that `write_record` wrote of these examples."""
-    record = json.loads(file.read_text(encoding="utf-8"))
-    clips, num_frames = record["clips"], record["config"]["num_frames"]
-    features = load_file(file.with_suffix(".safetensors"))
+    record, features = read_json(file), load_file(file.with_suffix(".safetensors"))
+    num_frames = record["config"]["num_frames"]
     results = []
-    for index, (example, clip) in enumerate(zip(examples, clips, strict=True)):
+    for index, (example, clip) in enumerate(zip(examples, record["clips"], strict=True)):
         objects = tuple(DetectedObject(**item) for item in clip["seen"]["objects"])
         detection = Detection(clip["seen"]["background"], objects)
-        results.append(
-            Result(
-                example,
-                detection,
-                score(detection, example.said),
-                features["clips"][index],
-                features["truth"][index],
-                num_frames,
-                clip["seconds"],
-                clip["cpu_seconds"],
-            )
-        )
+        own = features["clips"][index], features["truth"][index]
+        seconds = clip["seconds"], clip["cpu_seconds"]
+        results.append(Result(example, detection, *own, num_frames, *seconds))
     return results

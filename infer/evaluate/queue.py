@@ -1,4 +1,4 @@
-"""Long lists of things to make: what is stored is not made again, a failure stops only itself."""
+"""Many things to make one after the other: they share a model, and a failure stops only itself."""
 
 import hashlib
 import json
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from configs.cli import report
+from configs.cli import report as report_error
 from configs.evaluation import EvaluateConfig
 from configs.schema import LOADING
 from infer.evaluate.measure import Example, VideoSource
 from infer.evaluate.sources import SOURCES, folder_of, generate, load_pipeline, sampling
 from wan.errors import WanError
+from wan.files import read_json
 from wan.models.attention_config import AttentionConfig
 from wan.pipeline.config import model_files
 from wan.pipeline.pipeline import WanPipeline
@@ -27,7 +28,7 @@ from wan.weights.digests import hash_files
 from wan.weights.quantize import quantization_of
 
 FORMAT = 2  # of stored results: others are made again
-# Failures whose message says enough; any other kind is shown with where it was raised.
+# Failures whose message says enough; any other kind is printed with its traceback.
 EXPECTED = (WanError, OSError, FloatingPointError, torch.OutOfMemoryError)
 
 
@@ -58,19 +59,19 @@ class LastPipeline:
         return self._pipeline
 
     def warm_up(self, config: EvaluateConfig, prompt: str, **call: Any) -> float:
-        """Begin a clip and drop it, where model, attention or size are new; the seconds of that.
+        """Begin a clip and drop it, if model, attention or size are new.
 
-        What only a first call pays for, compiling, choosing kernels and starting CUDA, is then not
-        in the time of the clips that follow. One step is made, or as many as it takes until the
-        attention has been used and been left out, if it names steps.
+        The costs of a first call (compiling, choosing kernels, starting CUDA) are then not in the
+        seconds of the clips that follow. One step is made; if the attention names steps, as many
+        as it takes until it has been used and been left out.
 
         Args:
-            call: what the clips are called with beside `sampling(config)`: negative_prompt, height,
+            call: the pipeline's arguments beside `sampling(config)`: negative_prompt, height,
                 width, num_frames and others.
         Returns:
             Seconds, decoding included; 0 if such a clip was made before.
         Raises:
-            WanError: what the clips themselves would be refused for.
+            WanError: the model refuses these arguments.
         """
         pipeline = self.get(config)
         what = tuple(call[name] for name in ("height", "width", "num_frames"))
@@ -86,7 +87,7 @@ class LastPipeline:
             pipeline.interrupt = step == last
 
         started = time.perf_counter()
-        with suppress(FloatingPointError):  # is for the clips to fail by
+        with suppress(FloatingPointError):  # the clips themselves will fail by it
             pipeline(prompt, seed=0, output_type="pt", callback_on_step_end=stop, **call, **options)
         self._warm.add(what)
         return time.perf_counter() - started
@@ -120,13 +121,16 @@ def result_key(parts: Sequence[Any]) -> str:
 
 def is_stored(file: Path, key: str) -> bool:
     """Whether a record is there and answers this very question."""
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["key"] == key
+    return file.is_file() and read_json(file)["key"] == key
 
 
 def plan_record(
     pipeline: WanPipeline, plan: SamplingPlan, height: int, width: int, num_frames: int
 ) -> dict[str, Any]:
-    """How a model makes its clips; density is attention's share of the FLOPs of dense attention."""
+    """The sampling and loading of a model's clips, for their record.
+
+    "density" is attention's share of the FLOPs of dense attention.
+    """
     shape = pipeline.config.latent_shape(height, width, num_frames)
     grid = pipeline.config.transformer.token_grid(shape[1:])
     attention = pipeline.transformer.attention
@@ -143,7 +147,7 @@ def plan_record(
 
 
 def run_each(entries: Mapping[str, Callable[[], None]]) -> list[str]:
-    """Call one after the other, whatever fails; only Ctrl-C stops them all.
+    """Call one entry after the other, whatever fails; only Ctrl-C stops them all.
 
     Returns:
         The names of those that failed, each with its reason on stderr.
@@ -155,17 +159,29 @@ def run_each(entries: Mapping[str, Callable[[], None]]) -> list[str]:
         except Exception as error:
             print(f"{name} failed ({type(error).__name__}):", file=sys.stderr)
             if isinstance(error, EXPECTED):
-                report(error)
+                report_error(error)
             else:
                 traceback.print_exc()
             failed.append(name)
     return failed
 
 
-def report_failed(failed: Sequence[str], what: str) -> None:
-    """Say at the end, where it is seen, what was not made."""
+def conclude(report: str | None, failed: Sequence[str], what: str, folder: Path) -> int:
+    """Print the report, and at the end, where it is seen, what was not made.
+
+    Args:
+        report: None if nothing is stored.
+        what: the kind of the things that failed, in the plural.
+    Returns:
+        The command's exit code: 1 if something failed or there is nothing to report.
+    """
+    if report is None:
+        print(f"{folder}: no stored results to report", file=sys.stderr)
+    else:
+        print(report)
     if failed:
         print(f"{len(failed)} {what} failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed or report is None else 0
 
 
 def weights_of(config: EvaluateConfig) -> dict[str, str] | None:
@@ -183,7 +199,7 @@ def question_key(
 def open_source(
     config: EvaluateConfig, models: LastPipeline
 ) -> tuple[VideoSource, dict[str, Any] | None]:
-    """Where the clips come from, and the plan by which a model makes them."""
+    """The source of the clips, and the `plan_record` of the model that makes them, if one does."""
     if config.source != "model":
         return SOURCES[config.source](config), None
     pipeline = models.get(config)
@@ -193,12 +209,12 @@ def open_source(
 
 
 def warm_up(config: EvaluateConfig, example: Example, models: LastPipeline) -> float:
-    """`LastPipeline.warm_up` for clips of captions; what no model makes needs none."""
+    """`LastPipeline.warm_up` for clips of captions; 0 seconds if no model makes them."""
     if config.source != "model":
         return 0.0
     return models.warm_up(
         config,
-        example.said.text,
+        example.caption.text,
         negative_prompt=config.negative_prompt,
         height=config.height,
         width=config.width,

@@ -1,23 +1,25 @@
-"""What reports are made of: numbers with intervals, their table, and panels of them."""
+"""A report on several settings: their numbers with intervals, as a table and as panels."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from infer.evaluate.measure import wilson_interval
 from wan.errors import WanError
-from wan.miniature.statistics import Estimate
-
-S = TypeVar("S")  # what a row is of
+from wan.miniature.statistics import Estimate, mean, ratio
 
 INTERVALS = (
     "Intervals are 95 %: Wilson's for shares, a bootstrap over captions or clips for the rest."
 )
+Values = Mapping[str, Tensor]  # measure -> one number per clip or caption (N,), NaN for none
+Compute = Callable[[Values], Estimate]
 
 
 def numbers(values: Iterable[float | None]) -> Tensor:
@@ -30,29 +32,45 @@ def taken_on(record: Mapping[str, Any]) -> str:
     return f"{record['device']}, {record['dtype']}, {record['threads']} threads"
 
 
-def share(right: Tensor) -> Estimate:
-    """The share of verdicts (N,) that are 1."""
-    return Estimate(float(right.mean()), *wilson_interval(int(right.sum()), len(right)))
-
-
 def exactly(value: float) -> Estimate:
     """A number without an interval."""
     return Estimate(value, value, value)
 
 
+# --- how a column is computed ---------------------------------------------------------------------
+
+
+def share_of(name: str) -> Compute:
+    """The share of verdicts that are 1."""
+
+    def compute(values: Values) -> Estimate:
+        right = values[name]
+        return Estimate(float(right.mean()), *wilson_interval(int(right.sum()), len(right)))
+
+    return compute
+
+
+def mean_of(name: str) -> Compute:
+    return lambda values: mean(values[name])
+
+
+def ratio_of(name: str, other: str) -> Compute:
+    """The ratio of two means over the same clips."""
+    return lambda values: ratio(values[name], values[other])
+
+
 @dataclass(frozen=True)
-class Column(Generic[S]):
-    """One number of a row: its heading, how it is written, and how it is computed."""
+class Column:
+    """One number of every row: its heading, how it is written, and how it is computed."""
 
     heading: str
     written: str
-    compute: Callable[[S, str], Estimate]
-    name: str = ""
+    compute: Compute
 
-    def estimate(self, row: S) -> Estimate | None:
-        """None where no clip of the row shows what is measured."""
+    def estimate(self, values: Values) -> Estimate | None:
+        """None where no clip shows what is measured."""
         try:
-            return self.compute(row, self.name)
+            return self.compute(values)
         except WanError:
             return None
 
@@ -63,96 +81,159 @@ class Column(Generic[S]):
         return one if low == high else f"{one} ({low} to {high})"
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+@dataclass(frozen=True)
+class Row:
+    """The results of one setting.
+
+    Attributes:
+        label: names the setting in the table.
+        line: the settings of one line are joined in the picture.
+        plan: how a model made the clips (`queue.plan_record`); None if no model did.
+        machines: what the clips were made on (`taken_on`).
+        values: what the columns are computed from; features are (N, D).
+    """
+
+    label: str
+    line: str
+    plan: dict[str, Any] | None
+    machines: list[str]
+    values: Values
 
 
 @dataclass(frozen=True)
-class Point:
-    """A number to draw; those of one line are joined. Without an x it is a level of its own."""
+class Report:
+    """Rows with their columns computed."""
 
-    line: str
-    x: Estimate | None
-    y: Estimate
+    rows: Sequence[Row]
+    columns: Sequence[Column]
 
+    @cached_property
+    def estimates(self) -> list[list[Estimate | None]]:
+        """A number per row and column."""
+        return [[column.estimate(row.values) for column in self.columns] for row in self.rows]
 
-def draw_panels(
-    panels: Mapping[str, Sequence[Point]],
-    file: Path,
-    x_label: str,
-    ticks: Sequence[int] | None = None,
-) -> None:
-    """A panel per heading, its points with their intervals over a logarithmic x; and the legend.
+    @property
+    def machines(self) -> list[str]:
+        return sorted({machine for row in self.rows for machine in row.machines})
 
-    Points of equal x stand side by side.
+    def table(
+        self,
+        before: Mapping[str, Callable[[Row], str]],
+        after: Mapping[str, Callable[[Row], str]],
+    ) -> str:
+        """Markdown, a line per row.
 
-    Args:
-        ticks: the only values to mark on the x axis.
-    Raises:
-        WanError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-    except ImportError as error:
-        raise WanError('the picture needs matplotlib: pip install -e ".[plot]"') from error
-    lines = list(dict.fromkeys(point.line for points in panels.values() for point in points))
-    columns = math.ceil(math.sqrt(len(panels) + 1))
-    rows = math.ceil((len(panels) + 1) / columns)
-    figure = Figure(figsize=(4.5 * columns, 3.7 * rows), layout="constrained")
-    *places, legend = figure.subplots(rows, columns, squeeze=False).flat
-    for place in places[len(panels) :]:
-        place.axis("off")
-    handles = {}
-    for (heading, points), place in zip(panels.items(), places, strict=False):
-        for index, line in enumerate(lines):
-            style = {"color": f"C{index % 10}", "label": line}
-            for level in (p.y.value for p in points if p.line == line and p.x is None):
-                handles[line] = place.axhline(level, linestyle="--", linewidth=1, **style)
-            known = [
-                (p.x, p.y, shown_at)
-                for p, shown_at in zip(points, _side_by_side(points), strict=True)
-                if p.line == line and p.x is not None
+        Args:
+            before, after: heading -> text, for what stands left and right of the numbers.
+        """
+        headings = [column.heading for column in self.columns]
+        head = ["setting", *before, *headings, *after]
+        lines = [head, ["---"] * len(head)]
+        for row, values in zip(self.rows, self.estimates, strict=True):
+            cells = [c.cell(value) for c, value in zip(self.columns, values, strict=True)]
+            left, right = ([text(row) for text in side.values()] for side in (before, after))
+            lines.append([row.label, *left, *cells, *right])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def draw(
+        self,
+        file: Path,
+        x_label: str,
+        xs: Sequence[Estimate | None],
+        num_panels: int,
+        ticks: Sequence[int] | None = None,
+    ) -> None:
+        """Draw a panel for each of the first columns over a logarithmic x axis, and a legend.
+
+        Args:
+            xs: for each row; None draws a horizontal line.
+            ticks: the only values to mark on the x axis.
+        Raises:
+            WanError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise WanError('the picture needs matplotlib: pip install -e ".[plot]"') from error
+        across = math.ceil(math.sqrt(num_panels + 1))
+        down = math.ceil((num_panels + 1) / across)
+        figure = Figure(figsize=(4.5 * across, 3.7 * down), layout="constrained")
+        *places, legend = figure.subplots(down, across, squeeze=False).flat
+        lines = list(dict.fromkeys(row.line for row in self.rows))
+        handles: dict[str, Any] = {}
+        for index, column in enumerate(self.columns[:num_panels]):
+            place = places[index]
+            points = [
+                (row.line, x, values[index])
+                for row, x, values in zip(self.rows, xs, self.estimates, strict=True)
+                if values[index] is not None
             ]
-            if known:
-                known.sort(key=lambda triple: triple[0].value)
-                xs, ys, shown = zip(*known, strict=True)
-                handles[line] = place.errorbar(
-                    shown,
-                    [y.value for y in ys],
-                    xerr=_reach(xs),
-                    yerr=_reach(ys),
-                    marker="os^vD"[index // 10 % 5],
-                    markersize=4,
-                    capsize=2,
-                    **style,
-                )
-        place.set_title(heading)
-        place.set_xscale("log")
-        if ticks is None:
-            place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            place.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        else:
-            place.set_xticks(ticks, [str(tick) for tick in ticks])
-        place.xaxis.set_minor_locator(NullLocator())
-        place.set_xlabel(x_label)
-        place.grid(alpha=0.3)
-    legend.legend(handles.values(), handles.keys(), loc="center")
-    legend.axis("off")
-    figure.savefig(file, dpi=110)
+            handles |= draw_points(place, points, lines)
+            place.set_title(column.heading)
+            scale_axis(place, x_label, ticks)
+        for place in [*places[num_panels:], legend]:
+            place.axis("off")
+        drawn = [line for line in lines if line in handles]
+        legend.legend([handles[line] for line in drawn], drawn, loc="center")
+        figure.savefig(file, dpi=110)
 
 
-def _side_by_side(points: Sequence[Point]) -> list[float]:
-    """Where points are drawn on the logarithmic x axis: those of equal x 3 % apart."""
-    groups: dict[float, list[int]] = {}
-    for index, point in enumerate(points):
-        groups.setdefault(0.0 if point.x is None else point.x.value, []).append(index)
-    places = [0.0] * len(points)
-    for x, group in groups.items():
-        for order, index in enumerate(group):
-            places[index] = x * 1.03 ** (order - (len(group) - 1) / 2)
-    return places
+# --- the picture ----------------------------------------------------------------------------------
+
+
+Point = tuple[str, Estimate | None, Any]  # line, x and y
+
+
+def draw_points(place: Any, points: Sequence[Point], lines: Sequence[str]) -> dict[str, Any]:
+    """Draw points with their intervals into matplotlib axes.
+
+    The points of a line are joined; one without an x is a horizontal line. Points of equal x are
+    drawn side by side, 3 % apart.
+
+    Returns:
+        What a legend shows for each line.
+    """
+    handles = {}
+    num_at = Counter(x.value for _, x, _ in points if x is not None)
+    drawn_at: Counter[float] = Counter()
+    known: dict[str, list[Any]] = {}
+    for line, x, y in points:
+        if x is not None:
+            shift = drawn_at[x.value] - (num_at[x.value] - 1) / 2
+            drawn_at[x.value] += 1
+            known.setdefault(line, []).append((x, y, x.value * 1.03**shift))
+    for index, line in enumerate(lines):
+        style = {"color": f"C{index % 10}", "label": line}
+        for level in (y.value for one, x, y in points if one == line and x is None):
+            handles[line] = place.axhline(level, linestyle="--", linewidth=1, **style)
+        if line in known:
+            xs, ys, at = zip(*sorted(known[line], key=lambda point: point[0].value), strict=True)
+            handles[line] = place.errorbar(
+                at,
+                [y.value for y in ys],
+                xerr=_reach(xs),
+                yerr=_reach(ys),
+                marker="os^vD"[index // 10 % 5],
+                markersize=4,
+                capsize=2,
+                **style,
+            )
+    return handles
+
+
+def scale_axis(place: Any, label: str, ticks: Sequence[int] | None) -> None:
+    """Make the x axis logarithmic, with the given ticks or those at 1, 2 and 5."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    place.set_xscale("log")
+    if ticks is None:
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    else:
+        place.set_xticks(ticks, [str(tick) for tick in ticks])
+    place.xaxis.set_minor_locator(NullLocator())
+    place.set_xlabel(label)
+    place.grid(alpha=0.3)
 
 
 def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:

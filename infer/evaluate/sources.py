@@ -1,4 +1,4 @@
-"""Where the clips of an evaluation come from: the world itself, the autoencoder, or a model."""
+"""The sources of an evaluation's clips: the world itself, the autoencoder, or a model."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def folder_of(config: EvaluateConfig) -> Path:
 
 
 def sampling(config: EvaluateConfig) -> dict[str, Any]:
-    """What decides the steps, by the names of the pipeline's arguments."""
+    """The pipeline's arguments that choose its steps."""
     return {
         "num_inference_steps": config.sampler.steps,
         "timesteps": config.sampler.timesteps,
@@ -55,7 +55,7 @@ def load_pipeline(config: EvaluateConfig) -> WanPipeline:
 
 
 def render_truth(config: EvaluateConfig) -> VideoSource:
-    """What the captions were made from."""
+    """The scenes that the captions were made from."""
 
     def make(batch: Sequence[Example]) -> Tensor:
         scenes = [example.scene for example in batch]
@@ -65,7 +65,7 @@ def render_truth(config: EvaluateConfig) -> VideoSource:
 
 
 def reconstruct_truth(config: EvaluateConfig) -> VideoSource:
-    """The same, encoded and decoded; needs only the vae/ folder of the checkpoint."""
+    """The true scenes, encoded and decoded; only the checkpoint's vae/ folder is needed."""
     folder = part_folder(folder_of(config), "vae")
     vae_config = VAEConfig.from_json(read_json(folder / "config.json"))
     device = resolve_device(config.device)
@@ -80,7 +80,7 @@ def reconstruct_truth(config: EvaluateConfig) -> VideoSource:
 
 
 def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> VideoSource:
-    """What the model makes of the captions; a clip whose latents blow up is all NaN.
+    """A model's clips of the captions; one whose latents are not finite is all NaN.
 
     Args:
         pipeline: the model, if it is loaded already.
@@ -97,7 +97,7 @@ def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> Vid
     def make(batch: Sequence[Example]) -> Tensor:
         try:
             made = pipe(
-                [example.said.text for example in batch],
+                [example.caption.text for example in batch],
                 config.negative_prompt,
                 height=config.height,
                 width=config.width,

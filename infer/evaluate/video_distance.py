@@ -1,6 +1,6 @@
 """How far one video is from another, and how much one changes from frame to frame.
 
-Pure functions of pixels: no network is asked what people would prefer.
+Pure functions of pixels: no network judges what people would prefer.
 
 F frames, H W pixels. A video is (3, F, H, W) float in [0, 1].
 """
@@ -44,7 +44,7 @@ def ssim(video: Tensor, reference: Tensor) -> float:
 
 
 def _frame_ssim(x: Tensor, y: Tensor) -> float:
-    """Of two frames (3, H, W)."""
+    """SSIM of two frames (3, H, W)."""
     c1, c2 = K1**2, K2**2  # the peak is 1
     mean_x, mean_y = _smooth(x), _smooth(y)
     variance_x = _smooth(x * x) - mean_x**2

@@ -1,4 +1,4 @@
-"""What passes through two models on the way: matching tensors of ours and of the reference.
+"""Matching tensors inside two models, recorded while both run: ours and the reference's.
 
 The key map says which of our modules holds the same parameters as which of theirs; hooks on both
 record what goes in and comes out. The order is that in which our modules run, so the first tensor
@@ -92,7 +92,7 @@ def single_call(tensors: list[Tensor]) -> Tensor:
 
 
 def align_transformer(name: str, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens for volumes; one row of time for each of the reference's."""
+    """Flatten their volumes to tokens, and repeat our time embedding where theirs is longer."""
     if name == "patch_embedding":  # a convolution there
         theirs = theirs.flatten(2).transpose(1, 2)
     if name.startswith("time_"):

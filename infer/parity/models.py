@@ -7,22 +7,21 @@ are written as a released folder too, so that every comparison starts from files
 import importlib
 import importlib.util
 import io
-import json
 import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import sentencepiece
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.parity import ParityConfig
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import read_json, write_json
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer
@@ -76,12 +75,12 @@ class Sides:
     """A released folder and how to run it.
 
     Attributes:
-        name: shown in the table.
-        folder: in the released layout.
+        name: its name in the table.
+        folder: a release in the diffusers layout.
         parts: the sub-folders that are there.
         dtype: of the weights. In bfloat16 the references' float32 is the truth for both sides.
-        steps: of the sampling runs.
-        seed: of the random inputs.
+        steps: steps of the sampling runs.
+        seed: seed of the random inputs.
     """
 
     name: str
@@ -186,15 +185,33 @@ def random_sides(folder: Path, settings: dict[str, Any]) -> list[Sides]:
 
 def full_block_sides(folder: Path, settings: dict[str, Any]) -> list[Sides]:
     """One block of TI2V-5B at its full width, with embedders and head; no other networks."""
-    config = DiTConfig(num_layers=1)
-    module = randomise(WanDiT(config), torch.Generator().manual_seed(0))
-    save_component(module.state_dict(), folder / "transformer", "transformer")
-    write_config(folder / "transformer", config.to_json())
-    return [Sides("5B block", folder, ("transformer",), **settings)]
+    return [replace(random_part(folder, DiTConfig(num_layers=1)), name="5B block", **settings)]
 
 
-def write_config(folder: Path, values: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+def random_part(folder: Path, config: DiTConfig | VAEConfig, seed: int = 0) -> Sides:
+    """Write a release that is one network with random weights, a transformer or a vae."""
+    if isinstance(config, VAEConfig):
+        part, module = "vae", cast(nn.Module, WanVAE(config))
+    else:
+        part, module = "transformer", WanDiT(config)
+    randomise(module, torch.Generator().manual_seed(seed))
+    write_part(module.state_dict(), config, folder / part, part)
+    return Sides(part, folder, (part,))
+
+
+def write_part(
+    state: dict[str, Tensor], config: Any, folder: Path, part: str, **options: Any
+) -> None:
+    """Write the weights and the config.json of one network into a folder, in the diffusers layout.
+
+    Args:
+        config: of the network: a DiTConfig, VAEConfig or UMT5Config.
+        options: of `save_component`.
+    """
+    if part == "vae":
+        options["vae_levels"] = VAELevels(config.is_residual, config.num_res_blocks)
+    save_component(state, folder, part, **options)
+    write_json(folder / "config.json", config.to_json())
 
 
 def small_vae(generation: str) -> VAEConfig:
@@ -303,7 +320,7 @@ def releases(config: ParityConfig) -> Iterator[list[Sides]]:
     Raises:
         WanError: no such release.
     """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    dtype = getattr(torch, config.dtype)
     settings: dict[str, Any] = {"dtype": dtype, "steps": config.steps, "seed": config.seed}
     if config.checkpoint == "random":
         make = full_block_sides if config.full_block else random_sides

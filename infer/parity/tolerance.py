@@ -1,6 +1,6 @@
 """How far two results are apart, one row of the table per comparison."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -100,16 +100,17 @@ def table(rows: Iterable[Row]) -> str:
         numbers = [f"{value:.1e}" if value else "0" for value in (row.max_abs, row.relative_rms)]
         tolerance = f"{row.tolerance:.1e}" if row.tolerance else "equal"
         verdict = "ok" if row.passed else "FAILED"
-        note = f"{verdict}  {row.note}".rstrip()
-        lines.append((row.rung, row.what, *numbers, tolerance, note))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        lines.append((row.rung, row.what, *numbers, tolerance, f"{verdict}  {row.note}"))
+    return aligned(lines, left=(0, 1, 5))
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """Cells in columns of equal width: those of `left` begin at the left, the others end right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def place(index: int, cell: str) -> str:
+        return cell.ljust(widths[index]) if index in left else cell.rjust(widths[index])
+
     return "\n".join(
-        "  ".join(
-            [
-                *(cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)),
-                *(cell.rjust(width) for cell, width in zip(line[2:5], widths[2:], strict=True)),
-                line[5],
-            ]
-        ).rstrip()
-        for line in lines
+        "  ".join(place(index, cell) for index, cell in enumerate(line)).rstrip() for line in lines
     )

@@ -107,19 +107,15 @@ def text_encoder(sides: Sides) -> list[Row]:
     def their_context(model: Any, dtype: torch.dtype) -> Tensor:
         return model(ids, mask).last_hidden_state * mask.unsqueeze(-1)
 
-    trace = Trace(
-        "text encoder",
-        f"{sides.name}: a long prompt",
-        run_ours=lambda model: model(ids[:1, : int(mask[0].sum())]),
-        run_theirs=their_layers,
-        align=align_text,
-        tolerance=NETWORK_TOLERANCE,
-    )
+    def our_layers(model: Any) -> Tensor:
+        return model(ids[:1, : int(mask[0].sum())])
+
     what = f"{sides.name}: context of {len(texts)} prompts"
     context = encode_text(ours, tokenizer, texts, length)
     theirs = on_references(sides, "text_encoder", their_context)
+    long_prompt = f"{sides.name}: a long prompt"
     return [
-        *trace_rows(sides, "text_encoder", ours, trace),
+        *trace_rows(sides, "text_encoder", ours, long_prompt, our_layers, their_layers),
         verdict(sides, "text encoder", what, context, theirs, NETWORK_TOLERANCE),
     ]
 
@@ -153,56 +149,62 @@ def verdict(
 
 
 @dataclass(frozen=True)
-class Trace:
-    """One forward on both sides, recorded module by module.
+class Kind:
+    """How a kind of network is compared module by module.
 
     Attributes:
-        rung, what: of its rows.
-        run_ours, run_theirs: the same computation; the reference is told the dtype it runs in.
-        align: brings the layouts of a pair together.
+        rung: the name of its rows.
+        align: brings the layouts of a pair of tensors together.
         join: makes one tensor of those of several calls of a module.
         inputs: compare what goes into each module too.
         stage: module name -> the row it counts for.
     """
 
     rung: str
-    what: str
-    run_ours: Callable[[Any], Tensor]
-    run_theirs: Callable[[Any, torch.dtype], Tensor]
-    align: Align
     tolerance: float
+    align: Align
     join: Callable[[list[Tensor]], Tensor] = single_call
     inputs: bool = True
     stage: Callable[[str], str] = lambda name: "all layers"
 
 
-def trace_rows(sides: Sides, part: str, ours: Any, trace: Trace) -> list[Row]:
-    """A row per stage and one for the result.
+def trace_rows(
+    sides: Sides,
+    part: str,
+    ours: Any,
+    what: str,
+    run_ours: Callable[[Any], Tensor],
+    run_theirs: Callable[[Any, torch.dtype], Tensor],
+) -> list[Row]:
+    """One forward on both sides, recorded: a row per stage and one for the result.
 
     In bfloat16 no single tensor is held against a limit, only the result.
+
+    Args:
+        what: names the forward in its rows.
+        run_ours, run_theirs: the same computation; the reference gets the dtype it runs in.
     """
     component = weight_kind(part)
+    kind = KINDS[component]
     levels = sides.vae_levels if component == "vae" else None
     names = matching_modules(component, ours, levels)
 
-    def run_theirs(model: Any, dtype: torch.dtype) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        with recording(model, names, trace.inputs) as seen:
-            return trace.run_theirs(model, dtype), seen
+    def record_theirs(model: Any, dtype: torch.dtype) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        with recording(model, names, kind.inputs) as seen:
+            return run_theirs(model, dtype), seen
 
-    with recording(ours, {name: name for name in names}, trace.inputs) as seen:
-        result = trace.run_ours(ours)
-    references = on_references(sides, part, run_theirs)
+    with recording(ours, {name: name for name in names}, kind.inputs) as seen:
+        result = run_ours(ours)
+    references = on_references(sides, part, record_theirs)
     rows = []
     if sides.dtype == torch.float32:
         stages: dict[str, Points] = {}
-        for point in matched(seen, references.truth[1], trace.align, trace.join):
-            stages.setdefault(trace.stage(point[0]), []).append(point)
+        for point in matched(seen, references.truth[1], kind.align, kind.join):
+            stages.setdefault(kind.stage(point[0]), []).append(point)
         for stage, points in stages.items():
-            what = f"{trace.what}: {stage}"
-            rows.append(compare_points(trace.rung, what, points, trace.tolerance))
+            rows.append(compare_points(kind.rung, f"{what}: {stage}", points, kind.tolerance))
     results = References(references.theirs[0], references.truth[0])
-    what = f"{trace.what}: result"
-    rows.append(verdict(sides, trace.rung, what, result, results, trace.tolerance))
+    rows.append(verdict(sides, kind.rung, f"{what}: result", result, results, kind.tolerance))
     return rows
 
 
@@ -212,6 +214,15 @@ def transformer_stage(name: str) -> str:
     if first == "blocks":
         return f"block {rest[0]}"
     return "head" if first == "head" else "embedders"
+
+
+KINDS = {
+    "text_encoder": Kind("text encoder", NETWORK_TOLERANCE, align_text),
+    "transformer": Kind(
+        "transformer", NETWORK_TOLERANCE, align_transformer, stage=transformer_stage
+    ),
+    "vae": Kind("autoencoder", VAE_TOLERANCE, align_vae, join=join_calls, inputs=False),
+}
 
 
 def transformer(sides: Sides) -> list[Row]:
@@ -239,16 +250,10 @@ def transformer_rows(sides: Sides, part: str, ours: WanDiT, timestep: Tensor) ->
         arguments = (latents.to(dtype), their_timestep, context.to(dtype))
         return model(*arguments, return_dict=False)[0]
 
-    trace = Trace(
-        "transformer",
-        f"{sides.name} {part}, {form}",
-        run_ours=lambda model: model(latents, timestep, context),
-        run_theirs=run_theirs,
-        align=align_transformer,
-        tolerance=NETWORK_TOLERANCE,
-        stage=transformer_stage,
-    )
-    return trace_rows(sides, part, ours, trace)
+    def run_ours(model: WanDiT) -> Tensor:
+        return model(latents, timestep, context)
+
+    return trace_rows(sides, part, ours, f"{sides.name} {part}, {form}", run_ours, run_theirs)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -281,17 +286,7 @@ def autoencoder(sides: Sides) -> list[Row]:
         ("encode", lambda vae: vae.encode(video, chunk_frames=config.temporal_stride), encode),
         ("decode", lambda vae: vae.decode(latents, chunk_latents=1).float(), decode),
     ):
-        trace = Trace(
-            "autoencoder",
-            f"{sides.name} {what}",
-            run_ours,
-            run_theirs,
-            align_vae,
-            VAE_TOLERANCE,
-            join=join_calls,
-            inputs=False,
-        )
-        rows += trace_rows(sides, "vae", ours, trace)
+        rows += trace_rows(sides, "vae", ours, f"{sides.name} {what}", run_ours, run_theirs)
     return rows
 
 

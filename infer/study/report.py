@@ -1,8 +1,6 @@
 """From the stored results of a study to a table, a picture and a verdict; no model is needed."""
 
-import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,97 +8,96 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.evaluation import CAPTION_SETS, StudyConfig
+from configs.evaluation import CAPTION_SETS, EvaluateConfig, StudyConfig
 from infer.evaluate.report import (
     INTERVALS,
     Column,
-    Point,
-    draw_panels,
+    Compute,
+    Report,
+    Row,
     exactly,
-    markdown_table,
+    mean_of,
     numbers,
-    share,
+    ratio_of,
+    share_of,
     taken_on,
 )
+from infer.evaluate.store import cut
 from wan.errors import WanError
-from wan.miniature.statistics import (
-    Clause,
-    Estimate,
-    Measured,
-    distance,
-    match,
-    mean,
-    ratio,
-    verdict,
-)
+from wan.files import read_json
+from wan.miniature.statistics import Clause, Measured, distance, match, verdict
 
 REPORT, PICTURE = "report.md", "report.png"
 
 
-@dataclass(frozen=True)
-class Stored:
-    """The results of one setting.
+def median_of(name: str) -> Compute:
+    return lambda values: exactly(median(values[name].tolist()))
 
-    Attributes:
-        records: what `infer.evaluate.measure.write_record` wrote, by set of captions.
-        measured: the numbers that settings are compared by.
+
+COLUMNS = (
+    Column("joint, one object", ".1%", share_of("joint")),
+    Column("joint, two objects", ".1%", share_of("pair_joint")),
+    Column("motion ratio", ".3f", mean_of("motion_ratio")),
+    Column("entropy of the unsaid / truth's", ".3f", ratio_of("entropy", "true_entropy")),
+    Column("cells in use / truth's", ".3f", ratio_of("cells", "true_cells")),
+    Column("kernel distance", ".3f", lambda values: distance(values["clips"], values["truth"])),
+    Column("saturation ratio", ".3f", mean_of("saturation_ratio")),
+    Column("residual, px", ".2f", mean_of("residual")),
+    Column("seconds per video", ".2f", median_of("seconds")),
+    Column("CPU seconds per video", ".2f", median_of("cpu_seconds")),
+)
+
+
+def read_settings(config: StudyConfig, folder: Path) -> list[Row]:
+    """A row per setting in the study's order, of the captions that the study asks for.
+
+    Results that answer other questions, or not all, are left out with a line on stderr.
     """
-
-    name: str
-    records: dict[str, dict[str, Any]]
-    measured: Measured
-
-    @property
-    def plan(self) -> dict[str, Any] | None:
-        """Sampler, steps and guidance; None for the ceilings."""
-        return self.records["single"]["plan"]
-
-
-def read_settings(config: StudyConfig, folder: Path) -> list[Stored]:
-    """The stored results, in the study's order: of the captions that it asks for, where more are
-    stored. Those that answer other questions, or not all, are left out with a line on stderr.
-    """
-    stored = []
-    for name in config.settings:
+    rows = []
+    for name, setting in config.settings.items():
         files = {captions: folder / name / f"{captions}.json" for captions in CAPTION_SETS}
         if not all(file.is_file() for file in files.values()):
             continue
-        records = {c: json.loads(file.read_text(encoding="utf-8")) for c, file in files.items()}
+        records = {captions: read_json(file) for captions, file in files.items()}
         asked = {captions: config.evaluation(name, captions) for captions in files}
-        if any(
-            _but_number(records[c]["config"]) != _but_number(asked[c].question()) for c in files
-        ):
-            print(f"{name}: stored with other settings, left out; run it again", file=sys.stderr)
+        if problem := why_unusable(records, asked):
+            print(f"{name}: {problem}, left out; run it again", file=sys.stderr)
             continue
-        if any(len(records[c]["clips"]) < asked[c].num_clips for c in files):
-            print(f"{name}: not all captions are stored, left out; run it again", file=sys.stderr)
-            continue
-        weights = [record["weights"] for record in records.values() if "weights" in record]
-        if any(one != weights[0] for one in weights):
-            print(f"{name}: stored of two models, left out; run it again", file=sys.stderr)
-            continue
-        for captions, record in records.items():
-            record["clips"] = record["clips"][: asked[captions].num_clips]
-            if "captions" in record:
-                record["captions"] = record["captions"][: asked[captions].num_captions]
+        records = {captions: cut(records[captions], asked[captions]) for captions in files}
         features = load_file(files["single"].with_suffix(".safetensors"))
-        clips, truth = (features[part][: asked["single"].num_clips] for part in ("clips", "truth"))
-        stored.append(Stored(name, records, Measured(_values(records), clips, truth)))
-    return stored
+        values = read_values(records) | {
+            part: features[part][: asked["single"].num_clips] for part in ("clips", "truth")
+        }
+        machines = [taken_on(record) for record in records.values()]
+        line, plan = setting.line or name, records["single"]["plan"]
+        rows.append(Row(name, line, plan, machines, values))
+    return rows
 
 
-def _but_number(question: dict[str, Any]) -> dict[str, Any]:
-    """Stored captions of one question differ in nothing but how many there are."""
-    return {name: value for name, value in question.items() if name != "num_captions"}
+def why_unusable(
+    records: dict[str, dict[str, Any]], asked: dict[str, EvaluateConfig]
+) -> str | None:
+    """What keeps stored records from answering the questions of a setting, if anything does."""
+
+    def but_number(question: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in question.items() if name != "num_captions"}
+
+    questions = {captions: but_number(one.question()) for captions, one in asked.items()}
+    if any(but_number(records[c]["config"]) != questions[c] for c in asked):
+        return "stored with other settings"
+    if any(len(records[c]["clips"]) < asked[c].num_clips for c in asked):
+        return "not all captions are stored"
+    first, *others = (record["weights"] for record in records.values())
+    return "stored of two models" if any(other != first for other in others) else None
 
 
-def _values(records: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
-    """One number per caption, NaN where there is none."""
+def read_values(records: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """One number per clip or caption, NaN where there is none."""
     single, captions = records["single"]["clips"], records["seeds"]["captions"]
-    values = {
-        "joint": [clip["joint"] for clip in single],
-        "pair_joint": [clip["joint"] for clip in records["pair"]["clips"]],
+    values: dict[str, list[float | None]] = {
+        name: [clip[name] for clip in single] for name in ("joint", "seconds", "cpu_seconds")
     }
+    values["pair_joint"] = [clip["joint"] for clip in records["pair"]["clips"]]
     for name in ("motion_ratio", "saturation_ratio", "residual"):
         values[name] = [clip["measures"][name] for clip in single]
     for name in ("entropy", "cells"):
@@ -109,108 +106,53 @@ def _values(records: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
     return {name: numbers(column) for name, column in values.items()}
 
 
-def _share(stored: Stored, name: str) -> Estimate:
-    return share(stored.measured.values[name])
-
-
-def _mean(stored: Stored, name: str) -> Estimate:
-    return mean(stored.measured.values[name])
-
-
-def _of_truth(stored: Stored, name: str) -> Estimate:
-    return ratio(stored.measured.values[name], stored.measured.values[f"true_{name}"])
-
-
-def _median(stored: Stored, name: str) -> Estimate:
-    return exactly(median(clip[name] for clip in stored.records["single"]["clips"]))
-
-
-def _distance(stored: Stored, _: str) -> Estimate:
-    return distance(stored.measured.features, stored.measured.truth)
-
-
-COLUMNS: tuple[Column[Stored], ...] = (
-    Column("joint, one object", ".1%", _share, "joint"),
-    Column("joint, two objects", ".1%", _share, "pair_joint"),
-    Column("motion ratio", ".3f", _mean, "motion_ratio"),
-    Column("entropy of the unsaid / truth's", ".3f", _of_truth, "entropy"),
-    Column("cells in use / truth's", ".3f", _of_truth, "cells"),
-    Column("kernel distance", ".3f", _distance),
-    Column("saturation ratio", ".3f", _mean, "saturation_ratio"),
-    Column("residual, px", ".2f", _mean, "residual"),
-    Column("seconds per video", ".2f", _median, "seconds"),
-    Column("CPU seconds per video", ".2f", _median, "cpu_seconds"),
-)
-
-Estimates = dict[str, list[Estimate | None]]  # setting -> a number per column
-
-
-def table(stored: list[Stored], estimates: Estimates) -> str:
-    """Markdown, one row per setting."""
-    head = ["setting", "steps", "guidance", *(column.heading for column in COLUMNS), "captions"]
-    rows = []
-    for one in stored:
-        plan = one.plan or {}
-        cells = [c.cell(v) for c, v in zip(COLUMNS, estimates[one.name], strict=True)]
-        captions = [len(one.measured.values[name]) for name in ("joint", "pair_joint", "cells")]
-        rows.append(
-            [one.name, str(plan.get("steps", "-")), f"{plan.get('guidance_scale', '-')}"]
-            + [*cells, " + ".join(map(str, captions))]
-        )
-    return markdown_table(head, rows)
-
-
-def compare(config: StudyConfig, stored: list[Stored]) -> tuple[str, list[Clause]]:
+def compare(config: StudyConfig, rows: list[Row]) -> tuple[str, list[Clause]]:
     """The verdict of the match rule in one line, and its clauses."""
     rule = config.match
-    by_name = {one.name: one.measured for one in stored}
+    by_name = {
+        row.label: Measured(row.values, row.values["clips"], row.values["truth"]) for row in rows
+    }
     several = f" (mean of {len(rule.students)} trainings)" if rule.repeats else ""
     title = f"{rule.student}{several} against {rule.teacher}"
     missing = [name for name in rule.names if name not in by_name]
     if missing:
         return f"{title}: no verdict, as there are no results of {', '.join(missing)}", []
     baseline = None if rule.baseline is None else by_name[rule.baseline]
+    students = [by_name[name] for name in rule.students]
     try:
-        clauses = match(
-            [by_name[name] for name in rule.students],
-            by_name[rule.teacher],
-            by_name[rule.floor],
-            baseline,
-        )
+        clauses = match(students, by_name[rule.teacher], by_name[rule.floor], baseline)
     except WanError as error:
         return f"{title}: no verdict: {error}", []
     return f"{title}: {verdict(clauses)}", clauses
 
 
-def write_report(config: StudyConfig, stored: list[Stored], folder: Path) -> str:
+def num_captions(row: Row) -> str:
+    return " + ".join(str(len(row.values[name])) for name in ("joint", "pair_joint", "cells"))
+
+
+def write_report(config: StudyConfig, rows: list[Row], folder: Path) -> str:
     """Write `report.md` and `report.png`; the verdict, for people to read.
 
     Raises:
         WanError: matplotlib is not installed; the table is written then.
     """
-    estimates = {one.name: [column.estimate(one) for column in COLUMNS] for one in stored}
-    line, clauses = compare(config, stored)
+    report = Report(rows, COLUMNS)
+    plan_columns = {
+        "steps": lambda row: str((row.plan or {}).get("steps", "-")),
+        "guidance": lambda row: str((row.plan or {}).get("guidance_scale", "-")),
+    }
+    table = report.table(plan_columns, {"captions": num_captions})
+    line, clauses = compare(config, rows)
     decision = "\n".join([line, *(f"  {clause}" for clause in clauses)])
-    machines = sorted({taken_on(r) for s in stored for r in s.records.values()})
     notes = (
         f"Captions: of one object + of two + with several seeds each. {INTERVALS} Distances are of "
         "fixed random features, to other true clips of the same captions; the row of the renders "
-        f"is their floor. Seconds without loading, on: {'; '.join(machines)}."
+        f"is their floor. Seconds without loading, on: {'; '.join(report.machines)}."
     )
-    text = f"{table(stored, estimates)}\n\n{notes}\n\n```\n{decision}\n```\n"
+    text = f"{table}\n\n{notes}\n\n```\n{decision}\n```\n"
     (folder / REPORT).write_text(text, encoding="utf-8")
-    draw(config, stored, estimates, folder / PICTURE)
+    # Ceilings, which take no steps, are horizontal lines.
+    xs = [None if row.plan is None else exactly(row.plan["steps"]) for row in rows]
+    ticks = sorted({row.plan["steps"] for row in rows if row.plan is not None})
+    report.draw(folder / PICTURE, "steps", xs, len(COLUMNS), ticks)
     return f"{decision}\ntable and picture: {folder / REPORT}, {folder / PICTURE}"
-
-
-def draw(config: StudyConfig, stored: list[Stored], estimates: Estimates, file: Path) -> None:
-    """A panel per column over the number of steps; ceilings are horizontal lines."""
-    panels: dict[str, list[Point]] = {column.heading: [] for column in COLUMNS}
-    for one in stored:
-        line = config.settings[one.name].line or one.name
-        steps = None if one.plan is None else exactly(one.plan["steps"])
-        for column, value in zip(COLUMNS, estimates[one.name], strict=True):
-            if value is not None:
-                panels[column.heading].append(Point(line, steps, value))
-    ticks = sorted({one.plan["steps"] for one in stored if one.plan is not None})
-    draw_panels(panels, file, "steps", ticks)

@@ -70,8 +70,8 @@ def mean(values: Tensor) -> Estimate:
 def _paired(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Cut to the captions that both have, and NaN where either has no number.
 
-    Sets of captions differ in nothing but their number. A clip that shows nothing has no number;
-    without it here, who loses the hard captions would be measured by the easy ones.
+    Sets of captions differ in nothing but their number. Captions for which either setting has no
+    number are dropped from both, so that no setting is scored on easier captions.
     """
     num = min(len(one), len(other))
     known = one[:num].isfinite() & other[:num].isfinite()
