@@ -17,7 +17,7 @@ from configs.training import LoopConfig
 from train.checkpoint import best_checkpoint, list_checkpoints, load_latest
 from train.loop import check_unchanged, run_training, step_generator
 from train.optim import EMA, make_optimizers
-from train.parallel import World
+from train.parallel import Ranks
 from train.state import TrainState
 from wan.errors import WanError
 
@@ -74,15 +74,15 @@ def test_data_that_are_known_by_their_digest_may_lie_elsewhere():
 
 
 def test_processes_that_opened_different_data_do_not_train(tmp_path):
-    class Two(World):
+    class Two(Ranks):
         def gather(self, value):
             return [value, "other" if value == "one" else value]
 
     two = Two(torch.device("cpu"))
     config = LoopConfig(steps=1)
-    assert run_training(make_state(), train_step, config, tmp_path, {"data_digest": "x"}, world=two)
+    assert run_training(make_state(), train_step, config, tmp_path, {"data_digest": "x"}, ranks=two)
     with pytest.raises(WanError, match="changed it while processes opened it"):
-        run_training(make_state(), train_step, config, tmp_path, {"data_digest": "one"}, world=two)
+        run_training(make_state(), train_step, config, tmp_path, {"data_digest": "one"}, ranks=two)
 
 
 @pytest.mark.parametrize("name", ["dit", "sampling", "vae", "encoder"])

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.parallel import ALONE, Rows, World
+from train.parallel import ALONE, Ranks, Rows
 from wan.errors import WanError
 from wan.files import flush_to_disk
 from wan.weights.digests import sha256_file
@@ -60,26 +60,26 @@ def join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
-def write_part(folder: Path, state: dict[str, Any], world: World) -> dict[str, str]:
+def write_part(folder: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, str]:
     """What one process contributes to a checkpoint: its files' names and their sha256."""
     tensors: dict[str, Tensor] = {}
     tree = split_tensors(state, tensors)
     own: dict[str, Tensor] = {}
     first_rows: dict[str, int] = {}
     for path, tensor in tensors.items():
-        if (stored := world.stored_rows(tensor)) is not None:
+        if (stored := ranks.stored_rows(tensor)) is not None:
             local, (first_rows[path], _) = stored
             own[path] = local.cpu().contiguous().clone()  # clone: tied weights share memory
     files = []
-    if world.size == 1 or own:
-        alone = world.size == 1
-        files.append("state.safetensors" if alone else f"state-{world.rank:05d}.safetensors")
+    if ranks.size == 1 or own:
+        alone = ranks.size == 1
+        files.append("state.safetensors" if alone else f"state-{ranks.rank:05d}.safetensors")
         header = None if alone else {"first_rows": json.dumps(first_rows)}
         try:
             save_file(own, folder / files[-1], header)
         except SafetensorError as error:  # how a full disk is told there
             raise OSError(f"{folder / files[-1]}: {error}") from error
-    if world.is_main:
+    if ranks.is_main:
         (folder / "state.json").write_text(json.dumps(tree))
         files.append("state.json")
     for name in files:
@@ -92,7 +92,7 @@ def save_checkpoint(
     step: int,
     state: dict[str, Any],
     keep_last: int = 2,
-    world: World = ALONE,
+    ranks: Ranks = ALONE,
     health: float | None = None,
 ) -> Path:
     """Write `root/step-N`, then remove all but the best and the last `keep_last` up to N.
@@ -105,16 +105,16 @@ def save_checkpoint(
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     final = root / f"{PREFIX}{step:07d}"
-    beside = root / f"{UNFINISHED}{final.name}-{world.first(os.getpid())}"
+    beside = root / f"{UNFINISHED}{final.name}-{ranks.first(os.getpid())}"
     try:
-        with world.together():
-            if world.is_main:
+        with ranks.together():
+            if ranks.is_main:
                 beside.mkdir(parents=True)
-        with world.together():
-            digests = write_part(beside, state, world)
-        parts = world.gather(digests)
-        with world.together():
-            if world.is_main:
+        with ranks.together():
+            digests = write_part(beside, state, ranks)
+        parts = ranks.gather(digests)
+        with ranks.together():
+            if ranks.is_main:
                 every_digest = {k: v for part in parts for k, v in part.items()}
                 commit(beside, final, step, every_digest, health)
                 prune(root, final, keep_last)
@@ -123,7 +123,7 @@ def save_checkpoint(
             raise OSError(error.errno, error.strerror, str(final)) from error
         raise
     finally:
-        if world.is_main:
+        if ranks.is_main:
             shutil.rmtree(beside, ignore_errors=True)
     return final
 
@@ -220,7 +220,7 @@ class StoredTensors:
         return parts[-1] if len(parts) < 3 else torch.cat(parts)
 
 
-def verified_files(folder: Path, world: World) -> list[str]:
+def verified_files(folder: Path, ranks: Ranks) -> list[str]:
     """The files of a checkpoint, once this process's share of them has the manifest's digests.
 
     Raises:
@@ -229,7 +229,7 @@ def verified_files(folder: Path, world: World) -> list[str]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         files = list(manifest["sha256"].items())
-        own = files[world.rank :: world.size]
+        own = files[ranks.rank :: ranks.size]
         changed = [name for name, digest in own if sha256_file(folder / name) != digest]
     except (OSError, ValueError, KeyError) as error:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
@@ -238,7 +238,7 @@ def verified_files(folder: Path, world: World) -> list[str]:
     return [name for name, _ in files]
 
 
-def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
+def load_checkpoint(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Read one checkpoint after checking every digest, each process its share of the files.
 
     All processes call this: none opens a file before all have found theirs sound.
@@ -246,13 +246,13 @@ def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
     Raises:
         WanError: a file is missing or its content has changed.
     """
-    with world.together():
-        files = verified_files(folder, world)
+    with ranks.together():
+        files = verified_files(folder, ranks)
     try:
         tree = json.loads((folder / "state.json").read_text())
         stored = StoredTensors([folder / n for n in files if n.endswith(".safetensors")])
         tensors = {
-            name: world.restore(stored.shape(name), partial(stored.read, name))
+            name: ranks.restore(stored.shape(name), partial(stored.read, name))
             for name in stored.pieces
         }
         return join_tensors(tree, tensors)
@@ -260,23 +260,23 @@ def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
 
 
-def load_latest(root: Path, world: World = ALONE) -> dict[str, Any] | None:
+def load_latest(root: Path, ranks: Ranks = ALONE) -> dict[str, Any] | None:
     """The newest checkpoint that verifies; None if there is none at all.
 
     Raises:
         WanError: checkpoints exist and none of them verifies.
     """
-    if world.is_main:
+    if ranks.is_main:
         for leftover in root.glob(f"{UNFINISHED}*"):  # of a run that was killed while it saved
             shutil.rmtree(leftover)
-    folders = world.first(list_checkpoints(root))
+    folders = ranks.first(list_checkpoints(root))
     for folder in reversed(folders):
         try:
-            with world.together():
-                tree = load_checkpoint(folder, world)
+            with ranks.together():
+                tree = load_checkpoint(folder, ranks)
             return tree
         except WanError as error:
-            if world.is_main:
+            if ranks.is_main:
                 print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
     if folders:
         raise WanError(f"{root}: none of the {len(folders)} checkpoints can be read")

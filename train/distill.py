@@ -39,10 +39,10 @@ from train.conditioning import (
 )
 from train.data import open_data
 from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
+from train.estimate import PlanRequest, format_plan, plan
 from train.export import export_model
 from train.loop import run_training
-from train.parallel import World, start
-from train.plan import PlanRequest, format_plan, plan
+from train.parallel import Ranks, start
 from train.state import TrainState
 from train.tensor_cache import key_of
 from train.trajectories import Trajectories, grid_through, sample_trajectories
@@ -130,7 +130,7 @@ def score_attention(config: DistillConfig) -> AttentionConfig:
 
 
 def load_networks(
-    config: DistillConfig, settings: PipelineConfig, source: Path, world: World
+    config: DistillConfig, settings: PipelineConfig, source: Path, ranks: Ranks
 ) -> Networks:
     """Teacher, student and critic, in float32, ready for this process."""
     half = torch.bfloat16 if config.bfloat16 else torch.float32
@@ -138,13 +138,13 @@ def load_networks(
     def build() -> WanDiT:
         return WanDiT(settings.transformer, score_attention(config), config.checkpoint_blocks)
 
-    device = world.loading_device
+    device = ranks.loading_device
     teacher = load_frozen(build, source, "transformer", device, torch.float32)
     critic = copy.deepcopy(teacher).requires_grad_(True)
     student = copy.deepcopy(critic)
     student.set_attention(config.attention)
     for module in (teacher, student):
-        module.attention.verify(settings.transformer.attention_head_dim, world.device, half)
+        module.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
     if config.student.start is not None:
         try:
             folder = resolve_model(config.student.start)
@@ -160,7 +160,7 @@ def load_networks(
         if config.compile:
             for block in module.blocks:
                 block.compile()
-        world.prepare(module, config.bfloat16)
+        ranks.prepare(module, config.bfloat16)
     return Networks(student, teacher, critic)
 
 
@@ -193,7 +193,7 @@ def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
 
 
 def plan_request(config: DistillConfig) -> PlanRequest:
-    """The run as `train.plan` reckons it; of the teacher, only settings are read."""
+    """The run as `train.estimate` reckons it; of the teacher, only settings are read."""
     source = resolve_model(config.checkpoint, patterns=CONFIGS)
     settings, machines, parallel = read_teacher(config, source), config.machines, config.parallel
     size = latent_shape(config, settings)[1:]
@@ -241,31 +241,31 @@ def distill(config: DistillConfig) -> int:
     torch.set_num_threads(config.threads)
     student_schedule(config)  # refuses a wrong list before anything is loaded
     config.data.check_source()
-    with start(config.parallel, config.device) as world:
-        return run_distillation(config, world)
+    with start(config.parallel, config.device) as ranks:
+        return run_distillation(config, ranks)
 
 
-def run_distillation(config: DistillConfig, world: World) -> int:
-    with world.main_first():  # it downloads
+def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
+    with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
     folder = Path(config.output_dir)
     settings = read_teacher(config, source)
     check_world(config, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    vae = load_frozen(partial(WanVAE, settings.vae), source, "vae", world.device, torch.float32)
-    with world.main_first():  # it may encode clips
-        draw, texts, digest = open_source(config, settings, source, world.device)
-    networks = load_networks(config, settings, source, world)
-    teacher_digest = world.first(transformer_digest(source) if world.is_main else "")
-    run = Distillation(config, settings, networks, texts, draw, world)
+    vae = load_frozen(partial(WanVAE, settings.vae), source, "vae", ranks.device, torch.float32)
+    with ranks.main_first():  # it may encode clips
+        draw, texts, digest = open_source(config, settings, source, ranks.device)
+    networks = load_networks(config, settings, source, ranks)
+    teacher_digest = ranks.first(transformer_digest(source) if ranks.is_main else "")
+    run = Distillation(config, settings, networks, texts, draw, ranks)
     if config.regression.weight:
         kept = config.regression.folder
-        encoder = component_digests(source)["text_encoder"] if world.is_main else ""
+        encoder = component_digests(source)["text_encoder"] if ranks.is_main else ""
         run.trajectories = make_trajectories(
             run,
             settings,
             Path(kept) if kept else folder / "trajectories",
-            [teacher_digest, world.first(encoder)],
+            [teacher_digest, ranks.first(encoder)],
         )
     state = run.new_state()
 
@@ -284,7 +284,7 @@ def run_distillation(config: DistillConfig, world: World) -> int:
             latents = run.sample_panel(captions, None)
         samples = decode(vae, latents)
         three = decode(vae, run.triptych(latents[:1], captions[0])).videos
-        if world.is_main:
+        if ranks.is_main:
             write = partial(write_clip, fps=settings.defaults.fps)
             pictures = folder / "samples"
             write_pictures(pictures, state.step, samples, reference, list(three), write)
@@ -293,17 +293,17 @@ def run_distillation(config: DistillConfig, world: World) -> int:
     identity = asdict(config) | {"teacher_digest": teacher_digest}
     if digest is not None:
         identity["data_digest"] = digest
-    if not run_training(state, run.train_step, config.loop, folder, identity, on_save, world):
+    if not run_training(state, run.train_step, config.loop, folder, identity, on_save, ranks):
         return INTERRUPTED
     if config.export == "best":
         best = best_checkpoint(folder / "checkpoints")
         if best is None:
             raise WanError(f"export=best: no checkpoint in {folder} was measured; use export=last")
-        state.load_tree(load_checkpoint(best, world))
+        state.load_tree(load_checkpoint(best, ranks))
         print(f"the healthiest checkpoint is {best.name}")
     state.averages["student"].copy_to(networks.student)
-    world.reunite(networks.student)
-    if world.is_main:
+    ranks.reunite(networks.student)
+    if ranks.is_main:
         export_student(networks.student, config, settings, source, folder)
     return 0
 
@@ -347,10 +347,10 @@ def teacher_panel(
     scores = run.config.scores
     how = (digest, scores.guidance_scale, scores.negative_prompt, schedule.sigmas.tolist())
     key = key_of(*how, captions, list(run.shape))
-    if run.world.first(path.exists() and read_header(path).metadata.get("key") == key):
+    if run.ranks.first(path.exists() and read_header(path).metadata.get("key") == key):
         return decode(vae, load_file(path)["latents"].to(run.device))
     latents = run.sample_panel(captions, schedule)
-    if run.world.is_main:
+    if run.ranks.is_main:
         write_tensors(path, {"latents": latents.cpu()}, {"key": key})
     return decode(vae, latents)
 
@@ -388,7 +388,7 @@ def make_trajectories(
         grid_through(levels, regression.steps, shift),
         folder,
         identity,
-        run.world,
+        run.ranks,
         run.chunk,
     )
 

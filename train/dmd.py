@@ -27,7 +27,7 @@ from train.losses import (
     sample_score_sigmas,
 )
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
-from train.parallel import World
+from train.parallel import Ranks
 from train.rollout import (
     Condition,
     draw_exits,
@@ -96,15 +96,15 @@ class Distillation:
         networks: Networks,
         texts: Texts,
         draw: Callable[[int], Clips],
-        world: World,
+        ranks: Ranks,
     ) -> None:
-        self.config, self.texts, self.draw, self.world = config, texts, draw, world
+        self.config, self.texts, self.draw, self.ranks = config, texts, draw, ranks
         self.student, self.teacher = networks.student, networks.teacher
         self.critic = networks.critic
         self.trajectories: Trajectories | None = None
         self.teacher_std = 1.0  # of the teacher's own samples, once they are there
         self.device = texts.device
-        self.rows = world.rows(config.batch_size)
+        self.rows = ranks.rows(config.batch_size)
         self.schedule = student_schedule(config)
         self.shape = latent_shape(config, settings)
         self.gan_blocks: list[int] = []
@@ -116,8 +116,8 @@ class Distillation:
                 torch.manual_seed(config.seed)
                 width = settings.transformer.width
                 self.discriminator = Discriminator(width, len(self.gan_blocks))
-            self.discriminator.to(world.loading_device)
-            world.prepare(self.discriminator)
+            self.discriminator.to(ranks.loading_device)
+            ranks.prepare(self.discriminator)
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class Distillation:
         condition = batch.condition
         with torch.no_grad():
             x0, _ = self.sample_student(batch, generator)
-        self.world.reshard(self.student)
+        self.ranks.reshard(self.student)
         sigma, noise = self.score_levels(generator), self.noise(batch.shape, generator)
         weight = condition.frame_weight(x0.shape[2])
         with self.autocast():
@@ -292,7 +292,7 @@ class Distillation:
         """Samples of the student (B, C, T, H, W) and the step each left the chain at (B,)."""
         student = self.config.student
         exits = self.exits(student.exits, generator)
-        for_all = int(exits.max()) if self.world.size > 1 else 0
+        for_all = int(exits.max()) if self.ranks.size > 1 else 0
         exits = exits[self.rows]
         noises = [self.noise(batch.shape, generator) for _ in range(len(self.schedule))]
         chain = (self.schedule, exits, noises, student.deterministic, for_all)
@@ -368,8 +368,8 @@ class Distillation:
             velocity = self.teacher_velocity(texts, self.config.scores.guidance_scale)
             return sample_euler(velocity, self.start(generators), schedule)
 
-        latents = self.world.spread(sample, range(len(captions)), self.chunk)
-        self.world.reshard(self.student, self.teacher)
+        latents = self.ranks.spread(sample, range(len(captions)), self.chunk)
+        self.ranks.reshard(self.student, self.teacher)
         return latents.to(self.device)
 
     def sample_few(self, captions: list[str], generators: list[torch.Generator]) -> Tensor:
@@ -400,7 +400,7 @@ class Distillation:
         with self.autocast():
             teacher = guided_x0(self.teacher, x, sigma, condition, null, guidance)
             critic = predict_x0(self.critic, x, sigma, condition)
-        self.world.reshard(self.teacher, self.critic)
+        self.ranks.reshard(self.teacher, self.critic)
         return torch.cat([x0, teacher, critic])
 
 

@@ -23,7 +23,7 @@ from train.export import export_model
 from train.loop import CLIPS, run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
-from train.parallel import World, start
+from train.parallel import Ranks, start
 from train.state import TrainState
 from wan.errors import WanError
 from wan.files import read_json
@@ -83,19 +83,19 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
 
 
 def build_dit(
-    config: FinetuneConfig, settings: PipelineConfig, folder: Path, world: World
+    config: FinetuneConfig, settings: PipelineConfig, folder: Path, ranks: Ranks
 ) -> WanDiT:
     """The transformer to train, in float32, ready for this process."""
-    dit = load_dit(config, settings, folder, world)
+    dit = load_dit(config, settings, folder, ranks)
     if config.compile:
         for block in dit.blocks:
             block.compile()
-    world.prepare(dit, config.bfloat16)
+    ranks.prepare(dit, config.bfloat16)
     return dit
 
 
 def load_dit(
-    config: FinetuneConfig, settings: PipelineConfig, folder: Path, world: World
+    config: FinetuneConfig, settings: PipelineConfig, folder: Path, ranks: Ranks
 ) -> WanDiT:
 
     def build() -> WanDiT:
@@ -105,15 +105,15 @@ def load_dit(
     if config.from_scratch:
         dit = build()
         dit.init_weights(generator)
-        return dit.to(world.loading_device)
+        return dit.to(ranks.loading_device)
     checkpoint = open_checkpoint(folder / "transformer")
     dit = load_module(
         build,
         checkpoint,
         "transformer",
         dtype=torch.float32,
-        device=world.loading_device,
-        share_mapping=world.size > 1,  # shards are copies of their own
+        device=ranks.loading_device,
+        share_mapping=ranks.size > 1,  # shards are copies of their own
     )
     if config.lora.rank:
         add_lora(dit, config.lora.rank, config.lora.alpha, generator=generator)
@@ -121,10 +121,10 @@ def load_dit(
 
 
 def make_train_step(
-    dit: WanDiT, texts: Texts, cache: LatentCache, config: FinetuneConfig, world: World
+    dit: WanDiT, texts: Texts, cache: LatentCache, config: FinetuneConfig, ranks: Ranks
 ) -> Callable[[TrainState], dict[str, float]]:
-    device = world.device
-    own = world.rows(config.batch_size)
+    device = ranks.device
+    own = ranks.rows(config.batch_size)
     trainable = [p for p in dit.parameters() if p.requires_grad]
 
     def train_step(state: TrainState) -> dict[str, float]:
@@ -193,12 +193,12 @@ def read_samples(
 def finetune(config: FinetuneConfig) -> int:
     config.data.check_source()
     torch.set_num_threads(config.threads)
-    with start(config.parallel, config.device) as world:
-        return train(config, world)
+    with start(config.parallel, config.device) as ranks:
+        return train(config, ranks)
 
 
-def train(config: FinetuneConfig, world: World) -> int:
-    with world.main_first():  # it downloads
+def train(config: FinetuneConfig, ranks: Ranks) -> int:
+    with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
     folder = Path(config.output_dir)
     if source.resolve().is_relative_to(folder.resolve()):
@@ -209,13 +209,13 @@ def train(config: FinetuneConfig, world: World) -> int:
     settings = read_settings(config, source)
     folder.mkdir(parents=True, exist_ok=True)
 
-    with world.main_first():  # it encodes clips
+    with ranks.main_first():  # it encodes clips
         cache, texts, vae = open_data(
-            config.data, settings, source, world.device, config.max_text_tokens
+            config.data, settings, source, ranks.device, config.max_text_tokens
         )
-    dit = build_dit(config, settings, source, world)
+    dit = build_dit(config, settings, source, ranks)
     half = torch.bfloat16 if config.bfloat16 else torch.float32
-    dit.attention.verify(settings.transformer.attention_head_dim, world.device, half)
+    dit.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
     average = EMA(dit, config.ema_decay)
     state = TrainState(
         {"dit": dit},
@@ -228,16 +228,16 @@ def train(config: FinetuneConfig, world: World) -> int:
             return {}
         with average.in_place(dit):
             samples = read_samples(dit, texts, vae, config)
-            world.reshard(dit)
+            ranks.reshard(dit)
         return samples
 
-    train_step = make_train_step(dit, texts, cache, config, world)
+    train_step = make_train_step(dit, texts, cache, config, ranks)
     identity = asdict(config) | ({"data_digest": cache.digest} if cache.digest else {})
-    if not run_training(state, train_step, config.loop, folder, identity, on_save, world):
+    if not run_training(state, train_step, config.loop, folder, identity, on_save, ranks):
         return INTERRUPTED
     average.copy_to(dit)
-    world.reunite(dit)
-    if world.is_main:
+    ranks.reunite(dit)
+    if ranks.is_main:
         print(f"wrote {export_model(dit, source, settings, folder, config.lora.rank)}")
     return 0
 

@@ -15,7 +15,7 @@ import torch
 from configs.training import LoopConfig
 from train.checkpoint import load_latest, save_checkpoint
 from train.metrics import MetricsLog, media_files
-from train.parallel import ALONE, World
+from train.parallel import ALONE, Ranks
 from train.state import TrainState
 from train.tensor_cache import only_writer
 from wan.errors import WanError
@@ -65,7 +65,7 @@ def run_training(
     folder: Path,
     settings: dict[str, Any],
     on_save: Callable[[TrainState], dict[str, float]] | None = None,
-    world: World = ALONE,
+    ranks: Ranks = ALONE,
 ) -> bool:
     """Train to `config.steps`, continuing from the newest checkpoint in `folder` if there is one.
 
@@ -79,7 +79,7 @@ def run_training(
             the one that a signal asks for between two others. If it returns `HEALTH`, the
             checkpoint where that was highest is kept beside the last ones. What it writes as
             `media_files` finds it is mirrored to wandb too.
-        world: of all processes, which step and stop together; numbers are averaged over them, and
+        ranks: of all processes, which step and stop together; numbers are averaged over them, and
             the main one prints and logs.
     Returns:
         True at the last step; False after a Ctrl-C or SIGTERM, which ends the run with a checkpoint
@@ -93,10 +93,10 @@ def run_training(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with world.together():
-            if world.is_main:
+        with ranks.together():
+            if ranks.is_main:
                 stack.enter_context(only_writer(folder))
-        return _train(state, train_step, config, folder, settings, on_save, world)
+        return _train(state, train_step, config, folder, settings, on_save, ranks)
 
 
 def _train(
@@ -106,26 +106,26 @@ def _train(
     folder: Path,
     settings: dict[str, Any],
     on_save: Callable[[TrainState], dict[str, float]] | None,
-    world: World,
+    ranks: Ranks,
 ) -> bool:
     """`run_training`, in a folder that no other run writes to."""
-    if len(set(world.gather(settings.get("data_digest")))) > 1:
+    if len(set(ranks.gather(settings.get("data_digest")))) > 1:
         raise WanError(
             "data.folder: train.preprocess changed it while processes opened it; start again"
         )
     checkpoints = folder / "checkpoints"
-    tree = load_latest(checkpoints, world)
+    tree = load_latest(checkpoints, ranks)
     seen: dict[str, list[float]] = {}  # since the last line of the log; not every step has all
     if tree is not None:
         if not config.allow_changes:
             check_unchanged(tree.get("settings", {}), settings)
         state.load_tree(tree)
         seen = tree.get("seen", {})  # earlier versions did not save it
-        if world.is_main:
+        if ranks.is_main:
             print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
     del tree  # all weights and averages once more
     log: MetricsLog | None = None
-    if world.is_main:
+    if ranks.is_main:
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         log = MetricsLog(folder, state.step, config.wandb_project, settings)
 
@@ -145,8 +145,8 @@ def _train(
     started, counted = time.perf_counter(), 0
     try:
         while state.step < config.steps and not stopping:
-            values = world.mean(train_step(state))
-            stopping = world.any(asked_to_stop)  # one answer for all, whenever the signal came
+            values = ranks.mean(train_step(state))
+            stopping = ranks.any(asked_to_stop)  # one answer for all, whenever the signal came
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise WanError(
@@ -174,7 +174,7 @@ def _train(
                     report("    " + format_numbers(measured), measured)
                 tree = {**state.to_tree(), "settings": settings, "seen": seen}
                 health = measured.get(HEALTH)
-                save_checkpoint(checkpoints, state.step, tree, config.keep_last, world, health)
+                save_checkpoint(checkpoints, state.step, tree, config.keep_last, ranks, health)
                 if log is not None:
                     log.show(state.step - 1, media_files(folder, state.step))
                 started += time.perf_counter() - paused

@@ -1,15 +1,15 @@
 """Many processes as one run: the only file that knows how many there are.
 
-    with start(config.parallel, config.device) as world:
-        dit = ...                        # on world.loading_device, the same in all processes
-        world.prepare(dit, bfloat16)     # before optimisers and averages are made
-        rows = world.rows(batch_size)    # of the whole batch, this process's
-        run_training(..., world=world)   # steps, stops and saves together
-    world.reshard(dit)               # after sampling, before its weights are touched or saved
-        world.reunite(dit)               # whole again in the main process, to export
+    with start(config.parallel, config.device) as ranks:
+        dit = ...                        # on ranks.loading_device, the same in all processes
+        ranks.prepare(dit, bfloat16)     # before optimisers and averages are made
+        rows = ranks.rows(batch_size)    # of the whole batch, this process's
+        run_training(..., ranks=ranks)   # steps, stops and saves together
+        ranks.reshard(dit)               # after sampling, before its weights are touched or saved
+        ranks.reunite(dit)               # whole again in the main process, to export
 
-Started plainly, a command is alone: `World` then does nothing at all and modules stay as they are.
-Under torchrun `Processes` shards every weight with FSDP2 over `shard` x `sequence` processes,
+Started plainly, a command is alone: `Ranks` then does nothing at all and modules stay as they are.
+Under torchrun `ShardedRanks` shards every weight with FSDP2 over `shard` x `sequence` processes,
 keeps `replicate` copies of that, and splits the tokens of each clip over `sequence` neighbours.
 
 Every process draws the randomness of the whole batch and keeps its own rows, so that the number of
@@ -53,7 +53,7 @@ COUNTS = ("exits_",)  # of clips: added up over the groups that see different on
 GREATEST = ("student_max", "memory_gb")
 
 
-class World:
+class Ranks:
     """One process, alone: nothing to share and nothing to agree on.
 
     Attributes:
@@ -196,7 +196,7 @@ class World:
         return read((0, shape[0] if shape else 1))
 
 
-class Processes(World):
+class ShardedRanks(Ranks):
     """Several processes under torchrun. Made by `start`."""
 
     def __init__(self, config: ParallelConfig, device: torch.device) -> None:
@@ -368,7 +368,7 @@ def share_out(config: ParallelConfig, size: int) -> int:
 
 
 @contextmanager
-def start(config: ParallelConfig, device: str = "cpu") -> Iterator[World]:
+def start(config: ParallelConfig, device: str = "cpu") -> Iterator[Ranks]:
     """Join the other processes of this run, if torchrun started several; leave them at the end.
 
     Raises:
@@ -377,7 +377,7 @@ def start(config: ParallelConfig, device: str = "cpu") -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     share_out(config, size)
     if size == 1:
-        yield World(resolve_device(device))
+        yield Ranks(resolve_device(device))
         return
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -390,12 +390,12 @@ def start(config: ParallelConfig, device: str = "cpu") -> Iterator[World]:
         torch.cuda.set_device(place)
     dist.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        world = Processes(config, place)
+        ranks = ShardedRanks(config, place)
         with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
             # Linear layers return views; nothing here changes them in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-            with redirect_stdout(sys.stdout if world.is_main else nowhere):
-                yield world
+            with redirect_stdout(sys.stdout if ranks.is_main else nowhere):
+                yield ranks
     finally:
         dist.destroy_process_group()
 
@@ -412,4 +412,4 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-ALONE = World(torch.device("cpu"))
+ALONE = Ranks(torch.device("cpu"))

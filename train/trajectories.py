@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train.parallel import ALONE, World
+from train.parallel import ALONE, Ranks
 from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend, open_to_read
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import build_sampler
@@ -76,7 +76,7 @@ def sample_trajectories(
     schedule: Schedule,
     folder: Path,
     identity: Sequence[Any],
-    world: World = ALONE,
+    ranks: Ranks = ALONE,
     chunk: int = 32,
 ) -> Trajectories:
     """Sample the teacher once per caption; what is in `folder` already is not sampled again.
@@ -88,7 +88,7 @@ def sample_trajectories(
         shape: (C, T, H, W) of one sample.
         levels: the student's noise levels, all of them in `schedule`; the first is its start.
         identity: all else that the teacher's velocity depends on, as plain data; part of the keys.
-        world: the processes that sample together, each its share; the main one writes.
+        ranks: the processes that sample together, each its share; the main one writes.
         chunk: captions that a process samples at once.
     """
     grid = schedule.sigmas.tolist()
@@ -99,7 +99,7 @@ def sample_trajectories(
 
     def sample(rows: list[int]) -> Tensor:
         seeds = [NOISE_SEED + row for row in rows]
-        x = draw_noise(shape, sample_generators(seeds, len(rows))).to(world.device)
+        x = draw_noise(shape, sample_generators(seeds, len(rows))).to(ranks.device)
         found = [x] * (schedule.sigmas[0].item() in levels)
 
         def keep(i: int, timestep: float, sigma: float, x: Tensor) -> None:
@@ -110,28 +110,28 @@ def sample_trajectories(
         return torch.stack(found, dim=1).half()  # (B, K + 1, C, T, H, W)
 
     with ExitStack() as stack:
-        with world.together():
-            if world.is_main:
+        with ranks.together():
+            if ranks.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(only_writer(folder, f".{NAME}.lock", wait=True))
                 store = open_to_extend(folder, NAME, verify=True)
-        missing = world.first(
-            [i for i, key in enumerate(keys) if world.is_main and key not in store]
+        missing = ranks.first(
+            [i for i, key in enumerate(keys) if ranks.is_main and key not in store]
         )
-        bar = tqdm(total=len(keys), desc="trajectories", disable=not world.is_main)
+        bar = tqdm(total=len(keys), desc="trajectories", disable=not ranks.is_main)
         bar.update(len(keys) - len(missing))
-        at_once = chunk * world.data_size
+        at_once = chunk * ranks.data_size
         per_file = at_once * -(-PER_FILE // at_once)
         for start in range(0, len(missing), per_file):
             rows = missing[start : start + per_file]
-            paths = world.spread(sample, rows, chunk)
-            with world.together():
-                if world.is_main:
+            paths = ranks.spread(sample, rows, chunk)
+            with ranks.together():
+                if ranks.is_main:
                     tensors = dict(zip((keys[row] for row in rows), paths.unbind(), strict=True))
                     store.add(tensors, {keys[row]: {"caption": captions[row]} for row in rows})
             bar.update(len(rows))
         bar.close()
         store = open_to_read(folder, NAME)
-        with world.together():  # so long nobody else may change what is there
+        with ranks.together():  # so long nobody else may change what is there
             pass
     return Trajectories(list(captions), keys, store)

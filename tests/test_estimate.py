@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from train.plan import (
+from train.estimate import (
     OPTIONS,
     RECOMPUTE,
     PlanRequest,

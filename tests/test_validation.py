@@ -145,7 +145,7 @@ def test_the_triptych_is_student_then_guided_teacher_then_critic():
             scores=SimpleNamespace(negative_prompt="", guidance_scale=3.0), bfloat16=False
         ),
         device=torch.device("cpu"),
-        world=ALONE,
+        ranks=ALONE,
         shape=(4, 1, 2, 2),
         teacher=Sees(5.0, 4.0),
         critic=Sees(-7.0, 0.0),
