@@ -6,7 +6,7 @@ import torch
 from wan.errors import WanError
 from wan.models.dit import ContextCache, WanDiT
 from wan.models.dit_config import DiTConfig
-from wan.sampling.denoiser import Denoiser, Expert, num_text_rows
+from wan.sampling.denoiser import Denoiser, Expert, num_text_tokens
 
 
 class FakeNetwork:
@@ -157,7 +157,7 @@ def test_rows_to_tell_apart_are_those_before_the_zero_tail(used, rows):
     texts = torch.zeros(1, 20, 5)
     texts[:, :used] = torch.randn(used, 5)
     texts[:, : used // 2] = 0  # zero rows in front of others are no tail
-    assert num_text_rows(texts) == rows
+    assert num_text_tokens(texts) == rows
 
 
 class RowByRow(WanDiT):

@@ -344,11 +344,11 @@ def test_a_panel_of_more_captions_than_a_batch_takes_those_of_the_next(
     tmp_path, teacher, monkeypatch
 ):
     """Of a folder, whose captions come as the batches of training do."""
-    ranks = settings(tmp_path, teacher)
-    opened, draw = module.open_source, module.world_captions(ranks)
-    monkeypatch.setattr(module, "open_source", lambda config, *rest: opened(ranks, *rest))
+    base = settings(tmp_path, teacher)
+    opened, draw = module.open_source, module.world_captions(base)
+    monkeypatch.setattr(module, "open_source", lambda config, *rest: opened(base, *rest))
     folder = DataConfig(kind="folder", folder=str(tmp_path))
-    config = replace(ranks, data=folder, validation_captions=5)  # batch_size is 3
+    config = replace(base, data=folder, validation_captions=5)  # batch_size is 3
     seen = []
 
     def panel(run, settings, vae, captions, *rest):

@@ -303,12 +303,12 @@ def test_prompts_alone_are_enough_and_stored_as_encoded(tmp_path, model):
     assert len(cache) == 0
     assert cache.shapes == [(2, 2, 2, 4)]
     assert sorted(cache.prompts(0, 2, seed=0)) == ["a red circle", "ein Kreis, {rot}"]
-    rows = cache.rows_of(["a red circle", "", "blur"])
+    rows = cache.tokens_of(["a red circle", "", "blur"])
     shown = train.preprocess.Tokenizer.from_folder(model / "tokenizer")
     assert len(rows[0]) == len(shown("a red circle").ids)
     assert [row.shape[1] for row in rows] == [128] * 3
     with pytest.raises(WanError, match="no embedding of 'a blue"):
-        cache.rows_of(["", "a blue circle"])
+        cache.tokens_of(["", "a blue circle"])
 
 
 @pytest.mark.parametrize("text", ["17x128", "0x32x32", "5x32x32x1", "a"])

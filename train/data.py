@@ -24,9 +24,9 @@ from tqdm import tqdm
 from configs.data import DataConfig
 from train.conditioning import (
     TEXT_LENGTH,
-    RowsOf,
-    TextRows,
+    CaptionEncoder,
     Texts,
+    TokensOf,
     component_digests,
     load_frozen,
     text_dtype,
@@ -59,7 +59,7 @@ class LatentCache:
         shapes: (C, T, h, w) of each bucket; a clip's number stands in one of `buckets`.
         buckets: numbers of the clips of each shape; a batch holds one bucket's.
         num_captions: what `caption_of` knows: N clips, then prompts without a clip.
-        rows_of: stored text embeddings, if there are any: captions -> real rows (n, D) of each.
+        tokens_of: stored text embeddings, if there are any: captions -> real rows (n, D) of each.
         digest: of a folder's content, so that a resumed run can tell whether it is the same.
     """
 
@@ -68,7 +68,7 @@ class LatentCache:
     shapes: list[Shape] = field(default_factory=list)
     buckets: list[list[int]] = field(default_factory=list)
     num_captions: int = 0
-    rows_of: RowsOf | None = None
+    tokens_of: TokensOf | None = None
     digest: str | None = None
 
     def __post_init__(self) -> None:
@@ -199,8 +199,8 @@ def open_data(
         for shape, bucket in zip(cache.shapes, cache.buckets, strict=True):
             if bucket:
                 check_shape(shape, settings, data.folder)
-        assert cache.rows_of is not None
-        return cache, Texts(cache.rows_of, device), None
+        assert cache.tokens_of is not None
+        return cache, Texts(cache.tokens_of, device), None
     vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", device, torch.float32)
     cache = world_cache(vae, Path(data.cache_dir), data.num_clips, data.seed, data.repeat_circling)
     encoder = load_frozen(
@@ -211,7 +211,7 @@ def open_data(
         text_dtype(device),
     )
     tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))
-    return cache, Texts(TextRows(encoder, tokenizer, max_text_tokens), device), vae
+    return cache, Texts(CaptionEncoder(encoder, tokenizer, max_text_tokens), device), vae
 
 
 def check_shape(shape: Shape, settings: PipelineConfig, folder: str) -> None:
@@ -273,7 +273,7 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
             f"{folder}: its latents or texts are not those that {INDEX} was written for; {again}"
         )
 
-    def rows_of(captions: list[str]) -> list[Tensor]:
+    def tokens_of(captions: list[str]) -> list[Tensor]:
         try:
             return [texts.read(text_key(index, text)) for text in captions]
         except KeyError as error:
@@ -295,7 +295,7 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
         shapes,
         buckets,
         len(captions),
-        rows_of,
+        tokens_of,
         index_sha256,
     )
 

@@ -30,7 +30,7 @@ from configs.command_line import ATTENTION
 from configs.distillation import DistillConfig
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
-    TextRows,
+    CaptionEncoder,
     Texts,
     component_digests,
     load_frozen,
@@ -90,7 +90,7 @@ def open_source(
     if config.data.kind == "world" and not needs_clips:
         build = partial(UMT5Encoder, settings.text_encoder)
         encoder = load_frozen(build, source, "text_encoder", device, text_dtype(device))
-        rows = TextRows(
+        rows = CaptionEncoder(
             encoder, Tokenizer.from_folder(part_folder(source, "tokenizer")), config.max_text_tokens
         )
         return world_captions(config), Texts(rows, device), None

@@ -29,13 +29,12 @@ from train.losses import (
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.parallel import Ranks
 from train.rollout import (
-    Condition,
+    autocast,
     draw_exits,
-    guided_velocity,
     guided_x0,
-    predict_velocity,
     predict_x0,
     roll_out,
+    sampler_velocity,
     x0_at_exits,
 )
 from train.state import TrainState
@@ -44,6 +43,7 @@ from train.validation import saturated_share
 from wan.errors import WanError
 from wan.models.dit import WanDiT
 from wan.pipeline.config import PipelineConfig
+from wan.sampling.denoiser import Condition, predict_velocity
 from wan.sampling.flow import add_noise, velocity_target
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import sample_euler, sample_few_step
@@ -63,10 +63,11 @@ class Clips:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is made from, this process's rows of it.
+    """What a step is made from: this process's samples.
 
     Attributes:
-        condition, null: the captions encoded, and the negative prompt as often.
+        condition: encoded captions.
+        null: the encoded negative prompt, repeated once per caption.
         shape: (C, T, H, W) of what is to be made.
         clips: (B, C, T, H, W), or None.
     """
@@ -276,17 +277,22 @@ class Distillation:
     # --- what both updates need -------------------------------------------------------------------
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
-        """Of a step; some batches are given their first frames, unless those are all they have."""
+        """The batch of one step.
+
+        With probability `first_frame_share` its first frames are given, unless clips are of a
+        single frame, of which nothing would be left to make.
+        """
         drawn = self.draw(step)
         clips = None if drawn.latents is None else drawn.latents[self.rows].to(self.device)
         first = None
         if float(torch.rand((), generator=generator)) < self.config.first_frame_share:
             assert clips is not None
             first = clips[:, :, :1] if clips.shape[2] > 1 else None
-        context, num_rows = self.texts(drawn.captions[self.rows])
+        context, num_tokens = self.texts(drawn.captions[self.rows])
         negative = self.texts([self.config.scores.negative_prompt] * len(context))
         shape = self.shape if clips is None else clips.shape[1:]
-        return Batch(Condition(context, num_rows, first), Condition(*negative, first), shape, clips)
+        given = Condition(context, num_tokens, first)
+        return Batch(given, Condition(*negative, first), shape, clips)
 
     def sample_student(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples of the student (B, C, T, H, W) and the step each left the chain at (B,)."""
@@ -326,10 +332,7 @@ class Distillation:
         return learning_rate(step, peak, config.loop.steps, config.warmup, config.final_lr)
 
     def autocast(self) -> torch.autocast:
-        """Without its cache: before PyTorch 2.11 that hands casts of weights made under no_grad, as
-        in the student's chain, to the forward that wants their gradient."""
-        enabled = self.config.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
+        return autocast(self.device, self.config.bfloat16)
 
     # --- sampling for the panel and for trajectories ----------------------------------------------
 
@@ -339,13 +342,7 @@ class Distillation:
         """The guided teacher as a sampler wants it."""
         condition = Condition(*self.texts(list(captions)))
         null = Condition(*self.texts([self.config.scores.negative_prompt] * len(captions)))
-
-        def velocity(x: Tensor, timestep: float) -> Tensor:
-            level = torch.full((len(x),), timestep, device=x.device)
-            with self.autocast():
-                return guided_velocity(self.teacher, x, level, condition, null, guidance)
-
-        return velocity
+        return sampler_velocity(self.teacher, condition, null, guidance, self.config.bfloat16)
 
     @property
     def chunk(self) -> int:
@@ -375,14 +372,8 @@ class Distillation:
     def sample_few(self, captions: list[str], generators: list[torch.Generator]) -> Tensor:
         """The student's samples, made as it makes them when it is used."""
         condition = Condition(*self.texts(captions))
-
-        def student_velocity(x: Tensor, timestep: float) -> Tensor:
-            level = torch.full((len(x),), timestep, device=x.device)
-            with self.autocast():
-                return predict_velocity(self.student, x, level, condition)
-
         return sample_few_step(
-            student_velocity,
+            sampler_velocity(self.student, condition, condition, 1, self.config.bfloat16),
             self.start(generators),
             self.schedule,
             renoise=lambda i: draw_noise(self.shape, generators),

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from train.rollout import Condition, predict_velocity
 from wan.errors import WanError
 from wan.models.dit import WanDiT
+from wan.sampling.denoiser import Condition, predict_velocity
 from wan.sampling.flow import add_noise
 from wan.sampling.schedule import NUM_TIMESTEPS
 

@@ -32,7 +32,7 @@ from train.clips import (
     read_clip,
     read_prompts,
 )
-from train.conditioning import RowsOf, TextRows, component_digests, load_frozen, text_dtype
+from train.conditioning import CaptionEncoder, TokensOf, component_digests, load_frozen, text_dtype
 from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
 from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend
 from wan.errors import WanError
@@ -69,12 +69,12 @@ def preprocess(config: PreprocessConfig) -> int:
         settings = VAEConfig.from_json(read_settings("vae"))
         return load_frozen(lambda: WanVAE(settings), source, "vae", device, torch.float32)
 
-    def load_encoder() -> RowsOf:
+    def load_encoder() -> TokensOf:
         settings = UMT5Config.from_json(read_settings("text_encoder"))
         encoder = load_frozen(
             lambda: UMT5Encoder(settings), source, "text_encoder", device, text_dtype(device)
         )
-        return TextRows(encoder, tokenizer, config.max_text_tokens)
+        return CaptionEncoder(encoder, tokenizer, config.max_text_tokens)
 
     index: Row = {
         "identity": identity(config, source, device),
@@ -285,19 +285,19 @@ def summary(rows: list[Row], prompts: list[str], folder: Path) -> str:
 
 
 def encode_texts(
-    texts: set[str], index: Row, store: TensorStore, load_encoder: Callable[[], RowsOf]
+    texts: set[str], index: Row, store: TensorStore, load_encoder: Callable[[], TokensOf]
 ) -> None:
     """Store the real rows (n, D) of each text that is not there yet."""
     missing = sorted(text for text in texts if text_key(index, text) not in store)
     if not missing:
         return
-    rows_of = load_encoder()
+    tokens_of = load_encoder()
     with tqdm(total=len(missing), desc="texts") as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # captions that are cut: the report names each
         for start in range(0, len(missing), TEXTS_PER_SHARD):
             part = missing[start : start + TEXTS_PER_SHARD]
             # One at a time: a text's embedding depends on the text alone, to the bit.
-            rows = {text_key(index, t): rows_of([t])[0].cpu().contiguous() for t in part}
+            rows = {text_key(index, t): tokens_of([t])[0].cpu().contiguous() for t in part}
             store.add(rows, {key: {} for key in rows})
             progress.update(len(part))
 

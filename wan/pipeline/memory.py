@@ -410,7 +410,7 @@ def denoise_bytes(request: MemoryRequest) -> int:
         torch.cat([plan.schedule.sigmas[:steps], plan.schedule.sigmas[-1:]]),
         plan.schedule.description,
     )
-    # Rows as `wan.sampling.denoiser.num_text_rows` and `wan.models.dit.share_padding` leave them.
+    # Rows as `wan.sampling.denoiser.num_text_tokens` and `wan.models.dit.share_padding` leave them.
     rows = min(-(-(request.prompt_tokens + 2) // 8) * 8, request.max_sequence_length)
     text_dim = request.config.transformer.text_dim
 
