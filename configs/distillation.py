@@ -6,6 +6,7 @@ from typing import ClassVar
 from configs.schema import Options, check_seed, option
 from configs.training import LoRAConfig, TransformerTrainConfig
 from wan.errors import WanError
+from wan.models.attention_config import AttentionConfig
 
 
 @dataclass
@@ -209,3 +210,15 @@ class DistillConfig(TransformerTrainConfig):
             )
         if self.gan.weight and not self.dmd_weight:
             raise WanError("gan.weight without dmd_weight: the term stands beside DMD's, not alone")
+
+    @property
+    def regression_guidance(self) -> float:
+        """Guidance of the teacher's trajectories."""
+        return self.regression.guidance_scale or self.scores.guidance_scale
+
+    @property
+    def score_attention(self) -> AttentionConfig:
+        """Attention of teacher and critic: where the student's is sparse they may attend fully."""
+        if self.scores.full_attention:
+            return AttentionConfig(self.attention.exact)
+        return self.attention

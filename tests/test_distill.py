@@ -498,7 +498,7 @@ def test_a_sparse_student_learns_from_full_attention_and_says_how_it_was_trained
         run, _ = fresh_run(config, patch)
     networks = (run.student, run.teacher, run.critic)
     assert [net.attention.config.name for net in networks] == ["sliding_tile", "sdpa", "sdpa"]
-    request = module.plan_request(replace(config, machines=PlanConfig(num_gpus=3)))
+    request = module.training_run(replace(config, machines=PlanConfig(num_gpus=3)))
     assert request.student_density < request.score_density == 1
     assert distill(config) == 0
     folder = tmp_path / "run" / "model"

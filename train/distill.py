@@ -39,7 +39,7 @@ from train.conditioning import (
 )
 from train.data import open_data
 from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
-from train.estimate import PlanRequest, format_plan, plan
+from train.estimate import TrainingRun, estimate_that_fits, format_estimate
 from train.export import export_model
 from train.loop import run_training
 from train.parallel import Ranks, start
@@ -53,7 +53,6 @@ from wan.media.video import to_uint8, write_video
 from wan.miniature.captions import OMIT, caption
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.attention import network_attention
-from wan.models.attention_config import AttentionConfig
 from wan.models.dit import WanDiT
 from wan.models.tokenizer import Tokenizer
 from wan.models.umt5 import UMT5Encoder
@@ -122,13 +121,6 @@ def student_settings(config: DistillConfig, settings: PipelineConfig) -> Pipelin
     )
 
 
-def score_attention(config: DistillConfig) -> AttentionConfig:
-    """Of teacher and critic: where the student's is sparse they may still attend fully."""
-    if config.scores.full_attention:
-        return AttentionConfig(config.attention.exact)
-    return config.attention
-
-
 def load_networks(
     config: DistillConfig, settings: PipelineConfig, source: Path, ranks: Ranks
 ) -> Networks:
@@ -136,7 +128,7 @@ def load_networks(
     half = torch.bfloat16 if config.bfloat16 else torch.float32
 
     def build() -> WanDiT:
-        return WanDiT(settings.transformer, score_attention(config), config.checkpoint_blocks)
+        return WanDiT(settings.transformer, config.score_attention, config.checkpoint_blocks)
 
     device = ranks.loading_device
     teacher = load_frozen(build, source, "transformer", device, torch.float32)
@@ -192,51 +184,21 @@ def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
         )
 
 
-def plan_request(config: DistillConfig) -> PlanRequest:
-    """The run as `train.estimate` reckons it; of the teacher, only settings are read."""
-    source = resolve_model(config.checkpoint, patterns=CONFIGS)
-    settings, machines, parallel = read_teacher(config, source), config.machines, config.parallel
+def training_run(config: DistillConfig) -> TrainingRun:
+    """The run as `train.estimate` takes it; of the teacher, only settings are read."""
+    settings = read_teacher(config, resolve_model(config.checkpoint, patterns=CONFIGS))
     size = latent_shape(config, settings)[1:]
     grid = settings.transformer.token_grid(size)
-    student, scores = (
+    densities = (
         network_attention(one, settings.transformer.num_layers).density(grid)
-        for one in (config.attention, score_attention(config))
+        for one in (config.attention, config.score_attention)
     )
-    return PlanRequest(
-        settings.transformer,
-        size,
-        text_rows=machines.text_rows,
-        student_rank=config.student.lora.rank,
-        critic_rank=config.scores.critic_lora.rank,
-        student_density=student,
-        score_density=scores,
-        steps=len(config.student.timesteps),
-        exits=config.student.exits,
-        truncate_gradient=config.student.truncate_gradient,
-        critic_ratio=config.scores.critic_ratio,
-        guidance=config.scores.guidance_scale != 1,
-        matching=bool(config.dmd_weight),
-        num_pairs=config.regression.num_pairs if config.regression.weight else 0,
-        trajectory_steps=config.regression.steps,
-        trajectory_guidance=regression_guidance(config) != 1,
-        adversarial=bool(config.gan.weight),
-        batch_size=config.batch_size,
-        bfloat16=config.bfloat16,
-        checkpoint_blocks=config.checkpoint_blocks,
-        num_gpus=machines.num_gpus,
-        shard=parallel.shard,
-        replicate=parallel.replicate,
-        sequence=parallel.sequence,
-        gpu_memory=machines.gpu_memory_gb * 1e9,
-        other_bytes=machines.other_gb * 1e9,
-        rate=machines.tflops * 1e12,
-        iterations=config.loop.steps,
-    )
+    return TrainingRun(config, settings.transformer, size, *densities)
 
 
 def distill(config: DistillConfig) -> int:
     if config.plan:
-        print(format_plan(plan(plan_request(config))))
+        print(format_estimate(estimate_that_fits(training_run(config))))
         return 0
     torch.set_num_threads(config.threads)
     student_schedule(config)  # refuses a wrong list before anything is loaded
@@ -355,11 +317,6 @@ def teacher_panel(
     return decode(vae, latents)
 
 
-def regression_guidance(config: DistillConfig) -> float:
-    """Of the teacher's trajectories."""
-    return config.regression.guidance_scale or config.scores.guidance_scale
-
-
 def make_trajectories(
     run: Distillation, settings: PipelineConfig, folder: Path, digests: Sequence[str]
 ) -> Trajectories:
@@ -369,12 +326,12 @@ def make_trajectories(
         digests: of the teacher's transformer and of what encodes its captions.
     """
     regression, config = run.config.regression, run.config
-    guidance = regression_guidance(config)
+    guidance = config.regression_guidance
     shift = regression.shift or settings.shift
     levels = run.schedule.sigmas[:-1].tolist()
     identity = [
         *digests,
-        asdict(score_attention(config)),
+        asdict(config.score_attention),
         config.bfloat16,
         config.max_text_tokens,
         guidance,
