@@ -57,10 +57,7 @@ class VAETrainConfig(OptimConfig):
     crops_per_clip: int = option(2, "crops taken from one rendered clip", at_least=1)
     crop_size: int = option(64, "pixels, a multiple of 16", at_least=16, at_most=128)
     crop_frames: int = option(
-        17,
-        "4k + 1; fewer than a clip has do not teach its later frames",
-        at_least=1,
-        at_most=17,
+        17, "4k + 1; fewer than a clip has do not teach its later frames", at_least=1, at_most=17
     )
     whole_clip_steps: int = option(300, "the last steps see whole clips")
     whole_clip_batch: int = option(2, "whole clips per step", at_least=1)
@@ -127,9 +124,7 @@ class TransformerTrainConfig(OptimConfig):
     device: str = option("cpu", "auto, cpu, cuda, cuda:N", check=check_device)
     compile: bool = option(False, "compile the transformers' blocks")
     checkpoint_blocks: str = option(
-        "none",
-        "recomputed in backward passes: none, full, selective",
-        choices=CHECKPOINT_BLOCKS,
+        "none", "recomputed in backward passes: none, full, selective", choices=CHECKPOINT_BLOCKS
     )
     batch_size: int = option(32, "clips per step, of all processes together", at_least=1)
     first_frame_share: float = option(

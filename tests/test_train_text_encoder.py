@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from test_world import vocabulary
 from torch import nn
 
 from configs.cli import execute
@@ -36,7 +37,7 @@ from train.text_encoder import (
     train_text_encoder,
 )
 from wan.errors import WanError
-from wan.miniature.captions import BACKGROUND_WORDS, COLOUR_WORDS, SIZE_WORDS, vocabulary
+from wan.miniature.captions import BACKGROUND_WORDS, COLOUR_WORDS, SIZE_WORDS
 from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder, encode_text
 from wan.weights.checkpoint import open_checkpoint

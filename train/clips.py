@@ -10,11 +10,16 @@ F frames, H height, W width.
 import csv
 import io
 import json
+import math
+import re
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,11 +29,12 @@ from configs.schema import PICTURES, check_text
 from wan.errors import WanError
 from wan.files import read_text
 from wan.media.images import load_image
-from wan.media.video import Frames, VideoScan, scan_video, to_uint8
+from wan.media.video import Frames, VideoInfo, open_video, rgb_frame, to_uint8, video_info
 
-# How files become frames. Raise it when this file or wan/media/video.py changes what they give.
+# How files become frames. Raise it when this file or wan/media changes what they give.
 RECIPE = 1
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
 SAME_RATE = 0.01  # 23.976 stands for 24
 SAME_SHAPE = 0.01  # scaling to even widths leaves pixels of 1280/1281
 
@@ -194,6 +200,93 @@ def read_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> Tensor:
     size = best_size(frames.shape[:3], rules, facts)
     facts["size"] = "x".join(map(str, size))
     return fit_frames(frames[: size[0]], facts["crop"], size[1], size[2])
+
+
+@dataclass(frozen=True)
+class VideoScan:
+    """A file decoded to its end.
+
+    Attributes:
+        frames: (n, H, W, 3) uint8, those that were asked for and are there.
+        info: what the file says about itself, and how many frames it has.
+        broken: what stopped the decoder before the end; None if nothing did.
+        damaged_frames: those the decoder had to guess parts of.
+        missing_seconds: from the end of the last frame to where the header says pictures end.
+        even: frames follow each other at the declared rate, up to half a frame.
+        rotation: degrees by which a player would turn the picture.
+        pixel_shape: width / height of a pixel on a player's screen.
+        interlaced: a frame holds the lines of two moments.
+        hdr: values follow a curve that 8-bit RGB does not have.
+    """
+
+    frames: Frames
+    info: VideoInfo
+    broken: str | None
+    damaged_frames: int
+    missing_seconds: float
+    even: bool
+    rotation: int
+    pixel_shape: Fraction
+    interlaced: bool
+    hdr: bool
+
+
+def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> VideoScan:
+    """Decode all of a file and keep some of it: long files need no more memory than what is kept.
+
+    Args:
+        choose: from frames per second to the numbers of the frames to keep.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WanError: not a video, or with pictures of several sizes among those to keep.
+    """
+    kept: list[Frames] = []
+    times: list[float] = []
+    count = damaged = rotation = 0
+    interlaced, broken, last = False, None, 0.0
+    with open_video(Path(path)) as container:
+        stream = container.streams.video[0]
+        fps = video_info(container, 0).fps
+        wanted = set(choose(fps))
+        try:
+            for count, frame in enumerate(container.decode(stream), 1):
+                damaged += frame.is_corrupt
+                interlaced |= frame.interlaced_frame
+                rotation = frame.rotation
+                if frame.time is not None:
+                    times.append(frame.time)
+                    last = float((frame.duration or 0) * (frame.time_base or 0))  # some are held
+                if count - 1 in wanted:
+                    kept.append(rgb_frame(frame))
+        except av.FFmpegError as error:
+            broken = error.strerror
+        info = video_info(container, count)
+        hdr = stream.codec_context.color_trc in (PQ, HLG)
+        shape = stream.sample_aspect_ratio or Fraction(1)  # 0 in a file: not known
+        end = times[-1] + max(last, 1 / fps) if times and fps else math.inf
+        missing = max(0.0, _declared_end(container) - end)
+    sizes = dict.fromkeys(f"{height}x{width}" for height, width, _ in (a.shape for a in kept))
+    if len(sizes) > 1:
+        raise WanError(
+            f"video {path}: its pictures change size midway ({', '.join(sizes)}); they must be of "
+            "one size, so cut it there"
+        )
+    steps = np.diff(times) * fps
+    frames = np.stack(kept) if kept else np.zeros((0, info.height, info.width, 3), np.uint8)
+    even = bool((abs(steps - 1) < 0.5).all())
+    return VideoScan(frames, info, broken, damaged, missing, even, rotation, shape, interlaced, hdr)
+
+
+def _declared_end(container: av.container.InputContainer) -> float:
+    """When pictures end, in seconds, by the header; 0 if it does not say. Sound may be longer."""
+    stream = container.streams.video[0]
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    if time := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "")):
+        return 3600 * int(time[1]) + 60 * int(time[2]) + float(time[3])  # Matroska
+    alone = len(container.streams) == 1
+    return (container.duration or 0) / av.time_base if alone else 0.0
 
 
 def frame_numbers(fps: float, rules: ClipRules) -> list[int]:

@@ -121,10 +121,7 @@ def learning_rate(step: int, peak: float, steps: int, warmup: int, final: float 
 
 
 def apply_gradients(
-    optimizers: dict[str, Optimizer],
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    max_norm: float,
+    optimizers: dict[str, Optimizer], parameters: Iterable[nn.Parameter], lr: float, max_norm: float
 ) -> float:
     """The end of a step: clip, set the rate, update, clear. Returns the norm before clipping."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)

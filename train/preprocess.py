@@ -23,15 +23,7 @@ from tqdm import tqdm
 
 from configs.cli import run_command
 from configs.data import PreprocessConfig
-from train.clips import (
-    RECIPE,
-    Clip,
-    ClipRules,
-    list_clips,
-    read_caption,
-    read_clip,
-    read_prompts,
-)
+from train.clips import RECIPE, Clip, ClipRules, list_clips, read_caption, read_clip, read_prompts
 from train.conditioning import CaptionEncoder, TokensOf, component_digests, load_frozen, text_dtype
 from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
 from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend

@@ -109,14 +109,6 @@ def _index(name: str, value: str | None) -> int:
     return len(ATTRIBUTES[name]) if value is None else ATTRIBUTES[name].index(value)
 
 
-def vocabulary() -> tuple[str, ...]:
-    """Every lower-case word that captions use, sorted."""
-    tables = (NOUNS, COLOUR_WORDS, SIZE_WORDS, BACKGROUND_WORDS, DIRECTIONS, STANDALONE_MOTIONS)
-    phrases = [phrase for table in tables for group in table.values() for phrase in group]
-    phrases += [*VERBS, *ARTICLES, *PREPOSITIONS, *OPENINGS, "an", "and", "is", "background"]
-    return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
-
-
 def caption(scene: Scene, rng: random.Random, omit: float = OMIT) -> Caption:
     """Describe a scene.
 
