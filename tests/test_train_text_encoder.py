@@ -121,8 +121,6 @@ def test_a_tokenizer_of_other_settings_is_not_taken_for_the_one_asked_for(tmp_pa
     for loop in (config.loop, LoopConfig(allow_changes=True)):
         kept = make_tokenizer(replace(config if loop is config.loop else other, loop=loop), folder)
         assert kept.vocab_size == size
-    (tmp_path / "tokenizer_settings.json").unlink()  # as earlier versions left it
-    assert make_tokenizer(other, folder).vocab_size == size
 
 
 def test_a_step_without_a_hidden_word_trains_the_labels():

@@ -31,7 +31,6 @@ from wan.weights.digests import sha256_file
 
 PREFIX = "step-"
 UNFINISHED = ".writing-"
-BEST = "best.json"  # of earlier versions: the step and health of the best, beside the checkpoints
 
 
 def split_tensors(tree: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
@@ -164,21 +163,20 @@ def discard(folder: Path) -> None:
 
 def best_checkpoint(root: Path) -> Path | None:
     """The healthiest checkpoint, the newest of equals; None if none has been measured."""
-    measured = [(health_of(folder), folder) for folder in list_checkpoints(root)]
-    candidates = [(health, folder) for health, folder in measured if health is not None]
+    candidates = [
+        (health, folder)
+        for folder in list_checkpoints(root)
+        if (health := health_of(folder)) is not None
+    ]
     return max(candidates)[1] if candidates else None
 
 
 def health_of(folder: Path) -> float | None:
-    """What the manifest says a checkpoint was measured at; None if it does not say."""
+    """What a checkpoint was measured at, by its manifest; None if it was not."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if "health" in manifest:
-            return manifest["health"]
-        noted = json.loads((folder.parent / BEST).read_text())
-        return noted["value"] if noted["step"] == manifest["step"] else None
-    except (OSError, ValueError, KeyError):
-        return None  # damage is told where it is loaded
+        return json.loads((folder / "manifest.json").read_text()).get("health")
+    except (OSError, ValueError):
+        return None  # loading it reports the damage
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -165,11 +165,6 @@ def claim(folder: Path, index: Row) -> None:
             "command; choose another"
         )
     there, now = read_json(path).get("identity", {}), index["identity"]
-    if "recipe" not in there:
-        raise WanError(
-            f"output_dir={folder} was written by an earlier version, which judged clips by other "
-            "rules; it can be trained on, but not extended or repaired: choose another"
-        )
     changed = [name for name in now if there.get(name) != now[name]]
     if changed:
         lines = "; ".join(f"{name}: {there.get(name)} there, {now[name]} now" for name in changed)

@@ -6,7 +6,6 @@ missing words, filler, another order), because people don't type a grammar's sen
 """
 
 import io
-import json
 import random
 import re
 import shutil
@@ -25,8 +24,8 @@ from configs.training import TextEncoderTrainConfig
 from train.loop import run_training, step_generator
 from train.optim import apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
-from wan.errors import WanError
-from wan.files import write_text
+from wan.errors import WanError, check_names
+from wan.files import read_json, write_json
 from wan.miniature.captions import caption, label_classes
 from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
 from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
@@ -184,21 +183,19 @@ def make_tokenizer(config: TextEncoderTrainConfig, folder: Path) -> Tokenizer:
     Raises:
         WanError: the one that is there was made with other settings.
     """
-    record = folder.with_name("tokenizer_settings.json")  # earlier versions did not write it
+    record = folder.with_name("tokenizer_settings.json")
     names = ("seed", "tokenizer_captions", "vocab_size")
     settings = {name: getattr(config, name) for name in names}
     if not (folder / "tokenizer_config.json").is_file():
-        write_text(record, json.dumps(settings) + "\n")
+        write_json(record, settings)
         examples = draw_examples(config.seed, "tokenizer", config.tokenizer_captions, 0.7)
         spiece = train_spiece((example.text for example in examples), config.vocab_size)
         write_tokenizer_folder(spiece, folder, NUM_SENTINELS)
-    elif record.is_file() and not config.loop.allow_changes:
-        before = json.loads(record.read_text(encoding="utf-8"))
-        if before != settings:
-            raise WanError(
-                f"{folder}: made with {before}, now asked for {settings}; choose another "
-                "output_dir=, or loop.allow_changes=true to go on with that tokenizer"
-            )
+    elif not config.loop.allow_changes and (before := read_json(record)) != settings:
+        raise WanError(
+            f"{folder}: made with {before}, now asked for {settings}; choose another "
+            "output_dir=, or loop.allow_changes=true to go on with that tokenizer"
+        )
     return Tokenizer.from_folder(folder)
 
 
@@ -392,8 +389,7 @@ def write_encoder(encoder: UMT5Encoder, folder: Path) -> None:
     """Replace `folder` by the encoder in the released layout."""
     shutil.rmtree(folder, ignore_errors=True)
     save_component(encoder.state_dict(), folder, "text_encoder")
-    text = json.dumps(encoder.config.to_json(), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "config.json", encoder.config.to_json())
 
 
 def passed(measured: dict[str, float]) -> bool:
@@ -408,10 +404,7 @@ def passed(measured: dict[str, float]) -> bool:
 def encoder_config(config: TextEncoderTrainConfig, vocab_size: int) -> UMT5Config:
     """The settings in `encoder`; an unknown name is an error."""
     known = {field.name for field in fields(UMT5Config)} - {"vocab_size"}
-    if unknown := sorted(set(config.encoder) - known):
-        raise WanError(
-            f"encoder: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-        )
+    check_names("encoder", sorted(config.encoder), sorted(known))
     return UMT5Config(vocab_size=vocab_size, **config.encoder)
 
 
@@ -444,7 +437,7 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
         encoder, tokenizer, draw_examples(config.seed, "gate", config.probe_captions, 0.0)
     )
     report = folder / "text_encoder_report.json"
-    report.write_text(json.dumps({**measured, "passed": passed(measured)}, indent=2) + "\n")
+    write_json(report, {**measured, "passed": passed(measured)})
     print("  ".join(f"{name} {value:.4f}" for name, value in measured.items()))
     if not passed(measured):
         raise WanError(

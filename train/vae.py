@@ -6,7 +6,6 @@ colours and sharp edges, and an L1 with weight on the objects is enough for it.
 """
 
 import copy
-import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from train.loop import run_training, step_generator
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import read_json, write_json
 from wan.miniature.world import render, sample_scene, scene_rng
 from wan.models.vae import StreamCache, VAEConfig, WanVAE
 from wan.weights.checkpoint import open_checkpoint
@@ -162,7 +161,7 @@ def export(vae: WanVAE, folder: Path) -> None:
         "vae",
         vae_levels=VAELevels(vae.config.is_residual, vae.config.num_res_blocks),
     )
-    (folder / "config.json").write_text(json.dumps(vae.config.to_json(), indent=2) + "\n")
+    write_json(folder / "config.json", vae.config.to_json())
 
 
 def build_vae(config: VAETrainConfig) -> WanVAE:
@@ -207,7 +206,7 @@ def train_vae(config: VAETrainConfig) -> int:
         averaged.config = replace(averaged.config, latents_mean=tuple(mean), latents_std=tuple(std))
     export(averaged, folder / "vae")
     measured = measure(averaged, validation)
-    (folder / "vae_report.json").write_text(json.dumps(measured, indent=2) + "\n")
+    write_json(folder / "vae_report.json", measured)
     print(measured)
     return 0
 
