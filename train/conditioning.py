@@ -13,9 +13,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from wan.errors import WanError
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Encoder, pad_ids
-from wan.pipeline.config import part_folder
+from wan.pipeline.config import PipelineConfig, part_folder
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import hash_files, list_files
 from wan.weights.load import load_module
@@ -24,6 +25,20 @@ TEXT_LENGTH = 512  # tokens of context that every Wan transformer reads
 
 M = TypeVar("M", bound=nn.Module)
 TokensOf = Callable[[list[str]], list[Tensor]]
+
+
+def check_trainable(settings: PipelineConfig, folder: Path, first_frame_share: float) -> None:
+    """Raise a WanError for a model that these commands cannot train from."""
+    if settings.boundary_ratio is not None:
+        raise WanError(
+            f"{folder}: a model of two experts; each needs noise levels of its own side of the "
+            "boundary, which this command does not draw. Models with one transformer only"
+        )
+    if first_frame_share and not settings.expand_timesteps:
+        raise WanError(
+            f"first_frame_share={first_frame_share}: this model takes no first frame "
+            "(expand_timesteps is false in its model_index.json)"
+        )
 
 
 def load_frozen(

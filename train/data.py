@@ -214,6 +214,13 @@ def open_data(
         return cache, Texts(cache.tokens_of, device), None
     vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", device, torch.float32)
     cache = world_cache(vae, Path(data.cache_dir), data.num_clips, data.seed, data.repeat_circling)
+    return cache, world_texts(settings, source, device, max_text_tokens), vae
+
+
+def world_texts(
+    settings: PipelineConfig, source: Path, device: torch.device, max_tokens: int
+) -> Texts:
+    """Captions -> context, by a model's own text encoder."""
     encoder = load_frozen(
         lambda: UMT5Encoder(settings.text_encoder),
         source,
@@ -222,7 +229,7 @@ def open_data(
         text_dtype(device),
     )
     tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))
-    return cache, Texts(CaptionEncoder(encoder, tokenizer, max_text_tokens), device), vae
+    return Texts(CaptionEncoder(encoder, tokenizer, max_tokens), device)
 
 
 def check_shape(shape: Shape, settings: PipelineConfig, folder: str) -> None:

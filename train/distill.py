@@ -30,14 +30,13 @@ from configs.command_line import ATTENTION
 from configs.distillation import DistillConfig
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
-    CaptionEncoder,
     Texts,
+    check_trainable,
     component_digests,
     load_frozen,
-    text_dtype,
     transformer_digest,
 )
-from train.data import open_data
+from train.data import open_data, world_texts
 from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
 from train.estimate import TrainingRun, estimate_that_fits, format_estimate
 from train.export import export_model
@@ -54,8 +53,6 @@ from wan.miniature.captions import OMIT, caption
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.attention import network_attention
 from wan.models.dit import WanDiT
-from wan.models.tokenizer import Tokenizer
-from wan.models.umt5 import UMT5Encoder
 from wan.models.vae import WanVAE
 from wan.pipeline.config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
 from wan.sampling.schedule import euler_schedule
@@ -71,9 +68,9 @@ def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
 
     def draw(step: int) -> Clips:
         captions = []
-        for row in range(config.batch_size):
-            rng = scene_rng(config.data.seed, step * config.batch_size + row)
-            scene, omit = sample_scene(rng, "train"), omits[row % len(omits)]
+        for i in range(config.batch_size):
+            rng = scene_rng(config.data.seed, step * config.batch_size + i)
+            scene, omit = sample_scene(rng, "train"), omits[i % len(omits)]
             captions.append(caption(scene, rng, omit).text)
         return Clips(captions)
 
@@ -87,12 +84,8 @@ def open_source(
     needs_clips = bool(config.gan.weight or config.first_frame_share)
     size, seed = config.batch_size, config.seed
     if config.data.kind == "world" and not needs_clips:
-        build = partial(UMT5Encoder, settings.text_encoder)
-        encoder = load_frozen(build, source, "text_encoder", device, text_dtype(device))
-        rows = CaptionEncoder(
-            encoder, Tokenizer.from_folder(part_folder(source, "tokenizer")), config.max_text_tokens
-        )
-        return world_captions(config), Texts(rows, device), None
+        texts = world_texts(settings, source, device, config.max_text_tokens)
+        return world_captions(config), texts, None
     cache, texts, _ = open_data(config.data, settings, source, device, config.max_text_tokens)
 
     def draw_clips(step: int) -> Clips:
@@ -157,19 +150,18 @@ def load_networks(
 
 
 def read_teacher(config: DistillConfig, source: Path) -> PipelineConfig:
+    """The settings of a model folder.
+
+    Raises:
+        WanError: the model cannot be the teacher of this run.
+    """
     settings = read_pipeline_config(source)
     if settings.class_name == FEW_STEP:
         raise WanError(
             f"checkpoint={config.checkpoint}: is a few-step student itself; a teacher is a "
             "WanPipeline, such as builtin:miniature-teacher"
         )
-    if settings.boundary_ratio is not None:
-        raise WanError(f"{source}: a model of two experts; models with one transformer only")
-    if config.first_frame_share and not settings.expand_timesteps:
-        raise WanError(
-            f"first_frame_share={config.first_frame_share}: this model takes no first frame "
-            "(expand_timesteps is false in its model_index.json)"
-        )
+    check_trainable(settings, source, config.first_frame_share)
     return settings
 
 
@@ -216,46 +208,20 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     vae = load_frozen(partial(WanVAE, settings.vae), source, "vae", ranks.device, torch.float32)
     with ranks.main_first():  # it may encode clips
-        draw, texts, digest = open_source(config, settings, source, ranks.device)
+        draw, texts, data_digest = open_source(config, settings, source, ranks.device)
     networks = load_networks(config, settings, source, ranks)
-    teacher_digest = ranks.first(transformer_digest(source) if ranks.is_main else "")
+    identity = asdict(config)
+    identity["teacher_digest"] = ranks.first(transformer_digest(source) if ranks.is_main else "")
+    if data_digest is not None:
+        identity["data_digest"] = data_digest
     run = Distillation(config, settings, networks, texts, draw, ranks)
     if config.regression.weight:
-        kept = config.regression.folder
-        encoder = component_digests(source)["text_encoder"] if ranks.is_main else ""
-        run.trajectories = make_trajectories(
-            run,
-            settings,
-            Path(kept) if kept else folder / "trajectories",
-            [teacher_digest, ranks.first(encoder)],
-        )
+        encoder = ranks.first(component_digests(source)["text_encoder"] if ranks.is_main else "")
+        digests = [identity["teacher_digest"], encoder]
+        run.trajectories = make_trajectories(run, settings, folder, digests)
     state = run.new_state()
-
-    said = None
-    if config.data.kind == "world":
-        said = world_panel(config.validation_captions, config.seed)
-        captions = [one.text for one in said]
-    else:
-        captions = first_captions(draw, config.validation_captions)
-    captions *= 2  # two clips of each, which should differ
-    reference = teacher_panel(run, settings, vae, captions, folder, teacher_digest)
-    run.teacher_std = float(reference.latents.std())
-
-    def on_save(state: TrainState) -> dict[str, float]:
-        with state.averages["student"].in_place(networks.student):
-            latents = run.sample_panel(captions, None)
-        samples = decode(vae, latents)
-        three = decode(vae, run.triptych(latents[:1], captions[0])).videos
-        if ranks.is_main:
-            write = partial(write_clip, fps=settings.defaults.fps)
-            pictures = folder / "samples"
-            write_pictures(pictures, state.step, samples, reference, list(three), write)
-        return panel_numbers(samples, reference, said)
-
-    identity = asdict(config) | {"teacher_digest": teacher_digest}
-    if digest is not None:
-        identity["data_digest"] = digest
-    if not run_training(state, run.train_step, config.loop, folder, identity, on_save, ranks):
+    validate = make_validation(run, settings, vae, folder, identity["teacher_digest"])
+    if not run_training(state, run.train_step, config.loop, folder, identity, validate, ranks):
         return INTERRUPTED
     if config.export == "best":
         best = best_checkpoint(folder / "checkpoints")
@@ -270,6 +236,38 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     return 0
 
 
+def make_validation(
+    run: Distillation, settings: PipelineConfig, vae: WanVAE, folder: Path, teacher_digest: str
+) -> Callable[[TrainState], dict[str, float]]:
+    """What is measured, and shown in `folder/samples`, before each checkpoint.
+
+    The teacher's samples of the same captions are made here, once.
+    """
+    config, student = run.config, run.student
+    known = None  # what the captions state, for the miniature's world
+    if config.data.kind == "world":
+        known = world_panel(config.validation_captions, config.seed)
+        captions = [one.text for one in known]
+    else:
+        captions = first_captions(run.draw, config.validation_captions)
+    captions *= 2  # two clips of each, which should differ
+    reference = teacher_panel(run, settings, vae, captions, folder, teacher_digest)
+    run.teacher_std = float(reference.latents.std())
+    write_clip = partial(write_mp4, fps=settings.defaults.fps)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        with state.averages["student"].in_place(student):
+            latents = run.sample_panel(captions, None)
+        samples = decode(vae, latents)
+        three = list(decode(vae, run.triptych(latents[:1], captions[0])).videos)
+        if run.ranks.is_main:
+            pictures = folder / "samples"
+            write_pictures(pictures, state.step, samples, reference, three, write_clip)
+        return panel_numbers(samples, reference, known)
+
+    return validate
+
+
 def first_captions(draw: Callable[[int], Clips], count: int) -> list[str]:
     """The captions that training draws first, from as many batches as have them."""
     captions: list[str] = []
@@ -280,14 +278,14 @@ def first_captions(draw: Callable[[int], Clips], count: int) -> list[str]:
     return captions[:count]
 
 
-def write_clip(path: Path, video: Tensor, fps: float) -> None:
+def write_mp4(path: Path, video: Tensor, fps: float) -> None:
     write_video(path, to_uint8(video), fps)
 
 
 def export_student(
     student: WanDiT, config: DistillConfig, settings: PipelineConfig, source: Path, folder: Path
 ) -> None:
-    """A folder in the released layout; of a LoRA the file too."""
+    """Write the student as a folder in the released layout; one with a LoRA as a LoRA file too."""
     final, rank = student_settings(config, settings), config.student.lora.rank
     if rank:
         print(f"wrote {export_model(student, source, final, folder, rank)}")
@@ -303,7 +301,7 @@ def teacher_panel(
     folder: Path,
     digest: str,
 ) -> Samples:
-    """The teacher's samples for the panel; made once and kept, for the same question."""
+    """The teacher's samples of the validation captions: made once, and kept in the run's folder."""
     path = folder / "teacher_panel.safetensors"
     schedule = euler_schedule(run.config.validation_steps, settings.shift)
     scores = run.config.scores
@@ -318,32 +316,31 @@ def teacher_panel(
 
 
 def make_trajectories(
-    run: Distillation, settings: PipelineConfig, folder: Path, digests: Sequence[str]
+    run: Distillation, settings: PipelineConfig, output: Path, digests: Sequence[str]
 ) -> Trajectories:
     """The teacher's samples of the first captions that training draws, kept in a folder.
 
     Args:
-        digests: of the teacher's transformer and of what encodes its captions.
+        output: the run's own folder, for trajectories that have none in `regression.folder`.
+        digests: of the teacher's transformer and of the text encoder.
     """
-    regression, config = run.config.regression, run.config
-    guidance = config.regression_guidance
-    shift = regression.shift or settings.shift
+    config, regression = run.config, run.config.regression
     levels = run.schedule.sigmas[:-1].tolist()
     identity = [
         *digests,
         asdict(config.score_attention),
         config.bfloat16,
         config.max_text_tokens,
-        guidance,
+        config.regression_guidance,
         config.scores.negative_prompt,
     ]
     return sample_trajectories(
-        lambda texts: run.teacher_velocity(texts, guidance),
+        lambda texts: run.teacher_velocity(texts, config.regression_guidance),
         first_captions(run.draw, regression.num_pairs),
         run.shape,
         levels,
-        grid_through(levels, regression.steps, shift),
-        folder,
+        grid_through(levels, regression.steps, regression.shift or settings.shift),
+        Path(regression.folder) if regression.folder else output / "trajectories",
         identity,
         run.ranks,
         run.chunk,

@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.cli import INTERRUPTED, run_command
 from configs.command_line import ATTENTION
 from configs.training import FinetuneConfig
-from train.conditioning import Texts
+from train.conditioning import Texts, check_trainable
 from train.data import LatentCache, open_data
 from train.export import export_model
 from train.loop import CLIPS, run_training, step_generator
@@ -56,16 +56,7 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
     """The released settings, or for a network from scratch those of the frozen parts and `dit`."""
     if not config.from_scratch:
         settings = read_pipeline_config(folder)
-        if settings.boundary_ratio is not None:
-            raise WanError(
-                f"{folder}: a model of two experts; each needs noise levels of its own side of the "
-                "boundary, which this command does not draw. Models with one transformer only"
-            )
-        if config.first_frame_share and not settings.expand_timesteps:
-            raise WanError(
-                f"first_frame_share={config.first_frame_share}: this model takes no first frame "
-                "(expand_timesteps is false in its model_index.json)"
-            )
+        check_trainable(settings, folder, config.first_frame_share)
         return settings
     parts = {
         name: read_json(component_config(folder, name, {})) for name in ("vae", "text_encoder")
