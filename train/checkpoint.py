@@ -76,7 +76,7 @@ def write_part(folder: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, s
         header = None if alone else {"first_rows": json.dumps(first_rows)}
         try:
             save_file(own, folder / files[-1], header)
-        except SafetensorError as error:  # how a full disk is told there
+        except SafetensorError as error:  # the library's name for a full disk, too
             raise OSError(f"{folder / files[-1]}: {error}") from error
     if ranks.is_main:
         (folder / "state.json").write_text(json.dumps(tree))
@@ -99,7 +99,7 @@ def save_checkpoint(
     All processes call this; the folder must be one that all of them see.
 
     Args:
-        health: by which the best is told, higher is better; None or not finite: no candidate.
+        health: the best checkpoint is the one where it is highest; None or not finite: none.
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
@@ -205,12 +205,12 @@ class StoredTensors:
         return (first + number, *shape[1:]) if shape else ()
 
     def read(self, name: str, rows: Rows) -> Tensor:
-        """Rows of one tensor, from the first to be read and as many as are asked for."""
+        """Some rows of one tensor: `rows` is the first and their number."""
         start, stop = rows[0], rows[0] + rows[1]
         _, some = self.pieces[name][0]
         if not some.get_shape():
             return some[...]
-        parts = [some[:1][:0]]  # where no row is asked for
+        parts = [some[:1][:0]]  # for a process that reads no rows
         for (first, number), piece in self.pieces[name]:
             begin, end = max(start, first), min(stop, first + number)
             if begin < end:

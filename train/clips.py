@@ -1,9 +1,10 @@
-"""Clips as they are found -> clips as training wants them, or the reason why not.
+"""Video files and pictures -> clips of the sizes that training takes, or the reason why not.
 
 A clip goes to one of several sizes (frames, height, width): it is read from its start, cropped
 around its centre to the size's shape and scaled. Nothing is repaired: what is damaged, too short,
 at another frame rate, sideways, stretched, interlaced or too far from every size is refused, by
 name and with a reason.
+
 F frames, H height, W width.
 """
 
@@ -44,8 +45,8 @@ class Clip:
     """One entry of a data set.
 
     Attributes:
-        name: how the report speaks of it.
-        caption: None is still to be read from the text file beside it.
+        name: its name in the report.
+        caption: None if it is to be read from the text file beside it.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipRules:
-    """What a clip is brought to, and what is too far from that; `PreprocessConfig` explains it."""
+    """The sizes and rate that clips are brought to, and how far; see `PreprocessConfig`."""
 
     sizes: list[Size]
     fps: float
@@ -88,7 +89,7 @@ def list_clips(source: Path) -> list[Clip]:
 
 
 def clip_paths(folder: Path) -> list[Path]:
-    """Videos and pictures of a folder; what else is there but their captions is named on stderr."""
+    """Videos and pictures of a folder; files that are neither nor a caption are named on stderr."""
     found = sorted(
         path
         for path in folder.rglob("*")
@@ -112,7 +113,7 @@ def clip_paths(folder: Path) -> list[Path]:
 
 
 def list_rows(path: Path) -> list[tuple[int, Any]]:
-    """(line number, row) of a list."""
+    """(line number, entry) of a .jsonl or .csv list."""
     text = read_text(path)
     if path.suffix == ".csv":
         return csv_rows(path, text)
@@ -146,7 +147,7 @@ def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
 
 
 def list_entry(source: Path, number: int, row: Any) -> Clip:
-    """A row of a list; paths are relative to the list."""
+    """One entry of a list; paths are relative to the list."""
     if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"]:
         raise WanError(
             f"{source}, line {number}: need video and prompt, as in "
@@ -165,10 +166,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_caption(clip: Clip) -> str:
-    """What is said of a clip.
+    """The caption of a clip, from its list or from the text file beside it.
 
     Raises:
-        WanError: nothing is, or what no file can hold.
+        WanError: there is none, or it is not valid UTF-8.
     """
     beside = clip.path.with_suffix(".txt")
     caption = clip.caption
@@ -207,7 +208,7 @@ class VideoScan:
     """A file decoded to its end.
 
     Attributes:
-        frames: (n, H, W, 3) uint8, those that were asked for and are there.
+        frames: (n, H, W, 3) uint8, those of the chosen frames that the file has.
         info: what the file says about itself, and how many frames it has.
         broken: what stopped the decoder before the end; None if nothing did.
         damaged_frames: those the decoder had to guess parts of.
@@ -301,7 +302,11 @@ def same_rate(fps: float, rules: ClipRules) -> bool:
 
 
 def checked_frames(scan: VideoScan, rules: ClipRules, facts: dict[str, Any]) -> Frames:
-    """The frames of a sound file at the right rate."""
+    """The frames of a scanned file, if it is sound and at the right rate.
+
+    Raises:
+        WanError: it is not; says what is wrong and how to mend it.
+    """
     info, rate = scan.info, scan.info.fps
     retimed = not same_rate(rate, rules)
     facts.update(
@@ -316,10 +321,10 @@ def checked_frames(scan: VideoScan, rules: ClipRules, facts: dict[str, Any]) -> 
     if scan.broken is not None:
         raise WanError(f"damaged: {decoded}, then the decoder stopped ({scan.broken})")
     if info.decoded_frames < info.declared_frames:
-        said = f"its header says {info.declared_frames} frames, {decoded}"
+        counts = f"its header says {info.declared_frames} frames, {decoded}"
         if cut_short:
-            raise WanError(f"damaged: {said}")
-        raise WanError(f"{said}: cut without encoding (-c copy) or damaged; encode it anew")
+            raise WanError(f"damaged: {counts}")
+        raise WanError(f"{counts}: cut without encoding (-c copy) or damaged; encode it anew")
     if cut_short and not info.declared_frames:
         raise WanError(
             f"damaged: {decoded}, which end {scan.missing_seconds:.3g} seconds before its header "

@@ -244,7 +244,7 @@ def check_shape(shape: Shape, settings: PipelineConfig, folder: str) -> None:
 
 
 class StoredLatents(Sequence[Tensor]):
-    """Latents of a folder, read and checked each time they are asked for."""
+    """Latents of a folder, read and checked each time one is indexed."""
 
     def __init__(self, store: TensorStore, keys: list[str]) -> None:
         self.store, self.keys = store, keys

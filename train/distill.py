@@ -239,9 +239,9 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
 def make_validation(
     run: Distillation, settings: PipelineConfig, vae: WanVAE, folder: Path, teacher_digest: str
 ) -> Callable[[TrainState], dict[str, float]]:
-    """What is measured, and shown in `folder/samples`, before each checkpoint.
+    """A function that measures the student before each checkpoint and writes `folder/samples`.
 
-    The teacher's samples of the same captions are made here, once.
+    The teacher's samples of the same captions are made first, once.
     """
     config, student = run.config, run.student
     known = None  # what the captions state, for the miniature's world

@@ -55,7 +55,7 @@ PANEL_SEED = 1_000_000  # noise of the validation samples: sample i has this plu
 
 @dataclass(frozen=True)
 class Clips:
-    """What a step reads: captions, and clips where a term needs them."""
+    """The data of a step: captions, and latents of clips where a term needs them."""
 
     captions: list[str]
     latents: Tensor | None = None
@@ -80,7 +80,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Networks:
-    """The three roles; a teacher that is frozen, two that are trained."""
+    """The three roles: the teacher is frozen, student and critic are trained."""
 
     student: WanDiT
     teacher: WanDiT
@@ -306,10 +306,10 @@ class Distillation:
             x0 = roll_out(self.student, batch.condition, *chain, student.truncate_gradient)
         return x0, exits
 
-    # Randomness is drawn for the whole batch: a process takes its own rows of it.
+    # Randomness is drawn for the whole batch: a process takes its own samples of it.
 
     def exits(self, how: str, generator: torch.Generator) -> Tensor:
-        """Of the whole batch."""
+        """At which step each sample of the whole batch leaves the chain, (B,)."""
         return draw_exits(self.config.batch_size, len(self.schedule), how, generator)
 
     def score_levels(self, generator: torch.Generator) -> Tensor:
@@ -339,7 +339,7 @@ class Distillation:
     def teacher_velocity(
         self, captions: Sequence[str], guidance: float
     ) -> Callable[[Tensor, float], Tensor]:
-        """The guided teacher as a sampler wants it."""
+        """The guided teacher's velocity as samplers call it."""
         condition = Condition(*self.texts(list(captions)))
         null = Condition(*self.texts([self.config.scores.negative_prompt] * len(captions)))
         return sampler_velocity(self.teacher, condition, null, guidance, self.config.bfloat16)
@@ -415,7 +415,7 @@ def check_finite(step: int, **tensors: Tensor) -> None:
 
 
 def check_gradients(step: int, role: str, module: nn.Module) -> None:
-    """As `check_finite`, for the gradients of a module."""
+    """Stop where a gradient of a module is not finite; see `check_finite`."""
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             check_finite(step, **{f"the gradient of {role}.{name}": parameter.grad})

@@ -27,15 +27,15 @@ def media_files(folder: Path, step: int) -> list[Path]:
 class MetricsLog:
     """Appends to `metrics.jsonl`. After a resume, lines of steps to be repeated are dropped first.
 
-    wandb is a mirror: what goes wrong there is told once, as a warning, and the run goes on.
+    wandb is a mirror: the first failure there is a warning, and the run goes on.
 
     Args:
         folder: where the run lives.
         first_step: the step about to run; later lines come from work that was not saved.
         wandb_project: mirror to this wandb project; None keeps everything local.
-        config: the run's settings, shown by wandb.
+        config: the run's settings, for wandb.
     Raises:
-        WanError: wandb is asked for and not installed.
+        WanError: wandb_project is given and wandb is not installed.
         OSError: the file can't be written; what was there is untouched.
     """
 
@@ -101,7 +101,7 @@ class MetricsLog:
         self.wandb = run
 
     def mirror(self, send: Callable[[], Any]) -> None:
-        """Do something with wandb; the first failure is told, none ends the run."""
+        """Send something to wandb; the first failure is a warning, and none ends the run."""
         try:
             send()
         except Exception as error:  # the network's, the server's, wandb's own: of any kind

@@ -92,7 +92,7 @@ class Ranks:
         """
 
     def reshard(self, *modules: nn.Module) -> None:
-        """After forwards without a backward pass, before anything else touches the weights.
+        """Call it after forwards without a backward pass, before anything touches the weights.
 
         Such a forward leaves some weights gathered, a copy that the module goes on with whatever
         an optimiser, an average or a checkpoint then makes of the shards.
@@ -142,15 +142,15 @@ class Ranks:
     def spread(
         self, make: Callable[[list[int]], Tensor], numbers: Sequence[int], chunk: int
     ) -> Tensor:
-        """What `make` makes of numbers, a row of each, by every group a share of them.
+        """Apply `make` to numbers, one result each; every group does a share of them.
 
         All processes call it equally often, as sharded networks need: where a share would be
         shorter than the others, the last number is made again.
 
         Args:
-            make: up to `chunk` numbers -> a tensor with as many rows.
+            make: up to `chunk` numbers -> a tensor with one entry for each.
         Returns:
-            all rows in order, in every process, on the CPU.
+            all entries in order, in every process, on the CPU.
         """
         count = len(numbers)
         share = -(-count // self.data_size)
@@ -234,7 +234,7 @@ class ShardedRanks(Ranks):
         fully_shard(module, mesh=self.mesh, mp_policy=exact)
 
     def _shard_children(self, module: nn.Module, policy: MixedPrecisionPolicy) -> None:
-        """Those children that hold weights of which none is to be kept in float32."""
+        """Shard each child whose weights may all be gathered in bfloat16."""
         for name, child in module.named_children():
             weights = [f"{name}.{n}" for n, _ in child.named_parameters()]
             kept = any(part in w for w in weights for part in WanDiT.FLOAT32_PARAMETERS)

@@ -28,7 +28,7 @@ from train.conditioning import CaptionEncoder, TokensOf, component_digests, load
 from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
 from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend
 from wan.errors import WanError
-from wan.files import read_json, write_text
+from wan.files import read_json, write_json, write_text
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Config, UMT5Encoder
@@ -46,6 +46,7 @@ Row = dict[str, Any]
 
 
 def preprocess(config: PreprocessConfig) -> int:
+    """Judge and encode all clips, encode all texts; the index is written last."""
     if config.clips is None and config.prompts is None:
         raise WanError("nothing to do: give clips= (a folder or a list), prompts= or both")
     clips = list_clips(Path(config.clips)) if config.clips is not None else []
@@ -85,9 +86,9 @@ def preprocess(config: PreprocessConfig) -> int:
         rows = judge_and_encode(clips, config, index, latents, load_vae)
         good = [row for row in rows if row["verdict"] == "ok"]
         for row in good:
-            said = tokenizer(clean_prompt(row["caption"]), config.max_text_tokens)
-            row["caption_tokens"] = said.num_tokens_before_truncation
-            row["caption_cut"] = said.truncated
+            tokens = tokenizer(clean_prompt(row["caption"]), config.max_text_tokens)
+            row["caption_tokens"] = tokens.num_tokens_before_truncation
+            row["caption_cut"] = tokens.truncated
         report = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         failure = too_many_set_aside(rows, len(clips), config, folder / CHECK)
         if config.check_only or failure:
@@ -97,21 +98,20 @@ def preprocess(config: PreprocessConfig) -> int:
         print(summary(rows, prompts, folder))
         if config.check_only:
             return 0
+        index |= {"prompts": prompts, "negative_prompt": config.negative_prompt}
         texts = {row["caption"] for row in good} | {*prompts, "", config.negative_prompt or ""}
         stored_texts = open_to_extend(folder, "texts", config.verify)
         encode_texts(texts, index, stored_texts, load_encoder)
-        index["content_sha256"] = content_digest(
-            latents, [row["key"] for row in good], stored_texts, [text_key(index, t) for t in texts]
-        )
-        index["prompts"], index["negative_prompt"] = prompts, config.negative_prompt
+        clip_keys, text_keys = [row["key"] for row in good], [text_key(index, t) for t in texts]
+        index["content_sha256"] = content_digest(latents, clip_keys, stored_texts, text_keys)
         index["report_sha256"] = hashlib.sha256(report.encode()).hexdigest()
         write_text(folder / REPORT, report)
-        write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / INDEX, index)
     return 0
 
 
 def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Row:
-    """What the content of a folder follows from, beside its clips and texts."""
+    """Everything that a folder's content follows from, apart from its clips and texts."""
     names = ("sizes", "fps", "retime", "max_crop", "max_upscale", "max_text_tokens")
     return {
         "recipe": RECIPE,
@@ -122,7 +122,7 @@ def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Ro
 
 
 def patch_size(source: Path) -> tuple[int, int, int]:
-    """Of the checkpoint's transformer, if it has one."""
+    """The patch size of the checkpoint's transformer; (1, 1, 1) if it has none."""
     path = part_folder(source, "transformer") / "config.json"
     if not path.is_file():
         return (1, 1, 1)
@@ -149,15 +149,15 @@ def latent_shapes(
 
 
 def claim(folder: Path, index: Row) -> None:
-    """Write what the folder is for before anything else is in it.
+    """Write the folder's settings into its index before anything else is in it.
 
     Raises:
-        WanError: it is for something else.
+        WanError: the folder holds something else, or data of other settings.
     """
     path = folder / INDEX
     shards = [*TensorStore(folder, "latents").shards(), *TensorStore(folder, "texts").shards()]
     if not shards:
-        write_text(path, json.dumps(index, indent=2) + "\n")
+        write_json(path, index)
         return
     if not path.exists():
         raise WanError(
@@ -180,7 +180,7 @@ def judge_and_encode(
     latents: TensorStore,
     load_vae: Callable[[], WanVAE],
 ) -> list[Row]:
-    """A line of the report for each clip; what is good and not yet stored is, shard by shard.
+    """The report's lines, one per clip; latents of good clips are stored, shard by shard.
 
     Ends early when more clips are set aside than is allowed, except with check_only.
     """
@@ -274,7 +274,7 @@ def summary(rows: list[Row], prompts: list[str], folder: Path) -> str:
 def encode_texts(
     texts: set[str], index: Row, store: TensorStore, load_encoder: Callable[[], TokensOf]
 ) -> None:
-    """Store the real rows (n, D) of each text that is not there yet."""
+    """Store the token embeddings (n, D) of each text that is not stored yet."""
     missing = sorted(text for text in texts if text_key(index, text) not in store)
     if not missing:
         return
@@ -284,8 +284,8 @@ def encode_texts(
         for start in range(0, len(missing), TEXTS_PER_SHARD):
             part = missing[start : start + TEXTS_PER_SHARD]
             # One at a time: a text's embedding depends on the text alone, to the bit.
-            rows = {text_key(index, t): tokens_of([t])[0].cpu().contiguous() for t in part}
-            store.add(rows, {key: {} for key in rows})
+            encoded = {text_key(index, t): tokens_of([t])[0].cpu().contiguous() for t in part}
+            store.add(encoded, {key: {} for key in encoded})
             progress.update(len(part))
 
 

@@ -1,8 +1,8 @@
 """Train the miniature's tokenizer and text encoder: `python -m train.text_encoder`.
 
-The encoder learns to say, at every one of its tokens, what the whole caption states: so a small DiT
-finds each attribute whichever token it looks at. Captions are disturbed on the way (other words,
-missing words, filler, another order), because people don't type a grammar's sentences.
+The encoder learns to tell, at every one of its tokens, what the whole caption states: so a small
+DiT finds each attribute whichever token it looks at. Captions are disturbed on the way (by other
+words, missing words, filler, another order): people do not type the sentences of a grammar.
 """
 
 import io
@@ -82,14 +82,15 @@ class Example:
 
 
 def draw_example(rng: random.Random, split: str, disturbed: bool, num_objects: int) -> Example:
-    """One caption of a scene of a split; `disturbed` says it in a less orderly way."""
+    """One caption of a scene of a split; `disturbed` words it in a less orderly way."""
     # Nobody sees the scene, so one frame is enough for the objects to keep inside and apart.
-    said = caption(sample_scene(rng, split, num_objects, num_frames=1), rng)
-    labels = said.labels()
-    if not disturbed:
-        return Example(said.text, tuple(labels[name] for name in CLASSES))
-    free_order = len(said.objects) == 1 and said.objects[0].motion not in ("circling", "still")
-    return Example(disturb(said.text, rng, free_order), tuple(labels[name] for name in CLASSES))
+    drawn = caption(sample_scene(rng, split, num_objects, num_frames=1), rng)
+    text, objects = drawn.text, drawn.objects
+    if disturbed:
+        free_order = len(objects) == 1 and objects[0].motion not in ("circling", "still")
+        text = disturb(text, rng, free_order)
+    labels = drawn.labels()
+    return Example(text, tuple(labels[name] for name in CLASSES))
 
 
 def empty_example(rng: random.Random) -> Example:
@@ -234,7 +235,7 @@ def initialize(encoder: UMT5Encoder) -> None:
 
 
 class Heads(nn.Module):
-    """What the encoder is asked while it trains; not part of the model that ships."""
+    """The heads that the encoder is trained through; not part of the model that ships."""
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
@@ -276,16 +277,16 @@ def make_train_step(
             examples[row] = empty_example(rng)
         ids, mask = pad_ids([tokenizer(example.text).ids for example in examples])
         labels = torch.tensor([example.labels for example in examples])  # (B, K)
-        # Rows with hidden words can't know all labels, so they only guess the words.
+        # Captions with hidden words can't know all labels, so they only guess the words.
         hidden = (torch.rand(ids.shape, generator=generator) < 0.2) & mask
         hidden[num_masked:] = False
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             states = encoder(ids.masked_fill(hidden, mask_id), mask)
             label_logits = heads.labels(states[num_masked:])
             word_logits = heads.words(states[hidden])
-        told = mask[num_masked:]
-        per_token = labels[num_masked:, None].expand(*told.shape, -1)
-        label_loss = label_losses(label_logits[told].float(), per_token[told]).mean()
+        real = mask[num_masked:]  # no padding
+        per_token = labels[num_masked:, None].expand(*real.shape, -1)
+        label_loss = label_losses(label_logits[real].float(), per_token[real]).mean()
         if hidden.any():
             word_loss = F.cross_entropy(word_logits.float(), ids[hidden])
         else:  # in a small batch; the mean of nothing is no number
@@ -318,7 +319,9 @@ def encode_examples(
         yield encoder(ids, mask), mask, torch.tensor([example.labels for example in batch])
 
 
-def pooled_states(encoder, tokenizer, examples, pooling: str) -> tuple[Tensor, Tensor]:
+def pooled_states(
+    encoder: UMT5Encoder, tokenizer: Tokenizer, examples: list[Example], pooling: str
+) -> tuple[Tensor, Tensor]:
     """One vector per caption, (B, D), and labels (B, K).
 
     pooling: "mean" of the tokens, or "token": one token of the caption, each in turn.
@@ -376,7 +379,9 @@ def measure_gates(
     return measured
 
 
-def output_statistics(encoder, tokenizer, examples: list[Example]) -> dict[str, float]:
+def output_statistics(
+    encoder: UMT5Encoder, tokenizer: Tokenizer, examples: list[Example]
+) -> dict[str, float]:
     """Mean square of the encoder's outputs, and the share of it that is the same in all tokens."""
     states = torch.cat([s[m] for s, m, _ in encode_examples(encoder, tokenizer, examples)])
     return {

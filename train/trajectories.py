@@ -34,7 +34,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 class Trajectories:
     """Teacher samples: the state at each of the student's noise levels, and the end.
 
-    States are those that the network was shown, which with UniPC are predicted and not corrected.
+    States are the inputs of the network, which with UniPC are predicted and not corrected.
     They stay on the disk, (K + 1, C, T, H, W) float16 each: for a large model they are more than
     memory holds.
     """
@@ -44,7 +44,7 @@ class Trajectories:
     store: TensorStore
 
     def batch(self, rows: Sequence[int], steps: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """States at the given step of each row, ends and captions, float32."""
+        """State at one step, (B,), of each chosen trajectory, its end and its caption; float32."""
         paths = torch.stack([self.store.read(self.keys[row]) for row in rows])  # (B, K + 1, ...)
         states = paths[torch.arange(len(rows)), steps]
         return states.float(), paths[:, -1].float(), [self.captions[row] for row in rows]

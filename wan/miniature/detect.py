@@ -423,31 +423,31 @@ def _rms(offsets: Tensor) -> float:
     return float(offsets.square().sum(1).mean().sqrt())
 
 
-def score(detection: Detection, said: Caption) -> Score:
+def score(detection: Detection, caption: Caption) -> Score:
     """Compare a detection with what a caption states.
 
     Two objects are compared under the assignment that gets most attributes right. An object that
     was not found has all its attributes wrong; a further one makes the count wrong.
     """
     found: list[DetectedObject | None] = list(detection.objects)
-    found += [None] * (len(said.objects) - len(found))
+    found += [None] * (len(caption.objects) - len(found))
     matches = max(
-        itertools.permutations(found, len(said.objects)),
-        key=lambda order: sum(sum(right.values()) for right in _compare(said, order)),
+        itertools.permutations(found, len(caption.objects)),
+        key=lambda order: sum(sum(right.values()) for right in _compare(caption, order)),
     )
-    attributes: dict[str, tuple[bool, ...]] = {"count": (detection.count == len(said.objects),)}
-    if said.background is not None:
-        attributes["background"] = (detection.background == said.background,)
+    attributes: dict[str, tuple[bool, ...]] = {"count": (detection.count == len(caption.objects),)}
+    if caption.background is not None:
+        attributes["background"] = (detection.background == caption.background,)
     for name in OBJECT_ATTRIBUTES:
-        results = tuple(right[name] for right in _compare(said, matches) if name in right)
+        results = tuple(right[name] for right in _compare(caption, matches) if name in right)
         if results:
             attributes[name] = results
     joint = all(all(results) for results in attributes.values())
     return Score(attributes, joint, matches)
 
 
-def _compare(said: Caption, order: Sequence[DetectedObject | None]) -> list[dict[str, bool]]:
-    return [_right(stated, item) for stated, item in zip(said.objects, order, strict=True)]
+def _compare(caption: Caption, order: Sequence[DetectedObject | None]) -> list[dict[str, bool]]:
+    return [_right(stated, item) for stated, item in zip(caption.objects, order, strict=True)]
 
 
 def _right(stated: Stated, item: DetectedObject | None) -> dict[str, bool]:
