@@ -148,8 +148,12 @@ def test_the_log_says_what_a_run_is_judged_by(tmp_path, teacher):
     assert ["dmd_gradient" in line for line in steps] == [False, True, False, True]
     assert sum(steps[1][f"exits_{i}"] for i in range(3)) == 3
     assert any(name.startswith("critic_loss_sigma_") for name in steps[0])
-    for name in ("dmd_normalizer", "student_mean", "student_std", "student_drift", "memory_gb"):
-        assert name in steps[1]
+    moves = {"dmd_normalizer", "student_mean", "student_std", "student_drift", "memory_gb", "lr"}
+    moves |= {"student_saturated", "teacher_saturated"}
+    assert [line.keys() >= moves for line in steps] == [False, True, False, True]
+    for line in steps:
+        assert line["critic_lr"] > 0
+        assert line["clips_per_second"] == pytest.approx(3 / line["seconds_per_step"])
     saved = [line for line in lines if "health" in line]
     assert len(saved) == 2
     assert {"motion_ratio", "saturation_ratio", "spread_ratio", "val_joint"} <= saved[0].keys()
@@ -397,6 +401,17 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_named(tmp_path, teache
     state.step = 1
     with pytest.raises(WanError, match=r"step 1: \d+ of \d+ numbers in x0_critic not finite"):
         run.train_step(state)
+
+
+def test_a_gradient_of_the_discriminator_that_is_not_finite_is_named(
+    tmp_path, teacher, monkeypatch
+):
+    config = settings(tmp_path, teacher, gan=GANConfig(0.1, host="teacher"))
+    run, state = fresh_run(config, monkeypatch)
+    with torch.no_grad():
+        next(run.discriminator.parameters()).fill_(float("nan"))
+    with pytest.raises(WanError, match=r"step 0: .* in the gradient of discriminator\.\S+ not"):
+        run.update_critic(state, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("factor", [50, 0.0])

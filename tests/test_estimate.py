@@ -14,7 +14,6 @@ from train.estimate import (
     TrainingEstimate,
     TrainingRun,
     activation_bytes,
-    estimate,
     estimate_that_fits,
     format_estimate,
     iteration_flops,
@@ -95,9 +94,9 @@ def test_a_gradient_through_all_steps_costs_them_all():
         three = changed(whole, checkpoint_blocks=mode)
         block = kept_by_block(FULL_5B, 27280, 512, autocast=True, compute_bytes=2)
         kept = activation_bytes(one_step, 0)
-        assert estimate(three).memory["student"].activations == 3 * kept - again * 2 * block
+        assert TrainingEstimate(three).memory["student"].activations == 3 * kept - again * 2 * block
         copies = 3 if mode == "none" else 1
-        assert estimate(three).gathered == copies * estimate(one_step).gathered
+        assert TrainingEstimate(three).gathered == copies * TrainingEstimate(one_step).gathered
     fits = estimate_that_fits(truncated)
     assert estimate_that_fits(whole).memory["critic"] == fits.memory["critic"]
     tight = changed(whole, machines_gpu_memory_gb=1.2 * math.floor(fits.peak / 1e9))
@@ -116,10 +115,12 @@ def test_regression_adds_a_forward_and_backward_and_trajectories_before():
     for part in plain:
         assert more[part] == plain[part] * (2 if part in doubled else 1)
     hours = 100 * 16 * 2 * one / (285e12 * 8 * 3600)
-    assert estimate(both).trajectory_hours == pytest.approx(hours)
-    assert estimate(run).trajectory_hours == 0
-    assert "trajectories" not in format_estimate(estimate(run))
-    assert f"{hours:.3g} h before them for the teacher's 100" in format_estimate(estimate(both))
+    assert TrainingEstimate(both).trajectory_hours == pytest.approx(hours)
+    assert TrainingEstimate(run).trajectory_hours == 0
+    assert "trajectories" not in format_estimate(TrainingEstimate(run))
+    assert f"{hours:.3g} h before them for the teacher's 100" in format_estimate(
+        TrainingEstimate(both)
+    )
 
 
 def test_regression_alone_needs_neither_chain_nor_scores():
@@ -133,8 +134,8 @@ def test_regression_alone_needs_neither_chain_nor_scores():
 
 
 def test_in_regression_alone_the_critic_only_lies_there():
-    both = estimate(changed(CANONICAL, REGRESSION))
-    alone = estimate(changed(both.run, dmd_weight=0.0))
+    both = TrainingEstimate(changed(CANONICAL, REGRESSION))
+    alone = TrainingEstimate(changed(both.run, dmd_weight=0.0))
     assert alone.memory["critic"] == RoleMemory(both.memory["critic"].weights)
     assert alone.memory["student"] == both.memory["student"]
 
@@ -146,8 +147,8 @@ def test_trajectories_are_guided_as_they_will_be():
 
 
 def test_an_adversarial_term_is_said_not_to_be_counted():
-    assert "not counted" in format_estimate(estimate(changed(CANONICAL, gan_weight=0.1)))
-    assert "not counted" not in format_estimate(estimate(CANONICAL))
+    assert "not counted" in format_estimate(TrainingEstimate(changed(CANONICAL, gan_weight=0.1)))
+    assert "not counted" not in format_estimate(TrainingEstimate(CANONICAL))
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -168,15 +169,17 @@ def test_recomputing_keeps_streams_and_one_block():
 
 
 def test_a_trained_5b_takes_sixteen_bytes_a_weight():
-    memory = estimate(changed(CANONICAL, machines_num_gpus=1, batch_size=1)).memory["critic"]
+    memory = TrainingEstimate(changed(CANONICAL, machines_num_gpus=1, batch_size=1)).memory[
+        "critic"
+    ]
     assert memory.weights + memory.optimizer + memory.gradients == 16 * 4_999_787_712
 
 
 def test_shards_divide_what_stays_and_sequence_what_comes():
     four = changed(CANONICAL, machines_num_gpus=4, batch_size=4)
-    one = estimate(changed(four, parallel_replicate=4))
-    shards = estimate(four)
-    split = estimate(changed(four, parallel_sequence=4, batch_size=1))
+    one = TrainingEstimate(changed(four, parallel_replicate=4))
+    shards = TrainingEstimate(four)
+    split = TrainingEstimate(changed(four, parallel_sequence=4, batch_size=1))
     for role, memory in one.memory.items():
         assert shards.memory[role].resident == memory.resident / 4
         assert split.memory[role].resident == memory.resident / 4

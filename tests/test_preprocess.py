@@ -13,6 +13,7 @@ import test_clips
 import torch
 from PIL import Image
 from test_clips import damage, make_clip
+from test_data import TINY
 
 import train.data
 import train.preprocess
@@ -28,25 +29,13 @@ from train.tensor_cache import open_to_read
 from train.vae import export
 from wan.errors import WanError
 from wan.models.dit_config import DiTConfig
-from wan.models.vae import VAEConfig, WanVAE
+from wan.models.vae import WanVAE
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import STUDENT
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import write_tensors
 
 clips = test_clips.clips
-
-TINY = VAEConfig(
-    base_dim=4,
-    decoder_base_dim=4,
-    z_dim=2,
-    dim_mult=(1, 2, 2),
-    num_res_blocks=1,
-    temperal_downsample=(True, True),
-    patch_size=4,
-    in_channels=48,
-    out_channels=48,
-)
 
 
 @pytest.fixture(scope="module")

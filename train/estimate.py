@@ -1,6 +1,7 @@
 """What a distillation run takes, before anything is loaded: `python -m train.distill plan=true`.
 
-    print(format_estimate(estimate(TrainingRun(config, dit, latent_size=(31, 44, 80)))))
+    run = TrainingRun(config, dit, latent_size=(31, 44, 80))
+    print(format_estimate(TrainingEstimate(run)))
 
 The counts are those of `wan.runtime.costs`. Three things are assumptions, and stand here as
 constants or in `configs.distillation.PlanConfig`: the share of the GPU that is not ours, the room
@@ -257,70 +258,42 @@ def trained_memory(run: TrainingRun, rank: int, student: bool) -> RoleMemory:
 # --- together -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class TrainingEstimate:
-    """What a run takes.
+    """What a run takes, whether it fits or not.
 
     Attributes:
         parameters: role -> (all, trained).
         flops: per clip and iteration, by part.
         memory: bytes per GPU by role; `workspace` and `gathered` come on top while one runs.
-        hours: for all iterations.
-        trajectory_hours: before them.
+        peak: bytes per GPU in the larger update; `usable` are there.
+        hours: for all iterations; `trajectory_hours` come before them.
     """
 
-    run: TrainingRun
-    parameters: dict[str, tuple[int, int]]
-    flops: dict[str, float]
-    memory: dict[str, RoleMemory]
-    workspace: float
-    gathered: float
-    hours: float
-    trajectory_hours: float
-
-    @property
-    def peak(self) -> float:
-        """Bytes per GPU in the larger update."""
-        resident = sum(role.resident for role in self.memory.values())
+    def __init__(self, run: TrainingRun) -> None:
+        config, machines = run.config, run.config.machines
+        total = count_parameters(run.dit).total
+        self.run = run
+        self.memory = {
+            "student": trained_memory(run, config.student.lora.rank, student=True),
+            "teacher": RoleMemory(4 * total / run.num_shards),
+            "critic": trained_memory(run, config.scores.critic_lora.rank, student=False),
+        }
+        self.parameters = {"teacher": (total, 0)}
+        ranks = {"student": config.student.lora.rank, "critic": config.scores.critic_lora.rank}
+        for role, rank in ranks.items():
+            pairs = count_parameters(run.dit, rank).pairs
+            self.parameters[role] = (total + pairs, pairs if rank else total)
+        self.workspace, self.gathered = workspace_bytes(run), gathered_bytes(run)
+        resident = sum(role.resident for role in self.memory.values()) + machines.other_gb * 1e9
         update = max(role.of_update for role in self.memory.values())
-        others = self.run.config.machines.other_gb * 1e9
-        return resident + others + update + self.workspace + self.gathered
-
-    @property
-    def usable(self) -> float:
-        return self.run.config.machines.gpu_memory_gb * 1e9 * (1 - RESERVE)
-
-    @property
-    def fits(self) -> bool:
-        return self.peak <= self.usable
-
-
-def estimate(run: TrainingRun) -> TrainingEstimate:
-    """What the run takes, whether it fits or not."""
-    config, machines = run.config, run.config.machines
-    ranks = {"student": config.student.lora.rank, "critic": config.scores.critic_lora.rank}
-    total = count_parameters(run.dit).total
-    memory = {
-        "student": trained_memory(run, ranks["student"], student=True),
-        "teacher": RoleMemory(4 * total / run.num_shards),
-        "critic": trained_memory(run, ranks["critic"], student=False),
-    }
-    parameters = {"teacher": (total, 0)}
-    for role, rank in ranks.items():
-        counts = count_parameters(run.dit, rank)
-        parameters[role] = (counts.total + counts.pairs, counts.pairs if rank else counts.total)
-    flops = iteration_flops(run)
-    per_hour = 3600 * machines.tflops * 1e12 * machines.num_gpus
-    return TrainingEstimate(
-        run=run,
-        parameters=parameters,
-        flops=flops,
-        memory=memory,
-        workspace=workspace_bytes(run),
-        gathered=gathered_bytes(run),
-        hours=config.loop.steps * config.batch_size * sum(flops.values()) / per_hour,
-        trajectory_hours=trajectory_flops(run) / per_hour,
-    )
+        self.peak = resident + update + self.workspace + self.gathered
+        self.usable = machines.gpu_memory_gb * 1e9 * (1 - RESERVE)
+        self.fits = self.peak <= self.usable
+        self.flops = iteration_flops(run)
+        per_hour = 3600 * machines.tflops * 1e12 * machines.num_gpus
+        clips = config.loop.steps * config.batch_size
+        self.hours = clips * sum(self.flops.values()) / per_hour
+        self.trajectory_hours = trajectory_flops(run) / per_hour
 
 
 def estimate_that_fits(run: TrainingRun) -> TrainingEstimate:
@@ -329,7 +302,7 @@ def estimate_that_fits(run: TrainingRun) -> TrainingEstimate:
     Raises:
         WanError: it does not; the message says by how much, and which options would change that.
     """
-    found = estimate(run)
+    found = TrainingEstimate(run)
     if found.fits:
         return found
     ways = "; ".join(remedies(run)) or "nothing here: take larger GPUs or smaller clips"
@@ -378,7 +351,7 @@ def fitting(run: TrainingRun, change: dict[str, Any]) -> str | None:
         for name, value in change.items()
         if reduce(getattr, name.split("."), run.config) != value
     }
-    found = estimate(with_options(run, change)) if change else None
+    found = TrainingEstimate(with_options(run, change)) if change else None
     if found is None or not found.fits:
         return None
     spelt = {"None": "null", "True": "true"}
