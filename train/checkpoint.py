@@ -60,7 +60,7 @@ def join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def write_part(folder: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, str]:
-    """What one process contributes to a checkpoint: its files' names and their sha256."""
+    """Write one process's files of a checkpoint; returns their names and sha256."""
     tensors: dict[str, Tensor] = {}
     tree = split_tensors(state, tensors)
     own: dict[str, Tensor] = {}
@@ -130,7 +130,7 @@ def save_checkpoint(
 def commit(
     beside: Path, final: Path, step: int, digests: dict[str, str], health: float | None
 ) -> None:
-    """Give a checkpoint whose files are on the disk its manifest and its name."""
+    """Write the manifest of a checkpoint whose files are on the disk, then give it its name."""
     manifest: dict[str, Any] = {"step": step, "sha256": dict(sorted(digests.items()))}
     if health is not None and math.isfinite(health):
         manifest["health"] = health

@@ -80,7 +80,7 @@ def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
 def open_source(
     config: DistillConfig, settings: PipelineConfig, source: Path, device: torch.device
 ) -> tuple[Callable[[int], Clips], Texts, str | None]:
-    """Where batches come from, how their captions are encoded, and the digest of a data folder."""
+    """A function that draws batches, one that encodes captions, and the digest of a data folder."""
     needs_clips = bool(config.gan.weight or config.first_frame_share)
     size, seed = config.batch_size, config.seed
     if config.data.kind == "world" and not needs_clips:
@@ -166,7 +166,7 @@ def read_teacher(config: DistillConfig, source: Path) -> PipelineConfig:
 
 
 def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
-    """Captions of the miniature's world teach nothing about anything else."""
+    """Refuse captions of the miniature's world for a model of something else."""
     _, _, height, width = latent_shape(config, settings)
     if config.data.kind == "world" and height != width:
         raise WanError(

@@ -108,7 +108,7 @@ class TrainingRun:
 
     @property
     def student_forwards(self) -> int:
-        """Through how many the student's backward pass goes, for a sample that stays to the end."""
+        """Forwards that the student's backward pass goes through, for a sample that exits last."""
         student = self.config.student
         return len(student.timesteps) if self.matching and not student.truncate_gradient else 1
 
@@ -182,7 +182,7 @@ def activation_bytes(run: TrainingRun, rank: int, forwards: int = 1) -> float:
     """Bytes that the backward pass of one update needs on one GPU.
 
     Args:
-        forwards: through how many of them it goes. A block that is recomputed is there once.
+        forwards: how many it goes through. The activations of a recomputed block are there once.
     """
     dit, c, text = run.dit, run.compute_bytes, run.config.machines.text_rows
     tokens = -(-run.num_tokens // run.config.parallel.sequence)
@@ -210,10 +210,13 @@ def workspace_bytes(run: TrainingRun) -> float:
 
 
 def gathered_bytes(run: TrainingRun) -> float:
-    """Weights in the dtype of the products, and gradients on their way, of what is at work."""
+    """Bytes of weights gathered for computing, and of gradients on their way between GPUs.
+
+    On several GPUs: two blocks' weights, as one is gathered ahead, one block's gradients, and in
+    float32 what lies outside the blocks. On one GPU: autocast's copies.
+    """
     counts, c = count_parameters(run.dit), run.compute_bytes
-    if run.config.machines.num_gpus == 1:
-        # Autocast's copies: of one forward, or of each that is kept whole.
+    if run.config.machines.num_gpus == 1:  # copies of one forward, or of each that is kept whole
         copies = run.student_forwards if run.config.checkpoint_blocks == "none" else 1
         return float(copies * 2 * counts.total) if run.config.bfloat16 else 0.0
     outside = counts.total - run.dit.num_layers * counts.block
@@ -345,7 +348,7 @@ def changes(run: TrainingRun) -> Iterator[dict[str, Any]]:
 
 
 def fitting(run: TrainingRun, change: dict[str, Any]) -> str | None:
-    """The change as it is typed, with its peak, if it is one and fits."""
+    """The change as it is typed, with its peak; None if it changes nothing or does not fit."""
     change = {
         name: value
         for name, value in change.items()

@@ -13,13 +13,13 @@ from wan.files import write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; half a line, of a run that was killed or goes on, is none."""
+    """The lines of a metrics.jsonl, without an unfinished last one of a run that was killed."""
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def media_files(folder: Path, step: int) -> list[Path]:
-    """What the save after `step` steps has to show: samples/0000200-triptych.png and the like."""
+    """Pictures and clips of the save after `step` steps, such as samples/0000200-0.mp4."""
     found = (folder / "samples").glob(f"{step:07d}-*")
     return sorted(path for path in found if path.suffix in (".png", ".mp4"))
 

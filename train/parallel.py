@@ -99,7 +99,7 @@ class Ranks:
         """
 
     def reunite(self, module: nn.Module) -> None:
-        """Undo `prepare` in the main process, on the CPU; the others' module is done with."""
+        """Undo `prepare` in the main process, on the CPU; others must not use the module again."""
 
     def rows(self, batch_size: int) -> slice:
         """This process's rows of a batch.
@@ -120,7 +120,7 @@ class Ranks:
         return [value]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether the flag is set in any process."""
         return any(self.gather(flag))
 
     def first(self, value: T) -> T:
@@ -161,10 +161,10 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in one process fails in all, so that none is left waiting.
+        """Make an error in one process an error in all, so that none is left waiting.
 
         Raises:
-            OSError, WanError: the process's own, or one that tells another's.
+            OSError, WanError: the process's own; or a WanError with the text of another's.
         """
         error: OSError | WanError | None = None
         try:
@@ -180,7 +180,7 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The others come when the main process is through: it fills the caches they read."""
+        """Let the main process go first: it fills the caches that the others read."""
         if not self.is_main:
             self.gather(None)
         yield
@@ -188,7 +188,7 @@ class Ranks:
             self.gather(None)
 
     def stored_rows(self, tensor: Tensor) -> tuple[Tensor, Rows] | None:
-        """What this process writes of a tensor, and which rows that are; None: nothing."""
+        """The rows of a tensor that this process saves, and their place; None if it saves none."""
         return tensor, (0, len(tensor) if tensor.ndim else 1)
 
     def restore(self, shape: tuple[int, ...], read: Callable[[Rows], Tensor]) -> Tensor:

@@ -127,7 +127,7 @@ def health(values: dict[str, float]) -> float:
 def panel_numbers(
     student: Samples, teacher: Samples, captions: Sequence[Caption] | None
 ) -> dict[str, float]:
-    """Everything a save logs: ratios, what the detectors read if they know the world, health.
+    """Everything that a save logs: ratios, what the detectors read of the world, health.
 
     Args:
         captions: the V captions of the panel; None for another world than the miniature's.
