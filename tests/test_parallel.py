@@ -74,7 +74,7 @@ def make_step(ranks: Ranks, bfloat16: bool = False):
         latents, target = torch.randn(2, BATCH, 4, 3, 2, 6, generator=generator)  # 9 tokens
         context = torch.randn(BATCH, 12, 10, generator=generator)
         context[:, 5:] = 0
-        own = ranks.rows(BATCH)
+        own = ranks.share(BATCH)
         timestep = 1000 * torch.rand(BATCH, 3, generator=generator)
         if state.step % 2:
             timestep = timestep[:, 0]  # one for a whole clip
@@ -400,7 +400,7 @@ def test_alone_nothing_is_wrapped_or_averaged():
         ranks.reunite(layer)
         assert not dist.is_initialized()
         assert ranks.mean({"a": 0.1}) == {"a": 0.1}
-        assert ranks.rows(3) == slice(0, 3)
+        assert ranks.share(3) == slice(0, 3)
     assert type(layer.weight) is torch.nn.Parameter
     assert type(layer) is torch.nn.Linear
 
@@ -426,9 +426,9 @@ def test_other_numbers_of_processes_are_refused(config):
 def test_a_batch_is_shared_out_evenly_or_not_at_all():
     ranks = Ranks(torch.device("cpu"))
     ranks.data_rank, ranks.data_size = 1, 2
-    assert ranks.rows(6) == slice(3, 6)
+    assert ranks.share(6) == slice(3, 6)
     with pytest.raises(WanError, match="multiple of the 2 groups"):
-        ranks.rows(5)
+        ranks.share(5)
 
 
 def test_numbers_that_only_some_processes_have_are_averaged_over_those():

@@ -103,8 +103,8 @@ class LatentCache:
 
     def _captions(self, indices: list[int], step: int, seed: int) -> list[str]:
         return [
-            self.caption_of(index, random.Random(f"{seed}/{step}/{row}"))
-            for row, index in enumerate(indices)
+            self.caption_of(index, random.Random(f"{seed}/{step}/{place}"))
+            for place, index in enumerate(indices)
         ]
 
 
@@ -265,18 +265,19 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
     Raises:
         WanError: not finished, incomplete, damaged, or made with other weights.
     """
-    index, rows, index_sha256 = read_index(folder)
+    index, lines, index_sha256 = read_index(folder)
     for name, digest in (weights or {}).items():
         if index["identity"][name] != digest:
             raise WanError(
                 f"{folder}: was made with another {name} than this checkpoint's; preprocess the "
                 "clips again, or data.check_weights=false if only dtype or layout differ"
             )
-    good = [row for row in rows if row["verdict"] == "ok"]
+    good = [line for line in lines if line["verdict"] == "ok"]
     latents, texts = open_to_read(folder, "latents"), open_to_read(folder, "texts")
-    captions = [row["caption"] for row in good] + index["prompts"]
+    captions = [line["caption"] for line in good] + index["prompts"]
     stored = {*captions, "", index["negative_prompt"] or ""}
-    clip_keys, text_keys = [row["key"] for row in good], [text_key(index, text) for text in stored]
+    clip_keys = [line["key"] for line in good]
+    text_keys = [text_key(index, text) for text in stored]
     again = "run train.preprocess there again with the same settings"
     for what, keys, store in (("clips", clip_keys, latents), ("texts", text_keys, texts)):
         if missing := [key for key in keys if key not in store]:
@@ -300,7 +301,7 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
 
     shapes = [tuple(shape) for shape in index["latent_shapes"].values()]
     buckets = [
-        [number for number, row in enumerate(good) if row["size"] == size]
+        [number for number, line in enumerate(good) if line["size"] == size]
         for size in index["latent_shapes"]
     ]
     return LatentCache(
@@ -335,7 +336,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]
         index = json.loads(raw)
         report = (folder / REPORT).read_bytes()
         complete = index["report_sha256"] == hashlib.sha256(report).hexdigest()
-        rows = [json.loads(line) for line in report.split(b"\n") if line] if complete else []
+        lines = [json.loads(line) for line in report.split(b"\n") if line] if complete else []
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise WanError(
             f"data.folder={folder}: not a folder of train.preprocess, or it has not finished "
@@ -346,7 +347,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]
             f"data.folder={folder}: the last run of train.preprocess there did not finish; "
             "run it again"
         )
-    return index, rows, hashlib.sha256(raw).hexdigest()
+    return index, lines, hashlib.sha256(raw).hexdigest()
 
 
 def text_key(index: dict[str, Any], text: str) -> str:

@@ -105,7 +105,7 @@ class Distillation:
         self.trajectories: Trajectories | None = None
         self.teacher_std = 1.0  # of the teacher's own samples, once they are there
         self.device = texts.device
-        self.rows = ranks.rows(config.batch_size)
+        self.own = ranks.share(config.batch_size)
         self.schedule = student_schedule(config)
         self.shape = latent_shape(config, settings)
         self.gan_blocks: list[int] = []
@@ -231,9 +231,9 @@ class Distillation:
         assert self.trajectories is not None
         config = self.config
         count = len(self.trajectories.captions)
-        rows = torch.randint(count, (config.batch_size,), generator=generator)[self.rows]
-        exits = self.exits("stratified", generator)[self.rows]
-        x, target, captions = self.trajectories.batch(rows.tolist(), exits)
+        numbers = torch.randint(count, (config.batch_size,), generator=generator)[self.own]
+        exits = self.exits("stratified", generator)[self.own]
+        x, target, captions = self.trajectories.batch(numbers.tolist(), exits)
         condition = Condition(*self.texts(captions))
         with self.autocast():
             x0 = x0_at_exits(self.student, x.to(self.device), condition, self.schedule, exits)
@@ -283,12 +283,12 @@ class Distillation:
         single frame, of which nothing would be left to make.
         """
         drawn = self.draw(step)
-        clips = None if drawn.latents is None else drawn.latents[self.rows].to(self.device)
+        clips = None if drawn.latents is None else drawn.latents[self.own].to(self.device)
         first = None
         if float(torch.rand((), generator=generator)) < self.config.first_frame_share:
             assert clips is not None
             first = clips[:, :, :1] if clips.shape[2] > 1 else None
-        context, num_tokens = self.texts(drawn.captions[self.rows])
+        context, num_tokens = self.texts(drawn.captions[self.own])
         negative = self.texts([self.config.scores.negative_prompt] * len(context))
         shape = self.shape if clips is None else clips.shape[1:]
         given = Condition(context, num_tokens, first)
@@ -299,7 +299,7 @@ class Distillation:
         student = self.config.student
         exits = self.exits(student.exits, generator)
         for_all = int(exits.max()) if self.ranks.size > 1 else 0
-        exits = exits[self.rows]
+        exits = exits[self.own]
         noises = [self.noise(batch.shape, generator) for _ in range(len(self.schedule))]
         chain = (self.schedule, exits, noises, student.deterministic, for_all)
         with self.autocast():
@@ -316,11 +316,11 @@ class Distillation:
         scores, batch = self.config.scores, self.config.batch_size
         bounds = (scores.lowest, scores.highest)
         sigma = sample_score_sigmas(batch, scores.shift, bounds, generator, scores.clamp)
-        return sigma[self.rows].to(self.device)
+        return sigma[self.own].to(self.device)
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         noise = torch.randn(self.config.batch_size, *shape, generator=generator)
-        return noise[self.rows].to(self.device)
+        return noise[self.own].to(self.device)
 
     def logits(self, x0: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         assert self.discriminator is not None
@@ -347,7 +347,7 @@ class Distillation:
     @property
     def chunk(self) -> int:
         """Clips that this process has in memory at once: in sampling as in training."""
-        return self.rows.stop - self.rows.start
+        return self.own.stop - self.own.start
 
     def start(self, generators: list[torch.Generator]) -> Tensor:
         """Pure noise of one sample each."""
@@ -357,9 +357,9 @@ class Distillation:
     def sample_panel(self, captions: Sequence[str], schedule: Schedule | None) -> Tensor:
         """Latents for captions from the panel's noise: the student's, or the teacher's."""
 
-        def sample(rows: list[int]) -> Tensor:
-            generators = sample_generators([PANEL_SEED + row for row in rows], len(rows))
-            texts = [captions[row] for row in rows]
+        def sample(numbers: list[int]) -> Tensor:
+            generators = sample_generators([PANEL_SEED + i for i in numbers], len(numbers))
+            texts = [captions[i] for i in numbers]
             if schedule is None:
                 return self.sample_few(texts, generators)
             velocity = self.teacher_velocity(texts, self.config.scores.guidance_scale)

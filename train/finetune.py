@@ -108,7 +108,7 @@ def make_train_step(
 ) -> Callable[[TrainState], dict[str, float]]:
     """One step of flow matching on this process's share of a batch."""
     device = ranks.device
-    own = ranks.rows(config.batch_size)
+    own = ranks.share(config.batch_size)
     trainable = [p for p in dit.parameters() if p.requires_grad]
 
     def train_step(state: TrainState) -> dict[str, float]:

@@ -3,7 +3,7 @@
     with start(config.parallel, config.device) as ranks:
         dit = ...                        # on ranks.loading_device, the same in all processes
         ranks.prepare(dit, bfloat16)     # before optimisers and averages are made
-        rows = ranks.rows(batch_size)    # of the whole batch, this process's
+        own = ranks.share(batch_size)    # this process's samples of the whole batch
         run_training(..., ranks=ranks)   # steps, stops and saves together
         ranks.reshard(dit)               # after sampling, before its weights are touched or saved
         ranks.reunite(dit)               # whole again in the main process, to export
@@ -12,9 +12,9 @@ Started plainly, a command is alone: `Ranks` then does nothing at all and module
 Under torchrun `ShardedRanks` shards every weight with FSDP2 over `shard` x `sequence` processes,
 keeps `replicate` copies of that, and splits the tokens of each clip over `sequence` neighbours.
 
-Every process draws the randomness of the whole batch and keeps its own rows, so that the number of
-processes changes no sample. Gradients are means over all processes: the loss of a process must be a
-mean over its rows, and equal on those that share a clip.
+Every process draws the randomness of the whole batch and keeps its own samples, so that the number
+of processes changes none of them. Gradients are means over all processes: the loss of a process
+must be a mean over its samples, and equal on those that share a clip.
 
 Letters: P processes that share tokens, B batch, N heads, L tokens, l = ceil(L / P), K channels of a
 head.
@@ -101,8 +101,8 @@ class Ranks:
     def reunite(self, module: nn.Module) -> None:
         """Undo `prepare` in the main process, on the CPU; others must not use the module again."""
 
-    def rows(self, batch_size: int) -> slice:
-        """This process's rows of a batch.
+    def share(self, batch_size: int) -> slice:
+        """This process's samples of a batch.
 
         Raises:
             WanError: the batch cannot be shared out evenly.

@@ -43,11 +43,11 @@ class Trajectories:
     keys: list[str]
     store: TensorStore
 
-    def batch(self, rows: Sequence[int], steps: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    def batch(self, numbers: Sequence[int], steps: Tensor) -> tuple[Tensor, Tensor, list[str]]:
         """State at one step, (B,), of each chosen trajectory, its end and its caption; float32."""
-        paths = torch.stack([self.store.read(self.keys[row]) for row in rows])  # (B, K + 1, ...)
-        states = paths[torch.arange(len(rows)), steps]
-        return states.float(), paths[:, -1].float(), [self.captions[row] for row in rows]
+        paths = torch.stack([self.store.read(self.keys[i]) for i in numbers])  # (B, K + 1, ...)
+        states = paths[torch.arange(len(numbers)), steps]
+        return states.float(), paths[:, -1].float(), [self.captions[i] for i in numbers]
 
 
 def grid_through(levels: Sequence[float], steps: int, shift: float) -> Schedule:
@@ -97,16 +97,16 @@ def sample_trajectories(
         for seed, text in enumerate(captions, NOISE_SEED)
     ]
 
-    def sample(rows: list[int]) -> Tensor:
-        seeds = [NOISE_SEED + row for row in rows]
-        x = draw_noise(shape, sample_generators(seeds, len(rows))).to(ranks.device)
+    def sample(numbers: list[int]) -> Tensor:
+        seeds = [NOISE_SEED + i for i in numbers]
+        x = draw_noise(shape, sample_generators(seeds, len(numbers))).to(ranks.device)
         found = [x] * (schedule.sigmas[0].item() in levels)
 
         def keep(i: int, timestep: float, sigma: float, x: Tensor) -> None:
             if sigma == 0 or any(abs(sigma - level) < 1e-6 for level in levels):
                 found.append(x)
 
-        build_sampler(SAMPLER)(teacher([captions[row] for row in rows]), x, schedule, keep)
+        build_sampler(SAMPLER)(teacher([captions[i] for i in numbers]), x, schedule, keep)
         return torch.stack(found, dim=1).half()  # (B, K + 1, C, T, H, W)
 
     with ExitStack() as stack:
@@ -123,13 +123,13 @@ def sample_trajectories(
         at_once = chunk * ranks.data_size
         per_file = at_once * -(-PER_FILE // at_once)
         for start in range(0, len(missing), per_file):
-            rows = missing[start : start + per_file]
-            paths = ranks.spread(sample, rows, chunk)
+            numbers = missing[start : start + per_file]
+            paths = ranks.spread(sample, numbers, chunk)
             with ranks.together():
                 if ranks.is_main:
-                    tensors = dict(zip((keys[row] for row in rows), paths.unbind(), strict=True))
-                    store.add(tensors, {keys[row]: {"caption": captions[row]} for row in rows})
-            bar.update(len(rows))
+                    tensors = dict(zip((keys[i] for i in numbers), paths.unbind(), strict=True))
+                    store.add(tensors, {keys[i]: {"caption": captions[i]} for i in numbers})
+            bar.update(len(numbers))
         bar.close()
         store = open_to_read(folder, NAME)
         with ranks.together():  # so long nobody else may change what is there
