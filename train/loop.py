@@ -89,20 +89,20 @@ def run_training(
         with ranks.together():
             if ranks.is_main:
                 stack.enter_context(only_writer(folder))
-        numbers = Numbers(resume(state, config, checkpoints, settings, ranks))
+        seen = resume(state, config, checkpoints, settings, ranks)
+        stop_requested = stack.enter_context(stop_signals())
         log: MetricsLog | None = None
         if ranks.is_main:
             write_json(folder / "config.json", settings)
             log = MetricsLog(folder, state.step, config.wandb_project, settings)
             stack.callback(log.close)
-        stop_requested = stack.enter_context(stop_signals())
 
         def report(text: str, values: dict[str, float]) -> None:
             if log is not None:
                 log.write(state.step - 1, **values)
                 print(text, flush=True)
 
-        stopping = False
+        numbers, stopping = Numbers(seen), False
         while state.step < config.steps and not stopping:
             values = ranks.mean(train_step(state))
             stopping = ranks.any(stop_requested())  # one answer for all, whenever the signal came

@@ -8,7 +8,6 @@ words, missing words, filler, another order): people do not type the sentences o
 import io
 import random
 import re
-import shutil
 import string
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from configs.cli import INTERRUPTED, run_command
 from configs.training import TextEncoderTrainConfig
+from train.export import export_part
 from train.loop import run_training, step_generator
 from train.optim import apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
@@ -30,7 +30,6 @@ from wan.miniature.captions import caption, label_classes
 from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
 from wan.models.tokenizer import Tokenizer, write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder, pad_ids
-from wan.weights.load import save_component
 
 # B captions, S text positions, D width, V vocabulary, K labels of a caption
 
@@ -390,13 +389,6 @@ def output_statistics(
     }
 
 
-def write_encoder(encoder: UMT5Encoder, folder: Path) -> None:
-    """Replace `folder` by the encoder in the released layout."""
-    shutil.rmtree(folder, ignore_errors=True)
-    save_component(encoder.state_dict(), folder, "text_encoder")
-    write_json(folder / "config.json", encoder.config.to_json())
-
-
 def passed(measured: dict[str, float]) -> bool:
     """Whether both gates hold for the pooled and for the single tokens."""
     return all(
@@ -436,7 +428,7 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     train_step = make_train_step(encoder, heads, tokenizer, config)
     if not run_training(state, train_step, config.loop, folder, asdict(config), on_save):
         return INTERRUPTED
-    write_encoder(encoder, folder / "text_encoder")
+    export_part(encoder, folder / "text_encoder", "text_encoder")
     measured = measure_gates(encoder, tokenizer, config)
     measured |= output_statistics(
         encoder, tokenizer, draw_examples(config.seed, "gate", config.probe_captions, 0.0)

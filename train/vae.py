@@ -6,7 +6,6 @@ colours and sharp edges, and an L1 with weight on the objects is enough for it.
 """
 
 import copy
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from configs.cli import INTERRUPTED, run_command
 from configs.training import VAETrainConfig
+from train.export import export_part
 from train.loop import run_training, step_generator
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
@@ -26,7 +26,7 @@ from wan.miniature.world import render, sample_scene, scene_rng
 from wan.models.vae import StreamCache, VAEConfig, WanVAE
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.keys import VAELevels
-from wan.weights.load import load_state, save_component
+from wan.weights.load import load_state
 
 
 def initialize(vae: WanVAE) -> None:
@@ -153,15 +153,8 @@ def latent_statistics(vae: WanVAE, num_clips: int, seed: int) -> tuple[list[floa
 
 
 def export(vae: WanVAE, folder: Path) -> None:
-    """Write the released layout: config.json and one safetensors file."""
-    shutil.rmtree(folder, ignore_errors=True)
-    save_component(
-        vae.state_dict(),
-        folder,
-        "vae",
-        vae_levels=VAELevels(vae.config.is_residual, vae.config.num_res_blocks),
-    )
-    write_json(folder / "config.json", vae.config.to_json())
+    levels = VAELevels(vae.config.is_residual, vae.config.num_res_blocks)
+    export_part(vae, folder, "vae", vae_levels=levels)
 
 
 def build_vae(config: VAETrainConfig) -> WanVAE:
