@@ -17,6 +17,7 @@ from functools import reduce
 from typing import Any
 
 from configs.distillation import DistillConfig
+from train.parallel import share_out
 from train.rollout import mean_forwards
 from wan.errors import WanError
 from wan.models.dit_config import DiTConfig
@@ -24,6 +25,7 @@ from wan.runtime.costs import count_parameters, kept_by_block, kept_outside, net
 from wan.weights.load import short
 
 RECOMPUTE = ("none", "selective", "full")  # of `wan.models.recompute`, the fewest kept bytes last
+ONE_COPY = {"parallel.shard": None, "parallel.replicate": 1}  # of the weights, over all GPUs
 RESERVE = 0.08  # of the GPU: CUDA's context, NCCL's buffers, what the allocator cannot join
 
 
@@ -47,17 +49,10 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.dit.token_grid(self.latent_size)  # refuses other sizes
-        parallel, num_gpus = self.config.parallel, self.config.machines.num_gpus
-        if self.num_shards * parallel.replicate != num_gpus:
-            raise WanError(
-                f"shard={parallel.shard}, replicate={parallel.replicate}, sequence="
-                f"{parallel.sequence}: their product must be the number of GPUs, {num_gpus}"
-            )
-        if self.dit.num_attention_heads % parallel.sequence:
-            raise WanError(
-                f"sequence={parallel.sequence}: must divide the {self.dit.num_attention_heads} "
-                "heads"
-            )
+        share_out(self.config.parallel, self.config.machines.num_gpus, "GPUs", hint="")
+        sequence, heads = self.config.parallel.sequence, self.dit.num_attention_heads
+        if heads % sequence:
+            raise WanError(f"parallel.sequence={sequence}: must divide the {heads} heads")
         if self.config.batch_size % self.num_groups:
             raise WanError(
                 f"batch_size={self.config.batch_size}: counts the clips of all GPUs and must be a "
@@ -72,10 +67,7 @@ class TrainingRun:
     @property
     def num_shards(self) -> int:
         """GPUs that hold one copy of the weights."""
-        parallel = self.config.parallel
-        if parallel.shard is None:
-            return self.config.machines.num_gpus // parallel.replicate
-        return parallel.shard * parallel.sequence
+        return self.config.machines.num_gpus // self.config.parallel.replicate
 
     @property
     def clips_per_group(self) -> float:
@@ -325,9 +317,6 @@ def remedies(run: TrainingRun) -> list[str]:
         more = {"machines.num_gpus": num_gpus, "batch_size": num_gpus} | ONE_COPY
         sums += [more, every | more | {"parallel.sequence": 1}]
     return found[:4] or next(([way] for change in sums if (way := fitting(run, change))), [])
-
-
-ONE_COPY = {"parallel.shard": None, "parallel.replicate": 1}  # of the weights, over all GPUs
 
 
 def changes(run: TrainingRun) -> Iterator[dict[str, Any]]:

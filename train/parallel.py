@@ -350,19 +350,23 @@ class SequenceSplit:
         return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
 
-def share_out(config: ParallelConfig, size: int) -> int:
+def share_out(
+    config: ParallelConfig,
+    size: int,
+    units: str = "processes",
+    hint: str = "; torchrun --nproc-per-node says how many there are",
+) -> int:
     """How many processes shard the weights, `parallel.sequence` not counted.
 
     Raises:
-        WanError: the three numbers do not multiply to `size`.
+        WanError: the three numbers do not multiply to `size`; it calls them `units`.
     """
     others = config.replicate * config.sequence
     shard = config.shard if config.shard is not None else max(1, size // others)
     if shard * others != size:
         raise WanError(
             f"parallel.shard={config.shard}, replicate={config.replicate}, sequence="
-            f"{config.sequence}: their product must be the number of processes, {size}; "
-            "torchrun --nproc-per-node says how many there are"
+            f"{config.sequence}: their product must be the number of {units}, {size}{hint}"
         )
     return shard
 
