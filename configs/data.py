@@ -75,7 +75,7 @@ class PreprocessConfig(Options):
         0.05, "fail when more than this share is set aside", at_least=0, at_most=1
     )
     max_set_aside: int | None = option(
-        None, "instead: fail when more clips than this are", at_least=0
+        None, "instead of the share: fail when more clips than this are set aside", at_least=0
     )
     check_only: bool = option(False, "judge all clips and write the report, encode nothing")
     verify: bool = option(False, "read all that is stored again, encode anew what is damaged")

@@ -11,7 +11,7 @@ from wan.models.attention_config import AttentionConfig
 
 @dataclass
 class StudentConfig(Options):
-    """What the student is to be."""
+    """The student: its steps, and how it is trained."""
 
     GROUP: ClassVar[str] = "student."
 
@@ -29,7 +29,8 @@ class StudentConfig(Options):
         choices=("stratified", "late", "random", "shared"),
     )
     truncate_gradient: bool = option(
-        True, "through a sample's last step only; false: through all of its steps, and their memory"
+        True,
+        "the gradient passes a sample's last step only; false: all steps, and keeps them",
     )
     start: str | None = option(None, "folder of a student to start from; null: the teacher")
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -47,10 +48,10 @@ class ScoreConfig(Options):
     GROUP: ClassVar[str] = "scores."
 
     guidance_scale: float = option(
-        4.0, "of the teacher, standard form v_u + g (v_c - v_u); 1: none", at_least=1
+        4.0, "guidance g of the teacher, v_u + g (v_c - v_u); 1: none", at_least=1
     )
     negative_prompt: str = option("", "the teacher's unconditional caption")
-    shift: float = option(5.0, "of the noise levels at which scores are compared", above=0)
+    shift: float = option(5.0, "shift of the noise levels at which scores are compared", above=0)
     lowest: float = option(0.02, "lowest noise level", above=0)
     highest: float = option(0.98, "highest noise level", below=1)
     clamp: bool = option(True, "levels beyond the bounds move onto them; false: drawn inside")
@@ -76,8 +77,8 @@ class GANConfig(Options):
 
     GROUP: ClassVar[str] = "gan."
 
-    weight: float = option(0.0, "of the term in the student's loss; 0 turns it off", at_least=0)
-    critic_weight: float = option(0.01, "of the discriminator's loss", at_least=0)
+    weight: float = option(0.0, "weight of the term in the student's loss; 0: off", at_least=0)
+    critic_weight: float = option(0.01, "weight of the discriminator's loss", at_least=0)
     host: str = option(
         "critic", "whose features are read: critic or teacher", choices=("critic", "teacher")
     )
@@ -95,7 +96,7 @@ class RegressionConfig(Options):
 
     GROUP: ClassVar[str] = "regression."
 
-    weight: float = option(0.0, "of the term in the student's loss; 0 turns it off", at_least=0)
+    weight: float = option(0.0, "weight of the term in the student's loss; 0: off", at_least=0)
     final_weight: float | None = option(
         None,
         "its weight at the last step, approached in a straight line; null: the same throughout",
@@ -105,8 +106,8 @@ class RegressionConfig(Options):
     steps: int = option(
         24, "UniPC steps of each, about: the student's levels are among them", at_least=1
     )
-    guidance_scale: float | None = option(None, "of the teacher there; null: that of the scores")
-    shift: float | None = option(None, "of the teacher's grid; null: the model's own")
+    guidance_scale: float | None = option(None, "guidance there; null: scores.guidance_scale")
+    shift: float | None = option(None, "shift of the teacher's grid; null: the model's own")
     folder: str | None = option(
         None, "where trajectories are kept; runs may share them; null: output_dir's own"
     )
@@ -131,10 +132,10 @@ class PlanConfig(Options):
 
     GROUP: ClassVar[str] = "machines."
 
-    num_gpus: int = option(8, "how many", at_least=1)
-    gpu_memory_gb: float = option(80.0, "memory of each, 10^9 bytes", above=0)
+    num_gpus: int = option(8, "number of GPUs", at_least=1)
+    gpu_memory_gb: float = option(80.0, "memory of each GPU, 10^9 bytes", above=0)
     tflops: float = option(
-        285.0, "what each reaches, measured or assumed; FastVideo's 5B: 285", above=0
+        285.0, "rate of each GPU, measured or assumed; FastVideo's 5B: 285", above=0
     )
     text_rows: int = option(512, "text tokens that are attended", at_least=1)
     other_gb: float = option(0.0, "what else stays on each GPU, such as a text encoder", at_least=0)
@@ -154,7 +155,7 @@ class DistillConfig(TransformerTrainConfig):
     num_frames: int | None = option(None, "4k + 1; null: the model's own")
 
     dmd_weight: float = option(
-        1.0, "of distribution matching; 0 leaves regression alone", at_least=0
+        1.0, "weight of distribution matching; 0: regression alone", at_least=0
     )
     student: StudentConfig = field(default_factory=StudentConfig)
     scores: ScoreConfig = field(default_factory=ScoreConfig)
@@ -163,12 +164,12 @@ class DistillConfig(TransformerTrainConfig):
 
     lr: float = option(1e-4, "peak learning rate of the student", above=0)
     critic_lr: float = option(1e-4, "peak learning rate of the critic", above=0)
-    final_lr: float = option(0.5, "what the cosine leaves of both at the end")
+    final_lr: float = option(0.5, "share of both that the cosine leaves at the end")
     warmup: int = option(10, "steps of linear warm-up")
     beta1: float = option(0.0, "AdamW's first beta")
     beta2: float = option(0.999, "AdamW's second beta")
     ema_decay: float = option(
-        0.99, "of the averaged student that is kept; 0: the latest", at_least=0, below=1
+        0.99, "decay of the averaged student, which is exported; 0: the latest", at_least=0, below=1
     )
 
     validation_captions: int = option(

@@ -51,7 +51,7 @@ class VAETrainConfig(OptimConfig):
     seed: int = option(0, "renders, crops and initial weights", check=check_seed)
     threads: int = option(2, "CPU threads", at_least=1)
     vae: dict[str, Any] = option({}, "fields of the released vae/config.json")
-    start: str | None = option(None, "a vae/ folder to go on from; brings its own config.json")
+    start: str | None = option(None, "a vae/ folder to go on from, with its own config.json")
     decoder_only: bool = option(False, "keep the encoder of start=: latents stay what they are")
     batch_size: int = option(4, "crops per step", at_least=1)
     crops_per_clip: int = option(2, "crops taken from one rendered clip", at_least=1)
@@ -64,10 +64,13 @@ class VAETrainConfig(OptimConfig):
     optimizer: str = option("muon", "adamw or muon", choices=OPTIMIZERS)
     lr: float = option(5e-3, "peak learning rate", above=0)
     warmup: int = option(50, "steps of linear warm-up")
-    foreground_weight: float = option(4.0, "weight of objects' pixels; backgrounds have 1")
-    kl_weight: float = option(1e-4, "pull of the latents towards N(0, 1)")
+    foreground_weight: float = option(4.0, "weight of pixels of objects; backgrounds have 1")
+    kl_weight: float = option(1e-4, "weight of the term that pulls latents towards N(0, 1)")
     ema_decay: float = option(
-        0.998, "of the averaged weights that are kept; 0: the latest", at_least=0, below=1
+        0.998,
+        "decay of the averaged weights that are exported; 0: latest",
+        at_least=0,
+        below=1,
     )
     validation_clips: int = option(16, "whole clips measured at every checkpoint", at_least=1)
     statistics_clips: int = option(256, "clips behind latents_mean and latents_std", at_least=1)
@@ -112,7 +115,7 @@ class LoRAConfig(Options):
     GROUP: ClassVar[str] = "lora."
 
     rank: int = option(0, "0 trains all weights", at_least=0)
-    alpha: float | None = option(None, "the pair counts alpha / rank times; null: rank")
+    alpha: float | None = option(None, "the LoRA is scaled by alpha / rank; null: rank, so by 1")
 
 
 @dataclass
@@ -124,13 +127,13 @@ class TransformerTrainConfig(OptimConfig):
     device: str = option("cpu", "auto, cpu, cuda, cuda:N", check=check_device)
     compile: bool = option(False, "compile the transformers' blocks")
     checkpoint_blocks: str = option(
-        "none", "recomputed in backward passes: none, full, selective", choices=CHECKPOINT_BLOCKS
+        "none", "activation checkpointing: none, full, selective", choices=CHECKPOINT_BLOCKS
     )
     batch_size: int = option(32, "clips per step, of all processes together", at_least=1)
     first_frame_share: float = option(
         0.0, "share of batches with a clean first frame (TI2V)", at_least=0, at_most=1
     )
-    weight_decay: float = option(0.01, "of matrices")
+    weight_decay: float = option(0.01, "weight decay of matrices; other weights have none")
     max_text_tokens: int = option(
         512,
         "captions are cut there, with a warning; transformers read 512 tokens",
@@ -155,7 +158,7 @@ class FinetuneConfig(TransformerTrainConfig):
     dit: dict[str, Any] = option({}, "for from_scratch: fields of transformer/config.json")
     sampling: dict[str, Any] = option({}, "for from_scratch: sampling_defaults of the result")
     seed: int = option(0, "order of clips, noise, initial weights", check=check_seed)
-    shift: float = option(3.0, "of the training noise levels; larger models want 5", above=0)
+    shift: float = option(3.0, "shift of the training noise levels; larger models want 5", above=0)
     caption_dropout: float = option(
         0.1, "share of clips trained without their caption", at_least=0, at_most=1
     )
@@ -163,7 +166,10 @@ class FinetuneConfig(TransformerTrainConfig):
     lr: float = option(1e-3, "peak learning rate", above=0)
     warmup: int = option(100, "steps of linear warm-up")
     ema_decay: float = option(
-        0.999, "of the averaged weights that are kept; 0: the latest", at_least=0, below=1
+        0.999,
+        "decay of the averaged weights that are exported; 0: latest",
+        at_least=0,
+        below=1,
     )
     validation_captions: int = option(
         0, "for the world: captions sampled and read at each save", at_least=0
