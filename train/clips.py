@@ -14,7 +14,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,7 +29,7 @@ from configs.schema import PICTURES, check_text
 from wan.errors import WanError
 from wan.files import read_text
 from wan.media.images import load_image
-from wan.media.video import Frames, VideoInfo, open_video, rgb_frame, to_uint8, video_info
+from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
 
 # How files become frames. Raise it when this file or wan/media changes what they give.
 RECIPE = 1
@@ -196,63 +195,39 @@ def read_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> Tensor:
         frames = to_uint8(load_image(clip.path).unsqueeze(1))
         facts.update(decoded_frames=1, height=frames.shape[1], width=frames.shape[2])
     else:
-        scan = scan_video(clip.path, lambda fps: frame_numbers(fps, rules))
-        frames = checked_frames(scan, rules, facts)
+        frames, flaws = scan_video(clip.path, rules, facts)
+        if flaws:
+            raise WanError(flaws[0])
+        check_rate(facts["fps"], rules, facts)
     size = best_size(frames.shape[:3], rules, facts)
     facts["size"] = "x".join(map(str, size))
     return fit_frames(frames[: size[0]], facts["crop"], size[1], size[2])
 
 
-@dataclass(frozen=True)
-class VideoScan:
-    """A file decoded to its end.
+def scan_video(path: Path, rules: ClipRules, facts: dict[str, Any]) -> tuple[Frames, list[str]]:
+    """Decode all of a video and keep the frames that training sees of it.
 
-    Attributes:
-        frames: (n, H, W, 3) uint8, those of the chosen frames that the file has.
-        info: what the file says about itself, and how many frames it has.
-        broken: what stopped the decoder before the end; None if nothing did.
-        damaged_frames: those the decoder had to guess parts of.
-        missing_seconds: from the end of the last frame to where the header says pictures end.
-        even: frames follow each other at the declared rate, up to half a frame.
-        rotation: degrees by which a player would turn the picture.
-        pixel_shape: width / height of a pixel on a player's screen.
-        interlaced: a frame holds the lines of two moments.
-        hdr: values follow a curve that 8-bit RGB does not have.
-    """
-
-    frames: Frames
-    info: VideoInfo
-    broken: str | None
-    damaged_frames: int
-    missing_seconds: float
-    even: bool
-    rotation: int
-    pixel_shape: Fraction
-    interlaced: bool
-    hdr: bool
-
-
-def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> VideoScan:
-    """Decode all of a file and keep some of it: long files need no more memory than what is kept.
+    Long files need no more memory than what is kept.
 
     Args:
-        choose: from frames per second to the numbers of the frames to keep.
-
+        facts: what becomes known of the file is added to them.
+    Returns:
+        (n, H, W, 3) uint8; and what is wrong with the file, in words, the worst first.
     Raises:
         FileNotFoundError: there is no such file.
-        WanError: not a video, or with pictures of several sizes among those to keep.
+        WanError: not a video, or its pictures change size.
     """
     kept: list[Frames] = []
     times: list[float] = []
     count = damaged = rotation = 0
     interlaced, broken, last = False, None, 0.0
-    with open_video(Path(path)) as container:
+    with open_video(path) as container:
         stream = container.streams.video[0]
-        fps = video_info(container, 0).fps
-        wanted = set(choose(fps))
+        rate = video_info(container, 0).fps
+        wanted = set(frame_numbers(rate, rules))
         try:
             for count, frame in enumerate(container.decode(stream), 1):
-                damaged += frame.is_corrupt
+                damaged += frame.is_corrupt  # parts of it are guessed
                 interlaced |= frame.interlaced_frame
                 rotation = frame.rotation
                 if frame.time is not None:
@@ -264,19 +239,43 @@ def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> 
             broken = error.strerror
         info = video_info(container, count)
         hdr = stream.codec_context.color_trc in (PQ, HLG)
-        shape = stream.sample_aspect_ratio or Fraction(1)  # 0 in a file: not known
-        end = times[-1] + max(last, 1 / fps) if times and fps else math.inf
-        missing = max(0.0, _declared_end(container) - end)
+        pixel_shape = stream.sample_aspect_ratio or Fraction(1)  # 0 in a file: not known
+        end = times[-1] + max(last, 1 / rate) if times and rate else math.inf
+        missing = max(0.0, _declared_end(container) - end)  # seconds
     sizes = dict.fromkeys(f"{height}x{width}" for height, width, _ in (a.shape for a in kept))
     if len(sizes) > 1:
         raise WanError(
             f"video {path}: its pictures change size midway ({', '.join(sizes)}); they must be of "
             "one size, so cut it there"
         )
-    steps = np.diff(times) * fps
+    facts.update(
+        declared_frames=info.declared_frames,
+        decoded_frames=count,
+        fps=round(rate, 4),
+        height=info.height,
+        width=info.width,
+    )
+    decoded = f"{count} could be decoded"
+    counts = f"its header says {info.declared_frames} frames, {decoded}"
+    fewer, cut_short = count < info.declared_frames, bool(rate) and missing > 1.5 / rate
+    even = bool((abs(np.diff(times) * rate - 1) < 0.5).all())  # up to half a frame
+    flaws = {
+        f"damaged: {decoded}, then the decoder stopped ({broken})": broken is not None,
+        f"damaged: {counts}": fewer and cut_short,
+        f"{counts}: cut without encoding (-c copy) or damaged; encode it anew": fewer,
+        f"damaged: {decoded}, which end {missing:.3g} seconds before its header says": (
+            cut_short and not info.declared_frames
+        ),
+        f"damaged: {damaged} of {count} frames": damaged > 0,
+        f"players turn it by {rotation} degrees; write it upright first": rotation != 0,
+        f"its pixels are {pixel_shape} times as wide as high; make them square first "
+        "(ffmpeg -vf scale=trunc(iw*sar/2)*2:ih,setsar=1)": abs(pixel_shape - 1) > SAME_SHAPE,
+        "interlaced; make whole frames of it first (ffmpeg -vf bwdif)": interlaced,
+        "HDR colours; convert it to bt709 first": hdr,
+        "its frames come at uneven times; write it at a constant rate first": not even,
+    }
     frames = np.stack(kept) if kept else np.zeros((0, info.height, info.width, 3), np.uint8)
-    even = bool((abs(steps - 1) < 0.5).all())
-    return VideoScan(frames, info, broken, damaged, missing, even, rotation, shape, interlaced, hdr)
+    return frames, [reason for reason, found in flaws.items() if found]
 
 
 def _declared_end(container: av.container.InputContainer) -> float:
@@ -301,56 +300,14 @@ def same_rate(fps: float, rules: ClipRules) -> bool:
     return abs(fps - rules.fps) <= SAME_RATE * rules.fps
 
 
-def checked_frames(scan: VideoScan, rules: ClipRules, facts: dict[str, Any]) -> Frames:
-    """The frames of a scanned file, if it is sound and at the right rate.
-
-    Raises:
-        WanError: it is not; says what is wrong and how to mend it.
-    """
-    info, rate = scan.info, scan.info.fps
+def check_rate(rate: float, rules: ClipRules, facts: dict[str, Any]) -> None:
+    """Refuse a clip whose frames per second are not those of `rules`, nor may become them."""
     retimed = not same_rate(rate, rules)
-    facts.update(
-        declared_frames=info.declared_frames,
-        decoded_frames=info.decoded_frames,
-        fps=round(rate, 4),
-        height=info.height,
-        width=info.width,
-    )
-    decoded = f"{info.decoded_frames} could be decoded"
-    cut_short = scan.missing_seconds > 1.5 / rate if rate else False
-    if scan.broken is not None:
-        raise WanError(f"damaged: {decoded}, then the decoder stopped ({scan.broken})")
-    if info.decoded_frames < info.declared_frames:
-        counts = f"its header says {info.declared_frames} frames, {decoded}"
-        if cut_short:
-            raise WanError(f"damaged: {counts}")
-        raise WanError(f"{counts}: cut without encoding (-c copy) or damaged; encode it anew")
-    if cut_short and not info.declared_frames:
-        raise WanError(
-            f"damaged: {decoded}, which end {scan.missing_seconds:.3g} seconds before its header "
-            "says"
-        )
-    if scan.damaged_frames:
-        raise WanError(f"damaged: {scan.damaged_frames} of {info.decoded_frames} frames")
-    if scan.rotation:
-        raise WanError(f"players turn it by {scan.rotation} degrees; write it upright first")
-    if abs(scan.pixel_shape - 1) > SAME_SHAPE:
-        raise WanError(
-            f"its pixels are {scan.pixel_shape} times as wide as high; make them square first "
-            "(ffmpeg -vf scale=trunc(iw*sar/2)*2:ih,setsar=1)"
-        )
-    if scan.interlaced:
-        raise WanError("interlaced; make whole frames of it first (ffmpeg -vf bwdif)")
-    if scan.hdr:
-        raise WanError("HDR colours; convert it to bt709 first")
-    if not scan.even:
-        raise WanError("its frames come at uneven times; write it at a constant rate first")
     if retimed and rate < rules.fps:
         raise WanError(f"{rate:g} frames per second, fewer than fps={rules.fps:g}")
     if retimed and not rules.retime:
         raise WanError(f"{rate:g} frames per second, not fps={rules.fps:g}; retime=true picks some")
     facts["retimed_to"] = rules.fps if retimed else None
-    return scan.frames
 
 
 def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
