@@ -26,7 +26,7 @@ from train.losses import (
     loss_with_gradient,
     sample_score_sigmas,
 )
-from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
+from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
 from train.parallel import Ranks
 from train.rollout import (
     autocast,
@@ -165,7 +165,7 @@ class Distillation:
             total += self.backward(weight * loss)
         check_gradients(state.step, "student", self.student)
         lr = self.rate(state.step, config.lr)
-        parameters = trainable(self.student)
+        parameters = trainable(self.student).values()
         values["student_grad_norm"] = apply_gradients(
             {"student": state.optimizers["student"]}, parameters, lr, config.grad_clip
         )
@@ -269,7 +269,7 @@ class Distillation:
         for name in optimizers:
             check_gradients(state.step, name, state.modules[name])
         lr = self.rate(state.step, config.critic_lr)
-        parameters = [p for name in optimizers for p in trainable(state.modules[name])]
+        parameters = [p for name in optimizers for p in trainable(state.modules[name]).values()]
         values["critic_grad_norm"] = apply_gradients(optimizers, parameters, lr, config.grad_clip)
         counted = {"memory_gb": peak_memory_gb(self.device), CLIPS: float(config.batch_size)}
         return values | {"critic_lr": lr, **counted}
@@ -396,10 +396,6 @@ class Distillation:
 
 
 # --- checks and small measures --------------------------------------------------------------------
-
-
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
 
 
 def check_finite(step: int, **tensors: Tensor) -> None:

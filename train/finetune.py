@@ -21,7 +21,7 @@ from train.data import LatentCache, open_data
 from train.export import export_model
 from train.loop import CLIPS, run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
-from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
+from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
 from train.parallel import Ranks, start
 from train.rollout import sampler_velocity
 from train.state import TrainState
@@ -109,7 +109,7 @@ def make_train_step(
     """One step of flow matching on this process's share of a batch."""
     device = ranks.device
     own = ranks.share(config.batch_size)
-    trainable = [p for p in dit.parameters() if p.requires_grad]
+    weights = list(trainable(dit).values())
 
     def train_step(state: TrainState) -> dict[str, float]:
         generator = step_generator(config.seed, state.step)
@@ -132,7 +132,7 @@ def make_train_step(
         loss = flow_matching_loss(velocity, velocity_target(x0, noise), weight)
         loss.backward()
         lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
-        norm = apply_gradients(state.optimizers, trainable, lr, config.grad_clip)
+        norm = apply_gradients(state.optimizers, weights, lr, config.grad_clip)
         state.averages["dit"].update(dit)
         return {"loss": loss.item(), "grad_norm": norm, "lr": lr, CLIPS: float(config.batch_size)}
 

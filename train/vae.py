@@ -18,7 +18,7 @@ from configs.cli import INTERRUPTED, run_command
 from configs.training import VAETrainConfig
 from train.export import export_part
 from train.loop import run_training, step_generator
-from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
+from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
 from train.state import TrainState
 from wan.errors import WanError
 from wan.files import read_json, write_json
@@ -109,8 +109,8 @@ def make_train_step(vae: WanVAE, config: VAETrainConfig):
         loss = reconstruction + config.kl_weight * divergence
         loss.backward()
         lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
-        trainable = [p for p in vae.parameters() if p.requires_grad]
-        norm = apply_gradients(state.optimizers, trainable, lr, config.grad_clip)
+        weights = trainable(vae).values()
+        norm = apply_gradients(state.optimizers, weights, lr, config.grad_clip)
         state.averages["vae"].update(vae)
         mse = (video.detach().clamp(-1, 1) - clips).square().mean()
         return {
