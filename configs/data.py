@@ -2,38 +2,37 @@
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
-from configs.schema import (
-    check_at_least,
-    check_choice,
-    check_device,
-    check_positive,
-    check_prompt,
-    option,
-)
+from configs.schema import Options, check_device, check_prompt, option
 from wan.errors import WanError
 
 Size = tuple[int, int, int]  # frames, height, width
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Options):
     """Where clips and captions come from."""
 
-    kind: str = option("world", "world (rendered miniature scenes) or folder (of train.preprocess)")
+    GROUP: ClassVar[str] = "data."
+
+    kind: str = option(
+        "world",
+        "world (rendered miniature scenes) or folder (of train.preprocess)",
+        choices=("world", "folder"),
+    )
     folder: str | None = option(None, "for folder: the output_dir of train.preprocess")
     check_weights: bool = option(True, "refuse a folder made with another vae or text encoder")
     cache_dir: str = option("runs/cache", "for the world: encoded latents are kept here")
-    num_clips: int = option(8192, "for the world: how many scenes are rendered and encoded")
+    num_clips: int = option(
+        8192, "for the world: how many scenes are rendered and encoded", at_least=1
+    )
     seed: int = option(0, "for the world: which scenes")
     repeat_circling: int = option(
-        1, "for the world: how often an epoch has each clip with a circling object, the hard motion"
+        1,
+        "for the world: how often an epoch has each clip with a circling object, the hard motion",
+        at_least=1,
     )
-
-    def __post_init__(self) -> None:
-        check_choice("data.kind", self.kind, ("world", "folder"))
-        for name in ("num_clips", "repeat_circling"):
-            check_at_least(f"data.{name}", getattr(self, name), 1)
 
     def check_source(self) -> None:
         """Kind and folder fit. Not in `__post_init__`: literal paths are filled in after it."""
@@ -45,7 +44,7 @@ class DataConfig:
 
 
 @dataclass
-class PreprocessConfig:
+class PreprocessConfig(Options):
     """`train.preprocess`: clips and captions in, latents and text embeddings out."""
 
     clips: str | None = option(
@@ -54,42 +53,46 @@ class PreprocessConfig:
     prompts: str | None = option(
         None, "a text file of further prompts, one per line; enough by itself if no clips are used"
     )
-    negative_prompt: str | None = option(None, "encoded too; the empty prompt always is")
+    negative_prompt: str | None = option(
+        None, "encoded too; the empty prompt always is", check=check_prompt
+    )
     output_dir: str = option("runs/data", "latents, texts, report.jsonl and index.json go here")
     checkpoint: str = option("builtin:miniature", "folder or hub id with vae and text_encoder")
     sizes: list[str] = option(
         ["17x128x128"], "frames x height x width; a clip goes to the one that keeps most of it"
     )
-    fps: float = option(8.0, "frames per second of the clips that training sees")
+    fps: float = option(8.0, "frames per second of the clips that training sees", above=0)
     retime: bool = option(
         False, "bring higher frame rates to fps by nearest frames; else they are set aside"
     )
-    max_crop: float = option(0.5, "set clips aside that lose more than this share of the picture")
-    max_upscale: float = option(1.5, "set clips aside that must be enlarged more than this")
-    max_set_aside_share: float = option(0.05, "fail when more than this share is set aside")
-    max_set_aside: int | None = option(None, "instead: fail when more clips than this are")
+    max_crop: float = option(
+        0.5, "set clips aside that lose more than this share of the picture", at_least=0, at_most=1
+    )
+    max_upscale: float = option(
+        1.5, "set clips aside that must be enlarged more than this", above=0
+    )
+    max_set_aside_share: float = option(
+        0.05, "fail when more than this share is set aside", at_least=0, at_most=1
+    )
+    max_set_aside: int | None = option(
+        None, "instead of the share: fail when more clips than this are set aside", at_least=0
+    )
     check_only: bool = option(False, "judge all clips and write the report, encode nothing")
     verify: bool = option(False, "read all that is stored again, encode anew what is damaged")
-    shard_clips: int = option(32, "clips per file; a killed run loses at most this many")
-    max_text_tokens: int = option(512, "captions are cut there; the report says which")
-    device: str = option("cpu", "cpu, cuda, cuda:N")
-    threads: int = option(2, "CPU threads")
+    shard_clips: int = option(
+        32, "clips per file; a killed run loses at most this many", at_least=1
+    )
+    max_text_tokens: int = option(
+        512,
+        "captions are cut there; the report says which. Transformers read 512 tokens",
+        at_least=1,
+        at_most=512,
+    )
+    device: str = option("cpu", "cpu, cuda, cuda:N", check=check_device)
+    threads: int = option(2, "CPU threads", at_least=1)
 
     def __post_init__(self) -> None:
-        check_device("device", self.device)
-        for name in ("fps", "max_upscale"):
-            check_positive(name, getattr(self, name))
-        for name in ("max_crop", "max_set_aside_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise WanError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
-        if self.max_set_aside is not None:
-            check_at_least("max_set_aside", self.max_set_aside, 0)
-        for name in ("shard_clips", "max_text_tokens", "threads"):
-            check_at_least(name, getattr(self, name), 1)
-        if self.max_text_tokens > 512:
-            raise WanError(f"max_text_tokens={self.max_text_tokens}: the models read 512 rows")
-        if self.negative_prompt is not None:
-            check_prompt("negative_prompt", self.negative_prompt)
+        super().__post_init__()
         self.parsed_sizes()
 
     def parsed_sizes(self) -> list[Size]:

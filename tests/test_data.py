@@ -1,13 +1,10 @@
 import random
 from collections import Counter
-from dataclasses import asdict
 
 import pytest
 import torch
 
-from configs.data import DataConfig
 from train.data import LatentCache, world_cache
-from train.loop import check_unchanged
 from wan.errors import WanError
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.vae import VAEConfig, WanVAE
@@ -122,14 +119,6 @@ def test_the_order_of_batches_is_what_it_was():
     rng = random.Random("11/5/0")
     drawn = LatentCache(latents, lambda index, rng: str(rng.random())).batch(5, 3, seed=11)[1]
     assert drawn[0] == str(rng.random())
-
-
-def test_runs_of_versions_that_encoded_clips_themselves_go_on():
-    now = asdict(DataConfig())
-    before = {**now, "num_frames": 17, "height": 128, "width": 128, "fps": 8.0}
-    check_unchanged({"data": before}, {"data": now})
-    with pytest.raises(WanError, match=r"data\.num_clips"):
-        check_unchanged({"data": {**before, "num_clips": 1}}, {"data": now})
 
 
 def test_clips_with_a_circling_object_come_as_often_as_asked(vae, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from wan.errors import WanError
 from wan.models.dit import ContextCache, WanDiT
 from wan.models.dit_config import DiTConfig
-from wan.sampling.denoiser import Denoiser, Expert, num_text_rows
+from wan.sampling.denoiser import Denoiser, Expert, num_text_tokens
 
 
 class FakeNetwork:
@@ -157,7 +157,7 @@ def test_rows_to_tell_apart_are_those_before_the_zero_tail(used, rows):
     texts = torch.zeros(1, 20, 5)
     texts[:, :used] = torch.randn(used, 5)
     texts[:, : used // 2] = 0  # zero rows in front of others are no tail
-    assert num_text_rows(texts) == rows
+    assert num_text_tokens(texts) == rows
 
 
 class RowByRow(WanDiT):
@@ -196,21 +196,6 @@ def test_the_network_is_spared_the_padding():
     texts[0, :9] = texts[1] = 1.0
     Denoiser(Expert(Watched(tiny_dit().config)), texts)(latents(2), 640)
     assert seen == [16, 16, 512, 512]  # two blocks each
-
-
-def test_given_first_frame_equals_per_token_timesteps():
-    """Frame 0 at timestep 0 is what the reference asks for with a timestep per token."""
-    model = tiny_dit()
-    texts = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(1))
-    image = latents(seed=2)[:, :, :1]
-    x = latents()
-    ours = Denoiser(Expert(model), texts, image_latents=image)(x, 640)
-    per_token = torch.tensor([[0.0, 640.0, 640.0]])  # 2x2 latents are one token
-    seen = torch.cat([image, x[:, :, 1:]], dim=2)
-    with torch.no_grad():
-        expected = model(seen, per_token, texts)
-    torch.testing.assert_close(ours, expected)
-    assert not torch.allclose(ours, Denoiser(Expert(model), texts)(x, 640), atol=1e-2)
 
 
 def test_no_gradients_are_recorded():

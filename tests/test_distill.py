@@ -149,8 +149,12 @@ def test_the_log_says_what_a_run_is_judged_by(tmp_path, teacher):
     assert ["dmd_gradient" in line for line in steps] == [False, True, False, True]
     assert sum(steps[1][f"exits_{i}"] for i in range(3)) == 3
     assert any(name.startswith("critic_loss_sigma_") for name in steps[0])
-    for name in ("dmd_normalizer", "student_mean", "student_std", "student_drift", "memory_gb"):
-        assert name in steps[1]
+    moves = {"dmd_normalizer", "student_mean", "student_std", "student_drift", "memory_gb", "lr"}
+    moves |= {"student_saturated", "teacher_saturated"}
+    assert [line.keys() >= moves for line in steps] == [False, True, False, True]
+    for line in steps:
+        assert line["critic_lr"] > 0
+        assert line["clips_per_second"] == pytest.approx(3 / line["seconds_per_step"])
     saved = [line for line in lines if "health" in line]
     assert len(saved) == 2
     assert {"motion_ratio", "saturation_ratio", "spread_ratio", "val_joint"} <= saved[0].keys()
@@ -345,11 +349,11 @@ def test_a_panel_of_more_captions_than_a_batch_takes_those_of_the_next(
     tmp_path, teacher, monkeypatch
 ):
     """Of a folder, whose captions come as the batches of training do."""
-    world = settings(tmp_path, teacher)
-    opened, draw = module.open_source, module.world_captions(world)
-    monkeypatch.setattr(module, "open_source", lambda config, *rest: opened(world, *rest))
+    base = settings(tmp_path, teacher)
+    opened, draw = module.open_source, module.world_captions(base)
+    monkeypatch.setattr(module, "open_source", lambda config, *rest: opened(base, *rest))
     folder = DataConfig(kind="folder", folder=str(tmp_path))
-    config = replace(world, data=folder, validation_captions=5)  # batch_size is 3
+    config = replace(base, data=folder, validation_captions=5)  # batch_size is 3
     seen = []
 
     def panel(run, settings, vae, captions, *rest):
@@ -398,6 +402,17 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_named(tmp_path, teache
     state.step = 1
     with pytest.raises(WanError, match=r"step 1: \d+ of \d+ numbers in x0_critic not finite"):
         run.train_step(state)
+
+
+def test_a_gradient_of_the_discriminator_that_is_not_finite_is_named(
+    tmp_path, teacher, monkeypatch
+):
+    config = settings(tmp_path, teacher, gan=GANConfig(0.1, host="teacher"))
+    run, state = fresh_run(config, monkeypatch)
+    with torch.no_grad():
+        next(run.discriminator.parameters()).fill_(float("nan"))
+    with pytest.raises(WanError, match=r"step 0: .* in the gradient of discriminator\.\S+ not"):
+        run.update_critic(state, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("factor", [50, 0.0])
@@ -461,7 +476,7 @@ def test_a_student_is_no_teacher(tmp_path, teacher):
             "after the first 4.*never",
         ),
         ({"export": "nicest"}, "last, best"),
-        ({"omit": [0.15, 1.5]}, "probabilities"),
+        ({"omit": [0.15, 1.5]}, r"omit=1.5: must lie in \[0, 1\]"),
         ({"omit": [0.5], "gan": GANConfig(0.1)}, "those of the clips"),
         ({"first_frame_share": 2.0}, "between 0 and 1|lie in"),
     ],
@@ -499,7 +514,7 @@ def test_a_sparse_student_learns_from_full_attention_and_says_how_it_was_trained
         run, _ = fresh_run(config, patch)
     networks = (run.student, run.teacher, run.critic)
     assert [net.attention.config.name for net in networks] == ["sliding_tile", "sdpa", "sdpa"]
-    request = module.plan_request(replace(config, machines=PlanConfig(num_gpus=3)))
+    request = module.training_run(replace(config, machines=PlanConfig(num_gpus=3)))
     assert request.student_density < request.score_density == 1
     assert distill(config) == 0
     folder = tmp_path / "run" / "model"

@@ -33,7 +33,7 @@ from train.distill import distill
 from train.finetune import finetune
 from train.loop import run_training, step_generator
 from train.optim import EMA, Muon, apply_gradients, make_optimizers
-from train.parallel import ALONE, SequenceSplit, World, gathered, share_out, start
+from train.parallel import ALONE, Ranks, SequenceSplit, gathered, share_out, start
 from train.state import TrainState
 from wan.errors import WanError
 from wan.models.dit import WanDiT
@@ -60,22 +60,22 @@ LOOP = LoopConfig(steps=4, save_every=2, log_every=1, keep_last=9)
 Weights = dict[str, torch.Tensor]
 
 
-def make_state(world: World, bfloat16: bool = False, recompute: str = "none") -> TrainState:
+def make_state(ranks: Ranks, bfloat16: bool = False, recompute: str = "none") -> TrainState:
     dit = with_random_weights(WanDiT(TINY, checkpoint_blocks=recompute))
-    world.prepare(dit, bfloat16)
+    ranks.prepare(dit, bfloat16)
     # A large eps: Adam divides gradients by their size, and would blow rounding up where they
     # should be zero.
     optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-2, eps=1e-2)
     return TrainState({"dit": dit}, {"adamw": optimizer}, {"dit": EMA(dit, 0.9)})
 
 
-def make_step(world: World, bfloat16: bool = False):
+def make_step(ranks: Ranks, bfloat16: bool = False):
     def train_step(state: TrainState) -> dict[str, float]:
         dit, generator = state.modules["dit"], step_generator(7, state.step)
         latents, target = torch.randn(2, BATCH, 4, 3, 2, 6, generator=generator)  # 9 tokens
         context = torch.randn(BATCH, 12, 10, generator=generator)
         context[:, 5:] = 0
-        own = world.rows(BATCH)
+        own = ranks.share(BATCH)
         timestep = 1000 * torch.rand(BATCH, 3, generator=generator)
         if state.step % 2:
             timestep = timestep[:, 0]  # one for a whole clip
@@ -105,10 +105,10 @@ def whole(state: TrainState) -> dict[str, Weights]:
     }
 
 
-def train(world: World, folder: Path, loop: LoopConfig = LOOP, **options) -> dict[str, Weights]:
-    state = make_state(world, **options)
-    step = make_step(world, options.get("bfloat16", False))
-    assert run_training(state, step, loop, folder, {}, world=world)
+def train(ranks: Ranks, folder: Path, loop: LoopConfig = LOOP, **options) -> dict[str, Weights]:
+    state = make_state(ranks, **options)
+    step = make_step(ranks, options.get("bfloat16", False))
+    assert run_training(state, step, loop, folder, {}, ranks=ranks)
     return whole(state)
 
 
@@ -139,62 +139,62 @@ def finetune_config(folder: Path, cache: Path) -> FinetuneConfig:
 # What follows runs in two processes.
 
 
-def sharded(world: World, root: Path) -> dict:
-    results = {"shard": train(world, root / "shard")}
-    world.first(world.is_main and until_second_step(root / "shard", root / "resumed"))
-    results["resumed"] = train(world, root / "resumed")
-    results["from one"] = train(world, root / "one, then two")
+def sharded(ranks: Ranks, root: Path) -> dict:
+    results = {"shard": train(ranks, root / "shard")}
+    ranks.first(ranks.is_main and until_second_step(root / "shard", root / "resumed"))
+    results["resumed"] = train(ranks, root / "resumed")
+    results["from one"] = train(ranks, root / "one, then two")
     for recompute in ("none", "selective"):
         name = f"bfloat16, {recompute}"
-        results[name] = train(world, root / name, bfloat16=True, recompute=recompute)
-    results["stopped"] = stop_one(world, root / "stopped")
-    results["nan"] = break_one(world, root / "nan")
-    results["disk"] = fill_one_disk(world, root / "disk")
+        results[name] = train(ranks, root / name, bfloat16=True, recompute=recompute)
+    results["stopped"] = stop_one(ranks, root / "stopped")
+    results["nan"] = break_one(ranks, root / "nan")
+    results["disk"] = fill_one_disk(ranks, root / "disk")
     for name, damage in DAMAGE.items():
-        results[f"damaged {name}"] = damage_one(world, root / "shard", root / name, damage)
-    results["muon"] = muon_update(world)
-    world.reunite(dit := make_state(world).modules["dit"])
-    results["reunited"] = [type(p.data) for p in dit.parameters()] if world.is_main else None
+        results[f"damaged {name}"] = damage_one(ranks, root / "shard", root / name, damage)
+    results["muon"] = muon_update(ranks)
+    ranks.reunite(dit := make_state(ranks).modules["dit"])
+    results["reunited"] = [type(p.data) for p in dit.parameters()] if ranks.is_main else None
     return results
 
 
-def stop_one(world: World, folder: Path) -> list:
-    step = make_step(world)
+def stop_one(ranks: Ranks, folder: Path) -> list:
+    step = make_step(ranks)
 
     def signalled(state: TrainState) -> dict[str, float]:
-        if state.step == 0 and world.rank == 1:
+        if state.step == 0 and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(state)
 
-    state = make_state(world)
-    finished = run_training(state, signalled, LOOP, folder, {}, world=world)
-    return world.gather((finished, state.step))
+    state = make_state(ranks)
+    finished = run_training(state, signalled, LOOP, folder, {}, ranks=ranks)
+    return ranks.gather((finished, state.step))
 
 
-def break_one(world: World, folder: Path) -> list:
+def break_one(ranks: Ranks, folder: Path) -> list:
     def broken(state: TrainState) -> dict[str, float]:
-        return {"loss": float("nan") if world.rank == 1 and state.step == 1 else 1.0}
+        return {"loss": float("nan") if ranks.rank == 1 and state.step == 1 else 1.0}
 
     try:
-        run_training(make_state(world), broken, LOOP, folder, {}, world=world)
+        run_training(make_state(ranks), broken, LOOP, folder, {}, ranks=ranks)
     except WanError as error:
-        return world.gather(str(error))
+        return ranks.gather(str(error))
     return []
 
 
-def fill_one_disk(world: World, folder: Path) -> list:
+def fill_one_disk(ranks: Ranks, folder: Path) -> list:
     import train.checkpoint as module
 
     def disk_full(*_):
         raise OSError(28, "No space left on device")
 
     original = module.save_file
-    if world.rank == 1:
+    if ranks.rank == 1:
         module.save_file = disk_full
     try:
-        train(world, folder)
+        train(ranks, folder)
     except (OSError, WanError) as error:
-        return world.gather(str(error))
+        return ranks.gather(str(error))
     finally:
         module.save_file = original
     return []
@@ -209,33 +209,33 @@ DAMAGE = {
 }
 
 
-def damage_one(world: World, folder: Path, copy: Path, damage: Callable[[bytes], bytes]) -> list:
+def damage_one(ranks: Ranks, folder: Path, copy: Path, damage: Callable[[bytes], bytes]) -> list:
     """The step that each process goes on from when a file of the newest checkpoint is damaged."""
-    if world.is_main:
+    if ranks.is_main:
         shutil.copytree(folder, copy)
         file = copy / "checkpoints" / "step-0000004" / copy.name
         file.write_bytes(damage(file.read_bytes()))
-    world.first(None)
-    tree = load_latest(copy / "checkpoints", world)
-    return world.gather(tree and tree["step"])
+    ranks.first(None)
+    tree = load_latest(copy / "checkpoints", ranks)
+    return ranks.gather(tree and tree["step"])
 
 
-def muon_update(world: World) -> torch.Tensor:
+def muon_update(ranks: Ranks) -> torch.Tensor:
     torch.manual_seed(0)
     layer = torch.nn.Linear(5, 7, bias=False)
-    world.prepare(layer)
+    ranks.prepare(layer)
     layer(torch.ones(2, 5) * torch.arange(5)).square().sum().backward()
     Muon(layer.parameters(), lr=0.1).step()
     return gathered(layer.weight).detach().clone()
 
 
-def replicated(world: World, root: Path) -> dict:
-    return {"replicate": train(world, root / "replicate", replace(LOOP, steps=2))}
+def replicated(ranks: Ranks, root: Path) -> dict:
+    return {"replicate": train(ranks, root / "replicate", replace(LOOP, steps=2))}
 
 
-def split(world: World, root: Path) -> dict:
-    results = {"sequence": train(world, root / "sequence")}
-    results["recomputed"] = train(world, root / "recomputed", recompute="full")
+def split(ranks: Ranks, root: Path) -> dict:
+    results = {"sequence": train(ranks, root / "sequence")}
+    results["recomputed"] = train(ranks, root / "recomputed", recompute="full")
     return results
 
 
@@ -251,8 +251,8 @@ def run_process(rank: int, root: Path, ports: list[int]) -> None:
     ]
     for port, (case, config) in zip(ports, cases, strict=False):
         os.environ["MASTER_PORT"] = str(port)
-        with start(config) as world:
-            results |= case(world, root)
+        with start(config) as ranks:
+            results |= case(ranks, root)
     os.environ["MASTER_PORT"] = str(ports[-1])
     finetune(finetune_config(root / "finetuned by two", root / "cache"))
     if rank == 0:
@@ -396,12 +396,12 @@ def test_the_command_gives_the_same_network_from_two_processes(root, two):
 
 def test_alone_nothing_is_wrapped_or_averaged():
     layer = torch.nn.Linear(2, 2)
-    with start(ParallelConfig()) as world:
-        world.prepare(layer)
-        world.reunite(layer)
+    with start(ParallelConfig()) as ranks:
+        ranks.prepare(layer)
+        ranks.reunite(layer)
         assert not dist.is_initialized()
-        assert world.mean({"a": 0.1}) == {"a": 0.1}
-        assert world.rows(3) == slice(0, 3)
+        assert ranks.mean({"a": 0.1}) == {"a": 0.1}
+        assert ranks.share(3) == slice(0, 3)
     assert type(layer.weight) is torch.nn.Parameter
     assert type(layer) is torch.nn.Linear
 
@@ -425,26 +425,26 @@ def test_other_numbers_of_processes_are_refused(config):
 
 
 def test_a_batch_is_shared_out_evenly_or_not_at_all():
-    world = World(torch.device("cpu"))
-    world.data_rank, world.data_size = 1, 2
-    assert world.rows(6) == slice(3, 6)
+    ranks = Ranks(torch.device("cpu"))
+    ranks.data_rank, ranks.data_size = 1, 2
+    assert ranks.share(6) == slice(3, 6)
     with pytest.raises(WanError, match="multiple of the 2 groups"):
-        world.rows(5)
+        ranks.share(5)
 
 
 def test_numbers_that_only_some_processes_have_are_averaged_over_those():
-    world = World(torch.device("cpu"))
-    world.gather = lambda value: [value, {"loss": 3.0, "exit_2": 5.0}]
-    assert world.mean({"loss": 1.0, "exit_1": 4.0}) == {"loss": 2.0, "exit_1": 4.0, "exit_2": 5.0}
+    ranks = Ranks(torch.device("cpu"))
+    ranks.gather = lambda value: [value, {"loss": 3.0, "exit_2": 5.0}]
+    assert ranks.mean({"loss": 1.0, "exit_1": 4.0}) == {"loss": 2.0, "exit_1": 4.0, "exit_2": 5.0}
 
 
 def test_counts_of_different_clips_are_added_and_greatest_values_stay_greatest():
-    world = World(torch.device("cpu"))
-    world.size, world.data_size = 4, 2  # two and two share their clips
+    ranks = Ranks(torch.device("cpu"))
+    ranks.size, ranks.data_size = 4, 2  # two and two share their clips
     own = {"exits_0": 1.0, "student_max": 2.0, "memory_gb": 5.0}
     others = {"exits_0": 3.0, "student_max": 4.0, "memory_gb": 1.0}
-    world.gather = lambda value: [value, value, others, others]
-    assert world.mean(own) == {"exits_0": 4.0, "student_max": 4.0, "memory_gb": 5.0}
+    ranks.gather = lambda value: [value, value, others, others]
+    assert ranks.mean(own) == {"exits_0": 4.0, "student_max": 4.0, "memory_gb": 5.0}
 
 
 def test_samples_are_made_in_chunks_by_each_group_its_share():
@@ -454,13 +454,13 @@ def test_samples_are_made_in_chunks_by_each_group_its_share():
         asked.append(rows)
         return torch.tensor(rows)
 
-    world = World(torch.device("cpu"))
-    assert world.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
+    ranks = Ranks(torch.device("cpu"))
+    assert ranks.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
     assert asked == [[0, 1], [2, 3], [4]]
     asked.clear()
-    world.size, world.data_size, world.data_rank = 4, 2, 1
-    world.gather = lambda value: [torch.tensor([0, 1, 2])] * 2 + [value] * 2
-    assert world.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
+    ranks.size, ranks.data_size, ranks.data_rank = 4, 2, 1
+    ranks.gather = lambda value: [torch.tensor([0, 1, 2])] * 2 + [value] * 2
+    assert ranks.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
     assert asked == [[3, 4], [4]]  # as many calls as the other group: networks are sharded
 
 

@@ -5,18 +5,22 @@ import torch
 from torch import Tensor, nn
 
 from train.rollout import (
-    Condition,
     draw_exits,
-    guided_velocity,
     mean_forwards,
-    predict_velocity,
     predict_x0,
     roll_out,
     states_at_exits,
 )
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
-from wan.sampling.denoiser import Denoiser, Expert, guide
+from wan.sampling.denoiser import (
+    Condition,
+    Denoiser,
+    Expert,
+    guide,
+    guided_velocity,
+    predict_velocity,
+)
 from wan.sampling.samplers import sample_few_step
 from wan.sampling.schedule import few_step_schedule
 
@@ -171,7 +175,7 @@ def test_a_given_first_frame_stays_and_is_seen_at_timestep_zero():
         predict_velocity(dit, noises(2)[0], level, given),
     )
     per_frame = torch.tensor([[0.0, 500.0, 500.0]] * 2)
-    seen = dit(given.impose(other), per_frame, given.context, given.num_rows)
+    seen = dit(given.impose(other), per_frame, given.context, given.num_tokens)
     torch.testing.assert_close(predict_velocity(dit, other, level, given), seen)
     assert not torch.allclose(seen, dit(given.impose(other), level, given.context), atol=0.1)
     assert given.frame_weight(3)[:, 0, :, 0, 0].tolist() == [[0, 1, 1]] * 2

@@ -1,6 +1,5 @@
 """Training checkpoints: what is saved comes back, and damage is noticed."""
 
-import json
 import os
 import resource
 import signal
@@ -233,12 +232,3 @@ def test_only_what_was_measured_can_be_the_best_and_of_equals_the_newest_is(tmp_
     for step, health in ((1, float("nan")), (2, 0.4), (3, 0.4), (4, None)):
         save_checkpoint(tmp_path, step, {"step": step}, keep_last=9, health=health)
     assert best_checkpoint(tmp_path).name == "step-0000003"
-
-
-def test_the_best_that_earlier_versions_noted_beside_the_checkpoints_still_counts(tmp_path):
-    for step in (1, 2):
-        save_checkpoint(tmp_path, step, {"step": step})
-    (tmp_path / "best.json").write_text(json.dumps({"step": 1, "value": 0.7}))
-    assert best_checkpoint(tmp_path).name == "step-0000001"
-    save_checkpoint(tmp_path, 3, {"step": 3}, keep_last=1, health=0.8)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000003"]

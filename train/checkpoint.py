@@ -24,14 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.parallel import ALONE, Rows, World
+from train.parallel import ALONE, Ranks, Rows
 from wan.errors import WanError
 from wan.files import flush_to_disk
 from wan.weights.digests import sha256_file
 
 PREFIX = "step-"
 UNFINISHED = ".writing-"
-BEST = "best.json"  # of earlier versions: the step and health of the best, beside the checkpoints
 
 
 def split_tensors(tree: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
@@ -60,26 +59,26 @@ def join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
-def write_part(folder: Path, state: dict[str, Any], world: World) -> dict[str, str]:
-    """What one process contributes to a checkpoint: its files' names and their sha256."""
+def write_part(folder: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, str]:
+    """Write one process's files of a checkpoint; returns their names and sha256."""
     tensors: dict[str, Tensor] = {}
     tree = split_tensors(state, tensors)
     own: dict[str, Tensor] = {}
     first_rows: dict[str, int] = {}
     for path, tensor in tensors.items():
-        if (stored := world.stored_rows(tensor)) is not None:
+        if (stored := ranks.stored_rows(tensor)) is not None:
             local, (first_rows[path], _) = stored
             own[path] = local.cpu().contiguous().clone()  # clone: tied weights share memory
     files = []
-    if world.size == 1 or own:
-        alone = world.size == 1
-        files.append("state.safetensors" if alone else f"state-{world.rank:05d}.safetensors")
+    if ranks.size == 1 or own:
+        alone = ranks.size == 1
+        files.append("state.safetensors" if alone else f"state-{ranks.rank:05d}.safetensors")
         header = None if alone else {"first_rows": json.dumps(first_rows)}
         try:
             save_file(own, folder / files[-1], header)
-        except SafetensorError as error:  # how a full disk is told there
+        except SafetensorError as error:  # the library's name for a full disk, too
             raise OSError(f"{folder / files[-1]}: {error}") from error
-    if world.is_main:
+    if ranks.is_main:
         (folder / "state.json").write_text(json.dumps(tree))
         files.append("state.json")
     for name in files:
@@ -92,7 +91,7 @@ def save_checkpoint(
     step: int,
     state: dict[str, Any],
     keep_last: int = 2,
-    world: World = ALONE,
+    ranks: Ranks = ALONE,
     health: float | None = None,
 ) -> Path:
     """Write `root/step-N`, then remove all but the best and the last `keep_last` up to N.
@@ -100,21 +99,21 @@ def save_checkpoint(
     All processes call this; the folder must be one that all of them see.
 
     Args:
-        health: by which the best is told, higher is better; None or not finite: no candidate.
+        health: the best checkpoint is the one where it is highest; None or not finite: none.
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     final = root / f"{PREFIX}{step:07d}"
-    beside = root / f"{UNFINISHED}{final.name}-{world.first(os.getpid())}"
+    beside = root / f"{UNFINISHED}{final.name}-{ranks.first(os.getpid())}"
     try:
-        with world.together():
-            if world.is_main:
+        with ranks.together():
+            if ranks.is_main:
                 beside.mkdir(parents=True)
-        with world.together():
-            digests = write_part(beside, state, world)
-        parts = world.gather(digests)
-        with world.together():
-            if world.is_main:
+        with ranks.together():
+            digests = write_part(beside, state, ranks)
+        parts = ranks.gather(digests)
+        with ranks.together():
+            if ranks.is_main:
                 every_digest = {k: v for part in parts for k, v in part.items()}
                 commit(beside, final, step, every_digest, health)
                 prune(root, final, keep_last)
@@ -123,7 +122,7 @@ def save_checkpoint(
             raise OSError(error.errno, error.strerror, str(final)) from error
         raise
     finally:
-        if world.is_main:
+        if ranks.is_main:
             shutil.rmtree(beside, ignore_errors=True)
     return final
 
@@ -131,7 +130,7 @@ def save_checkpoint(
 def commit(
     beside: Path, final: Path, step: int, digests: dict[str, str], health: float | None
 ) -> None:
-    """Give a checkpoint whose files are on the disk its manifest and its name."""
+    """Write the manifest of a checkpoint whose files are on the disk, then give it its name."""
     manifest: dict[str, Any] = {"step": step, "sha256": dict(sorted(digests.items()))}
     if health is not None and math.isfinite(health):
         manifest["health"] = health
@@ -164,21 +163,20 @@ def discard(folder: Path) -> None:
 
 def best_checkpoint(root: Path) -> Path | None:
     """The healthiest checkpoint, the newest of equals; None if none has been measured."""
-    measured = [(health_of(folder), folder) for folder in list_checkpoints(root)]
-    candidates = [(health, folder) for health, folder in measured if health is not None]
+    candidates = [
+        (health, folder)
+        for folder in list_checkpoints(root)
+        if (health := health_of(folder)) is not None
+    ]
     return max(candidates)[1] if candidates else None
 
 
 def health_of(folder: Path) -> float | None:
-    """What the manifest says a checkpoint was measured at; None if it does not say."""
+    """What a checkpoint was measured at, by its manifest; None if it was not."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if "health" in manifest:
-            return manifest["health"]
-        noted = json.loads((folder.parent / BEST).read_text())
-        return noted["value"] if noted["step"] == manifest["step"] else None
-    except (OSError, ValueError, KeyError):
-        return None  # damage is told where it is loaded
+        return json.loads((folder / "manifest.json").read_text()).get("health")
+    except (OSError, ValueError):
+        return None  # loading it reports the damage
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -207,12 +205,12 @@ class StoredTensors:
         return (first + number, *shape[1:]) if shape else ()
 
     def read(self, name: str, rows: Rows) -> Tensor:
-        """Rows of one tensor, from the first to be read and as many as are asked for."""
+        """Some rows of one tensor: `rows` is the first and their number."""
         start, stop = rows[0], rows[0] + rows[1]
         _, some = self.pieces[name][0]
         if not some.get_shape():
             return some[...]
-        parts = [some[:1][:0]]  # where no row is asked for
+        parts = [some[:1][:0]]  # for a process that reads no rows
         for (first, number), piece in self.pieces[name]:
             begin, end = max(start, first), min(stop, first + number)
             if begin < end:
@@ -220,7 +218,7 @@ class StoredTensors:
         return parts[-1] if len(parts) < 3 else torch.cat(parts)
 
 
-def verified_files(folder: Path, world: World) -> list[str]:
+def verified_files(folder: Path, ranks: Ranks) -> list[str]:
     """The files of a checkpoint, once this process's share of them has the manifest's digests.
 
     Raises:
@@ -229,7 +227,7 @@ def verified_files(folder: Path, world: World) -> list[str]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         files = list(manifest["sha256"].items())
-        own = files[world.rank :: world.size]
+        own = files[ranks.rank :: ranks.size]
         changed = [name for name, digest in own if sha256_file(folder / name) != digest]
     except (OSError, ValueError, KeyError) as error:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
@@ -238,7 +236,7 @@ def verified_files(folder: Path, world: World) -> list[str]:
     return [name for name, _ in files]
 
 
-def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
+def load_checkpoint(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Read one checkpoint after checking every digest, each process its share of the files.
 
     All processes call this: none opens a file before all have found theirs sound.
@@ -246,13 +244,13 @@ def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
     Raises:
         WanError: a file is missing or its content has changed.
     """
-    with world.together():
-        files = verified_files(folder, world)
+    with ranks.together():
+        files = verified_files(folder, ranks)
     try:
         tree = json.loads((folder / "state.json").read_text())
         stored = StoredTensors([folder / n for n in files if n.endswith(".safetensors")])
         tensors = {
-            name: world.restore(stored.shape(name), partial(stored.read, name))
+            name: ranks.restore(stored.shape(name), partial(stored.read, name))
             for name in stored.pieces
         }
         return join_tensors(tree, tensors)
@@ -260,23 +258,23 @@ def load_checkpoint(folder: Path, world: World = ALONE) -> dict[str, Any]:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
 
 
-def load_latest(root: Path, world: World = ALONE) -> dict[str, Any] | None:
+def load_latest(root: Path, ranks: Ranks = ALONE) -> dict[str, Any] | None:
     """The newest checkpoint that verifies; None if there is none at all.
 
     Raises:
         WanError: checkpoints exist and none of them verifies.
     """
-    if world.is_main:
+    if ranks.is_main:
         for leftover in root.glob(f"{UNFINISHED}*"):  # of a run that was killed while it saved
             shutil.rmtree(leftover)
-    folders = world.first(list_checkpoints(root))
+    folders = ranks.first(list_checkpoints(root))
     for folder in reversed(folders):
         try:
-            with world.together():
-                tree = load_checkpoint(folder, world)
+            with ranks.together():
+                tree = load_checkpoint(folder, ranks)
             return tree
         except WanError as error:
-            if world.is_main:
+            if ranks.is_main:
                 print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
     if folders:
         raise WanError(f"{root}: none of the {len(folders)} checkpoints can be read")

@@ -1,20 +1,25 @@
-"""Clips as they are found -> clips as training wants them, or the reason why not.
+"""Video files and pictures -> clips of the sizes that training takes, or the reason why not.
 
 A clip goes to one of several sizes (frames, height, width): it is read from its start, cropped
 around its centre to the size's shape and scaled. Nothing is repaired: what is damaged, too short,
 at another frame rate, sideways, stretched, interlaced or too far from every size is refused, by
 name and with a reason.
+
 F frames, H height, W width.
 """
 
 import csv
 import io
 import json
+import math
+import re
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,11 +29,12 @@ from configs.schema import PICTURES, check_text
 from wan.errors import WanError
 from wan.files import read_text
 from wan.media.images import load_image
-from wan.media.video import Frames, VideoScan, scan_video, to_uint8
+from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
 
-# How files become frames. Raise it when this file or wan/media/video.py changes what they give.
+# How files become frames. Raise it when this file or wan/media changes what they give.
 RECIPE = 1
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
 SAME_RATE = 0.01  # 23.976 stands for 24
 SAME_SHAPE = 0.01  # scaling to even widths leaves pixels of 1280/1281
 
@@ -38,8 +44,8 @@ class Clip:
     """One entry of a data set.
 
     Attributes:
-        name: how the report speaks of it.
-        caption: None is still to be read from the text file beside it.
+        name: its name in the report.
+        caption: None if it is to be read from the text file beside it.
     """
 
     name: str
@@ -49,7 +55,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipRules:
-    """What a clip is brought to, and what is too far from that; `PreprocessConfig` explains it."""
+    """The sizes and rate that clips are brought to, and how far; see `PreprocessConfig`."""
 
     sizes: list[Size]
     fps: float
@@ -82,7 +88,7 @@ def list_clips(source: Path) -> list[Clip]:
 
 
 def clip_paths(folder: Path) -> list[Path]:
-    """Videos and pictures of a folder; what else is there but their captions is named on stderr."""
+    """Videos and pictures of a folder; files that are neither nor a caption are named on stderr."""
     found = sorted(
         path
         for path in folder.rglob("*")
@@ -106,7 +112,7 @@ def clip_paths(folder: Path) -> list[Path]:
 
 
 def list_rows(path: Path) -> list[tuple[int, Any]]:
-    """(line number, row) of a list."""
+    """(line number, entry) of a .jsonl or .csv list."""
     text = read_text(path)
     if path.suffix == ".csv":
         return csv_rows(path, text)
@@ -140,7 +146,7 @@ def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
 
 
 def list_entry(source: Path, number: int, row: Any) -> Clip:
-    """A row of a list; paths are relative to the list."""
+    """One entry of a list; paths are relative to the list."""
     if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"]:
         raise WanError(
             f"{source}, line {number}: need video and prompt, as in "
@@ -159,10 +165,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_caption(clip: Clip) -> str:
-    """What is said of a clip.
+    """The caption of a clip, from its list or from the text file beside it.
 
     Raises:
-        WanError: nothing is, or what no file can hold.
+        WanError: there is none, or it is not valid UTF-8.
     """
     beside = clip.path.with_suffix(".txt")
     caption = clip.caption
@@ -189,11 +195,98 @@ def read_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> Tensor:
         frames = to_uint8(load_image(clip.path).unsqueeze(1))
         facts.update(decoded_frames=1, height=frames.shape[1], width=frames.shape[2])
     else:
-        scan = scan_video(clip.path, lambda fps: frame_numbers(fps, rules))
-        frames = checked_frames(scan, rules, facts)
+        frames, flaws = scan_video(clip.path, rules, facts)
+        if flaws:
+            raise WanError(flaws[0])
+        check_rate(facts["fps"], rules, facts)
     size = best_size(frames.shape[:3], rules, facts)
     facts["size"] = "x".join(map(str, size))
     return fit_frames(frames[: size[0]], facts["crop"], size[1], size[2])
+
+
+def scan_video(path: Path, rules: ClipRules, facts: dict[str, Any]) -> tuple[Frames, list[str]]:
+    """Decode all of a video and keep the frames that training sees of it.
+
+    Long files need no more memory than what is kept.
+
+    Args:
+        facts: what becomes known of the file is added to them.
+    Returns:
+        (n, H, W, 3) uint8; and what is wrong with the file, in words, the worst first.
+    Raises:
+        FileNotFoundError: there is no such file.
+        WanError: not a video, or its pictures change size.
+    """
+    kept: list[Frames] = []
+    times: list[float] = []
+    count = damaged = rotation = 0
+    interlaced, broken, last = False, None, 0.0
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        rate = video_info(container, 0).fps
+        wanted = set(frame_numbers(rate, rules))
+        try:
+            for count, frame in enumerate(container.decode(stream), 1):
+                damaged += frame.is_corrupt  # parts of it are guessed
+                interlaced |= frame.interlaced_frame
+                rotation = frame.rotation
+                if frame.time is not None:
+                    times.append(frame.time)
+                    last = float((frame.duration or 0) * (frame.time_base or 0))  # some are held
+                if count - 1 in wanted:
+                    kept.append(rgb_frame(frame))
+        except av.FFmpegError as error:
+            broken = error.strerror
+        info = video_info(container, count)
+        hdr = stream.codec_context.color_trc in (PQ, HLG)
+        pixel_shape = stream.sample_aspect_ratio or Fraction(1)  # 0 in a file: not known
+        end = times[-1] + max(last, 1 / rate) if times and rate else math.inf
+        missing = max(0.0, _declared_end(container) - end)  # seconds
+    sizes = dict.fromkeys(f"{height}x{width}" for height, width, _ in (a.shape for a in kept))
+    if len(sizes) > 1:
+        raise WanError(
+            f"video {path}: its pictures change size midway ({', '.join(sizes)}); they must be of "
+            "one size, so cut it there"
+        )
+    facts.update(
+        declared_frames=info.declared_frames,
+        decoded_frames=count,
+        fps=round(rate, 4),
+        height=info.height,
+        width=info.width,
+    )
+    decoded = f"{count} could be decoded"
+    counts = f"its header says {info.declared_frames} frames, {decoded}"
+    fewer, cut_short = count < info.declared_frames, bool(rate) and missing > 1.5 / rate
+    even = bool((abs(np.diff(times) * rate - 1) < 0.5).all())  # up to half a frame
+    flaws = {
+        f"damaged: {decoded}, then the decoder stopped ({broken})": broken is not None,
+        f"damaged: {counts}": fewer and cut_short,
+        f"{counts}: cut without encoding (-c copy) or damaged; encode it anew": fewer,
+        f"damaged: {decoded}, which end {missing:.3g} seconds before its header says": (
+            cut_short and not info.declared_frames
+        ),
+        f"damaged: {damaged} of {count} frames": damaged > 0,
+        f"players turn it by {rotation} degrees; write it upright first": rotation != 0,
+        f"its pixels are {pixel_shape} times as wide as high; make them square first "
+        "(ffmpeg -vf scale=trunc(iw*sar/2)*2:ih,setsar=1)": abs(pixel_shape - 1) > SAME_SHAPE,
+        "interlaced; make whole frames of it first (ffmpeg -vf bwdif)": interlaced,
+        "HDR colours; convert it to bt709 first": hdr,
+        "its frames come at uneven times; write it at a constant rate first": not even,
+    }
+    frames = np.stack(kept) if kept else np.zeros((0, info.height, info.width, 3), np.uint8)
+    return frames, [reason for reason, found in flaws.items() if found]
+
+
+def _declared_end(container: av.container.InputContainer) -> float:
+    """When pictures end, in seconds, by the header; 0 if it does not say. Sound may be longer."""
+    stream = container.streams.video[0]
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    if time := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "")):
+        return 3600 * int(time[1]) + 60 * int(time[2]) + float(time[3])  # Matroska
+    alone = len(container.streams) == 1
+    return (container.duration or 0) / av.time_base if alone else 0.0
 
 
 def frame_numbers(fps: float, rules: ClipRules) -> list[int]:
@@ -207,52 +300,14 @@ def same_rate(fps: float, rules: ClipRules) -> bool:
     return abs(fps - rules.fps) <= SAME_RATE * rules.fps
 
 
-def checked_frames(scan: VideoScan, rules: ClipRules, facts: dict[str, Any]) -> Frames:
-    """The frames of a sound file at the right rate."""
-    info, rate = scan.info, scan.info.fps
+def check_rate(rate: float, rules: ClipRules, facts: dict[str, Any]) -> None:
+    """Refuse a clip whose frames per second are not those of `rules`, nor may become them."""
     retimed = not same_rate(rate, rules)
-    facts.update(
-        declared_frames=info.declared_frames,
-        decoded_frames=info.decoded_frames,
-        fps=round(rate, 4),
-        height=info.height,
-        width=info.width,
-    )
-    decoded = f"{info.decoded_frames} could be decoded"
-    cut_short = scan.missing_seconds > 1.5 / rate if rate else False
-    if scan.broken is not None:
-        raise WanError(f"damaged: {decoded}, then the decoder stopped ({scan.broken})")
-    if info.decoded_frames < info.declared_frames:
-        said = f"its header says {info.declared_frames} frames, {decoded}"
-        if cut_short:
-            raise WanError(f"damaged: {said}")
-        raise WanError(f"{said}: cut without encoding (-c copy) or damaged; encode it anew")
-    if cut_short and not info.declared_frames:
-        raise WanError(
-            f"damaged: {decoded}, which end {scan.missing_seconds:.3g} seconds before its header "
-            "says"
-        )
-    if scan.damaged_frames:
-        raise WanError(f"damaged: {scan.damaged_frames} of {info.decoded_frames} frames")
-    if scan.rotation:
-        raise WanError(f"players turn it by {scan.rotation} degrees; write it upright first")
-    if abs(scan.pixel_shape - 1) > SAME_SHAPE:
-        raise WanError(
-            f"its pixels are {scan.pixel_shape} times as wide as high; make them square first "
-            "(ffmpeg -vf scale=trunc(iw*sar/2)*2:ih,setsar=1)"
-        )
-    if scan.interlaced:
-        raise WanError("interlaced; make whole frames of it first (ffmpeg -vf bwdif)")
-    if scan.hdr:
-        raise WanError("HDR colours; convert it to bt709 first")
-    if not scan.even:
-        raise WanError("its frames come at uneven times; write it at a constant rate first")
     if retimed and rate < rules.fps:
         raise WanError(f"{rate:g} frames per second, fewer than fps={rules.fps:g}")
     if retimed and not rules.retime:
         raise WanError(f"{rate:g} frames per second, not fps={rules.fps:g}; retime=true picks some")
     facts["retimed_to"] = rules.fps if retimed else None
-    return scan.frames
 
 
 def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:

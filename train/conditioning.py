@@ -1,7 +1,7 @@
-"""The parts of a model that training only reads: their loading, their identity, texts as context.
+"""The parts of a model that training only reads: loading them, their digests, encoding captions.
 
-Where texts come from is a function from B captions to the real rows of each, (n, D): an encoder at
-work, or what `train.preprocess` stored.
+Captions are encoded by a function from B captions to the token embeddings of each, (n, D): a text
+encoder at work (`CaptionEncoder`), or what `train.preprocess` stored.
 """
 
 import hashlib
@@ -13,23 +13,38 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from wan.errors import WanError
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Encoder, pad_ids
-from wan.pipeline.config import part_folder
+from wan.pipeline.config import PipelineConfig, part_folder
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import hash_files, list_files
 from wan.weights.load import load_module
 
-TEXT_LENGTH = 512  # rows of context every Wan transformer reads
+TEXT_LENGTH = 512  # tokens of context that every Wan transformer reads
 
 M = TypeVar("M", bound=nn.Module)
-RowsOf = Callable[[list[str]], list[Tensor]]
+TokensOf = Callable[[list[str]], list[Tensor]]
+
+
+def check_trainable(settings: PipelineConfig, folder: Path, first_frame_share: float) -> None:
+    """Raise a WanError for a model that these commands cannot train from."""
+    if settings.boundary_ratio is not None:
+        raise WanError(
+            f"{folder}: a model of two experts; each needs noise levels of its own side of the "
+            "boundary, which this command does not draw. Models with one transformer only"
+        )
+    if first_frame_share and not settings.expand_timesteps:
+        raise WanError(
+            f"first_frame_share={first_frame_share}: this model takes no first frame "
+            "(expand_timesteps is false in its model_index.json)"
+        )
 
 
 def load_frozen(
     build: Callable[[], M], folder: Path, name: str, device: torch.device, dtype: torch.dtype
 ) -> M:
-    """A component that training only reads."""
+    """A component that training only reads: no gradients, evaluation mode."""
     module = load_module(
         build, open_checkpoint(part_folder(folder, name)), name, dtype=dtype, device=device
     )
@@ -37,12 +52,12 @@ def load_frozen(
 
 
 def text_dtype(device: torch.device) -> torch.dtype:
-    """In which the text encoder runs, and its embeddings are stored."""
+    """The dtype in which the text encoder runs and its embeddings are stored."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def component_digests(folder: Path) -> dict[str, str]:
-    """Which autoencoder and which text encoder (with its tokenizer) a model folder has.
+    """One sha256 of a folder's vae, one of its text_encoder together with its tokenizer.
 
     All bytes of their files count: the same weights in another layout or dtype are others.
     """
@@ -60,14 +75,14 @@ def component_digests(folder: Path) -> dict[str, str]:
 
 
 def transformer_digest(folder: Path) -> str:
-    """Which transformer a model folder has."""
+    """One sha256 over all safetensors files of a folder's transformer."""
     files = list_files(part_folder(folder, "transformer"))
     sums = hash_files(path for name, path in files.items() if name.endswith(".safetensors"))
     return hashlib.sha256("".join(sorted(sums.values())).encode()).hexdigest()
 
 
-class TextRows:
-    """Captions -> the real rows of each (n, D), by a frozen encoder."""
+class CaptionEncoder:
+    """Captions -> the embeddings of their n tokens, (n, D) each, by a frozen text encoder."""
 
     def __init__(self, encoder: UMT5Encoder, tokenizer: Tokenizer, max_tokens: int) -> None:
         self.encoder, self.tokenizer, self.max_tokens = encoder, tokenizer, max_tokens
@@ -84,23 +99,23 @@ class TextRows:
         ids, mask = pad_ids([one.ids for one in tokens])
         device = self.encoder.token_embedding.weight.device
         encoded = self.encoder(ids.to(device), mask.to(device))
-        return [row[: len(one.ids)] for row, one in zip(encoded, tokens, strict=True)]
+        return [states[: len(one.ids)] for states, one in zip(encoded, tokens, strict=True)]
 
 
 class Texts:
-    """Captions -> context rows; padded rows are zero.
+    """Captions -> the context that transformers read, zero after each caption's tokens.
 
-    The number of rows that comes with a context lets the transformer attend the zero rows as one.
+    The number of tokens that comes with a context lets the transformer attend the zeros as one.
     """
 
-    def __init__(self, rows_of: RowsOf, device: torch.device) -> None:
-        self.rows_of, self.device = rows_of, device
+    def __init__(self, tokens_of: TokensOf, device: torch.device) -> None:
+        self.tokens_of, self.device = tokens_of, device
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, int]:
-        """B texts -> context (B, 512, D) and the number of rows that are not zero everywhere."""
-        rows = [row.to(self.device) for row in self.rows_of(captions)]
-        longest = -(-max(len(row) for row in rows) // 8) * 8  # few lengths, few compilations
-        context = rows[0].new_zeros(len(rows), TEXT_LENGTH, rows[0].shape[1])
-        for row, encoded in enumerate(rows):
-            context[row, : len(encoded)] = encoded
+        """B captions -> context (B, 512, D), and the token from which on all of it is zero."""
+        encoded = [tokens.to(self.device) for tokens in self.tokens_of(captions)]
+        longest = -(-max(map(len, encoded)) // 8) * 8  # few lengths, few compilations
+        context = encoded[0].new_zeros(len(encoded), TEXT_LENGTH, encoded[0].shape[1])
+        for sample, tokens in zip(context, encoded, strict=True):
+            sample[: len(tokens)] = tokens
         return context, min(longest, TEXT_LENGTH)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +24,9 @@ from tqdm import tqdm
 from configs.data import DataConfig
 from train.conditioning import (
     TEXT_LENGTH,
-    RowsOf,
-    TextRows,
+    CaptionEncoder,
     Texts,
+    TokensOf,
     component_digests,
     load_frozen,
     text_dtype,
@@ -51,15 +51,15 @@ Shape = tuple[int, ...]
 
 @dataclass
 class LatentCache:
-    """Latents of N clips, what can be said of them, and in which order they come.
+    """Latents of N clips, their captions, and the order in which they come.
 
     Attributes:
-        latents: N of (C, T, h, w) float16: one tensor, or a sequence that reads them when asked.
-        caption_of: gives a text for (number, rng); the world's clips have many.
-        shapes: (C, T, h, w) of each bucket; a clip's number stands in one of `buckets`.
-        buckets: numbers of the clips of each shape; a batch holds one bucket's.
-        num_captions: what `caption_of` knows: N clips, then prompts without a clip.
-        rows_of: stored text embeddings, if there are any: captions -> real rows (n, D) of each.
+        latents: N of (C, T, h, w) float16: one tensor, or a sequence that reads them when indexed.
+        caption_of: (number, rng) -> a caption; the world's clips have many.
+        shapes: (C, T, h, w) of each bucket.
+        buckets: numbers of the clips of each shape; a batch is drawn from one bucket.
+        num_captions: number of captions: one per clip, then the prompts that have no clip.
+        tokens_of: stored text embeddings, if there are any: captions -> (n, D) of each.
         digest: of a folder's content, so that a resumed run can tell whether it is the same.
     """
 
@@ -68,7 +68,7 @@ class LatentCache:
     shapes: list[Shape] = field(default_factory=list)
     buckets: list[list[int]] = field(default_factory=list)
     num_captions: int = 0
-    rows_of: RowsOf | None = None
+    tokens_of: TokensOf | None = None
     digest: str | None = None
 
     def __post_init__(self) -> None:
@@ -98,18 +98,18 @@ class LatentCache:
         return latents.float(), self._captions(indices, step, seed)
 
     def prompts(self, step: int, size: int, seed: int) -> list[str]:
-        """Texts number `step` of a like stream, for training that needs no clips."""
+        """Captions of step `step` from a stream of the same kind, for training without clips."""
         return self._captions(stream(self.num_captions, step, size, seed), step, seed)
 
     def _captions(self, indices: list[int], step: int, seed: int) -> list[str]:
         return [
-            self.caption_of(index, random.Random(f"{seed}/{step}/{row}"))
-            for row, index in enumerate(indices)
+            self.caption_of(index, random.Random(f"{seed}/{step}/{place}"))
+            for place, index in enumerate(indices)
         ]
 
 
 def stream(count: int, step: int, size: int, seed: int) -> list[int]:
-    """Numbers below `count`, `size` per step, each once per epoch."""
+    """The numbers of one step: `size` numbers below `count`, each of which comes once per epoch."""
     numbers = []
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, count)
@@ -125,10 +125,11 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def bucket_of(sizes: tuple[int, ...], step: int, seed: int) -> tuple[int, int]:
-    """Which bucket batch `step` is from, and how many of its batches came before.
+    """The bucket that batch `step` is drawn from, and how many of its batches came before.
 
-    Steps go in turns, in which each bucket has as many batches, in a shuffled order, as its number
-    of clips says when divided by what all have in common: every clip is seen equally often.
+    Steps go in turns. In a turn, each bucket has as many batches as its number of clips divided by
+    the greatest common divisor of all buckets' numbers, in a shuffled order: so every clip is seen
+    equally often.
     """
     turn, place = divmod(step, sum(sizes) // math.gcd(*sizes))
     return turn_of_buckets(sizes, turn, seed)[place]
@@ -136,6 +137,7 @@ def bucket_of(sizes: tuple[int, ...], step: int, seed: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=4)
 def turn_of_buckets(sizes: tuple[int, ...], turn: int, seed: int) -> list[tuple[int, int]]:
+    """What `bucket_of` returns for each step of one turn."""
     shares = [size // math.gcd(*sizes) for size in sizes]
     choices = [bucket for bucket, share in enumerate(shares) for _ in range(share)]
     seen = [turn * share for share in shares]
@@ -153,20 +155,29 @@ def world_cache(
     """Encoded clips of the miniature's world; captions are drawn anew each time a clip is used.
 
     Args:
+        root: the folder of all such caches; what is missing there is rendered and encoded first.
         repeat_circling: how often a clip with a circling object comes in an epoch.
     """
     scenes = [sample_scene(scene_rng(seed, i), split="train") for i in range(num_clips)]
-
-    def batches() -> Iterator[tuple[Tensor, list[dict]]]:
-        for start in range(0, num_clips, SHARD):
-            part = scenes[start : start + SHARD]
-            latents = [encode_float16(vae, render(part[i : i + 8])) for i in range(0, len(part), 8)]
-            yield torch.cat(latents), [{"scene": start + i} for i in range(len(part))]
-
     # The scenes and how one of them is drawn: another version of the world finds another cache.
     drawn = hashlib.sha256(render(scenes[:1]).numpy().tobytes()).hexdigest()
     folder = root / f"world-{digest(vae, [repr(scenes), drawn])}"
-    latents, _ = cached(folder, batches, num_clips)
+    listing = folder / "clips.jsonl"  # written last: it marks the cache as complete
+    if not listing.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=num_clips, desc="encoding clips", unit="clip") as progress:
+            for number, start in enumerate(range(0, num_clips, SHARD)):
+                part = scenes[start : start + SHARD]
+                groups = [part[i : i + 8] for i in range(0, len(part), 8)]
+                latents = torch.cat([encode_float16(vae, render(group)) for group in groups])
+                write_tensors(folder / f"latents-{number:05d}.safetensors", {"latents": latents})
+                progress.update(len(part))
+        lines = [json.dumps({"scene": i}) + "\n" for i in range(num_clips)]
+        write_text(listing, "".join(lines))
+    files = [read_header(path) for path in sorted(folder.glob("latents-*.safetensors"))]
+    latents = torch.cat([map_tensors(file)["latents"] for file in files])
+    if len(latents) != num_clips:
+        raise WanError(f"{folder}: {len(latents)} latents, {num_clips} clips; delete it")
     numbers = list(range(num_clips))
     circling = [i for i in numbers if any(o.motion == "circling" for o in scenes[i].objects)]
     return LatentCache(
@@ -199,10 +210,17 @@ def open_data(
         for shape, bucket in zip(cache.shapes, cache.buckets, strict=True):
             if bucket:
                 check_shape(shape, settings, data.folder)
-        assert cache.rows_of is not None
-        return cache, Texts(cache.rows_of, device), None
+        assert cache.tokens_of is not None
+        return cache, Texts(cache.tokens_of, device), None
     vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", device, torch.float32)
     cache = world_cache(vae, Path(data.cache_dir), data.num_clips, data.seed, data.repeat_circling)
+    return cache, world_texts(settings, source, device, max_text_tokens), vae
+
+
+def world_texts(
+    settings: PipelineConfig, source: Path, device: torch.device, max_tokens: int
+) -> Texts:
+    """Captions -> context, by a model's own text encoder."""
     encoder = load_frozen(
         lambda: UMT5Encoder(settings.text_encoder),
         source,
@@ -211,15 +229,11 @@ def open_data(
         text_dtype(device),
     )
     tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))
-    return cache, Texts(TextRows(encoder, tokenizer, max_text_tokens), device), vae
+    return Texts(CaptionEncoder(encoder, tokenizer, max_tokens), device)
 
 
 def check_shape(shape: Shape, settings: PipelineConfig, folder: str) -> None:
-    """Clips of a folder fit the transformer.
-
-    Raises:
-        WanError: they do not.
-    """
+    """Raise a WanError if the transformer does not take a folder's latents."""
     try:
         settings.transformer.token_grid(shape[1:])
     except WanError as error:
@@ -230,7 +244,7 @@ def check_shape(shape: Shape, settings: PipelineConfig, folder: str) -> None:
 
 
 class StoredLatents(Sequence[Tensor]):
-    """Latents of a folder, read and checked each time they are asked for."""
+    """Latents of a folder, read and checked each time one is indexed."""
 
     def __init__(self, store: TensorStore, keys: list[str]) -> None:
         self.store, self.keys = store, keys
@@ -243,7 +257,7 @@ class StoredLatents(Sequence[Tensor]):
 
 
 def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
-    """What `train.preprocess` wrote; neither autoencoder nor text encoder is needed to use it.
+    """Open what `train.preprocess` wrote; it needs neither autoencoder nor text encoder.
 
     Args:
         weights: digests of the vae and text_encoder it must have been made with; None: any.
@@ -251,29 +265,30 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
     Raises:
         WanError: not finished, incomplete, damaged, or made with other weights.
     """
-    index, rows, index_sha256 = read_index(folder)
+    index, lines, index_sha256 = read_index(folder)
     for name, digest in (weights or {}).items():
         if index["identity"][name] != digest:
             raise WanError(
                 f"{folder}: was made with another {name} than this checkpoint's; preprocess the "
                 "clips again, or data.check_weights=false if only dtype or layout differ"
             )
-    good = [row for row in rows if row["verdict"] == "ok"]
+    good = [line for line in lines if line["verdict"] == "ok"]
     latents, texts = open_to_read(folder, "latents"), open_to_read(folder, "texts")
-    captions = [row["caption"] for row in good] + index["prompts"]
-    said = {*captions, "", index["negative_prompt"] or ""}
-    clip_keys, text_keys = [row["key"] for row in good], [text_key(index, text) for text in said]
+    captions = [line["caption"] for line in good] + index["prompts"]
+    stored = {*captions, "", index["negative_prompt"] or ""}
+    clip_keys = [line["key"] for line in good]
+    text_keys = [text_key(index, text) for text in stored]
     again = "run train.preprocess there again with the same settings"
     for what, keys, store in (("clips", clip_keys, latents), ("texts", text_keys, texts)):
         if missing := [key for key in keys if key not in store]:
             raise WanError(f"{folder}: {len(missing)} of {len(keys)} {what} are missing; {again}")
     content = content_digest(latents, clip_keys, texts, text_keys)
-    if index.get("content_sha256", content) != content:  # earlier versions had none
+    if index["content_sha256"] != content:
         raise WanError(
             f"{folder}: its latents or texts are not those that {INDEX} was written for; {again}"
         )
 
-    def rows_of(captions: list[str]) -> list[Tensor]:
+    def tokens_of(captions: list[str]) -> list[Tensor]:
         try:
             return [texts.read(text_key(index, text)) for text in captions]
         except KeyError as error:
@@ -286,16 +301,16 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
 
     shapes = [tuple(shape) for shape in index["latent_shapes"].values()]
     buckets = [
-        [number for number, row in enumerate(good) if row["size"] == size]
+        [number for number, line in enumerate(good) if line["size"] == size]
         for size in index["latent_shapes"]
     ]
     return LatentCache(
-        StoredLatents(latents, [row["key"] for row in good]),
+        StoredLatents(latents, clip_keys),
         lambda number, rng: captions[number],
         shapes,
         buckets,
         len(captions),
-        rows_of,
+        tokens_of,
         index_sha256,
     )
 
@@ -303,7 +318,7 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
 def content_digest(
     latents: TensorStore, clip_keys: list[str], texts: TensorStore, text_keys: list[str]
 ) -> str:
-    """Of the bytes of clips and texts, by their keys, as the shards' headers tell."""
+    """Digest of the stored sha256 of all clips and texts, in key order; no tensor is read."""
     return key_of(
         [latents.stored[key].sha256 for key in clip_keys],
         [texts.stored[key].sha256 for key in sorted(text_keys)],
@@ -311,17 +326,17 @@ def content_digest(
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """The index, the report's rows and the index's sha256, of a folder that is complete.
+    """The index, the report's lines and the index's sha256, of a folder that is complete.
 
     Raises:
-        WanError: it is not.
+        WanError: the folder is not complete.
     """
     try:
         raw = (folder / INDEX).read_bytes()
         index = json.loads(raw)
         report = (folder / REPORT).read_bytes()
         complete = index["report_sha256"] == hashlib.sha256(report).hexdigest()
-        rows = [json.loads(line) for line in report.split(b"\n") if line] if complete else []
+        lines = [json.loads(line) for line in report.split(b"\n") if line] if complete else []
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise WanError(
             f"data.folder={folder}: not a folder of train.preprocess, or it has not finished "
@@ -332,11 +347,11 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]
             f"data.folder={folder}: the last run of train.preprocess there did not finish; "
             "run it again"
         )
-    return index, rows, hashlib.sha256(raw).hexdigest()
+    return index, lines, hashlib.sha256(raw).hexdigest()
 
 
 def text_key(index: dict[str, Any], text: str) -> str:
-    """The key of a text's embedding: it follows from the text and from how texts are encoded."""
+    """The key of a text's embedding: a digest of the text and of how texts are encoded."""
     identity = index["identity"]
     return key_of(*(identity[n] for n in ("text_encoder", "max_text_tokens", "text_dtype")), text)
 
@@ -356,28 +371,3 @@ def digest(vae: WanVAE, what: list) -> str:
         sha.update(name.encode())
         sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return sha.hexdigest()[:12]
-
-
-def cached(
-    folder: Path, batches: Callable[[], Iterator[tuple[Tensor, list[dict]]]], count: int
-) -> tuple[Tensor, list[dict]]:
-    """Read the cache, or write it first; `clips.jsonl` comes last and marks it complete."""
-    listing = folder / "clips.jsonl"
-    if not listing.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        lines: list[dict] = []
-        with tqdm(total=count, desc="encoding clips", unit="clip") as progress:
-            for number, (latents, rows) in enumerate(batches()):
-                write_tensors(folder / f"latents-{number:05d}.safetensors", {"latents": latents})
-                lines += rows
-                progress.update(len(rows))
-        write_text(listing, "".join(json.dumps(line) + "\n" for line in lines))
-    files = [read_header(path) for path in sorted(folder.glob("latents-*.safetensors"))]
-    parts = [map_tensors(file)["latents"] for file in files]
-    rows = [json.loads(line) for line in listing.read_text().splitlines()]
-    latents = torch.cat(parts)
-    if not len(latents) == len(rows) == count:
-        raise WanError(
-            f"{folder}: {len(latents)} latents, {len(rows)} rows, {count} clips; delete it"
-        )
-    return latents, rows

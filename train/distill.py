@@ -30,19 +30,18 @@ from configs.command_line import ATTENTION
 from configs.distillation import DistillConfig
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
-    TextRows,
     Texts,
+    check_trainable,
     component_digests,
     load_frozen,
-    text_dtype,
     transformer_digest,
 )
-from train.data import open_data
+from train.data import open_data, world_texts
 from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
+from train.estimate import TrainingRun, estimate_that_fits, format_estimate
 from train.export import export_model
 from train.loop import run_training
-from train.parallel import World, start
-from train.plan import PlanRequest, format_plan, plan
+from train.parallel import Ranks, start
 from train.state import TrainState
 from train.tensor_cache import key_of
 from train.trajectories import Trajectories, grid_through, sample_trajectories
@@ -53,10 +52,7 @@ from wan.media.video import to_uint8, write_video
 from wan.miniature.captions import OMIT, caption
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.attention import network_attention
-from wan.models.attention_config import AttentionConfig
 from wan.models.dit import WanDiT
-from wan.models.tokenizer import Tokenizer
-from wan.models.umt5 import UMT5Encoder
 from wan.models.vae import WanVAE
 from wan.pipeline.config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
 from wan.sampling.schedule import euler_schedule
@@ -72,9 +68,9 @@ def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
 
     def draw(step: int) -> Clips:
         captions = []
-        for row in range(config.batch_size):
-            rng = scene_rng(config.data.seed, step * config.batch_size + row)
-            scene, omit = sample_scene(rng, "train"), omits[row % len(omits)]
+        for i in range(config.batch_size):
+            rng = scene_rng(config.data.seed, step * config.batch_size + i)
+            scene, omit = sample_scene(rng, "train"), omits[i % len(omits)]
             captions.append(caption(scene, rng, omit).text)
         return Clips(captions)
 
@@ -84,16 +80,12 @@ def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
 def open_source(
     config: DistillConfig, settings: PipelineConfig, source: Path, device: torch.device
 ) -> tuple[Callable[[int], Clips], Texts, str | None]:
-    """Where batches come from, how their captions are encoded, and the digest of a data folder."""
+    """A function that draws batches, one that encodes captions, and the digest of a data folder."""
     needs_clips = bool(config.gan.weight or config.first_frame_share)
     size, seed = config.batch_size, config.seed
     if config.data.kind == "world" and not needs_clips:
-        build = partial(UMT5Encoder, settings.text_encoder)
-        encoder = load_frozen(build, source, "text_encoder", device, text_dtype(device))
-        rows = TextRows(
-            encoder, Tokenizer.from_folder(part_folder(source, "tokenizer")), config.max_text_tokens
-        )
-        return world_captions(config), Texts(rows, device), None
+        texts = world_texts(settings, source, device, config.max_text_tokens)
+        return world_captions(config), texts, None
     cache, texts, _ = open_data(config.data, settings, source, device, config.max_text_tokens)
 
     def draw_clips(step: int) -> Clips:
@@ -122,29 +114,22 @@ def student_settings(config: DistillConfig, settings: PipelineConfig) -> Pipelin
     )
 
 
-def score_attention(config: DistillConfig) -> AttentionConfig:
-    """Of teacher and critic: where the student's is sparse they may still attend fully."""
-    if config.scores.full_attention:
-        return AttentionConfig(config.attention.exact)
-    return config.attention
-
-
 def load_networks(
-    config: DistillConfig, settings: PipelineConfig, source: Path, world: World
+    config: DistillConfig, settings: PipelineConfig, source: Path, ranks: Ranks
 ) -> Networks:
     """Teacher, student and critic, in float32, ready for this process."""
     half = torch.bfloat16 if config.bfloat16 else torch.float32
 
     def build() -> WanDiT:
-        return WanDiT(settings.transformer, score_attention(config), config.checkpoint_blocks)
+        return WanDiT(settings.transformer, config.score_attention, config.checkpoint_blocks)
 
-    device = world.loading_device
+    device = ranks.loading_device
     teacher = load_frozen(build, source, "transformer", device, torch.float32)
     critic = copy.deepcopy(teacher).requires_grad_(True)
     student = copy.deepcopy(critic)
     student.set_attention(config.attention)
     for module in (teacher, student):
-        module.attention.verify(settings.transformer.attention_head_dim, world.device, half)
+        module.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
     if config.student.start is not None:
         try:
             folder = resolve_model(config.student.start)
@@ -160,29 +145,28 @@ def load_networks(
         if config.compile:
             for block in module.blocks:
                 block.compile()
-        world.prepare(module, config.bfloat16)
+        ranks.prepare(module, config.bfloat16)
     return Networks(student, teacher, critic)
 
 
 def read_teacher(config: DistillConfig, source: Path) -> PipelineConfig:
+    """The settings of a model folder.
+
+    Raises:
+        WanError: the model cannot be the teacher of this run.
+    """
     settings = read_pipeline_config(source)
     if settings.class_name == FEW_STEP:
         raise WanError(
             f"checkpoint={config.checkpoint}: is a few-step student itself; a teacher is a "
             "WanPipeline, such as builtin:miniature-teacher"
         )
-    if settings.boundary_ratio is not None:
-        raise WanError(f"{source}: a model of two experts; models with one transformer only")
-    if config.first_frame_share and not settings.expand_timesteps:
-        raise WanError(
-            f"first_frame_share={config.first_frame_share}: this model takes no first frame "
-            "(expand_timesteps is false in its model_index.json)"
-        )
+    check_trainable(settings, source, config.first_frame_share)
     return settings
 
 
 def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
-    """Captions of the miniature's world teach nothing about anything else."""
+    """Refuse captions of the miniature's world for a model of something else."""
     _, _, height, width = latent_shape(config, settings)
     if config.data.kind == "world" and height != width:
         raise WanError(
@@ -192,120 +176,96 @@ def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
         )
 
 
-def plan_request(config: DistillConfig) -> PlanRequest:
-    """The run as `train.plan` reckons it; of the teacher, only settings are read."""
-    source = resolve_model(config.checkpoint, patterns=CONFIGS)
-    settings, machines, parallel = read_teacher(config, source), config.machines, config.parallel
+def training_run(config: DistillConfig) -> TrainingRun:
+    """The run as `train.estimate` takes it; of the teacher, only settings are read."""
+    settings = read_teacher(config, resolve_model(config.checkpoint, patterns=CONFIGS))
     size = latent_shape(config, settings)[1:]
     grid = settings.transformer.token_grid(size)
-    student, scores = (
+    densities = (
         network_attention(one, settings.transformer.num_layers).density(grid)
-        for one in (config.attention, score_attention(config))
+        for one in (config.attention, config.score_attention)
     )
-    return PlanRequest(
-        settings.transformer,
-        size,
-        text_rows=machines.text_rows,
-        student_rank=config.student.lora.rank,
-        critic_rank=config.scores.critic_lora.rank,
-        student_density=student,
-        score_density=scores,
-        steps=len(config.student.timesteps),
-        exits=config.student.exits,
-        truncate_gradient=config.student.truncate_gradient,
-        critic_ratio=config.scores.critic_ratio,
-        guidance=config.scores.guidance_scale != 1,
-        matching=bool(config.dmd_weight),
-        num_pairs=config.regression.num_pairs if config.regression.weight else 0,
-        trajectory_steps=config.regression.steps,
-        trajectory_guidance=regression_guidance(config) != 1,
-        adversarial=bool(config.gan.weight),
-        batch_size=config.batch_size,
-        bfloat16=config.bfloat16,
-        checkpoint_blocks=config.checkpoint_blocks,
-        num_gpus=machines.num_gpus,
-        shard=parallel.shard,
-        replicate=parallel.replicate,
-        sequence=parallel.sequence,
-        gpu_memory=machines.gpu_memory_gb * 1e9,
-        other_bytes=machines.other_gb * 1e9,
-        rate=machines.tflops * 1e12,
-        iterations=config.loop.steps,
-    )
+    return TrainingRun(config, settings.transformer, size, *densities)
 
 
 def distill(config: DistillConfig) -> int:
     if config.plan:
-        print(format_plan(plan(plan_request(config))))
+        print(format_estimate(estimate_that_fits(training_run(config))))
         return 0
     torch.set_num_threads(config.threads)
     student_schedule(config)  # refuses a wrong list before anything is loaded
     config.data.check_source()
-    with start(config.parallel, config.device) as world:
-        return run_distillation(config, world)
+    with start(config.parallel, config.device) as ranks:
+        return run_distillation(config, ranks)
 
 
-def run_distillation(config: DistillConfig, world: World) -> int:
-    with world.main_first():  # it downloads
+def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
+    with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
     folder = Path(config.output_dir)
     settings = read_teacher(config, source)
     check_world(config, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    vae = load_frozen(partial(WanVAE, settings.vae), source, "vae", world.device, torch.float32)
-    with world.main_first():  # it may encode clips
-        draw, texts, digest = open_source(config, settings, source, world.device)
-    networks = load_networks(config, settings, source, world)
-    teacher_digest = world.first(transformer_digest(source) if world.is_main else "")
-    run = Distillation(config, settings, networks, texts, draw, world)
+    vae = load_frozen(partial(WanVAE, settings.vae), source, "vae", ranks.device, torch.float32)
+    with ranks.main_first():  # it may encode clips
+        draw, texts, data_digest = open_source(config, settings, source, ranks.device)
+    networks = load_networks(config, settings, source, ranks)
+    identity = asdict(config)
+    identity["teacher_digest"] = ranks.first(transformer_digest(source) if ranks.is_main else "")
+    if data_digest is not None:
+        identity["data_digest"] = data_digest
+    run = Distillation(config, settings, networks, texts, draw, ranks)
     if config.regression.weight:
-        kept = config.regression.folder
-        encoder = component_digests(source)["text_encoder"] if world.is_main else ""
-        run.trajectories = make_trajectories(
-            run,
-            settings,
-            Path(kept) if kept else folder / "trajectories",
-            [teacher_digest, world.first(encoder)],
-        )
+        encoder = ranks.first(component_digests(source)["text_encoder"] if ranks.is_main else "")
+        digests = [identity["teacher_digest"], encoder]
+        run.trajectories = make_trajectories(run, settings, folder, digests)
     state = run.new_state()
-
-    said = None
-    if config.data.kind == "world":
-        said = world_panel(config.validation_captions, config.seed)
-        captions = [one.text for one in said]
-    else:
-        captions = first_captions(draw, config.validation_captions)
-    captions *= 2  # two clips of each, which should differ
-    reference = teacher_panel(run, settings, vae, captions, folder, teacher_digest)
-    run.teacher_std = float(reference.latents.std())
-
-    def on_save(state: TrainState) -> dict[str, float]:
-        with state.averages["student"].in_place(networks.student):
-            latents = run.sample_panel(captions, None)
-        samples = decode(vae, latents)
-        three = decode(vae, run.triptych(latents[:1], captions[0])).videos
-        if world.is_main:
-            write = partial(write_clip, fps=settings.defaults.fps)
-            pictures = folder / "samples"
-            write_pictures(pictures, state.step, samples, reference, list(three), write)
-        return panel_numbers(samples, reference, said)
-
-    identity = asdict(config) | {"teacher_digest": teacher_digest}
-    if digest is not None:
-        identity["data_digest"] = digest
-    if not run_training(state, run.train_step, config.loop, folder, identity, on_save, world):
+    validate = make_validation(run, settings, vae, folder, identity["teacher_digest"])
+    if not run_training(state, run.train_step, config.loop, folder, identity, validate, ranks):
         return INTERRUPTED
     if config.export == "best":
         best = best_checkpoint(folder / "checkpoints")
         if best is None:
             raise WanError(f"export=best: no checkpoint in {folder} was measured; use export=last")
-        state.load_tree(load_checkpoint(best, world))
+        state.load_tree(load_checkpoint(best, ranks))
         print(f"the healthiest checkpoint is {best.name}")
     state.averages["student"].copy_to(networks.student)
-    world.reunite(networks.student)
-    if world.is_main:
+    ranks.reunite(networks.student)
+    if ranks.is_main:
         export_student(networks.student, config, settings, source, folder)
     return 0
+
+
+def make_validation(
+    run: Distillation, settings: PipelineConfig, vae: WanVAE, folder: Path, teacher_digest: str
+) -> Callable[[TrainState], dict[str, float]]:
+    """A function that measures the student before each checkpoint and writes `folder/samples`.
+
+    The teacher's samples of the same captions are made first, once.
+    """
+    config, student = run.config, run.student
+    known = None  # what the captions state, for the miniature's world
+    if config.data.kind == "world":
+        known = world_panel(config.validation_captions, config.seed)
+        captions = [one.text for one in known]
+    else:
+        captions = first_captions(run.draw, config.validation_captions)
+    captions *= 2  # two clips of each, which should differ
+    reference = teacher_panel(run, settings, vae, captions, folder, teacher_digest)
+    run.teacher_std = float(reference.latents.std())
+    write_clip = partial(write_mp4, fps=settings.defaults.fps)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        with state.averages["student"].in_place(student):
+            latents = run.sample_panel(captions, None)
+        samples = decode(vae, latents)
+        three = list(decode(vae, run.triptych(latents[:1], captions[0])).videos)
+        if run.ranks.is_main:
+            pictures = folder / "samples"
+            write_pictures(pictures, state.step, samples, reference, three, write_clip)
+        return panel_numbers(samples, reference, known)
+
+    return validate
 
 
 def first_captions(draw: Callable[[int], Clips], count: int) -> list[str]:
@@ -318,14 +278,14 @@ def first_captions(draw: Callable[[int], Clips], count: int) -> list[str]:
     return captions[:count]
 
 
-def write_clip(path: Path, video: Tensor, fps: float) -> None:
+def write_mp4(path: Path, video: Tensor, fps: float) -> None:
     write_video(path, to_uint8(video), fps)
 
 
 def export_student(
     student: WanDiT, config: DistillConfig, settings: PipelineConfig, source: Path, folder: Path
 ) -> None:
-    """A folder in the released layout; of a LoRA the file too."""
+    """Write the student as a folder in the released layout; one with a LoRA as a LoRA file too."""
     final, rank = student_settings(config, settings), config.student.lora.rank
     if rank:
         print(f"wrote {export_model(student, source, final, folder, rank)}")
@@ -341,54 +301,48 @@ def teacher_panel(
     folder: Path,
     digest: str,
 ) -> Samples:
-    """The teacher's samples for the panel; made once and kept, for the same question."""
+    """The teacher's samples of the validation captions: made once, and kept in the run's folder."""
     path = folder / "teacher_panel.safetensors"
     schedule = euler_schedule(run.config.validation_steps, settings.shift)
     scores = run.config.scores
     how = (digest, scores.guidance_scale, scores.negative_prompt, schedule.sigmas.tolist())
     key = key_of(*how, captions, list(run.shape))
-    if run.world.first(path.exists() and read_header(path).metadata.get("key") == key):
+    if run.ranks.first(path.exists() and read_header(path).metadata.get("key") == key):
         return decode(vae, load_file(path)["latents"].to(run.device))
     latents = run.sample_panel(captions, schedule)
-    if run.world.is_main:
+    if run.ranks.is_main:
         write_tensors(path, {"latents": latents.cpu()}, {"key": key})
     return decode(vae, latents)
 
 
-def regression_guidance(config: DistillConfig) -> float:
-    """Of the teacher's trajectories."""
-    return config.regression.guidance_scale or config.scores.guidance_scale
-
-
 def make_trajectories(
-    run: Distillation, settings: PipelineConfig, folder: Path, digests: Sequence[str]
+    run: Distillation, settings: PipelineConfig, output: Path, digests: Sequence[str]
 ) -> Trajectories:
     """The teacher's samples of the first captions that training draws, kept in a folder.
 
     Args:
-        digests: of the teacher's transformer and of what encodes its captions.
+        output: the run's own folder, for trajectories that have none in `regression.folder`.
+        digests: of the teacher's transformer and of the text encoder.
     """
-    regression, config = run.config.regression, run.config
-    guidance = regression_guidance(config)
-    shift = regression.shift or settings.shift
+    config, regression = run.config, run.config.regression
     levels = run.schedule.sigmas[:-1].tolist()
     identity = [
         *digests,
-        asdict(score_attention(config)),
+        asdict(config.score_attention),
         config.bfloat16,
         config.max_text_tokens,
-        guidance,
+        config.regression_guidance,
         config.scores.negative_prompt,
     ]
     return sample_trajectories(
-        lambda texts: run.teacher_velocity(texts, guidance),
+        lambda texts: run.teacher_velocity(texts, config.regression_guidance),
         first_captions(run.draw, regression.num_pairs),
         run.shape,
         levels,
-        grid_through(levels, regression.steps, shift),
-        folder,
+        grid_through(levels, regression.steps, regression.shift or settings.shift),
+        Path(regression.folder) if regression.folder else output / "trajectories",
         identity,
-        run.world,
+        run.ranks,
         run.chunk,
     )
 

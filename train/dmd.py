@@ -26,16 +26,15 @@ from train.losses import (
     loss_with_gradient,
     sample_score_sigmas,
 )
-from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
-from train.parallel import World
+from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
+from train.parallel import Ranks
 from train.rollout import (
-    Condition,
+    autocast,
     draw_exits,
-    guided_velocity,
     guided_x0,
-    predict_velocity,
     predict_x0,
     roll_out,
+    sampler_velocity,
     x0_at_exits,
 )
 from train.state import TrainState
@@ -44,6 +43,7 @@ from train.validation import saturated_share
 from wan.errors import WanError
 from wan.models.dit import WanDiT
 from wan.pipeline.config import PipelineConfig
+from wan.sampling.denoiser import Condition, predict_velocity
 from wan.sampling.flow import add_noise, velocity_target
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import sample_euler, sample_few_step
@@ -55,7 +55,7 @@ PANEL_SEED = 1_000_000  # noise of the validation samples: sample i has this plu
 
 @dataclass(frozen=True)
 class Clips:
-    """What a step reads: captions, and clips where a term needs them."""
+    """The data of a step: captions, and latents of clips where a term needs them."""
 
     captions: list[str]
     latents: Tensor | None = None
@@ -63,10 +63,11 @@ class Clips:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is made from, this process's rows of it.
+    """What a step is made from: this process's samples.
 
     Attributes:
-        condition, null: the captions encoded, and the negative prompt as often.
+        condition: encoded captions.
+        null: the encoded negative prompt, repeated once per caption.
         shape: (C, T, H, W) of what is to be made.
         clips: (B, C, T, H, W), or None.
     """
@@ -79,7 +80,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Networks:
-    """The three roles; a teacher that is frozen, two that are trained."""
+    """The three roles: the teacher is frozen, student and critic are trained."""
 
     student: WanDiT
     teacher: WanDiT
@@ -96,15 +97,15 @@ class Distillation:
         networks: Networks,
         texts: Texts,
         draw: Callable[[int], Clips],
-        world: World,
+        ranks: Ranks,
     ) -> None:
-        self.config, self.texts, self.draw, self.world = config, texts, draw, world
+        self.config, self.texts, self.draw, self.ranks = config, texts, draw, ranks
         self.student, self.teacher = networks.student, networks.teacher
         self.critic = networks.critic
         self.trajectories: Trajectories | None = None
         self.teacher_std = 1.0  # of the teacher's own samples, once they are there
         self.device = texts.device
-        self.rows = world.rows(config.batch_size)
+        self.own = ranks.share(config.batch_size)
         self.schedule = student_schedule(config)
         self.shape = latent_shape(config, settings)
         self.gan_blocks: list[int] = []
@@ -116,8 +117,8 @@ class Distillation:
                 torch.manual_seed(config.seed)
                 width = settings.transformer.width
                 self.discriminator = Discriminator(width, len(self.gan_blocks))
-            self.discriminator.to(world.loading_device)
-            world.prepare(self.discriminator)
+            self.discriminator.to(ranks.loading_device)
+            ranks.prepare(self.discriminator)
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -164,7 +165,7 @@ class Distillation:
             total += self.backward(weight * loss)
         check_gradients(state.step, "student", self.student)
         lr = self.rate(state.step, config.lr)
-        parameters = trainable(self.student)
+        parameters = trainable(self.student).values()
         values["student_grad_norm"] = apply_gradients(
             {"student": state.optimizers["student"]}, parameters, lr, config.grad_clip
         )
@@ -230,9 +231,9 @@ class Distillation:
         assert self.trajectories is not None
         config = self.config
         count = len(self.trajectories.captions)
-        rows = torch.randint(count, (config.batch_size,), generator=generator)[self.rows]
-        exits = self.exits("stratified", generator)[self.rows]
-        x, target, captions = self.trajectories.batch(rows.tolist(), exits)
+        numbers = torch.randint(count, (config.batch_size,), generator=generator)[self.own]
+        exits = self.exits("stratified", generator)[self.own]
+        x, target, captions = self.trajectories.batch(numbers.tolist(), exits)
         condition = Condition(*self.texts(captions))
         with self.autocast():
             x0 = x0_at_exits(self.student, x.to(self.device), condition, self.schedule, exits)
@@ -246,7 +247,7 @@ class Distillation:
         condition = batch.condition
         with torch.no_grad():
             x0, _ = self.sample_student(batch, generator)
-        self.world.reshard(self.student)
+        self.ranks.reshard(self.student)
         sigma, noise = self.score_levels(generator), self.noise(batch.shape, generator)
         weight = condition.frame_weight(x0.shape[2])
         with self.autocast():
@@ -268,7 +269,7 @@ class Distillation:
         for name in optimizers:
             check_gradients(state.step, name, state.modules[name])
         lr = self.rate(state.step, config.critic_lr)
-        parameters = [p for name in optimizers for p in trainable(state.modules[name])]
+        parameters = [p for name in optimizers for p in trainable(state.modules[name]).values()]
         values["critic_grad_norm"] = apply_gradients(optimizers, parameters, lr, config.grad_clip)
         counted = {"memory_gb": peak_memory_gb(self.device), CLIPS: float(config.batch_size)}
         return values | {"critic_lr": lr, **counted}
@@ -276,45 +277,50 @@ class Distillation:
     # --- what both updates need -------------------------------------------------------------------
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
-        """Of a step; some batches are given their first frames, unless those are all they have."""
+        """The batch of one step.
+
+        With probability `first_frame_share` its first frames are given, unless clips are of a
+        single frame, of which nothing would be left to make.
+        """
         drawn = self.draw(step)
-        clips = None if drawn.latents is None else drawn.latents[self.rows].to(self.device)
+        clips = None if drawn.latents is None else drawn.latents[self.own].to(self.device)
         first = None
         if float(torch.rand((), generator=generator)) < self.config.first_frame_share:
             assert clips is not None
             first = clips[:, :, :1] if clips.shape[2] > 1 else None
-        context, num_rows = self.texts(drawn.captions[self.rows])
+        context, num_tokens = self.texts(drawn.captions[self.own])
         negative = self.texts([self.config.scores.negative_prompt] * len(context))
         shape = self.shape if clips is None else clips.shape[1:]
-        return Batch(Condition(context, num_rows, first), Condition(*negative, first), shape, clips)
+        given = Condition(context, num_tokens, first)
+        return Batch(given, Condition(*negative, first), shape, clips)
 
     def sample_student(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples of the student (B, C, T, H, W) and the step each left the chain at (B,)."""
         student = self.config.student
         exits = self.exits(student.exits, generator)
-        for_all = int(exits.max()) if self.world.size > 1 else 0
-        exits = exits[self.rows]
+        for_all = int(exits.max()) if self.ranks.size > 1 else 0
+        exits = exits[self.own]
         noises = [self.noise(batch.shape, generator) for _ in range(len(self.schedule))]
         chain = (self.schedule, exits, noises, student.deterministic, for_all)
         with self.autocast():
             x0 = roll_out(self.student, batch.condition, *chain, student.truncate_gradient)
         return x0, exits
 
-    # Randomness is drawn for the whole batch: a process takes its own rows of it.
+    # Randomness is drawn for the whole batch: a process takes its own samples of it.
 
     def exits(self, how: str, generator: torch.Generator) -> Tensor:
-        """Of the whole batch."""
+        """At which step each sample of the whole batch leaves the chain, (B,)."""
         return draw_exits(self.config.batch_size, len(self.schedule), how, generator)
 
     def score_levels(self, generator: torch.Generator) -> Tensor:
         scores, batch = self.config.scores, self.config.batch_size
         bounds = (scores.lowest, scores.highest)
         sigma = sample_score_sigmas(batch, scores.shift, bounds, generator, scores.clamp)
-        return sigma[self.rows].to(self.device)
+        return sigma[self.own].to(self.device)
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         noise = torch.randn(self.config.batch_size, *shape, generator=generator)
-        return noise[self.rows].to(self.device)
+        return noise[self.own].to(self.device)
 
     def logits(self, x0: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         assert self.discriminator is not None
@@ -326,31 +332,22 @@ class Distillation:
         return learning_rate(step, peak, config.loop.steps, config.warmup, config.final_lr)
 
     def autocast(self) -> torch.autocast:
-        """Without its cache: before PyTorch 2.11 that hands casts of weights made under no_grad, as
-        in the student's chain, to the forward that wants their gradient."""
-        enabled = self.config.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
+        return autocast(self.device, self.config.bfloat16)
 
     # --- sampling for the panel and for trajectories ----------------------------------------------
 
     def teacher_velocity(
         self, captions: Sequence[str], guidance: float
     ) -> Callable[[Tensor, float], Tensor]:
-        """The guided teacher as a sampler wants it."""
+        """The guided teacher's velocity as samplers call it."""
         condition = Condition(*self.texts(list(captions)))
         null = Condition(*self.texts([self.config.scores.negative_prompt] * len(captions)))
-
-        def velocity(x: Tensor, timestep: float) -> Tensor:
-            level = torch.full((len(x),), timestep, device=x.device)
-            with self.autocast():
-                return guided_velocity(self.teacher, x, level, condition, null, guidance)
-
-        return velocity
+        return sampler_velocity(self.teacher, condition, null, guidance, self.config.bfloat16)
 
     @property
     def chunk(self) -> int:
         """Clips that this process has in memory at once: in sampling as in training."""
-        return self.rows.stop - self.rows.start
+        return self.own.stop - self.own.start
 
     def start(self, generators: list[torch.Generator]) -> Tensor:
         """Pure noise of one sample each."""
@@ -360,29 +357,23 @@ class Distillation:
     def sample_panel(self, captions: Sequence[str], schedule: Schedule | None) -> Tensor:
         """Latents for captions from the panel's noise: the student's, or the teacher's."""
 
-        def sample(rows: list[int]) -> Tensor:
-            generators = sample_generators([PANEL_SEED + row for row in rows], len(rows))
-            texts = [captions[row] for row in rows]
+        def sample(numbers: list[int]) -> Tensor:
+            generators = sample_generators([PANEL_SEED + i for i in numbers], len(numbers))
+            texts = [captions[i] for i in numbers]
             if schedule is None:
                 return self.sample_few(texts, generators)
             velocity = self.teacher_velocity(texts, self.config.scores.guidance_scale)
             return sample_euler(velocity, self.start(generators), schedule)
 
-        latents = self.world.spread(sample, range(len(captions)), self.chunk)
-        self.world.reshard(self.student, self.teacher)
+        latents = self.ranks.spread(sample, range(len(captions)), self.chunk)
+        self.ranks.reshard(self.student, self.teacher)
         return latents.to(self.device)
 
     def sample_few(self, captions: list[str], generators: list[torch.Generator]) -> Tensor:
         """The student's samples, made as it makes them when it is used."""
         condition = Condition(*self.texts(captions))
-
-        def student_velocity(x: Tensor, timestep: float) -> Tensor:
-            level = torch.full((len(x),), timestep, device=x.device)
-            with self.autocast():
-                return predict_velocity(self.student, x, level, condition)
-
         return sample_few_step(
-            student_velocity,
+            sampler_velocity(self.student, condition, condition, 1, self.config.bfloat16),
             self.start(generators),
             self.schedule,
             renoise=lambda i: draw_noise(self.shape, generators),
@@ -400,15 +391,11 @@ class Distillation:
         with self.autocast():
             teacher = guided_x0(self.teacher, x, sigma, condition, null, guidance)
             critic = predict_x0(self.critic, x, sigma, condition)
-        self.world.reshard(self.teacher, self.critic)
+        self.ranks.reshard(self.teacher, self.critic)
         return torch.cat([x0, teacher, critic])
 
 
 # --- checks and small measures --------------------------------------------------------------------
-
-
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
 
 
 def check_finite(step: int, **tensors: Tensor) -> None:
@@ -424,7 +411,7 @@ def check_finite(step: int, **tensors: Tensor) -> None:
 
 
 def check_gradients(step: int, role: str, module: nn.Module) -> None:
-    """As `check_finite`, for the gradients of a module."""
+    """Stop where a gradient of a module is not finite; see `check_finite`."""
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             check_finite(step, **{f"the gradient of {role}.{name}": parameter.grad})

@@ -1,17 +1,30 @@
-"""What a training run leaves behind: a folder that pipelines and diffusers load, or a LoRA."""
+"""What a training run leaves behind: a folder that pipelines and diffusers load, or a LoRA file."""
 
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from train.tensor_cache import only_writer
+from wan.files import write_json
 from wan.lora.files import ATTENTION
 from wan.lora.merge import save_lora
 from wan.models.attention import SPARSE
 from wan.models.dit import WanDiT
 from wan.pipeline.config import PipelineConfig, part_folder, write_configs
 from wan.weights.save import save_component
+
+
+def export_part(module: Any, folder: Path, name: str, **options: Any) -> None:
+    """Replace `folder` by one part of a model in the released layout: config.json and weights.
+
+    Args:
+        options: for `wan.weights.load.save_component`.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    save_component(module.state_dict(), folder, name, **options)
+    write_json(folder / "config.json", module.config.to_json())
 
 
 def export_model(

@@ -8,7 +8,6 @@ not loaded for encoded clips. What comes out is a complete folder in the release
 file.
 """
 
-import random
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,20 +18,20 @@ from torch import Tensor
 from configs.cli import INTERRUPTED, run_command
 from configs.command_line import ATTENTION
 from configs.training import FinetuneConfig
-from train.conditioning import Texts
+from train.conditioning import Texts, check_trainable
 from train.data import LatentCache, open_data
 from train.export import export_model
 from train.loop import CLIPS, run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
-from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
-from train.parallel import World, start
+from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
+from train.parallel import Ranks, start
+from train.rollout import sampler_velocity
 from train.state import TrainState
+from train.validation import read_clips, world_panel
 from wan.errors import WanError
 from wan.files import read_json
 from wan.lora.merge import add_lora
-from wan.miniature.captions import caption
-from wan.miniature.detect import accuracies, detect, score
-from wan.miniature.world import NUM_FRAMES, STAGE, sample_scene, scene_rng
+from wan.miniature.world import NUM_FRAMES, STAGE
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
@@ -45,11 +44,11 @@ from wan.pipeline.config import (
     override_defaults,
     read_pipeline_config,
 )
-from wan.sampling.denoiser import guide
+from wan.sampling.denoiser import Condition, predict_velocity
 from wan.sampling.flow import add_noise, velocity_target
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import sample_euler
-from wan.sampling.schedule import euler_schedule
+from wan.sampling.schedule import NUM_TIMESTEPS, euler_schedule
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import resolve_model
 from wan.weights.load import load_module
@@ -59,16 +58,7 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
     """The released settings, or for a network from scratch those of the frozen parts and `dit`."""
     if not config.from_scratch:
         settings = read_pipeline_config(folder)
-        if settings.boundary_ratio is not None:
-            raise WanError(
-                f"{folder}: a model of two experts; each needs noise levels of its own side of the "
-                "boundary, which this command does not draw. Models with one transformer only"
-            )
-        if config.first_frame_share and not settings.expand_timesteps:
-            raise WanError(
-                f"first_frame_share={config.first_frame_share}: this model takes no first frame "
-                "(expand_timesteps is false in its model_index.json)"
-            )
+        check_trainable(settings, folder, config.first_frame_share)
         return settings
     parts = {
         name: read_json(component_config(folder, name, {})) for name in ("vae", "text_encoder")
@@ -85,20 +75,9 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
 
 
 def build_dit(
-    config: FinetuneConfig, settings: PipelineConfig, folder: Path, world: World
+    config: FinetuneConfig, settings: PipelineConfig, folder: Path, ranks: Ranks
 ) -> WanDiT:
     """The transformer to train, in float32, ready for this process."""
-    dit = load_dit(config, settings, folder, world)
-    if config.compile:
-        for block in dit.blocks:
-            block.compile()
-    world.prepare(dit, config.bfloat16)
-    return dit
-
-
-def load_dit(
-    config: FinetuneConfig, settings: PipelineConfig, folder: Path, world: World
-) -> WanDiT:
 
     def build() -> WanDiT:
         return WanDiT(settings.transformer, config.attention, config.checkpoint_blocks)
@@ -107,27 +86,32 @@ def load_dit(
     if config.from_scratch:
         dit = build()
         dit.init_weights(generator)
-        return dit.to(world.loading_device)
-    checkpoint = open_checkpoint(folder / "transformer")
-    dit = load_module(
-        build,
-        checkpoint,
-        "transformer",
-        dtype=torch.float32,
-        device=world.loading_device,
-        share_mapping=world.size > 1,  # shards are copies of their own
-    )
-    if config.lora.rank:
-        add_lora(dit, config.lora.rank, config.lora.alpha, generator=generator)
+        dit.to(ranks.loading_device)
+    else:
+        dit = load_module(
+            build,
+            open_checkpoint(folder / "transformer"),
+            "transformer",
+            dtype=torch.float32,
+            device=ranks.loading_device,
+            share_mapping=ranks.size > 1,  # shards are copies of their own
+        )
+        if config.lora.rank:
+            add_lora(dit, config.lora.rank, config.lora.alpha, generator=generator)
+    if config.compile:
+        for block in dit.blocks:
+            block.compile()
+    ranks.prepare(dit, config.bfloat16)
     return dit
 
 
 def make_train_step(
-    dit: WanDiT, texts: Texts, cache: LatentCache, config: FinetuneConfig, world: World
+    dit: WanDiT, texts: Texts, cache: LatentCache, config: FinetuneConfig, ranks: Ranks
 ) -> Callable[[TrainState], dict[str, float]]:
-    device = world.device
-    own = world.rows(config.batch_size)
-    trainable = [p for p in dit.parameters() if p.requires_grad]
+    """One step of flow matching on this process's share of a batch."""
+    device = ranks.device
+    own = ranks.share(config.batch_size)
+    weights = list(trainable(dit).values())
 
     def train_step(state: TrainState) -> dict[str, float]:
         generator = step_generator(config.seed, state.step)
@@ -139,22 +123,18 @@ def make_train_step(
         given = float(torch.rand((), generator=generator)) < config.first_frame_share
         given = given and x0.shape[2] > 1  # of a single frame nothing would be left to make
 
-        levels = sigma[:, None].repeat(1, x0.shape[2])  # (B, T)
-        if given:
-            levels[:, 0] = 0  # the first frame is clean, and says so by its timestep
-        # All draws are of the whole batch: what a row is does not depend on who computes it.
-        x0, noise, sigma, levels = (whole[own] for whole in (x0, noise, sigma, levels))
-        x = add_noise(x0, noise, levels[:, None, :, None, None])
-        weight = (levels > 0).float()[:, None, :, None, None] if given else None
-        timestep = 1000 * (levels if given else sigma)
-        context, num_rows = texts(captions[own])
+        # All draws are of the whole batch: what a sample is does not depend on who computes it.
+        x0, noise, sigma = (whole[own].to(device) for whole in (x0, noise, sigma))
+        context, num_tokens = texts(captions[own])
+        condition = Condition(context, num_tokens, x0[:, :, :1] if given else None)
+        x = add_noise(x0, noise, sigma)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
-            velocity = dit(x.to(device), timestep.to(device), context, num_rows)
-        target = velocity_target(x0, noise).to(device)
-        loss = flow_matching_loss(velocity, target, None if weight is None else weight.to(device))
+            velocity = predict_velocity(dit, x, NUM_TIMESTEPS * sigma, condition)
+        weight = condition.frame_weight(x.shape[2])
+        loss = flow_matching_loss(velocity, velocity_target(x0, noise), weight)
         loss.backward()
         lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
-        norm = apply_gradients(state.optimizers, trainable, lr, config.grad_clip)
+        norm = apply_gradients(state.optimizers, weights, lr, config.grad_clip)
         state.averages["dit"].update(dit)
         return {"loss": loss.item(), "grad_norm": norm, "lr": lr, CLIPS: float(config.batch_size)}
 
@@ -162,45 +142,37 @@ def make_train_step(
 
 
 @torch.no_grad()
-def read_samples(
-    dit: WanDiT, texts: Texts, vae: WanVAE, config: FinetuneConfig
+def validate(
+    dit: WanDiT, texts: Texts, vae: WanVAE, config: FinetuneConfig, ranks: Ranks
 ) -> dict[str, float]:
     """Sample clips for held-out captions of the world and let the detectors read them."""
-    rng = random.Random(config.seed)
-    said = [
-        caption(sample_scene(scene_rng(2**42, i), split="heldout", num_objects=1), rng, omit=0.0)
-        for i in range(config.validation_captions)
-    ]
-    scores = []
-    for first in range(0, len(said), 32):
-        part = said[first : first + 32]
-        context, num_rows = texts([c.text for c in part] + [""] * len(part))
-        side = STAGE // vae.config.spatial_stride
-        shape = (vae.config.z_dim, vae.config.latent_frames(NUM_FRAMES), side, side)
-        x = draw_noise(shape, sample_generators(first, len(part))).to(texts.device)
+    captions = world_panel(config.validation_captions, config.seed, kinds=[(1, 0.0)])
+    schedule = euler_schedule(config.validation_steps, config.shift)
+    side = STAGE // vae.config.spatial_stride
+    shape = (vae.config.z_dim, vae.config.latent_frames(NUM_FRAMES), side, side)
 
-        def velocity(x: Tensor, timestep: float, context=context, num_rows=num_rows) -> Tensor:
-            levels = torch.full((2 * len(x),), timestep, device=x.device)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bfloat16):
-                both = dit(torch.cat([x, x]), levels, context, num_rows)
-            with_text, without = both.chunk(2)
-            return guide(with_text, without, config.validation_guidance)
+    def sample(numbers: list[int]) -> Tensor:
+        said = [captions[number].text for number in numbers]
+        context, num_tokens = texts(said + [""] * len(said))
+        condition, null = (Condition(part, num_tokens) for part in context.chunk(2))
+        guidance, bfloat16 = config.validation_guidance, config.bfloat16
+        velocity = sampler_velocity(dit, condition, null, guidance, bfloat16)
+        x = draw_noise(shape, sample_generators(numbers, len(numbers))).to(texts.device)
+        return vae.decode(sample_euler(velocity, x, schedule), None).float()
 
-        x = sample_euler(velocity, x, euler_schedule(config.validation_steps, config.shift))
-        videos = vae.decode(x, None).float().cpu()
-        scores += [score(detect(v), c) for v, c in zip(videos, part, strict=True)]
-    return {f"val_{name}": share for name, share in accuracies(scores).items()}
+    videos = ranks.spread(sample, range(len(captions)), chunk=32)
+    return read_clips(videos, captions, "val")
 
 
 def finetune(config: FinetuneConfig) -> int:
     config.data.check_source()
     torch.set_num_threads(config.threads)
-    with start(config.parallel, config.device) as world:
-        return train(config, world)
+    with start(config.parallel, config.device) as ranks:
+        return train(config, ranks)
 
 
-def train(config: FinetuneConfig, world: World) -> int:
-    with world.main_first():  # it downloads
+def train(config: FinetuneConfig, ranks: Ranks) -> int:
+    with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
     folder = Path(config.output_dir)
     if source.resolve().is_relative_to(folder.resolve()):
@@ -211,13 +183,13 @@ def train(config: FinetuneConfig, world: World) -> int:
     settings = read_settings(config, source)
     folder.mkdir(parents=True, exist_ok=True)
 
-    with world.main_first():  # it encodes clips
+    with ranks.main_first():  # it encodes clips
         cache, texts, vae = open_data(
-            config.data, settings, source, world.device, config.max_text_tokens
+            config.data, settings, source, ranks.device, config.max_text_tokens
         )
-    dit = build_dit(config, settings, source, world)
+    dit = build_dit(config, settings, source, ranks)
     half = torch.bfloat16 if config.bfloat16 else torch.float32
-    dit.attention.verify(settings.transformer.attention_head_dim, world.device, half)
+    dit.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
     average = EMA(dit, config.ema_decay)
     state = TrainState(
         {"dit": dit},
@@ -229,17 +201,17 @@ def train(config: FinetuneConfig, world: World) -> int:
         if not config.validation_captions or vae is None:
             return {}
         with average.in_place(dit):
-            samples = read_samples(dit, texts, vae, config)
-            world.reshard(dit)
-        return samples
+            values = validate(dit, texts, vae, config, ranks)
+            ranks.reshard(dit)
+        return values
 
-    train_step = make_train_step(dit, texts, cache, config, world)
+    train_step = make_train_step(dit, texts, cache, config, ranks)
     identity = asdict(config) | ({"data_digest": cache.digest} if cache.digest else {})
-    if not run_training(state, train_step, config.loop, folder, identity, on_save, world):
+    if not run_training(state, train_step, config.loop, folder, identity, on_save, ranks):
         return INTERRUPTED
     average.copy_to(dit)
-    world.reunite(dit)
-    if world.is_main:
+    ranks.reunite(dit)
+    if ranks.is_main:
         print(f"wrote {export_model(dit, source, settings, folder, config.lora.rank)}")
     return 0
 

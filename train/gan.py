@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from train.rollout import Condition, predict_velocity
 from wan.errors import WanError
 from wan.models.dit import WanDiT
+from wan.sampling.denoiser import Condition, predict_velocity
 from wan.sampling.flow import add_noise
 from wan.sampling.schedule import NUM_TIMESTEPS
 
@@ -41,7 +41,7 @@ class Discriminator(nn.Module):
 
 
 def block_numbers(blocks: Sequence[int], num_layers: int) -> list[int]:
-    """Negative numbers count from the end.
+    """The indices of blocks, given by numbers of which negative ones count from the end.
 
     Raises:
         WanError: a block that the network does not have.
@@ -54,7 +54,7 @@ def block_numbers(blocks: Sequence[int], num_layers: int) -> list[int]:
 
 @contextmanager
 def read_blocks(dit: WanDiT, blocks: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Collect what leaves these blocks, (B, L, D) each, in the order of the network.
+    """Collect the outputs of these blocks, (B, L, D) each, in the order of the network.
 
     Where tokens are shared out over processes these are the process's own: (B, l, D).
     """

@@ -1,12 +1,11 @@
 """The loop that every training command shares: step, log, save, resume."""
 
-import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 from configs.training import LoopConfig
 from train.checkpoint import load_latest, save_checkpoint
 from train.metrics import MetricsLog, media_files
-from train.parallel import ALONE, World
+from train.parallel import ALONE, Ranks
 from train.state import TrainState
 from train.tensor_cache import only_writer
 from wan.errors import WanError
+from wan.files import write_json
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -41,11 +41,6 @@ FREE_SETTINGS = {
     "loop.wandb_project",
     "loop.allow_changes",
     "data.cache_dir",
-    # Of earlier versions, for clips that training encoded itself; the world never used them.
-    "data.num_frames",
-    "data.height",
-    "data.width",
-    "data.fps",
     # How the same numbers are computed, up to rounding.
     "compile",
     "checkpoint_blocks",
@@ -53,9 +48,6 @@ FREE_SETTINGS = {
     "parallel.replicate",
     "parallel.sequence",
 }
-
-# Settings whose names are those of a released file: a new one there comes from no new version.
-FREE_FORM = ("dit.", "sampling.", "vae.", "encoder.")
 
 
 def run_training(
@@ -65,7 +57,7 @@ def run_training(
     folder: Path,
     settings: dict[str, Any],
     on_save: Callable[[TrainState], dict[str, float]] | None = None,
-    world: World = ALONE,
+    ranks: Ranks = ALONE,
 ) -> bool:
     """Train to `config.steps`, continuing from the newest checkpoint in `folder` if there is one.
 
@@ -79,7 +71,7 @@ def run_training(
             the one that a signal asks for between two others. If it returns `HEALTH`, the
             checkpoint where that was highest is kept beside the last ones. What it writes as
             `media_files` finds it is mirrored to wandb too.
-        world: of all processes, which step and stop together; numbers are averaged over them, and
+        ranks: of all processes, which step and stop together; numbers are averaged over them, and
             the main one prints and logs.
     Returns:
         True at the last step; False after a Ctrl-C or SIGTERM, which ends the run with a checkpoint
@@ -92,114 +84,142 @@ def run_training(
             command goes on from the last checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        with world.together():
-            if world.is_main:
-                stack.enter_context(only_writer(folder))
-        return _train(state, train_step, config, folder, settings, on_save, world)
-
-
-def _train(
-    state: TrainState,
-    train_step: Callable[[TrainState], dict[str, float]],
-    config: LoopConfig,
-    folder: Path,
-    settings: dict[str, Any],
-    on_save: Callable[[TrainState], dict[str, float]] | None,
-    world: World,
-) -> bool:
-    """`run_training`, in a folder that no other run writes to."""
-    if len(set(world.gather(settings.get("data_digest")))) > 1:
-        raise WanError(
-            "data.folder: train.preprocess changed it while processes opened it; start again"
-        )
     checkpoints = folder / "checkpoints"
-    tree = load_latest(checkpoints, world)
-    seen: dict[str, list[float]] = {}  # since the last line of the log; not every step has all
-    if tree is not None:
-        if not config.allow_changes:
-            check_unchanged(tree.get("settings", {}), settings)
-        state.load_tree(tree)
-        seen = tree.get("seen", {})  # earlier versions did not save it
-        if world.is_main:
-            print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
-    del tree  # all weights and averages once more
-    log: MetricsLog | None = None
-    if world.is_main:
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        log = MetricsLog(folder, state.step, config.wandb_project, settings)
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_main:
+                stack.enter_context(only_writer(folder))
+        seen = resume(state, config, checkpoints, settings, ranks)
+        stop_requested = stack.enter_context(stop_signals())
+        log: MetricsLog | None = None
+        if ranks.is_main:
+            write_json(folder / "config.json", settings)
+            log = MetricsLog(folder, state.step, config.wandb_project, settings)
+            stack.callback(log.close)
 
-    def report(text: str, values: dict[str, float]) -> None:
-        if log is not None:
-            log.write(state.step - 1, **values)
-            print(text, flush=True)
+        def report(text: str, values: dict[str, float]) -> None:
+            if log is not None:
+                log.write(state.step - 1, **values)
+                print(text, flush=True)
 
-    asked_to_stop = stopping = False
-
-    def request_stop(signum: int, frame: object) -> None:
-        nonlocal asked_to_stop
-        asked_to_stop = True
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
-
-    previous = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    started, counted = time.perf_counter(), 0
-    try:
+        numbers, stopping = Numbers(seen), False
         while state.step < config.steps and not stopping:
-            values = world.mean(train_step(state))
-            stopping = world.any(asked_to_stop)  # one answer for all, whenever the signal came
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    raise WanError(
-                        f"step {state.step}: {name} is {value}; the run stops here. "
-                        f"Checkpoints up to this step are in {checkpoints}"
-                    )
-                seen.setdefault(name, []).append(value)
+            values = ranks.mean(train_step(state))
+            stopping = ranks.any(stop_requested())  # one answer for all, whenever the signal came
+            check_finite(state.step, values, checkpoints)
+            numbers.add(values)
             state.step += 1
-            counted += 1
-            if state.step % config.log_every == 0 or state.step == config.steps:
-                means = {name: sum(values) / len(values) for name, values in seen.items()}
-                clips, pace = means.pop(CLIPS, None), (time.perf_counter() - started) / counted
-                speed = {"seconds_per_step": pace}
-                if clips is not None:
-                    speed["clips_per_second"] = clips / pace
+            last = state.step == config.steps
+            if state.step % config.log_every == 0 or last:
+                means, speed = numbers.take()
+                pace = f"{speed['seconds_per_step']:.2f} s/step"
                 done = f"{state.step}/{config.steps}"
-                report(f"{done}  {format_numbers(means)}  {pace:.2f} s/step", means | speed)
-                seen, started, counted = {}, time.perf_counter(), 0
-            due = state.step % config.save_every == 0 or state.step == config.steps
+                report(f"{done}  {format_numbers(means)}  {pace}", means | speed)
+            due = state.step % config.save_every == 0 or last
             if due or stopping:
                 paused = time.perf_counter()
                 # Asked to stop, there may be no time to measure; nor is the best to depend on it.
                 measured = on_save(state) if due and on_save is not None else {}
                 if measured:
                     report("    " + format_numbers(measured), measured)
-                tree = {**state.to_tree(), "settings": settings, "seen": seen}
+                tree = {**state.to_tree(), "settings": settings, "seen": numbers.seen}
                 health = measured.get(HEALTH)
-                save_checkpoint(checkpoints, state.step, tree, config.keep_last, world, health)
+                save_checkpoint(checkpoints, state.step, tree, config.keep_last, ranks, health)
                 if log is not None:
                     log.show(state.step - 1, media_files(folder, state.step))
-                started += time.perf_counter() - paused
-    finally:
-        if log is not None:
-            log.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+                numbers.started += time.perf_counter() - paused
     return state.step >= config.steps
 
 
+def resume(
+    state: TrainState, config: LoopConfig, checkpoints: Path, settings: dict[str, Any], ranks: Ranks
+) -> dict[str, list[float]]:
+    """Bring `state` to the newest checkpoint, if there is one; returns what `Numbers` had seen."""
+    if len(set(ranks.gather(settings.get("data_digest")))) > 1:
+        raise WanError(
+            "data.folder: train.preprocess changed it while processes opened it; start again"
+        )
+    tree = load_latest(checkpoints, ranks)
+    if tree is None:
+        return {}
+    if not config.allow_changes:
+        check_unchanged(tree["settings"], settings)
+    state.load_tree(tree)
+    if ranks.is_main:
+        print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
+    return tree["seen"]
+
+
+class Numbers:
+    """What steps returned since the last line of the log, and how long they took.
+
+    Attributes:
+        seen: the values of each number; not every step has all of them.
+        started: when the first of these steps began; whoever pauses between steps moves it.
+    """
+
+    def __init__(self, seen: dict[str, list[float]]) -> None:
+        self.seen, self.counted, self.started = seen, 0, time.perf_counter()
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.seen.setdefault(name, []).append(value)
+        self.counted += 1
+
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Mean of each number, and speed; then counting begins anew."""
+        means = {name: sum(values) / len(values) for name, values in self.seen.items()}
+        pace = (time.perf_counter() - self.started) / self.counted
+        speed = {"seconds_per_step": pace}
+        if (clips := means.pop(CLIPS, None)) is not None:
+            speed["clips_per_second"] = clips / pace
+        self.seen, self.counted, self.started = {}, 0, time.perf_counter()
+        return means, speed
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Catch Ctrl-C and SIGTERM: yields a function that says whether one has come.
+
+    A second one ends the process at once.
+    """
+    came = False
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signum, signal.SIG_DFL)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def check_finite(step: int, values: dict[str, float], checkpoints: Path) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise WanError(
+                f"step {step}: {name} is {value}; the run stops here. "
+                f"Checkpoints up to this step are in {checkpoints}"
+            )
+
+
 def check_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Refuse to continue a run as another one; settings that earlier versions lacked may be new.
+    """Refuse to continue a run as another one.
 
     Raises:
-        WanError: lists what differs.
+        WanError: lists the settings that differ.
     """
     before, now = dict(flat(saved)), dict(flat(given))
-    added = [name for name in now if name not in before and name.startswith(FREE_FORM)]
     free = FREE_SETTINGS
     if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
         free = free | {"data.folder"}
     changed = [
         f"{name}: {before.get(name)} there, {now.get(name)} now"
-        for name in [*before, *added]
+        for name in before | now
         if before.get(name) != now.get(name) and name not in free
     ]
     if changed:

@@ -13,13 +13,13 @@ from wan.files import write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; half a line, of a run that was killed or goes on, is none."""
+    """The lines of a metrics.jsonl, without an unfinished last one of a run that was killed."""
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def media_files(folder: Path, step: int) -> list[Path]:
-    """What the save after `step` steps has to show: samples/0000200-triptych.png and the like."""
+    """Pictures and clips of the save after `step` steps, such as samples/0000200-0.mp4."""
     found = (folder / "samples").glob(f"{step:07d}-*")
     return sorted(path for path in found if path.suffix in (".png", ".mp4"))
 
@@ -27,15 +27,15 @@ def media_files(folder: Path, step: int) -> list[Path]:
 class MetricsLog:
     """Appends to `metrics.jsonl`. After a resume, lines of steps to be repeated are dropped first.
 
-    wandb is a mirror: what goes wrong there is told once, as a warning, and the run goes on.
+    wandb is a mirror: the first failure there is a warning, and the run goes on.
 
     Args:
         folder: where the run lives.
         first_step: the step about to run; later lines come from work that was not saved.
         wandb_project: mirror to this wandb project; None keeps everything local.
-        config: the run's settings, shown by wandb.
+        config: the run's settings, for wandb.
     Raises:
-        WanError: wandb is asked for and not installed.
+        WanError: wandb_project is given and wandb is not installed.
         OSError: the file can't be written; what was there is untouched.
     """
 
@@ -101,7 +101,7 @@ class MetricsLog:
         self.wandb = run
 
     def mirror(self, send: Callable[[], Any]) -> None:
-        """Do something with wandb; the first failure is told, none ends the run."""
+        """Send something to wandb; the first failure is a warning, and none ends the run."""
         try:
             send()
         except Exception as error:  # the network's, the server's, wandb's own: of any kind

@@ -73,6 +73,11 @@ class Muon(Optimizer):
                 weight.add_(update, alpha=-group["lr"] * scale)
 
 
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that training changes, by their names."""
+    return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+
 def make_optimizers(
     module: nn.Module,
     name: str,
@@ -88,8 +93,8 @@ def make_optimizers(
     """
     if name not in ("adamw", "muon"):
         raise WanError(f"optimizer={name!r}: must be adamw or muon")
-    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    matrices = {n: p for n, p in trainable.items() if p.ndim >= 2 and min(p.shape[:2]) > 1}
+    weights = trainable(module)
+    matrices = {n: p for n, p in weights.items() if p.ndim >= 2 and min(p.shape[:2]) > 1}
     hidden = {
         n: p
         for n, p in matrices.items()
@@ -99,7 +104,7 @@ def make_optimizers(
     }
     groups: list[dict[str, Any]] = [
         {"params": [p for n, p in matrices.items() if n not in hidden]},
-        {"params": [p for n, p in trainable.items() if n not in matrices], "weight_decay": 0.0},
+        {"params": [p for n, p in weights.items() if n not in matrices], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     optimizers: dict[str, Optimizer] = {}
@@ -121,10 +126,7 @@ def learning_rate(step: int, peak: float, steps: int, warmup: int, final: float 
 
 
 def apply_gradients(
-    optimizers: dict[str, Optimizer],
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    max_norm: float,
+    optimizers: dict[str, Optimizer], parameters: Iterable[nn.Parameter], lr: float, max_norm: float
 ) -> float:
     """The end of a step: clip, set the rate, update, clear. Returns the norm before clipping."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -151,9 +153,7 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.weights = {
-            n: p.detach().float().clone() for n, p in module.named_parameters() if p.requires_grad
-        }
+        self.weights = {n: p.detach().float().clone() for n, p in trainable(module).items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:

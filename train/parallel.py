@@ -1,20 +1,20 @@
 """Many processes as one run: the only file that knows how many there are.
 
-    with start(config.parallel, config.device) as world:
-        dit = ...                        # on world.loading_device, the same in all processes
-        world.prepare(dit, bfloat16)     # before optimisers and averages are made
-        rows = world.rows(batch_size)    # of the whole batch, this process's
-        run_training(..., world=world)   # steps, stops and saves together
-    world.reshard(dit)               # after sampling, before its weights are touched or saved
-        world.reunite(dit)               # whole again in the main process, to export
+    with start(config.parallel, config.device) as ranks:
+        dit = ...                        # on ranks.loading_device, the same in all processes
+        ranks.prepare(dit, bfloat16)     # before optimisers and averages are made
+        own = ranks.share(batch_size)    # this process's samples of the whole batch
+        run_training(..., ranks=ranks)   # steps, stops and saves together
+        ranks.reshard(dit)               # after sampling, before its weights are touched or saved
+        ranks.reunite(dit)               # whole again in the main process, to export
 
-Started plainly, a command is alone: `World` then does nothing at all and modules stay as they are.
-Under torchrun `Processes` shards every weight with FSDP2 over `shard` x `sequence` processes,
+Started plainly, a command is alone: `Ranks` then does nothing at all and modules stay as they are.
+Under torchrun `ShardedRanks` shards every weight with FSDP2 over `shard` x `sequence` processes,
 keeps `replicate` copies of that, and splits the tokens of each clip over `sequence` neighbours.
 
-Every process draws the randomness of the whole batch and keeps its own rows, so that the number of
-processes changes no sample. Gradients are means over all processes: the loss of a process must be a
-mean over its rows, and equal on those that share a clip.
+Every process draws the randomness of the whole batch and keeps its own samples, so that the number
+of processes changes none of them. Gradients are means over all processes: the loss of a process
+must be a mean over its samples, and equal on those that share a clip.
 
 Letters: P processes that share tokens, B batch, N heads, L tokens, l = ceil(L / P), K channels of a
 head.
@@ -53,7 +53,7 @@ COUNTS = ("exits_",)  # of clips: added up over the groups that see different on
 GREATEST = ("student_max", "memory_gb")
 
 
-class World:
+class Ranks:
     """One process, alone: nothing to share and nothing to agree on.
 
     Attributes:
@@ -92,17 +92,17 @@ class World:
         """
 
     def reshard(self, *modules: nn.Module) -> None:
-        """After forwards without a backward pass, before anything else touches the weights.
+        """Call it after forwards without a backward pass, before anything touches the weights.
 
         Such a forward leaves some weights gathered, a copy that the module goes on with whatever
         an optimiser, an average or a checkpoint then makes of the shards.
         """
 
     def reunite(self, module: nn.Module) -> None:
-        """Undo `prepare` in the main process, on the CPU; the others' module is done with."""
+        """Undo `prepare` in the main process, on the CPU; others must not use the module again."""
 
-    def rows(self, batch_size: int) -> slice:
-        """This process's rows of a batch.
+    def share(self, batch_size: int) -> slice:
+        """This process's samples of a batch.
 
         Raises:
             WanError: the batch cannot be shared out evenly.
@@ -120,7 +120,7 @@ class World:
         return [value]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether the flag is set in any process."""
         return any(self.gather(flag))
 
     def first(self, value: T) -> T:
@@ -142,15 +142,15 @@ class World:
     def spread(
         self, make: Callable[[list[int]], Tensor], numbers: Sequence[int], chunk: int
     ) -> Tensor:
-        """What `make` makes of numbers, a row of each, by every group a share of them.
+        """Apply `make` to numbers, one result each; every group does a share of them.
 
         All processes call it equally often, as sharded networks need: where a share would be
         shorter than the others, the last number is made again.
 
         Args:
-            make: up to `chunk` numbers -> a tensor with as many rows.
+            make: up to `chunk` numbers -> a tensor with one entry for each.
         Returns:
-            all rows in order, in every process, on the CPU.
+            all entries in order, in every process, on the CPU.
         """
         count = len(numbers)
         share = -(-count // self.data_size)
@@ -161,10 +161,10 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in one process fails in all, so that none is left waiting.
+        """Make an error in one process an error in all, so that none is left waiting.
 
         Raises:
-            OSError, WanError: the process's own, or one that tells another's.
+            OSError, WanError: the process's own; or a WanError with the text of another's.
         """
         error: OSError | WanError | None = None
         try:
@@ -180,7 +180,7 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The others come when the main process is through: it fills the caches they read."""
+        """Let the main process go first: it fills the caches that the others read."""
         if not self.is_main:
             self.gather(None)
         yield
@@ -188,7 +188,7 @@ class World:
             self.gather(None)
 
     def stored_rows(self, tensor: Tensor) -> tuple[Tensor, Rows] | None:
-        """What this process writes of a tensor, and which rows that are; None: nothing."""
+        """The rows of a tensor that this process saves, and their place; None if it saves none."""
         return tensor, (0, len(tensor) if tensor.ndim else 1)
 
     def restore(self, shape: tuple[int, ...], read: Callable[[Rows], Tensor]) -> Tensor:
@@ -196,7 +196,7 @@ class World:
         return read((0, shape[0] if shape else 1))
 
 
-class Processes(World):
+class ShardedRanks(Ranks):
     """Several processes under torchrun. Made by `start`."""
 
     def __init__(self, config: ParallelConfig, device: torch.device) -> None:
@@ -234,7 +234,7 @@ class Processes(World):
         fully_shard(module, mesh=self.mesh, mp_policy=exact)
 
     def _shard_children(self, module: nn.Module, policy: MixedPrecisionPolicy) -> None:
-        """Those children that hold weights of which none is to be kept in float32."""
+        """Shard each child whose weights may all be gathered in bfloat16."""
         for name, child in module.named_children():
             weights = [f"{name}.{n}" for n, _ in child.named_parameters()]
             kept = any(part in w for w in weights for part in WanDiT.FLOAT32_PARAMETERS)
@@ -349,25 +349,29 @@ class SequenceSplit:
         return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
 
-def share_out(config: ParallelConfig, size: int) -> int:
+def share_out(
+    config: ParallelConfig,
+    size: int,
+    units: str = "processes",
+    hint: str = "; torchrun --nproc-per-node says how many there are",
+) -> int:
     """How many processes shard the weights, `parallel.sequence` not counted.
 
     Raises:
-        WanError: the three numbers do not multiply to `size`.
+        WanError: the three numbers do not multiply to `size`; it calls them `units`.
     """
     others = config.replicate * config.sequence
     shard = config.shard if config.shard is not None else max(1, size // others)
     if shard * others != size:
         raise WanError(
             f"parallel.shard={config.shard}, replicate={config.replicate}, sequence="
-            f"{config.sequence}: their product must be the number of processes, {size}; "
-            "torchrun --nproc-per-node says how many there are"
+            f"{config.sequence}: their product must be the number of {units}, {size}{hint}"
         )
     return shard
 
 
 @contextmanager
-def start(config: ParallelConfig, device: str = "cpu") -> Iterator[World]:
+def start(config: ParallelConfig, device: str = "cpu") -> Iterator[Ranks]:
     """Join the other processes of this run, if torchrun started several; leave them at the end.
 
     Raises:
@@ -376,7 +380,7 @@ def start(config: ParallelConfig, device: str = "cpu") -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     share_out(config, size)
     if size == 1:
-        yield World(resolve_device(device))
+        yield Ranks(resolve_device(device))
         return
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -389,12 +393,12 @@ def start(config: ParallelConfig, device: str = "cpu") -> Iterator[World]:
         torch.cuda.set_device(place)
     dist.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        world = Processes(config, place)
+        ranks = ShardedRanks(config, place)
         with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
             # Linear layers return views; nothing here changes them in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-            with redirect_stdout(sys.stdout if world.is_main else nowhere):
-                yield world
+            with redirect_stdout(sys.stdout if ranks.is_main else nowhere):
+                yield ranks
     finally:
         dist.destroy_process_group()
 
@@ -411,4 +415,4 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-ALONE = World(torch.device("cpu"))
+ALONE = Ranks(torch.device("cpu"))

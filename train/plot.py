@@ -12,35 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.cli import run_command
-from configs.schema import PICTURES, check_ending, option
+from configs.schema import PICTURES, Options, check_ending, option
 from train.metrics import read_metrics
 from wan.errors import WanError
 
 Series = list[tuple[int, float]]  # (step, value)
 
-# Numbers that belong together though their names do not say so.
+# Panels of numbers that belong together though their names do not say so.
 FAMILIES = {
-    "student_grad_norm": "gradient norms",
-    "critic_grad_norm": "gradient norms",
-    "grad_norm": "gradient norms",
-    "student_mean": "student's x0",
-    "student_std": "student's x0",
-    "student_max": "student's x0",
-    "student_saturated": "share of saturated latents",
-    "teacher_saturated": "share of saturated latents",
-    "lr": "learning rates",
-    "critic_lr": "learning rates",
-    "student_drift": "student over teacher",
-    "motion_ratio": "student over teacher",
-    "saturation_ratio": "student over teacher",
-    "spread_ratio": "student over teacher",
-    "diversity_ratio": "student over teacher",
-    "psnr": "PSNR, dB",
-    "val_psnr": "PSNR, dB",
-    "val_psnr_foreground": "PSNR, dB",
-    "health": "health and captions that came true",
-    "val_joint": "health and captions that came true",
-    "teacher_joint": "health and captions that came true",
+    "gradient norms": ("student_grad_norm", "critic_grad_norm", "grad_norm"),
+    "student's x0": ("student_mean", "student_std", "student_max"),
+    "share of saturated latents": ("student_saturated", "teacher_saturated"),
+    "learning rates": ("lr", "critic_lr"),
+    "student over teacher": (
+        *("student_drift", "motion_ratio", "saturation_ratio", "spread_ratio", "diversity_ratio"),
+    ),
+    "PSNR, dB": ("psnr", "val_psnr", "val_psnr_foreground"),
+    "health and captions that came true": ("health", "val_joint", "teacher_joint"),
 }
 PREFIXES = {
     "critic_loss_sigma_": "critic's loss by noise level",
@@ -50,15 +38,18 @@ PREFIXES = {
 COLUMNS = 3
 
 
+def check_picture(name: str, value: str) -> None:
+    check_ending(name, value, (*PICTURES, ".pdf", ".svg"))
+
+
 @dataclass
-class PlotConfig:
+class PlotConfig(Options):
     """`train.plot`: a picture of a run."""
 
     run: str = option("runs/student_3", "the output_dir of a training command")
-    output: str | None = option(None, "the picture; null: plot.png beside the metrics")
-
-    def __post_init__(self) -> None:
-        check_ending("output", self.output, (*PICTURES, ".pdf", ".svg"))
+    output: str | None = option(
+        None, "the picture; null: plot.png beside the metrics", check=check_picture
+    )
 
 
 def read_series(path: Path) -> dict[str, Series]:
@@ -81,8 +72,9 @@ def read_series(path: Path) -> dict[str, Series]:
 
 def family(name: str) -> str:
     """The panel a number is drawn in."""
-    if name in FAMILIES:
-        return FAMILIES[name]
+    for title, names in FAMILIES.items():
+        if name in names:
+            return title
     return next((title for start, title in PREFIXES.items() if name.startswith(start)), name)
 
 

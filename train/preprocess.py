@@ -25,20 +25,12 @@ from tqdm import tqdm
 
 from configs.cli import run_command
 from configs.data import PreprocessConfig
-from train.clips import (
-    RECIPE,
-    Clip,
-    ClipRules,
-    list_clips,
-    read_caption,
-    read_clip,
-    read_prompts,
-)
-from train.conditioning import RowsOf, TextRows, component_digests, load_frozen, text_dtype
+from train.clips import RECIPE, Clip, ClipRules, list_clips, read_caption, read_clip, read_prompts
+from train.conditioning import CaptionEncoder, TokensOf, component_digests, load_frozen, text_dtype
 from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
 from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend
 from wan.errors import WanError
-from wan.files import read_json, write_text
+from wan.files import read_json, write_json, write_text
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Config, UMT5Encoder
@@ -52,10 +44,11 @@ CHECK = "check.jsonl"  # the report of check_only=true and of runs that fail: bo
 CHUNK = 16  # frames that the autoencoder takes at a time
 TEXTS_PER_SHARD = 256
 
-Row = dict[str, Any]
+Line = dict[str, Any]
 
 
 def preprocess(config: PreprocessConfig) -> int:
+    """Judge and encode all clips, encode all texts; the index is written last."""
     if config.clips is None and config.prompts is None:
         raise WanError("nothing to do: give clips= (a folder or a list), prompts= or both")
     clips = list_clips(Path(config.clips)) if config.clips is not None else []
@@ -64,21 +57,21 @@ def preprocess(config: PreprocessConfig) -> int:
     device = resolve_device(config.device)
     source = resolve_model(config.checkpoint)
 
-    def read_settings(name: str) -> Row:
+    def read_settings(name: str) -> Line:
         return read_json(component_config(source, name, {}))
 
     def load_vae() -> WanVAE:
         settings = VAEConfig.from_json(read_settings("vae"))
         return load_frozen(lambda: WanVAE(settings), source, "vae", device, torch.float32)
 
-    def load_encoder() -> RowsOf:
+    def load_encoder() -> TokensOf:
         settings = UMT5Config.from_json(read_settings("text_encoder"))
         encoder = load_frozen(
             lambda: UMT5Encoder(settings), source, "text_encoder", device, text_dtype(device)
         )
-        return TextRows(encoder, tokenizer, config.max_text_tokens)
+        return CaptionEncoder(encoder, tokenizer, config.max_text_tokens)
 
-    index: Row = {
+    index: Line = {
         "identity": identity(config, source, device),
         "latent_shapes": latent_shapes(
             config, VAEConfig.from_json(read_settings("vae")), patch_size(source)
@@ -92,36 +85,35 @@ def preprocess(config: PreprocessConfig) -> int:
         if not config.check_only:
             claim(folder, index)
             latents = open_to_extend(folder, "latents", config.verify)
-        rows = judge_and_encode(clips, config, index, latents, load_vae)
-        good = [row for row in rows if row["verdict"] == "ok"]
-        for row in good:
-            said = tokenizer(clean_prompt(row["caption"]), config.max_text_tokens)
-            row["caption_tokens"] = said.num_tokens_before_truncation
-            row["caption_cut"] = said.truncated
-        report = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        failure = too_many_set_aside(rows, len(clips), config, folder / CHECK)
+        lines = judge_and_encode(clips, config, index, latents, load_vae)
+        good = [line for line in lines if line["verdict"] == "ok"]
+        for line in good:
+            tokens = tokenizer(clean_prompt(line["caption"]), config.max_text_tokens)
+            line["caption_tokens"] = tokens.num_tokens_before_truncation
+            line["caption_cut"] = tokens.truncated
+        report = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        failure = too_many_set_aside(lines, len(clips), config, folder / CHECK)
         if config.check_only or failure:
             write_text(folder / CHECK, report)
         if failure:
             raise WanError(failure)
-        print(summary(rows, prompts, folder))
+        print(summary(lines, prompts, folder))
         if config.check_only:
             return 0
-        texts = {row["caption"] for row in good} | {*prompts, "", config.negative_prompt or ""}
+        index |= {"prompts": prompts, "negative_prompt": config.negative_prompt}
+        texts = {line["caption"] for line in good} | {*prompts, "", config.negative_prompt or ""}
         stored_texts = open_to_extend(folder, "texts", config.verify)
         encode_texts(texts, index, stored_texts, load_encoder)
-        index["content_sha256"] = content_digest(
-            latents, [row["key"] for row in good], stored_texts, [text_key(index, t) for t in texts]
-        )
-        index["prompts"], index["negative_prompt"] = prompts, config.negative_prompt
+        clip_keys, text_keys = [line["key"] for line in good], [text_key(index, t) for t in texts]
+        index["content_sha256"] = content_digest(latents, clip_keys, stored_texts, text_keys)
         index["report_sha256"] = hashlib.sha256(report.encode()).hexdigest()
         write_text(folder / REPORT, report)
-        write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / INDEX, index)
     return 0
 
 
-def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Row:
-    """What the content of a folder follows from, beside its clips and texts."""
+def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Line:
+    """Everything that a folder's content follows from, apart from its clips and texts."""
     names = ("sizes", "fps", "retime", "max_crop", "max_upscale", "max_text_tokens")
     return {
         "recipe": RECIPE,
@@ -132,7 +124,7 @@ def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Ro
 
 
 def patch_size(source: Path) -> tuple[int, int, int]:
-    """Of the checkpoint's transformer, if it has one."""
+    """The patch size of the checkpoint's transformer; (1, 1, 1) if it has none."""
     path = part_folder(source, "transformer") / "config.json"
     if not path.is_file():
         return (1, 1, 1)
@@ -158,16 +150,16 @@ def latent_shapes(
     return shapes
 
 
-def claim(folder: Path, index: Row) -> None:
-    """Write what the folder is for before anything else is in it.
+def claim(folder: Path, index: Line) -> None:
+    """Write the folder's settings into its index before anything else is in it.
 
     Raises:
-        WanError: it is for something else.
+        WanError: the folder holds something else, or data of other settings.
     """
     path = folder / INDEX
     shards = [*TensorStore(folder, "latents").shards(), *TensorStore(folder, "texts").shards()]
     if not shards:
-        write_text(path, json.dumps(index, indent=2) + "\n")
+        write_json(path, index)
         return
     if not path.exists():
         raise WanError(
@@ -175,11 +167,6 @@ def claim(folder: Path, index: Row) -> None:
             "command; choose another"
         )
     there, now = read_json(path).get("identity", {}), index["identity"]
-    if "recipe" not in there:
-        raise WanError(
-            f"output_dir={folder} was written by an earlier version, which judged clips by other "
-            "rules; it can be trained on, but not extended or repaired: choose another"
-        )
     changed = [name for name in now if there.get(name) != now[name]]
     if changed:
         lines = "; ".join(f"{name}: {there.get(name)} there, {now[name]} now" for name in changed)
@@ -191,11 +178,11 @@ def claim(folder: Path, index: Row) -> None:
 def judge_and_encode(
     clips: list[Clip],
     config: PreprocessConfig,
-    index: Row,
+    index: Line,
     latents: TensorStore,
     load_vae: Callable[[], WanVAE],
-) -> list[Row]:
-    """A line of the report for each clip; what is good and not yet stored is, shard by shard.
+) -> list[Line]:
+    """The report's lines, one per clip; latents of good clips are stored, shard by shard.
 
     Ends early when more clips are set aside than is allowed, except with check_only.
     """
@@ -205,53 +192,53 @@ def judge_and_encode(
         config.parsed_sizes(), config.fps, config.retime, config.max_crop, config.max_upscale
     )
     known = {key: latents.facts(key) for key in latents.stored}
-    rows: list[Row] = []
+    lines: list[Line] = []
     fresh: dict[str, Tensor] = {}
     vae: WanVAE | None = None
     for clip in tqdm(clips, desc="clips", unit="clip"):
-        row, facts, video = judge(clip, rules, settings, known)
-        rows.append(row | facts)
+        line, facts, video = judge(clip, rules, settings, known)
+        lines.append(line | facts)
         if video is not None and not config.check_only:
             vae = vae or load_vae()
-            fresh[row["key"]] = encode_float16(vae, video[None], CHUNK)[0].contiguous()
-            known[row["key"]] = facts
+            fresh[line["key"]] = encode_float16(vae, video[None], CHUNK)[0].contiguous()
+            known[line["key"]] = facts
         if len(fresh) == config.shard_clips:
             latents.add(fresh, known)
             fresh = {}
-        if num_set_aside(rows) > allowed(len(clips), config) and not config.check_only:
+        if num_set_aside(lines) > allowed(len(clips), config) and not config.check_only:
             break
     if fresh:
         latents.add(fresh, known)
-    return rows
+    return lines
 
 
 def judge(
-    clip: Clip, rules: ClipRules, settings: Row, known: dict[str, Row]
-) -> tuple[Row, Row, Tensor | None]:
+    clip: Clip, rules: ClipRules, settings: Line, known: dict[str, Line]
+) -> tuple[Line, Line, Tensor | None]:
     """A clip's line in the report, facts that follow from its file, frames (3, F, H, W) to encode.
 
     Args:
         settings: with the file's content, what the key of its latents follows from.
         known: facts about what is stored already, by key; its frames are not read again.
     """
-    row: Row = {"clip": clip.name, "verdict": "ok"}
-    facts: Row = {}
+    line: Line = {"clip": clip.name, "verdict": "ok"}
+    facts: Line = {}
     video = None
     try:
-        row["caption"] = read_caption(clip)
-        row["key"] = key_of(settings, sha256_file(clip.path))
-        if row["key"] in known:
-            facts = known[row["key"]]
+        line["caption"] = read_caption(clip)
+        line["key"] = key_of(settings, sha256_file(clip.path))
+        if line["key"] in known:
+            facts = known[line["key"]]
         else:
             video = read_clip(clip, rules, facts)
     except (WanError, OSError) as error:
         reason = str(error).replace(f"{clip.path.parent}/", "")  # a report may be handed on
-        row |= {"verdict": SET_ASIDE, "reason": reason}
-    return row, facts, video
+        line |= {"verdict": SET_ASIDE, "reason": reason}
+    return line, facts, video
 
 
-def num_set_aside(rows: list[Row]) -> int:
-    return sum(row["verdict"] == SET_ASIDE for row in rows)
+def num_set_aside(lines: list[Line]) -> int:
+    return sum(line["verdict"] == SET_ASIDE for line in lines)
 
 
 def allowed(num_clips: int, config: PreprocessConfig) -> int:
@@ -262,45 +249,45 @@ def allowed(num_clips: int, config: PreprocessConfig) -> int:
 
 
 def too_many_set_aside(
-    rows: list[Row], num_clips: int, config: PreprocessConfig, report: Path
+    lines: list[Line], num_clips: int, config: PreprocessConfig, report: Path
 ) -> str | None:
     """Why the run fails, with the first reasons, when too many clips are set aside, or all."""
-    bad = [row for row in rows if row["verdict"] == SET_ASIDE]
+    bad = [line for line in lines if line["verdict"] == SET_ASIDE]
     if len(bad) <= allowed(num_clips, config) and (len(bad) < num_clips or not num_clips):
         return None
-    first = "; ".join(f"{row['clip']}: {row['reason']}" for row in bad[:3])
+    first = "; ".join(f"{line['clip']}: {line['reason']}" for line in bad[:3])
     return (
-        f"{len(bad)} of the first {len(rows)} clips ({num_clips} in all) are set aside, "
+        f"{len(bad)} of the first {len(lines)} clips ({num_clips} in all) are set aside, "
         f"{min(allowed(num_clips, config), num_clips - 1)} may be (max_set_aside_share=, "
         f"max_set_aside=): {first}; all reasons are in {report}"
     )
 
 
-def summary(rows: list[Row], prompts: list[str], folder: Path) -> str:
-    sizes = Counter(row["size"] for row in rows if row["verdict"] == "ok")
+def summary(lines: list[Line], prompts: list[str], folder: Path) -> str:
+    sizes = Counter(line["size"] for line in lines if line["verdict"] == "ok")
     parts = [f"{count} clips of {size}" for size, count in sizes.items()]
     parts += [f"{len(prompts)} prompts"] if prompts else []
-    cut = sum(row.get("caption_cut", False) for row in rows)
+    cut = sum(line.get("caption_cut", False) for line in lines)
     return (
-        f"{folder}: {', '.join(parts)}; {num_set_aside(rows)} clips set aside, {cut} captions cut"
+        f"{folder}: {', '.join(parts)}; {num_set_aside(lines)} clips set aside, {cut} captions cut"
     )
 
 
 def encode_texts(
-    texts: set[str], index: Row, store: TensorStore, load_encoder: Callable[[], RowsOf]
+    texts: set[str], index: Line, store: TensorStore, load_encoder: Callable[[], TokensOf]
 ) -> None:
-    """Store the real rows (n, D) of each text that is not there yet."""
+    """Store the token embeddings (n, D) of each text that is not stored yet."""
     missing = sorted(text for text in texts if text_key(index, text) not in store)
     if not missing:
         return
-    rows_of = load_encoder()
+    tokens_of = load_encoder()
     with tqdm(total=len(missing), desc="texts") as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # captions that are cut: the report names each
         for start in range(0, len(missing), TEXTS_PER_SHARD):
             part = missing[start : start + TEXTS_PER_SHARD]
             # One at a time: a text's embedding depends on the text alone, to the bit.
-            rows = {text_key(index, t): rows_of([t])[0].cpu().contiguous() for t in part}
-            store.add(rows, {key: {} for key in rows})
+            encoded = {text_key(index, t): tokens_of([t])[0].cpu().contiguous() for t in part}
+            store.add(encoded, {key: {} for key in encoded})
             progress.update(len(part))
 
 

@@ -10,64 +10,15 @@ steps after it.
 B batch, C channels, T H W latent sizes, K steps of the student.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from wan.sampling.denoiser import guide
+from wan.sampling.denoiser import Condition, guided_velocity, predict_velocity
 from wan.sampling.flow import x0_from_velocity
 from wan.sampling.samplers import few_step
 from wan.sampling.schedule import NUM_TIMESTEPS, Schedule
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a batch is made from: encoded captions, and clean first frames if they are given.
-
-    Attributes:
-        context: (B, S, text_dim).
-        num_rows: all rows of the context from this one on are zero.
-        first_frame: (B, C, 1, H, W) normalised latents, or None.
-    """
-
-    context: Tensor
-    num_rows: int
-    first_frame: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.context)
-
-    def select(self, rows: Tensor) -> "Condition":
-        """Some of the batch, by a boolean or integer index."""
-        frame = None if self.first_frame is None else self.first_frame[rows]
-        return Condition(self.context[rows], self.num_rows, frame)
-
-    def impose(self, x: Tensor) -> Tensor:
-        """x with the given first frame in place of its own."""
-        if self.first_frame is None:
-            return x
-        return torch.cat([self.first_frame.to(x), x[:, :, 1:]], dim=2)
-
-    def frame_weight(self, num_frames: int) -> Tensor | None:
-        """(B, 1, T, 1, 1): 0 for the frame that is given, 1 for those to be made; or None."""
-        if self.first_frame is None:
-            return None
-        weight = torch.ones(len(self), 1, num_frames, 1, 1, device=self.context.device)
-        weight[:, :, 0] = 0
-        return weight
-
-
-def predict_velocity(dit: nn.Module, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-    """The network's velocity at one timestep per sample, (B,): (B, C, T, H, W) float32.
-
-    A given first frame is shown clean, at timestep 0.
-    """
-    if condition.first_frame is not None:
-        timestep = timestep[:, None].repeat(1, x.shape[2])  # (B, T)
-        timestep[:, 0] = 0
-    return dit(condition.impose(x), timestep, condition.context, condition.num_rows)
 
 
 def predict_x0(dit: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
@@ -76,34 +27,34 @@ def predict_x0(dit: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -
     return condition.impose(x0_from_velocity(x, velocity, sigma))
 
 
-def guided_velocity(
-    dit: nn.Module, x: Tensor, timestep: Tensor, condition: Condition, null: Condition, scale: float
-) -> Tensor:
-    """The velocity under classifier-free guidance; both forwards run as one batch.
-
-    Args:
-        null: the same samples with the negative (mostly the empty) caption.
-        scale: standard form, v_u + scale (v_c - v_u); 1 costs one forward.
-    """
-    if scale == 1:
-        return predict_velocity(dit, x, timestep, condition)
-    frames = [condition.first_frame, null.first_frame]
-    both = Condition(
-        torch.cat([condition.context, null.context]),
-        max(condition.num_rows, null.num_rows),
-        None if condition.first_frame is None else torch.cat([f for f in frames if f is not None]),
-    )
-    doubled = predict_velocity(dit, torch.cat([x, x]), torch.cat([timestep, timestep]), both)
-    with_text, without = doubled.chunk(2)
-    return guide(with_text, without, scale)
-
-
 def guided_x0(
     dit: nn.Module, x: Tensor, sigma: Tensor, condition: Condition, null: Condition, scale: float
 ) -> Tensor:
-    """As `predict_x0`, with guidance."""
+    """What `predict_x0` gives, with classifier-free guidance: see `guided_velocity`."""
     velocity = guided_velocity(dit, x, NUM_TIMESTEPS * sigma, condition, null, scale)
     return condition.impose(x0_from_velocity(x, velocity, sigma))
+
+
+def autocast(device: torch.device, bfloat16: bool) -> torch.autocast:
+    """Matrix products in bfloat16, or nothing.
+
+    Without its cache: before PyTorch 2.11 that hands casts of weights made under no_grad, as in the
+    student's chain, to the forward that wants their gradient.
+    """
+    return torch.autocast(device.type, torch.bfloat16, bfloat16, cache_enabled=False)
+
+
+def sampler_velocity(
+    dit: nn.Module, condition: Condition, null: Condition, scale: float, bfloat16: bool
+) -> Callable[[Tensor, float], Tensor]:
+    """The guided velocity of a batch as samplers call it: (x, timestep) -> velocity, float32."""
+
+    def velocity(x: Tensor, timestep: float) -> Tensor:
+        levels = torch.full((len(x),), timestep, device=x.device)
+        with autocast(x.device, bfloat16):
+            return guided_velocity(dit, x, levels, condition, null, scale)
+
+    return velocity
 
 
 def draw_exits(batch: int, steps: int, how: str, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from train.optim import EMA
+from train.optim import EMA, trainable
 from wan.errors import WanError
 
 
@@ -27,7 +27,10 @@ class TrainState:
     def to_tree(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "modules": {k: trainable_state(v) for k, v in self.modules.items()},
+            "modules": {
+                name: {n: p.detach() for n, p in trainable(module).items()}  # frozen: of the base
+                for name, module in self.modules.items()
+            },
             "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
             "averages": {k: v.state_dict() for k, v in self.averages.items()},
         }
@@ -57,14 +60,9 @@ class TrainState:
         self.step = tree["step"]
 
 
-def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """Weights that training changes; frozen ones come from the base again."""
-    return {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
-
-
 @torch.no_grad()
 def load_trainable(module: nn.Module, state: dict[str, Tensor]) -> None:
-    weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    weights = trainable(module)
     if weights.keys() != state.keys():
         differing = sorted(weights.keys() ^ state.keys())
         raise KeyError(f"{len(differing)} weights differ, the first is {differing[0]}")

@@ -32,7 +32,7 @@ AGAIN = "delete the file and run the command that wrote it again"
 
 
 def key_of(*what: Any) -> str:
-    """32 hex digits of anything JSON can say."""
+    """A digest of anything that JSON can hold, 32 hex digits."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -46,7 +46,7 @@ class Stored:
 
 
 class TensorStore:
-    """The tensors of files `name-*.safetensors` in a folder, by key; at first of none of them."""
+    """Tensors of files `name-*.safetensors` in a folder, by key; empty until one is registered."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
@@ -113,7 +113,7 @@ def open_to_read(folder: Path, name: str) -> TensorStore:
 
 
 def open_to_extend(folder: Path, name: str, verify: bool) -> TensorStore:
-    """The same for a run that can make its tensors again: damaged shards are removed, loudly.
+    """A store for a run that can make its tensors again: damaged shards are removed, loudly.
 
     Args:
         verify: read every tensor, not only the headers.

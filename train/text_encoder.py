@@ -2,16 +2,14 @@
 
     python -m train.text_encoder
 
-The encoder learns to say, at every one of its tokens, what the whole caption states: so a small DiT
-finds each attribute whichever token it looks at. Captions are disturbed on the way (other words,
-missing words, filler, another order), because people don't type a grammar's sentences.
+The encoder learns to tell, at every one of its tokens, what the whole caption states: so a small
+DiT finds each attribute whichever token it looks at. Captions are disturbed on the way (by other
+words, missing words, filler, another order): people do not type the sentences of a grammar.
 """
 
 import io
-import json
 import random
 import re
-import shutil
 import string
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -24,17 +22,17 @@ from torch import Tensor, nn
 
 from configs.cli import INTERRUPTED, run_command
 from configs.training import TextEncoderTrainConfig
+from train.export import export_part
 from train.loop import run_training, step_generator
 from train.optim import apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
-from wan.errors import WanError
-from wan.files import write_text
+from wan.errors import WanError, check_names
+from wan.files import read_json, write_json
 from wan.miniature.captions import caption, label_classes
 from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
 from wan.models.tokenizer import Tokenizer
 from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder, pad_ids
-from wan.weights.save import save_component
 
 # B captions, S text positions, D width, V vocabulary, K labels of a caption
 
@@ -86,14 +84,15 @@ class Example:
 
 
 def draw_example(rng: random.Random, split: str, disturbed: bool, num_objects: int) -> Example:
-    """One caption of a scene of a split; `disturbed` says it in a less orderly way."""
+    """One caption of a scene of a split; `disturbed` words it in a less orderly way."""
     # Nobody sees the scene, so one frame is enough for the objects to keep inside and apart.
-    said = caption(sample_scene(rng, split, num_objects, num_frames=1), rng)
-    labels = said.labels()
-    if not disturbed:
-        return Example(said.text, tuple(labels[name] for name in CLASSES))
-    free_order = len(said.objects) == 1 and said.objects[0].motion not in ("circling", "still")
-    return Example(disturb(said.text, rng, free_order), tuple(labels[name] for name in CLASSES))
+    drawn = caption(sample_scene(rng, split, num_objects, num_frames=1), rng)
+    text, objects = drawn.text, drawn.objects
+    if disturbed:
+        free_order = len(objects) == 1 and objects[0].motion not in ("circling", "still")
+        text = disturb(text, rng, free_order)
+    labels = drawn.labels()
+    return Example(text, tuple(labels[name] for name in CLASSES))
 
 
 def empty_example(rng: random.Random) -> Example:
@@ -187,21 +186,19 @@ def make_tokenizer(config: TextEncoderTrainConfig, folder: Path) -> Tokenizer:
     Raises:
         WanError: the one that is there was made with other settings.
     """
-    record = folder.with_name("tokenizer_settings.json")  # earlier versions did not write it
+    record = folder.with_name("tokenizer_settings.json")
     names = ("seed", "tokenizer_captions", "vocab_size")
     settings = {name: getattr(config, name) for name in names}
     if not (folder / "tokenizer_config.json").is_file():
-        write_text(record, json.dumps(settings) + "\n")
+        write_json(record, settings)
         examples = draw_examples(config.seed, "tokenizer", config.tokenizer_captions, 0.7)
         spiece = train_spiece((example.text for example in examples), config.vocab_size)
         write_tokenizer_folder(spiece, folder, NUM_SENTINELS)
-    elif record.is_file() and not config.loop.allow_changes:
-        before = json.loads(record.read_text(encoding="utf-8"))
-        if before != settings:
-            raise WanError(
-                f"{folder}: made with {before}, now asked for {settings}; choose another "
-                "output_dir=, or loop.allow_changes=true to go on with that tokenizer"
-            )
+    elif not config.loop.allow_changes and (before := read_json(record)) != settings:
+        raise WanError(
+            f"{folder}: made with {before}, now asked for {settings}; choose another "
+            "output_dir=, or loop.allow_changes=true to go on with that tokenizer"
+        )
     return Tokenizer.from_folder(folder)
 
 
@@ -240,7 +237,7 @@ def initialize(encoder: UMT5Encoder) -> None:
 
 
 class Heads(nn.Module):
-    """What the encoder is asked while it trains; not part of the model that ships."""
+    """The heads that the encoder is trained through; not part of the model that ships."""
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
@@ -282,16 +279,16 @@ def make_train_step(
             examples[row] = empty_example(rng)
         ids, mask = pad_ids([tokenizer(example.text).ids for example in examples])
         labels = torch.tensor([example.labels for example in examples])  # (B, K)
-        # Rows with hidden words can't know all labels, so they only guess the words.
+        # Captions with hidden words can't know all labels, so they only guess the words.
         hidden = (torch.rand(ids.shape, generator=generator) < 0.2) & mask
         hidden[num_masked:] = False
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             states = encoder(ids.masked_fill(hidden, mask_id), mask)
             label_logits = heads.labels(states[num_masked:])
             word_logits = heads.words(states[hidden])
-        told = mask[num_masked:]
-        per_token = labels[num_masked:, None].expand(*told.shape, -1)
-        label_loss = label_losses(label_logits[told].float(), per_token[told]).mean()
+        real = mask[num_masked:]  # no padding
+        per_token = labels[num_masked:, None].expand(*real.shape, -1)
+        label_loss = label_losses(label_logits[real].float(), per_token[real]).mean()
         if hidden.any():
             word_loss = F.cross_entropy(word_logits.float(), ids[hidden])
         else:  # in a small batch; the mean of nothing is no number
@@ -324,7 +321,9 @@ def encode_examples(
         yield encoder(ids, mask), mask, torch.tensor([example.labels for example in batch])
 
 
-def pooled_states(encoder, tokenizer, examples, pooling: str) -> tuple[Tensor, Tensor]:
+def pooled_states(
+    encoder: UMT5Encoder, tokenizer: Tokenizer, examples: list[Example], pooling: str
+) -> tuple[Tensor, Tensor]:
     """One vector per caption, (B, D), and labels (B, K).
 
     pooling: "mean" of the tokens, or "token": one token of the caption, each in turn.
@@ -382,21 +381,15 @@ def measure_gates(
     return measured
 
 
-def output_statistics(encoder, tokenizer, examples: list[Example]) -> dict[str, float]:
+def output_statistics(
+    encoder: UMT5Encoder, tokenizer: Tokenizer, examples: list[Example]
+) -> dict[str, float]:
     """Mean square of the encoder's outputs, and the share of it that is the same in all tokens."""
     states = torch.cat([s[m] for s, m, _ in encode_examples(encoder, tokenizer, examples)])
     return {
         "output_mean_square": float(states.square().mean()),
         "output_constant_share": float(states.mean(0).square().mean() / states.square().mean()),
     }
-
-
-def write_encoder(encoder: UMT5Encoder, folder: Path) -> None:
-    """Replace `folder` by the encoder in the released layout."""
-    shutil.rmtree(folder, ignore_errors=True)
-    save_component(encoder.state_dict(), folder, "text_encoder")
-    text = json.dumps(encoder.config.to_json(), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def passed(measured: dict[str, float]) -> bool:
@@ -411,10 +404,7 @@ def passed(measured: dict[str, float]) -> bool:
 def encoder_config(config: TextEncoderTrainConfig, vocab_size: int) -> UMT5Config:
     """The settings in `encoder`; an unknown name is an error."""
     known = {field.name for field in fields(UMT5Config)} - {"vocab_size"}
-    if unknown := sorted(set(config.encoder) - known):
-        raise WanError(
-            f"encoder: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-        )
+    check_names("encoder", sorted(config.encoder), sorted(known))
     return UMT5Config(vocab_size=vocab_size, **config.encoder)
 
 
@@ -441,13 +431,13 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     train_step = make_train_step(encoder, heads, tokenizer, config)
     if not run_training(state, train_step, config.loop, folder, asdict(config), on_save):
         return INTERRUPTED
-    write_encoder(encoder, folder / "text_encoder")
+    export_part(encoder, folder / "text_encoder", "text_encoder")
     measured = measure_gates(encoder, tokenizer, config)
     measured |= output_statistics(
         encoder, tokenizer, draw_examples(config.seed, "gate", config.probe_captions, 0.0)
     )
     report = folder / "text_encoder_report.json"
-    report.write_text(json.dumps({**measured, "passed": passed(measured)}, indent=2) + "\n")
+    write_json(report, {**measured, "passed": passed(measured)})
     print("  ".join(f"{name} {value:.4f}" for name, value in measured.items()))
     if not passed(measured):
         raise WanError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train.parallel import ALONE, World
+from train.parallel import ALONE, Ranks
 from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend, open_to_read
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import build_sampler
@@ -34,7 +34,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 class Trajectories:
     """Teacher samples: the state at each of the student's noise levels, and the end.
 
-    States are those that the network was shown, which with UniPC are predicted and not corrected.
+    States are the inputs of the network, which with UniPC are predicted and not corrected.
     They stay on the disk, (K + 1, C, T, H, W) float16 each: for a large model they are more than
     memory holds.
     """
@@ -43,11 +43,11 @@ class Trajectories:
     keys: list[str]
     store: TensorStore
 
-    def batch(self, rows: Sequence[int], steps: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """States at the given step of each row, ends and captions, float32."""
-        paths = torch.stack([self.store.read(self.keys[row]) for row in rows])  # (B, K + 1, ...)
-        states = paths[torch.arange(len(rows)), steps]
-        return states.float(), paths[:, -1].float(), [self.captions[row] for row in rows]
+    def batch(self, numbers: Sequence[int], steps: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+        """State at one step, (B,), of each chosen trajectory, its end and its caption; float32."""
+        paths = torch.stack([self.store.read(self.keys[i]) for i in numbers])  # (B, K + 1, ...)
+        states = paths[torch.arange(len(numbers)), steps]
+        return states.float(), paths[:, -1].float(), [self.captions[i] for i in numbers]
 
 
 def grid_through(levels: Sequence[float], steps: int, shift: float) -> Schedule:
@@ -76,7 +76,7 @@ def sample_trajectories(
     schedule: Schedule,
     folder: Path,
     identity: Sequence[Any],
-    world: World = ALONE,
+    ranks: Ranks = ALONE,
     chunk: int = 32,
 ) -> Trajectories:
     """Sample the teacher once per caption; what is in `folder` already is not sampled again.
@@ -88,7 +88,7 @@ def sample_trajectories(
         shape: (C, T, H, W) of one sample.
         levels: the student's noise levels, all of them in `schedule`; the first is its start.
         identity: all else that the teacher's velocity depends on, as plain data; part of the keys.
-        world: the processes that sample together, each its share; the main one writes.
+        ranks: the processes that sample together, each its share; the main one writes.
         chunk: captions that a process samples at once.
     """
     grid = schedule.sigmas.tolist()
@@ -97,41 +97,41 @@ def sample_trajectories(
         for seed, text in enumerate(captions, NOISE_SEED)
     ]
 
-    def sample(rows: list[int]) -> Tensor:
-        seeds = [NOISE_SEED + row for row in rows]
-        x = draw_noise(shape, sample_generators(seeds, len(rows))).to(world.device)
+    def sample(numbers: list[int]) -> Tensor:
+        seeds = [NOISE_SEED + i for i in numbers]
+        x = draw_noise(shape, sample_generators(seeds, len(numbers))).to(ranks.device)
         found = [x] * (schedule.sigmas[0].item() in levels)
 
         def keep(i: int, timestep: float, sigma: float, x: Tensor) -> None:
             if sigma == 0 or any(abs(sigma - level) < 1e-6 for level in levels):
                 found.append(x)
 
-        build_sampler(SAMPLER)(teacher([captions[row] for row in rows]), x, schedule, keep)
+        build_sampler(SAMPLER)(teacher([captions[i] for i in numbers]), x, schedule, keep)
         return torch.stack(found, dim=1).half()  # (B, K + 1, C, T, H, W)
 
     with ExitStack() as stack:
-        with world.together():
-            if world.is_main:
+        with ranks.together():
+            if ranks.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(only_writer(folder, f".{NAME}.lock", wait=True))
                 store = open_to_extend(folder, NAME, verify=True)
-        missing = world.first(
-            [i for i, key in enumerate(keys) if world.is_main and key not in store]
+        missing = ranks.first(
+            [i for i, key in enumerate(keys) if ranks.is_main and key not in store]
         )
-        bar = tqdm(total=len(keys), desc="trajectories", disable=not world.is_main)
+        bar = tqdm(total=len(keys), desc="trajectories", disable=not ranks.is_main)
         bar.update(len(keys) - len(missing))
-        at_once = chunk * world.data_size
+        at_once = chunk * ranks.data_size
         per_file = at_once * -(-PER_FILE // at_once)
         for start in range(0, len(missing), per_file):
-            rows = missing[start : start + per_file]
-            paths = world.spread(sample, rows, chunk)
-            with world.together():
-                if world.is_main:
-                    tensors = dict(zip((keys[row] for row in rows), paths.unbind(), strict=True))
-                    store.add(tensors, {keys[row]: {"caption": captions[row]} for row in rows})
-            bar.update(len(rows))
+            numbers = missing[start : start + per_file]
+            paths = ranks.spread(sample, numbers, chunk)
+            with ranks.together():
+                if ranks.is_main:
+                    tensors = dict(zip((keys[i] for i in numbers), paths.unbind(), strict=True))
+                    store.add(tensors, {keys[i]: {"caption": captions[i]} for i in numbers})
+            bar.update(len(numbers))
         bar.close()
         store = open_to_read(folder, NAME)
-        with world.together():  # so long nobody else may change what is there
+        with ranks.together():  # so long nobody else may change what is there
             pass
     return Trajectories(list(captions), keys, store)

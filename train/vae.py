@@ -8,8 +8,6 @@ colours and sharp edges, and an L1 with weight on the objects is enough for it.
 """
 
 import copy
-import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,17 +18,17 @@ from torch import Tensor
 
 from configs.cli import INTERRUPTED, run_command
 from configs.training import VAETrainConfig
+from train.export import export_part
 from train.loop import run_training, step_generator
-from train.optim import EMA, apply_gradients, learning_rate, make_optimizers
+from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
 from train.state import TrainState
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import read_json, write_json
 from wan.miniature.world import render, sample_scene, scene_rng
 from wan.models.vae import StreamCache, VAEConfig, WanVAE
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.keys import VAELevels
 from wan.weights.load import load_state
-from wan.weights.save import save_component
 
 
 def initialize(vae: WanVAE) -> None:
@@ -113,8 +111,8 @@ def make_train_step(vae: WanVAE, config: VAETrainConfig):
         loss = reconstruction + config.kl_weight * divergence
         loss.backward()
         lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
-        trainable = [p for p in vae.parameters() if p.requires_grad]
-        norm = apply_gradients(state.optimizers, trainable, lr, config.grad_clip)
+        weights = trainable(vae).values()
+        norm = apply_gradients(state.optimizers, weights, lr, config.grad_clip)
         state.averages["vae"].update(vae)
         mse = (video.detach().clamp(-1, 1) - clips).square().mean()
         return {
@@ -157,15 +155,8 @@ def latent_statistics(vae: WanVAE, num_clips: int, seed: int) -> tuple[list[floa
 
 
 def export(vae: WanVAE, folder: Path) -> None:
-    """Write the released layout: config.json and one safetensors file."""
-    shutil.rmtree(folder, ignore_errors=True)
-    save_component(
-        vae.state_dict(),
-        folder,
-        "vae",
-        vae_levels=VAELevels(vae.config.is_residual, vae.config.num_res_blocks),
-    )
-    (folder / "config.json").write_text(json.dumps(vae.config.to_json(), indent=2) + "\n")
+    levels = VAELevels(vae.config.is_residual, vae.config.num_res_blocks)
+    export_part(vae, folder, "vae", vae_levels=levels)
 
 
 def build_vae(config: VAETrainConfig) -> WanVAE:
@@ -210,7 +201,7 @@ def train_vae(config: VAETrainConfig) -> int:
         averaged.config = replace(averaged.config, latents_mean=tuple(mean), latents_std=tuple(std))
     export(averaged, folder / "vae")
     measured = measure(averaged, validation)
-    (folder / "vae_report.json").write_text(json.dumps(measured, indent=2) + "\n")
+    write_json(folder / "vae_report.json", measured)
     print(measured)
     return 0
 

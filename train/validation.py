@@ -1,16 +1,16 @@
-"""Is the student still making what the teacher makes? A few numbers and pictures at each save.
+"""Validation: what a model makes of a fixed set of captions, at each save.
 
-The losses of DMD do not say: its gradient is not expected to shrink. So a fixed set of captions is
-sampled from fixed noise by the teacher, once, and by the student, again and again, and what can be
-compared without a detector is: how much moves, how saturated it is, how far latents spread, how
-much two clips of one caption differ. For the miniature's world the detectors say besides how often
-the video shows what its caption states.
+For the miniature's world the detectors read how often a clip shows what its caption states. A
+distilled student is also compared with its teacher, because the losses of DMD do not tell how good
+it is: its gradient is not expected to shrink. Both sample the same captions from the same noise,
+and what needs no detector is compared: how much moves, how saturated it is, how far latents spread,
+how much two clips of one caption differ.
 """
 
 import itertools
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,23 +24,39 @@ from wan.miniature.detect import accuracies, detect, score
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.vae import WanVAE
 
-# V validation captions, each sampled twice: rows i and V + i of videos (2V, 3, F, H, W) in [-1, 1]
+# V validation captions, each sampled twice: clips i and V + i of videos (2V, 3, F, H, W) in [-1, 1]
 # and of latents (2V, C, T, H, W)
 
 UNSEEN = 2**42  # stream of scenes that no training draws
+PANEL = ((1, 0.0), (2, 0.0), (1, 0.5))  # (objects, chance that an attribute goes unsaid), in turn
 RATIOS = ("motion_ratio", "saturation_ratio", "spread_ratio", "diversity_ratio")
 SATURATED = 3.0  # of latents, whose mean is 0 and variance 1 over clips by the model's statistics
 
 
-def world_panel(count: int, seed: int) -> list[Caption]:
-    """Captions of held-out scenes, in turn of three kinds: all of one object, all of two, half of
-    what could be said of one."""
+def world_panel(count: int, seed: int, kinds: Sequence[tuple[int, float]] = PANEL) -> list[Caption]:
+    """Captions of held-out scenes.
+
+    Args:
+        kinds: (number of objects, chance that an attribute goes unsaid) of the scenes, in turn.
+    """
     rng = random.Random(seed)
-    kinds = itertools.cycle([(1, 0.0), (2, 0.0), (1, 0.5)])
     return [
         caption(sample_scene(scene_rng(UNSEEN, i), "heldout", num_objects), rng, omit)
-        for i, (num_objects, omit) in zip(range(count), kinds, strict=False)
+        for i, (num_objects, omit) in zip(range(count), itertools.cycle(kinds), strict=False)
     ]
+
+
+def read_clips(
+    videos: Iterable[Tensor], captions: Sequence[Caption], prefix: str
+) -> dict[str, float]:
+    """Share of what captions state that the detectors find in their clips (3, F, H, W).
+
+    Returns:
+        `prefix` and the attribute -> share; "joint" is that of clips that show all of it.
+    """
+    pairs = zip(videos, captions, strict=True)
+    read = accuracies(score(detect(video), stated) for video, stated in pairs)
+    return {f"{prefix}_{name}": share for name, share in read.items()}
 
 
 def motion(videos: Tensor) -> float:
@@ -82,7 +98,7 @@ class Samples:
 
 
 def ratios(student: Samples, teacher: Samples) -> dict[str, float]:
-    """Student over teacher: motion, saturation, spread of latents, diversity. 1 is health."""
+    """Student over teacher: motion, saturation, spread of latents, diversity; 1 is ideal."""
     tiny = 1e-6
 
     def over(measure: Callable[[Tensor], float], what: str) -> float:
@@ -109,19 +125,18 @@ def health(values: dict[str, float]) -> float:
 
 
 def panel_numbers(
-    student: Samples, teacher: Samples, said: Sequence[Caption] | None
+    student: Samples, teacher: Samples, captions: Sequence[Caption] | None
 ) -> dict[str, float]:
-    """Everything a save logs: ratios, the detectors' verdicts if they know the world, health.
+    """Everything that a save logs: ratios, what the detectors read of the world, health.
 
     Args:
-        said: the V captions' meanings; None for another world than the miniature's.
+        captions: the V captions of the panel; None for another world than the miniature's.
     """
     values = ratios(student, teacher)
-    if said is not None:
-        for name, samples in (("val", student), ("teacher", teacher)):
-            twice = zip(samples.videos, [*said, *said], strict=True)
-            read = accuracies(score(detect(video), one) for video, one in twice)
-            values |= {f"{name}_{k}": v for k, v in read.items() if name == "val" or k == "joint"}
+    if captions is not None:
+        twice = [*captions, *captions]
+        values |= read_clips(student.videos, twice, "val")
+        values["teacher_joint"] = read_clips(teacher.videos, twice, "teacher")["teacher_joint"]
     values["health"] = health(values)
     return values
 

@@ -5,8 +5,7 @@ F frames, H height, W width. Frames are (F, H, W, 3) uint8 RGB; a video as the m
 """
 
 import math
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,7 +24,6 @@ from wan.files import written_beside
 Frames = NDArray[np.uint8]
 
 BT709, UNSPECIFIED = 1, 2  # numbers in H.264's colour fields
-PQ, HLG = 16, 18  # transfer curves of HDR
 FRAMES_AT_ONCE = 8  # that are converted
 CRF = 17  # visually lossless; 0 would be lossless, 23 is x264's own choice
 
@@ -157,7 +155,7 @@ def _encode(path: Path, frames: Frames, rate: Fraction, metadata: Mapping[str, s
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+def open_video(path: Path) -> Iterator[av.container.InputContainer]:
     """A file with a video stream; what the decoder finds wrong with it becomes a WanError."""
     if not path.is_file():
         raise FileNotFoundError(f"video {path}: no such file")
@@ -171,12 +169,13 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
 
 
 def _inspect(path: Path) -> VideoInfo:
-    with _opened(path) as container:
+    with open_video(path) as container:
         count = sum(1 for _ in container.decode(video=0))
-        return _info(container, count)
+        return video_info(container, count)
 
 
-def _info(container: av.container.InputContainer, count: int) -> VideoInfo:
+def video_info(container: av.container.InputContainer, count: int) -> VideoInfo:
+    """What an open file says about itself; `count` frames of it were decoded."""
     stream = container.streams.video[0]
     return VideoInfo(
         height=stream.height,
@@ -199,109 +198,25 @@ def read_video(path: str | Path, max_frames: int = 10_000) -> tuple[Frames, Vide
     """
     path = Path(path)
     arrays: list[Frames] = []
-    with _opened(path) as container:
+    with open_video(path) as container:
         for frame in container.decode(video=0):
             if len(arrays) == max_frames:
                 raise WanError(f"video {path}: more than {max_frames} frames; cut it first")
-            arrays.append(_rgb(frame))
-        info = _info(container, len(arrays))
+            arrays.append(rgb_frame(frame))
+        info = video_info(container, len(arrays))
     if not arrays:
         raise WanError(f"video {path}: no frame in it could be decoded")
     return np.stack(arrays), info
 
 
-def _rgb(frame: av.VideoFrame) -> Frames:
-    """(H, W, 3). Untagged files are read as bt709; other tags are the decoder's to follow."""
+def rgb_frame(frame: av.VideoFrame) -> Frames:
+    """One frame as (H, W, 3) uint8 RGB.
+
+    Untagged files are read as bt709; the decoder follows other tags.
+    """
     untagged = int(frame.colorspace) in (BT709, UNSPECIFIED)
     source = Colorspace.ITU709 if untagged else None
     return np.asarray(frame.to_ndarray(format="rgb24", src_colorspace=source))
-
-
-@dataclass(frozen=True)
-class VideoScan:
-    """A file decoded to its end.
-
-    Attributes:
-        frames: (n, H, W, 3) uint8, those that were asked for and are there.
-        info: what the file says about itself, and how many frames it has.
-        broken: what stopped the decoder before the end; None if nothing did.
-        damaged_frames: those the decoder had to guess parts of.
-        missing_seconds: from the end of the last frame to where the header says pictures end.
-        even: frames follow each other at the declared rate, up to half a frame.
-        rotation: degrees by which a player would turn the picture.
-        pixel_shape: width / height of a pixel on a player's screen.
-        interlaced: a frame holds the lines of two moments.
-        hdr: values follow a curve that 8-bit RGB does not have.
-    """
-
-    frames: Frames
-    info: VideoInfo
-    broken: str | None
-    damaged_frames: int
-    missing_seconds: float
-    even: bool
-    rotation: int
-    pixel_shape: Fraction
-    interlaced: bool
-    hdr: bool
-
-
-def scan_video(path: str | Path, choose: Callable[[float], Collection[int]]) -> VideoScan:
-    """Decode all of a file and keep some of it: long files need no more memory than what is kept.
-
-    Args:
-        choose: from frames per second to the numbers of the frames to keep.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        WanError: not a video, or with pictures of several sizes among those to keep.
-    """
-    kept: list[Frames] = []
-    times: list[float] = []
-    count = damaged = rotation = 0
-    interlaced, broken, last = False, None, 0.0
-    with _opened(Path(path)) as container:
-        stream = container.streams.video[0]
-        fps = _info(container, 0).fps
-        wanted = set(choose(fps))
-        try:
-            for count, frame in enumerate(container.decode(stream), 1):
-                damaged += frame.is_corrupt
-                interlaced |= frame.interlaced_frame
-                rotation = frame.rotation
-                if frame.time is not None:
-                    times.append(frame.time)
-                    last = float((frame.duration or 0) * (frame.time_base or 0))  # some are held
-                if count - 1 in wanted:
-                    kept.append(_rgb(frame))
-        except av.FFmpegError as error:
-            broken = error.strerror
-        info = _info(container, count)
-        hdr = stream.codec_context.color_trc in (PQ, HLG)
-        shape = stream.sample_aspect_ratio or Fraction(1)  # 0 in a file: not known
-        end = times[-1] + max(last, 1 / fps) if times and fps else math.inf
-        missing = max(0.0, _declared_end(container) - end)
-    sizes = dict.fromkeys(f"{height}x{width}" for height, width, _ in (a.shape for a in kept))
-    if len(sizes) > 1:
-        raise WanError(
-            f"video {path}: its pictures change size midway ({', '.join(sizes)}); they must be of "
-            "one size, so cut it there"
-        )
-    steps = np.diff(times) * fps
-    frames = np.stack(kept) if kept else np.zeros((0, info.height, info.width, 3), np.uint8)
-    even = bool((abs(steps - 1) < 0.5).all())
-    return VideoScan(frames, info, broken, damaged, missing, even, rotation, shape, interlaced, hdr)
-
-
-def _declared_end(container: av.container.InputContainer) -> float:
-    """When pictures end, in seconds, by the header; 0 if it does not say. Sound may be longer."""
-    stream = container.streams.video[0]
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    if time := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "")):
-        return 3600 * int(time[1]) + 60 * int(time[2]) + float(time[3])  # Matroska
-    alone = len(container.streams) == 1
-    return (container.duration or 0) / av.time_base if alone else 0.0
 
 
 def contact_sheet(frames: Frames, max_frames: int = 12, max_width: int = 320) -> Image.Image:

@@ -7,7 +7,7 @@
     noun phrase = article [size] [colour] noun
 
 "a small red circle moving right on a gray background" is one. A caption carries what it states
-beside its text, so that a model is scored only on what was asked of it.
+beside its text, so that a model is scored only on what its prompt states.
 """
 
 import random
@@ -24,7 +24,7 @@ from wan.miniature.world import (
 )
 
 OMIT = 0.15  # chance that an attribute goes unsaid in the captions that the teacher was trained on
-# The first word of each list is the plain one and is said more often than the others together.
+# The first word of each list is the plain one and is used more often than the others together.
 NOUNS = {
     "circle": ("circle", "disc"),
     "square": ("square", "box"),
@@ -109,20 +109,12 @@ def _index(name: str, value: str | None) -> int:
     return len(ATTRIBUTES[name]) if value is None else ATTRIBUTES[name].index(value)
 
 
-def vocabulary() -> tuple[str, ...]:
-    """Every lower-case word that captions use, sorted."""
-    tables = (NOUNS, COLOUR_WORDS, SIZE_WORDS, BACKGROUND_WORDS, DIRECTIONS, STANDALONE_MOTIONS)
-    phrases = [phrase for table in tables for group in table.values() for phrase in group]
-    phrases += [*VERBS, *ARTICLES, *PREPOSITIONS, *OPENINGS, "an", "and", "is", "background"]
-    return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
-
-
 def caption(scene: Scene, rng: random.Random, omit: float = OMIT) -> Caption:
     """Describe a scene.
 
     Args:
         omit: probability that a size, a motion or the background goes unsaid; a colour or a shape
-            goes unsaid a third as often. The number of objects is always said.
+            goes unsaid a third as often. The number of objects is always stated.
     """
     pairs = [_state(item, rng, omit) for item in scene.objects]
     # "a circle and a square moving up" could mean both: a motion left unsaid is left to the end.
@@ -137,27 +129,28 @@ def caption(scene: Scene, rng: random.Random, omit: float = OMIT) -> Caption:
 
 
 def sample_scene_for(
-    said: Caption, rng: random.Random, split: str = "any", num_frames: int = NUM_FRAMES
+    wanted: Caption, rng: random.Random, split: str = "any", num_frames: int = NUM_FRAMES
 ) -> Scene:
     """Draw a scene that fulfils a caption; what it leaves unsaid follows the world's own law.
 
     Raises:
         WanError: the split has no object like one in the caption.
     """
-    wanted = [
+    factors = [
         {name: value for name, value in vars(stated).items() if value is not None}
-        for stated in said.objects
+        for stated in wanted.objects
     ]
-    return sample_scene_with(rng, wanted, said.background, split, num_frames)
+    return sample_scene_with(rng, factors, wanted.background, split, num_frames)
 
 
 def _state(item: SceneObject, rng: random.Random, omit: float) -> Stated:
+    """What a caption states of an object; see `caption`."""
     chance = {"shape": omit / 3, "colour": omit / 3, "size": omit, "motion": omit}
-    said = {
+    attributes = {
         name: None if rng.random() < chance[name] else getattr(item, name)
         for name in OBJECT_ATTRIBUTES
     }
-    return Stated(**said)
+    return Stated(**attributes)
 
 
 def _say(words: tuple[str, ...], rng: random.Random) -> str:

@@ -9,14 +9,12 @@
     motion      a line or a circle fitted to the centres
 
 An attribute that looks like nothing in the world is None, which never counts as right. Lengths are
-pixels of the 128 x 128 stage, whatever the size of the clip. `calibrate` measures the detectors on
-renders, whose truth is known.
+pixels of the 128 x 128 stage, whatever the size of the clip.
 """
 
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,11 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.errors import WanError
-from wan.miniature.captions import Caption, Stated, caption
+from wan.miniature.captions import Caption, Stated
 from wan.miniature.world import (
     BACKGROUNDS,
     COLOURS,
-    NUM_FRAMES,
     OBJECT_ATTRIBUTES,
     PATH_RADIUS,
     RADIUS,
@@ -37,9 +34,6 @@ from wan.miniature.world import (
     SPEED,
     STAGE,
     TURN_FRAMES,
-    render,
-    sample_scene,
-    scene_rng,
     signed_distance,
 )
 
@@ -429,31 +423,31 @@ def _rms(offsets: Tensor) -> float:
     return float(offsets.square().sum(1).mean().sqrt())
 
 
-def score(detection: Detection, said: Caption) -> Score:
+def score(detection: Detection, caption: Caption) -> Score:
     """Compare a detection with what a caption states.
 
     Two objects are compared under the assignment that gets most attributes right. An object that
     was not found has all its attributes wrong; a further one makes the count wrong.
     """
     found: list[DetectedObject | None] = list(detection.objects)
-    found += [None] * (len(said.objects) - len(found))
+    found += [None] * (len(caption.objects) - len(found))
     matches = max(
-        itertools.permutations(found, len(said.objects)),
-        key=lambda order: sum(sum(right.values()) for right in _compare(said, order)),
+        itertools.permutations(found, len(caption.objects)),
+        key=lambda order: sum(sum(right.values()) for right in _compare(caption, order)),
     )
-    attributes: dict[str, tuple[bool, ...]] = {"count": (detection.count == len(said.objects),)}
-    if said.background is not None:
-        attributes["background"] = (detection.background == said.background,)
+    attributes: dict[str, tuple[bool, ...]] = {"count": (detection.count == len(caption.objects),)}
+    if caption.background is not None:
+        attributes["background"] = (detection.background == caption.background,)
     for name in OBJECT_ATTRIBUTES:
-        results = tuple(right[name] for right in _compare(said, matches) if name in right)
+        results = tuple(right[name] for right in _compare(caption, matches) if name in right)
         if results:
             attributes[name] = results
     joint = all(all(results) for results in attributes.values())
     return Score(attributes, joint, matches)
 
 
-def _compare(said: Caption, order: Sequence[DetectedObject | None]) -> list[dict[str, bool]]:
-    return [_right(stated, item) for stated, item in zip(said.objects, order, strict=True)]
+def _compare(caption: Caption, order: Sequence[DetectedObject | None]) -> list[dict[str, bool]]:
+    return [_right(stated, item) for stated, item in zip(caption.objects, order, strict=True)]
 
 
 def _right(stated: Stated, item: DetectedObject | None) -> dict[str, bool]:
@@ -473,40 +467,6 @@ def accuracies(scores: Iterable[Score]) -> dict[str, float]:
             right.setdefault(name, []).extend(results)
         right.setdefault("joint", []).append(one.joint)
     return {name: sum(results) / len(results) for name, results in right.items()}
-
-
-def calibrate(
-    num_clips: int,
-    num_objects: int | None = None,
-    seed: int = 0,
-    size: int = STAGE,
-    degrade: Callable[[Tensor], Tensor] | None = None,
-) -> dict[str, float]:
-    """Accuracy of the detectors on renders of every kind of scene, whose truth is known.
-
-    Args:
-        degrade: applied to each video (3, F, H, W) first, to see what blur or noise costs.
-    """
-    scores = []
-    for index in range(num_clips):
-        rng = scene_rng(seed, index)
-        scene = sample_scene(rng, "any", num_objects)
-        video = render([scene], NUM_FRAMES, size, size)[0]
-        said = caption(scene, random.Random(0), omit=0.0)
-        scores.append(score(detect(degrade(video) if degrade else video), said))
-    return accuracies(scores)
-
-
-def blur_and_noise(sigma: float, noise: float, seed: int = 0) -> Callable[[Tensor], Tensor]:
-    """A degradation for `calibrate`: Gaussian blur of `sigma` pixels in space, then noise whose
-    standard deviation is a share of the full range from 0 to 1."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def degrade(video: Tensor) -> Tensor:
-        blurred = blur(video.flatten(0, 1), sigma).view_as(video)
-        return blurred + 2 * noise * torch.randn(video.shape, generator=generator)
-
-    return degrade
 
 
 def blur(planes: Tensor, sigma: float) -> Tensor:

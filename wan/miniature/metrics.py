@@ -47,7 +47,7 @@ GRID = 4  # cells per side of the stage, in which places are counted
 # --- one clip -------------------------------------------------------------------------------------
 
 
-def clip_measures(said: Caption, score: Score) -> dict[str, float | None]:
+def clip_measures(caption: Caption, score: Score) -> dict[str, float | None]:
     """Means over the objects of a caption that were found; None where there is nothing to measure.
 
     Returns:
@@ -55,7 +55,7 @@ def clip_measures(said: Caption, score: Score) -> dict[str, float | None]:
         "residual": rms distance from the fitted path in stage pixels; "motion_ratio": measured
         over nominal speed of the objects that should move, 0 for one that stands still.
     """
-    pairs = [p for p in zip(said.objects, score.matches, strict=True) if p[1] is not None]
+    pairs = [p for p in zip(caption.objects, score.matches, strict=True) if p[1] is not None]
     return {
         name: _mean([_measure(name, stated, item) for stated, item in pairs if item is not None])
         for name in MEASURES
@@ -78,7 +78,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a clip of one object shows beyond its caption; None where that cannot be told.
+    """What a clip of one object shows beyond its caption; None where detectors cannot tell.
 
     Attributes:
         unsaid: attribute -> value, for those that the caption leaves open.
@@ -90,19 +90,19 @@ class Shown:
     place: tuple[float, float] | None
 
 
-def shown_by_clip(said: Caption, detection: Detection, score: Score) -> Shown:
+def shown_by_clip(caption: Caption, detection: Detection, score: Score) -> Shown:
     """What the detectors read from a clip."""
     (item,) = score.matches
-    unsaid = {name: getattr(item, name, None) for name in _unsaid(said)}
+    unsaid = {name: getattr(item, name, None) for name in _unsaid(caption)}
     if "background" in unsaid:
         unsaid["background"] = detection.background
     return Shown(unsaid, None if item is None else (item.x, item.y))
 
 
-def shown_by_scene(said: Caption, scene: Scene, num_frames: int) -> Shown:
+def shown_by_scene(caption: Caption, scene: Scene, num_frames: int) -> Shown:
     """What a clip of this scene would show."""
     (item,) = scene.objects
-    unsaid: dict[str, str | None] = {name: getattr(item, name, None) for name in _unsaid(said)}
+    unsaid: dict[str, str | None] = {name: getattr(item, name, None) for name in _unsaid(caption)}
     if "background" in unsaid:
         unsaid["background"] = scene.background
     path = trajectory(item, num_frames)
@@ -110,11 +110,11 @@ def shown_by_scene(said: Caption, scene: Scene, num_frames: int) -> Shown:
     return Shown(unsaid, (x, y))
 
 
-def _unsaid(said: Caption) -> list[str]:
-    if len(said.objects) != 1:
-        raise WanError(f"{said.text!r}: diversity is measured on captions of one object")
-    names = [name for name in OBJECT_ATTRIBUTES if getattr(said.objects[0], name) is None]
-    return names + (["background"] if said.background is None else [])
+def _unsaid(caption: Caption) -> list[str]:
+    if len(caption.objects) != 1:
+        raise WanError(f"{caption.text!r}: diversity is measured on captions of one object")
+    names = [name for name in OBJECT_ATTRIBUTES if getattr(caption.objects[0], name) is None]
+    return names + (["background"] if caption.background is None else [])
 
 
 def seed_diversity(clips: Sequence[Shown]) -> dict[str, float | None]:

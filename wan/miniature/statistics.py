@@ -1,4 +1,4 @@
-"""Is one set of clips better than another, and may a few-step student be said to match its teacher?
+"""Is one set of clips better than another, and does a few-step student match its teacher?
 
 Settings are compared on the same captions by a paired bootstrap: each round draws captions, with
 replacement, and takes the same ones for both. All functions are pure.
@@ -7,7 +7,7 @@ N captions, D features, R bootstrap rounds.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ def resamples(num: int, rounds: int = ROUNDS, seed: int = 0) -> Tensor:
 
 
 def estimate(value: float, rounds: Tensor) -> Estimate:
-    """A value with the percentile interval of its bootstrap rounds; those without one don't count.
+    """A value with the percentile interval of its bootstrap rounds that have one.
 
     Raises:
         WanError: there is nothing to estimate from.
@@ -57,7 +57,7 @@ def estimate(value: float, rounds: Tensor) -> Estimate:
 
 
 def _means(values: Tensor, counts: Tensor) -> Tensor:
-    """Means of values (N,), NaN where there is none, under counts (R, N): (R,)."""
+    """Means of values (N,), NaN where a caption has none, weighted by counts (R, N): (R,)."""
     known = values.isfinite().double()
     return counts @ values.double().nan_to_num(0) / (counts @ known)
 
@@ -67,31 +67,29 @@ def mean(values: Tensor) -> Estimate:
     return estimate(float(values.nanmean()), _means(values, resamples(len(values))))
 
 
-def _paired(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut to the captions that both have, and NaN where either has no number.
+def _compared(one: Tensor, other: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
+    """Compare the means of two settings over the captions for which both have a number.
 
-    Sets of captions differ in nothing but their number. Captions for which either setting has no
-    number are dropped from both, so that no setting is scored on easier captions.
+    A clip that shows nothing has no number. Its caption is dropped from both settings, so that none
+    is scored on easier captions. Sets of captions differ in nothing but their number: the longer
+    one is cut.
     """
     num = min(len(one), len(other))
     known = one[:num].isfinite() & other[:num].isfinite()
-    return one[:num].where(known, math.nan), other[:num].where(known, math.nan)
+    one, other = (values[:num].where(known, math.nan) for values in (one, other))
+    counts = resamples(num)
+    rounds = compare(_means(one, counts), _means(other, counts))
+    return estimate(float(compare(one.nanmean(), other.nanmean())), rounds)
 
 
 def difference(one: Tensor, other: Tensor) -> Estimate:
     """Difference of the means of two settings over the same captions."""
-    one, other = _paired(one, other)
-    counts = resamples(len(one))
-    rounds = _means(one, counts) - _means(other, counts)
-    return estimate(float(one.nanmean() - other.nanmean()), rounds)
+    return _compared(one, other, torch.sub)
 
 
 def ratio(one: Tensor, other: Tensor) -> Estimate:
     """Ratio of the means of two settings over the same captions."""
-    one, other = _paired(one, other)
-    counts = resamples(len(one))
-    rounds = _means(one, counts) / _means(other, counts)
-    return estimate(float(one.nanmean() / other.nanmean()), rounds)
+    return _compared(one, other, torch.div)
 
 
 def distance(clips: Tensor, truth: Tensor) -> Estimate:
@@ -115,7 +113,7 @@ def floor_error(terms: Tensor) -> float:
     return math.sqrt(2 * float(terms[apart].double().square().mean()) / (num * (num - 1)))
 
 
-# --- may one be called as good as the other? ------------------------------------------------------
+# --- is one as good as the other? -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -244,8 +242,10 @@ def _distance_clause(students: Sequence[Measured], teacher: Measured, floor: Mea
 
 
 def verdict(clauses: Sequence[Clause]) -> str:
-    """What the clauses come to: "match" if every one holds, "no match" if one fails, else "open"
-    (the clips are too few to tell)."""
+    """The clauses together: "match" if every one holds, "no match" if one fails, else "open".
+
+    Open means that the clips are too few to tell.
+    """
     verdicts = {clause.verdict for clause in clauses}
     if "fails" in verdicts:
         return "no match"

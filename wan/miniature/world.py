@@ -22,7 +22,6 @@ from wan.errors import WanError
 # B batch, F frames, H W pixels, P side of the patch that an object is drawn in
 
 STAGE = 128
-FPS = 8
 NUM_FRAMES = 17
 
 SHAPES = ("circle", "square", "triangle", "star")
@@ -310,10 +309,7 @@ def _star_distance(x: Tensor, y: Tensor, radius: float | Tensor) -> Tensor:
 
 
 def render(
-    scenes: Sequence[Scene],
-    num_frames: int = NUM_FRAMES,
-    height: int = STAGE,
-    width: int = STAGE,
+    scenes: Sequence[Scene], num_frames: int = NUM_FRAMES, height: int = STAGE, width: int = STAGE
 ) -> Tensor:
     """Draw scenes with analytic anti-aliasing: (B, 3, F, H, W) float32 in [-1, 1].
 

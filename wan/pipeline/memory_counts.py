@@ -272,7 +272,7 @@ def denoise_bytes(request: MemoryRequest) -> int:
         torch.cat([plan.schedule.sigmas[:steps], plan.schedule.sigmas[-1:]]),
         plan.schedule.description,
     )
-    # Text tokens as `wan.sampling.denoiser` and `wan.models.dit.share_padding` leave them.
+    # As `wan.sampling.denoiser.num_text_tokens` and `wan.models.dit.share_padding` leave them.
     tokens = min(-(-(request.prompt_tokens + 2) // 8) * 8, request.max_sequence_length)
     texts = (1 + guided) * request.max_sequence_length * sizes.text_dim * request.dtype.itemsize
     keys_values = (1 + guided) * 2 * sizes.num_layers * tokens * sizes.width

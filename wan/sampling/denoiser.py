@@ -1,12 +1,15 @@
-"""The DiT as a sampler sees it: (x, timestep) -> velocity, for one batch of prompts.
+"""The DiT as a sampler sees it: (x, timestep) -> velocity.
 
-Guidance, the hand-over between two experts and a clean first frame live here, so that samplers know
-a plain function and the DiT knows a plain forward. B batch, C channels, T H W latent sizes.
+What a network is conditioned on, classifier-free guidance and the hand-over between two experts
+live here, so that samplers know a plain function and the DiT knows a plain forward. `Denoiser` is
+for sampling, one sample at a time; training calls `guided_velocity` on whole batches.
+
+B batch, S text tokens, C channels, T H W latent sizes.
 """
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +22,70 @@ class Network(Protocol):
     """What is needed of a DiT (`wan.models.dit.WanDiT`)."""
 
     def __call__(
-        self, latents: Tensor, timestep: Tensor, context: Any, *, exact: bool
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Any,
+        num_tokens: int | None = None,
+        exact: bool = False,
     ) -> Tensor: ...
 
     def prepare_context(self, context: Tensor, num_tokens: int | None = None) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch is made from: encoded captions, and clean first frames if they are given (TI2V).
+
+    Attributes:
+        context: (B, S, text_dim), zero after each caption's tokens.
+        num_tokens: from this text token on, all of the context is zero; None where nobody counted.
+        first_frame: (B, C, 1, H, W) normalised latents, or None.
+    """
+
+    context: Tensor
+    num_tokens: int | None = None
+    first_frame: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def select(self, samples: Tensor) -> "Condition":
+        """Some samples of the batch, by a boolean or integer index."""
+        frame = None if self.first_frame is None else self.first_frame[samples]
+        return Condition(self.context[samples], self.num_tokens, frame)
+
+    def joined(self, other: "Condition") -> "Condition":
+        """Both batches as one; the other one has first frames if and only if this one has."""
+        frames = [f for f in (self.first_frame, other.first_frame) if f is not None]
+        counts = [n for n in (self.num_tokens, other.num_tokens) if n is not None]
+        return Condition(
+            torch.cat([self.context, other.context]),
+            max(counts) if len(counts) == 2 else None,
+            torch.cat(frames) if frames else None,
+        )
+
+    def impose(self, x: Tensor) -> Tensor:
+        """x (B, C, T, H, W) with the given first frame in place of its own, if there is one."""
+        if self.first_frame is None:
+            return x
+        return torch.cat([self.first_frame.to(x), x[:, :, 1:]], dim=2)
+
+    def timesteps(self, timestep: Tensor, num_frames: int) -> Tensor:
+        """The timesteps (B,) as the network takes them: (B, T) with 0 for a given first frame."""
+        if self.first_frame is None:
+            return timestep
+        per_frame = timestep[:, None].repeat(1, num_frames)
+        per_frame[:, 0] = 0
+        return per_frame
+
+    def frame_weight(self, num_frames: int) -> Tensor | None:
+        """(B, 1, T, 1, 1): 0 for the frame that is given, 1 for those to be made; or None."""
+        if self.first_frame is None:
+            return None
+        weight = torch.ones(len(self), 1, num_frames, 1, 1, device=self.context.device)
+        weight[:, :, 0] = 0
+        return weight
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -30,17 +93,49 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def num_text_rows(context: Tensor) -> int:
-    """How many rows of one text (1, S, text_dim) to tell apart; all later ones are zero.
+def predict_velocity(
+    network: Callable[..., Tensor], x: Tensor, timestep: Tensor, condition: Condition
+) -> Tensor:
+    """The network's velocity at one timestep per sample, (B,): (B, C, T, H, W) float32.
 
-    With the two rows that stand for the later ones (`wan.models.dit.share_padding`) they are a
-    multiple of
-    8: a size that kernels like, and few different ones to compile.
+    The network sees a given first frame clean, at timestep 0, whatever x holds there.
     """
-    num_rows = context.shape[1]
+    timesteps = condition.timesteps(timestep, x.shape[2])
+    return network(condition.impose(x), timesteps, condition.context, condition.num_tokens)
+
+
+def guided_velocity(
+    network: Callable[..., Tensor],
+    x: Tensor,
+    timestep: Tensor,
+    condition: Condition,
+    null: Condition,
+    scale: float,
+) -> Tensor:
+    """The velocity under classifier-free guidance; both forwards run as one batch.
+
+    Args:
+        null: the same samples with the negative (mostly the empty) caption.
+        scale: standard form, v_u + scale (v_c - v_u); 1 costs one forward.
+    """
+    if scale == 1:
+        return predict_velocity(network, x, timestep, condition)
+    both = condition.joined(null)
+    doubled = predict_velocity(network, torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+    with_text, without = doubled.chunk(2)
+    return guide(with_text, without, scale)
+
+
+def num_text_tokens(context: Tensor) -> int:
+    """How many tokens of one text (1, S, text_dim) to tell apart; all later ones are zero.
+
+    With the two that stand for the later ones (`wan.models.dit.share_padding`) they are a multiple
+    of 8: a size that kernels like, and few different ones to compile.
+    """
+    length = context.shape[1]
     filled = context.any(dim=-1)[0].nonzero()  # (n, 1)
     used = int(filled[-1]) + 1 if len(filled) else 0
-    return min(-(-(used + 2) // 8) * 8 - 2, num_rows)
+    return min(-(-(used + 2) // 8) * 8 - 2, length)
 
 
 @dataclass(frozen=True)
@@ -60,7 +155,7 @@ class Denoiser:
 
     Args:
         high_noise: the only expert, or the one for timesteps from the boundary up.
-        context: (B, S, text_dim), the encoded prompts. Rows that are zero to the end are attended
+        context: (B, S, text_dim), the encoded prompts. Tokens that are zero to the end are attended
             as one that counts for all: the same function (up to rounding) in less time.
         negative_context: like `context`, for the second forward of guidance; may be None if no
             expert uses guidance.
@@ -108,13 +203,17 @@ class Denoiser:
         self.high_noise = high_noise
         self.low_noise = low_noise
         self.boundary = boundary
-        self.context = context
+        self.condition = Condition(context, first_frame=image_latents)
         self.negative_context = negative_context
-        self.image_latents = image_latents
         self.exact_timesteps = exact_timesteps
         self._before_expert = before_expert
         self._active: Expert | None = None
         self._prepared: dict[tuple[int, bool], Any] = {}  # by sample, and whether negative
+
+    @property
+    def context(self) -> Tensor:
+        """(B, S, text_dim): the prompts from which samples are made."""
+        return self.condition.context
 
     @torch.no_grad()
     def __call__(self, x: Tensor, timestep: float) -> Tensor:
@@ -143,13 +242,12 @@ class Denoiser:
 
         For use after the last step too, since a sampler moves frame 0 with the others.
         """
-        if self.image_latents is None:
-            return x
-        return torch.cat([self.image_latents.to(x), x[:, :, 1:]], dim=2)
+        return self.condition.impose(x)
 
     def set_context(self, context: Tensor, negative_context: Tensor | None) -> None:
         """Go on with other prompts from the next step on."""
-        self.context, self.negative_context = context, negative_context
+        self.condition = replace(self.condition, context=context)
+        self.negative_context = negative_context
         self._prepared.clear()
 
     def _switch_to(self, expert: Expert) -> None:
@@ -176,14 +274,8 @@ class Denoiser:
             context = self.negative_context if negative else self.context
             assert context is not None
             one = context[sample : sample + 1]
-            self._prepared[key] = expert.network.prepare_context(one, num_text_rows(one))
-        timesteps, exact = self._timesteps(x, timestep), timestep in self.exact_timesteps
+            self._prepared[key] = expert.network.prepare_context(one, num_text_tokens(one))
+        level = torch.tensor([timestep], dtype=torch.float32, device=x.device)
+        timesteps = self.condition.timesteps(level, x.shape[2])
+        exact = timestep in self.exact_timesteps
         return expert.network(x, timesteps, self._prepared[key], exact=exact).float()
-
-    def _timesteps(self, x: Tensor, timestep: float) -> Tensor:
-        """(1,) float32, or (1, T) with 0 for a given first frame."""
-        if self.image_latents is None:
-            return torch.tensor([timestep], dtype=torch.float32, device=x.device)
-        per_frame = torch.full((1, x.shape[2]), timestep, dtype=torch.float32, device=x.device)
-        per_frame[:, 0] = 0
-        return per_frame

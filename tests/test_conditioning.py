@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from train.conditioning import TextRows, Texts, load_frozen
+from train.conditioning import CaptionEncoder, Texts, load_frozen
 from wan.models.tokenizer import Tokenizer
 from wan.models.umt5 import UMT5Encoder, encode_text
 from wan.pipeline.config import read_pipeline_config
@@ -17,7 +17,7 @@ def test_texts_are_encoded_as_sampling_encodes_them():
     encoder = load_frozen(partial(UMT5Encoder, config), STUDENT, "text_encoder", cpu, torch.float32)
     tokenizer = Tokenizer.from_folder(STUDENT / "tokenizer")
     captions = ["a red circle", "", "a small blue star moving left on a gray background"]
-    context, num_rows = Texts(TextRows(encoder, tokenizer, 512), cpu)(captions)
+    context, num_tokens = Texts(CaptionEncoder(encoder, tokenizer, 512), cpu)(captions)
     expected = encode_text(encoder, tokenizer, captions, 512)
     torch.testing.assert_close(context, expected, rtol=1e-4, atol=1e-5)
-    assert not context[:, num_rows:].any()
+    assert not context[:, num_tokens:].any()
