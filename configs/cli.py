@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
 from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
@@ -27,7 +26,6 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from configs.command_line import (
     CONFIG_FOLDER,
     CommandLine,
-    Shortcut,
     help_text,
     option_names,
     preset_groups,
@@ -109,21 +107,6 @@ def run(main: Main, line: CommandLine, description: str) -> NoReturn:
         description: what stands at the top of `--help`; a command's module docstring.
     """
     sys.exit(execute(main, line, description, sys.argv[1:]))
-
-
-def run_command(
-    main: Callable[[Any], int | None],
-    schema: type,
-    config_name: str,
-    text_keys: tuple[str, ...] = ("prompt", "negative_prompt"),
-    path_keys: tuple[str, ...] = (),
-    shortcuts: Mapping[str, Shortcut] = MappingProxyType({}),
-) -> NoReturn:
-    line = CommandLine(schema, config_name, text_keys, path_keys, shortcuts)
-    run(lambda run: main(run.config), line, sys.modules[main.__module__].__doc__ or "")
-
-
-run_jobs = run
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:

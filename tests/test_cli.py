@@ -90,10 +90,11 @@ def test_a_text_survives_a_real_shell_and_process(tmp_path):
     script.write_text(
         "import json\n"
         "from configs.schema import SampleConfig\n"
-        "from configs.cli import run_command\n"
-        "def main(config):\n"
-        "    print(json.dumps(config.prompt))\n"
-        "run_command(main, SampleConfig, 'sample')\n"
+        "from configs.cli import run\n"
+        "from configs.command_line import CommandLine\n"
+        "def main(run):\n"
+        "    print(json.dumps(run.config.prompt))\n"
+        "run(main, CommandLine(SampleConfig, 'sample'), '')\n"
     )
     text = 'it\'s ${oc.env:HOME}, [1] {2}: "x" = 猫 😀\nnew line'
     done = subprocess.run(

@@ -12,11 +12,11 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from configs.cli import run_command
+from configs.cli import run
 from configs.parity import ParityConfig
 from infer.parity import __main__ as parity
 from infer.parity import models as parity_sides
-from infer.parity.__main__ import GENERAL_RUNGS, RELEASE_RUNGS, main
+from infer.parity.__main__ import GENERAL_RUNGS, LINE, RELEASE_RUNGS, main
 from infer.parity.models import random_sides
 from infer.parity.tolerance import Row, compare, compare_points, compare_to_truth, distance, table
 from infer.parity.with_weights import autoencoder, pipeline, text_encoder, tokens, transformer
@@ -232,7 +232,7 @@ def test_missing_references_are_named_with_the_remedy(monkeypatch):
 def test_wrong_options_end_in_one_line_and_code_2(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["infer.parity", *arguments])
     with pytest.raises(SystemExit) as stop:
-        run_command(main, ParityConfig, "parity", path_keys=("checkpoint",))
+        run(lambda run: main(run.config), LINE, "")
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line

@@ -14,20 +14,9 @@ import yaml
 from PIL import Image
 
 import wan
-from configs.benchmark import BenchConfig
 from configs.cli import compose_runs
-from configs.command_line import ATTENTION, CommandLine
+from configs.command_line import CommandLine
 from configs.command_list import commands_of
-from configs.conversion import ConvertConfig
-from configs.data import PreprocessConfig
-from configs.distillation import DistillConfig
-from configs.parity import ParityConfig
-from configs.training import FinetuneConfig, TextEncoderTrainConfig, VAETrainConfig
-from infer.ablate.__main__ import LINE as ABLATE
-from infer.evaluate.__main__ import LINE as EVALUATE
-from infer.sample.__main__ import LINE as SAMPLE
-from infer.study.__main__ import LINE as STUDY
-from train.plot import PlotConfig
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("wan", "infer", "train", "wan/miniature")
@@ -50,24 +39,12 @@ NOTEBOOKS = {
     for path in (ROOT / "notebooks").glob("*.ipynb")
 }
 
-CONVERT_PATHS = ("source", "base", "output", "config")
-PATHS = ("output_dir", "checkpoint", "data.folder", "data.cache_dir")
-LINES = {
-    "infer.sample": SAMPLE,
-    "infer.evaluate": EVALUATE,
-    "infer.convert": CommandLine(ConvertConfig, "convert", (), CONVERT_PATHS),
-    "infer.parity": CommandLine(ParityConfig, "parity", (), ("checkpoint",)),
-    "train.vae": CommandLine(VAETrainConfig, "vae", (), PATHS[:1]),
-    "train.text_encoder": CommandLine(TextEncoderTrainConfig, "text_encoder", (), PATHS[:1]),
-    "train.finetune": CommandLine(FinetuneConfig, "finetune", (), PATHS, ATTENTION),
-    "train.distill": CommandLine(DistillConfig, "distill", (), PATHS, ATTENTION),
-    "train.preprocess": CommandLine(
-        PreprocessConfig, "preprocess", ("negative_prompt",), ("clips", "prompts", *PATHS[:2])
-    ),
-    "train.plot": CommandLine(PlotConfig, "plot", (), ("run", "output")),
-    "infer.study": STUDY,
-    "infer.bench": CommandLine(BenchConfig, "bench", (), ("checkpoint", "output_dir"), ATTENTION),
-    "infer.ablate": ABLATE,
+LINES: dict[str, CommandLine] = {
+    f"{package}.{name}": importlib.import_module(
+        f"{package}.{name}" + (".__main__" if (ROOT / package / name).is_dir() else "")
+    ).LINE
+    for package in ("infer", "train")
+    for name in commands_of(ROOT / package)
 }
 
 

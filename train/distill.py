@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.cli import INTERRUPTED, run_command
-from configs.command_line import ATTENTION
+from configs.cli import INTERRUPTED, run
+from configs.command_line import ATTENTION, CommandLine
 from configs.distillation import DistillConfig
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
@@ -60,6 +60,17 @@ from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import CONFIGS, resolve_model
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import read_header, write_tensors
+
+LINE = CommandLine(
+    DistillConfig,
+    "distill",
+    text_keys=("scores.negative_prompt",),
+    path_keys=(
+        *("output_dir", "checkpoint", "student.start", "regression.folder"),
+        *("data.folder", "data.cache_dir"),
+    ),
+    shortcuts=ATTENTION,
+)
 
 
 def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
@@ -348,14 +359,4 @@ def make_trajectories(
 
 
 if __name__ == "__main__":
-    run_command(
-        distill,
-        DistillConfig,
-        "distill",
-        text_keys=("scores.negative_prompt",),
-        path_keys=(
-            *("output_dir", "checkpoint", "student.start", "regression.folder"),
-            *("data.folder", "data.cache_dir"),
-        ),
-        shortcuts=ATTENTION,
-    )
+    run(lambda run: distill(run.config), LINE, __doc__ or "")

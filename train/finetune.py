@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.cli import INTERRUPTED, run_command
-from configs.command_line import ATTENTION
+from configs.cli import INTERRUPTED, run
+from configs.command_line import ATTENTION, CommandLine
 from configs.training import FinetuneConfig
 from train.conditioning import Texts, check_trainable
 from train.data import LatentCache, open_data
@@ -52,6 +52,14 @@ from wan.sampling.schedule import NUM_TIMESTEPS, euler_schedule
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import resolve_model
 from wan.weights.load import load_module
+
+LINE = CommandLine(
+    FinetuneConfig,
+    "finetune",
+    text_keys=(),
+    path_keys=("output_dir", "checkpoint", "data.folder", "data.cache_dir"),
+    shortcuts=ATTENTION,
+)
 
 
 def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
@@ -217,11 +225,4 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
 
 
 if __name__ == "__main__":
-    run_command(
-        finetune,
-        FinetuneConfig,
-        "finetune",
-        text_keys=(),
-        path_keys=("output_dir", "checkpoint", "data.folder", "data.cache_dir"),
-        shortcuts=ATTENTION,
-    )
+    run(lambda run: finetune(run.config), LINE, __doc__ or "")

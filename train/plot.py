@@ -11,7 +11,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.cli import run_command
+from configs.cli import run
+from configs.command_line import CommandLine
 from configs.schema import PICTURES, Options, check_ending, option
 from train.metrics import read_metrics
 from wan.errors import WanError
@@ -50,6 +51,14 @@ class PlotConfig(Options):
     output: str | None = option(
         None, "the picture; null: plot.png beside the metrics", check=check_picture
     )
+
+
+LINE = CommandLine(
+    PlotConfig,
+    "plot",
+    text_keys=(),
+    path_keys=("run", "output"),
+)
 
 
 def read_series(path: Path) -> dict[str, Series]:
@@ -120,4 +129,4 @@ def plot(config: PlotConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_command(plot, PlotConfig, "plot", text_keys=(), path_keys=("run", "output"))
+    run(lambda run: plot(run.config), LINE, __doc__ or "")

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.cli import run_command
+from configs.cli import run
+from configs.command_line import CommandLine
 from configs.data import PreprocessConfig
 from train.clips import RECIPE, Clip, ClipRules, list_clips, read_caption, read_clip, read_prompts
 from train.conditioning import CaptionEncoder, TokensOf, component_digests, load_frozen, text_dtype
@@ -39,6 +40,13 @@ from wan.pipeline.config import component_config, part_folder
 from wan.runtime.offload import resolve_device
 from wan.weights.digests import sha256_file
 from wan.weights.hub import resolve_model
+
+LINE = CommandLine(
+    PreprocessConfig,
+    "preprocess",
+    text_keys=("negative_prompt",),
+    path_keys=("clips", "prompts", "output_dir", "checkpoint"),
+)
 
 CHECK = "check.jsonl"  # the report of check_only=true and of runs that fail: both change no data
 CHUNK = 16  # frames that the autoencoder takes at a time
@@ -292,10 +300,4 @@ def encode_texts(
 
 
 if __name__ == "__main__":
-    run_command(
-        preprocess,
-        PreprocessConfig,
-        "preprocess",
-        text_keys=("negative_prompt",),
-        path_keys=("clips", "prompts", "output_dir", "checkpoint"),
-    )
+    run(lambda run: preprocess(run.config), LINE, __doc__ or "")

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.cli import INTERRUPTED, run_command
+from configs.cli import INTERRUPTED, run
+from configs.command_line import CommandLine
 from configs.training import TextEncoderTrainConfig
 from train.export import export_part
 from train.loop import run_training, step_generator
@@ -33,6 +34,13 @@ from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
 from wan.models.tokenizer import Tokenizer
 from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder, pad_ids
+
+LINE = CommandLine(
+    TextEncoderTrainConfig,
+    "text_encoder",
+    text_keys=(),
+    path_keys=("output_dir",),
+)
 
 # B captions, S text positions, D width, V vocabulary, K labels of a caption
 
@@ -448,10 +456,4 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_command(
-        train_text_encoder,
-        TextEncoderTrainConfig,
-        "text_encoder",
-        text_keys=(),
-        path_keys=("output_dir",),
-    )
+    run(lambda run: train_text_encoder(run.config), LINE, __doc__ or "")

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.cli import INTERRUPTED, run_command
+from configs.cli import INTERRUPTED, run
+from configs.command_line import CommandLine
 from configs.training import VAETrainConfig
 from train.export import export_part
 from train.loop import run_training, step_generator
@@ -29,6 +30,13 @@ from wan.models.vae import StreamCache, VAEConfig, WanVAE
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.keys import VAELevels
 from wan.weights.load import load_state
+
+LINE = CommandLine(
+    VAETrainConfig,
+    "vae",
+    text_keys=(),
+    path_keys=("output_dir", "start"),
+)
 
 
 def initialize(vae: WanVAE) -> None:
@@ -207,4 +215,4 @@ def train_vae(config: VAETrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_command(train_vae, VAETrainConfig, "vae", text_keys=(), path_keys=("output_dir", "start"))
+    run(lambda run: train_vae(run.config), LINE, __doc__ or "")

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.ablation import AblateConfig, Setting
-from configs.cli import Run, run_jobs
+from configs.cli import Run, run
 from configs.command_line import CommandLine, Shortcut
 from configs.evaluation import loading_key
 from infer.ablate.report import Cell, write_report
@@ -298,4 +298,4 @@ def main(run: Run[AblateConfig]) -> int:
 
 
 if __name__ == "__main__":
-    run_jobs(main, LINE, __doc__ or "")
+    run(main, LINE, __doc__ or "")

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from configs.benchmark import BenchConfig
-from configs.cli import run_command
-from configs.command_line import ATTENTION
+from configs.cli import run
+from configs.command_line import ATTENTION, CommandLine
 from configs.parity import ParityConfig
 from infer.bench import against_diffusers, loading, stages
 from infer.bench.timing import Contest, Outcome, profile, run_contest, table
@@ -36,6 +36,13 @@ from infer.sample.record import environment, package_version, writable_folder
 from wan.errors import WanError
 from wan.files import write_json
 from wan.runtime.offload import resolve_device
+
+LINE = CommandLine(
+    BenchConfig,
+    "bench",
+    path_keys=("checkpoint", "output_dir"),
+    shortcuts=ATTENTION,
+)
 
 
 def compared(config: BenchConfig) -> Iterator[Contest | Outcome]:
@@ -88,9 +95,9 @@ def parity_text(rows: list[Row], config: BenchConfig) -> str:
 
 def write_profiles(contest: Contest, folder: Path, number: int) -> None:
     task = contest.task
-    for name, run in contest.sides.items():
+    for name, call in contest.sides.items():
         path = folder / f"profile_{number:02d}_{task.target}_{name}.txt"
-        path.write_text(f"{task.what}\n{profile(run, contest.device)}\n", encoding="utf-8")
+        path.write_text(f"{task.what}\n{profile(call, contest.device)}\n", encoding="utf-8")
         print(f"{task.target}, {name}: {path}")
 
 
@@ -191,6 +198,4 @@ def main(config: BenchConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command(
-        main, BenchConfig, "bench", path_keys=("checkpoint", "output_dir"), shortcuts=ATTENTION
-    )
+    run(lambda run: main(run.config), LINE, __doc__ or "")

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from configs.cli import run_command
+from configs.cli import run
+from configs.command_line import CommandLine
 from configs.conversion import ConvertConfig
 from configs.schema import check_choice
 from infer.convert.extract_lora import convert_lora
@@ -61,6 +62,13 @@ from wan.weights.load import check_fit, load_state, match_names, target_dtype
 from wan.weights.names import short
 from wan.weights.safetensors_file import read_header
 from wan.weights.save import save_component
+
+LINE = CommandLine(
+    ConvertConfig,
+    "convert",
+    text_keys=(),
+    path_keys=("source", "output", "config", "base"),
+)
 
 LAYOUTS = ("diffusers", "official", "prefixed")
 PREFIX = "model.diffusion_model."
@@ -319,10 +327,4 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(
-        main,
-        ConvertConfig,
-        "convert",
-        text_keys=(),
-        path_keys=("source", "output", "config", "base"),
-    )
+    run(lambda run: main(run.config), LINE, __doc__ or "")

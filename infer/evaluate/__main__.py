@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.cli import Run, run_jobs
+from configs.cli import Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
 from configs.evaluation import EvaluateConfig
 from infer.evaluate.measure import (
@@ -104,4 +104,4 @@ def main(run: Run[EvaluateConfig]) -> None:
 
 
 if __name__ == "__main__":
-    run_jobs(main, LINE, __doc__ or "")
+    run(main, LINE, __doc__ or "")

@@ -18,12 +18,19 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from configs.cli import run_command
+from configs.cli import run
+from configs.command_line import CommandLine
 from configs.parity import ParityConfig
 from infer.parity import with_weights as rungs
 from infer.parity import without_weights as facts
 from infer.parity.models import Sides, reference, releases
 from infer.parity.tolerance import Row, table
+
+LINE = CommandLine(
+    ParityConfig,
+    "parity",
+    path_keys=("checkpoint",),
+)
 
 FAILED = 1
 
@@ -77,4 +84,4 @@ def main(config: ParityConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, ParityConfig, "parity", path_keys=("checkpoint",))
+    run(lambda run: main(run.config), LINE, __doc__ or "")

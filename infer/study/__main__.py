@@ -13,7 +13,7 @@ as in settings.teacher_unipc_50.share=0.1.
 from functools import partial
 from pathlib import Path
 
-from configs.cli import Run, run_jobs
+from configs.cli import Run, run
 from configs.command_line import CommandLine
 from configs.evaluation import CAPTION_SETS, StudyConfig
 from infer.evaluate.queue import LastPipeline, conclude, run_each, weights_of
@@ -50,4 +50,4 @@ def main(run: Run[StudyConfig]) -> int:
 
 
 if __name__ == "__main__":
-    run_jobs(main, LINE, __doc__ or "")
+    run(main, LINE, __doc__ or "")
