@@ -12,7 +12,9 @@ from configs.schema import (
     SamplerConfig,
     check_prompt,
     check_seed,
+    count,
     option,
+    seed_option,
 )
 from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
@@ -113,11 +115,9 @@ class AblateConfig(LoadingConfig, RunConfig):
     prompts: list[str] = option(
         [], "from an experiment, used if neither of the two is given", check=check_prompt
     )
-    seed: int = option(
-        0, "the first seed, of noise and, without prompts, of captions", check=check_seed
-    )
-    num_seeds: int = option(
-        1, "number of seeds: seed, seed + 1, ..; each prompt gets a clip of each", at_least=1
+    seed: int = seed_option(0, "the first seed, of noise and, without prompts, of captions")
+    num_seeds: int = count(
+        1, "number of seeds: seed, seed + 1, ..; each prompt gets a clip of each"
     )
     num_captions: int = option(64, "without prompts: captions per seed")
     num_objects: int = option(1, "without prompts: objects per caption, 1 or 2")

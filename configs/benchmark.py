@@ -8,8 +8,10 @@ from configs.schema import (
     check_choice,
     check_device,
     check_every_step,
-    check_seed,
+    count,
     option,
+    positive,
+    seed_option,
 )
 from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
@@ -40,27 +42,21 @@ class BenchConfig(Options):
         "timed calls of each side, taking turns",
         at_least=2,  # one call has no spread
     )
-    warmup: int = option(1, "untimed calls before them", at_least=1)
+    warmup: int = count(1, "untimed calls before them")
     clock: str = option(
         "wall",
         "time in the table: wall, or cpu (of all threads; for a busy machine)",
         choices=("wall", "cpu"),
     )
-    threads: int | None = option(None, "threads of PyTorch on the CPU", at_least=1)
-    seed: int = option(0, "seed of inputs and random weights", check=check_seed)
-    prompt_tokens: int = option(30, "tokens of the prompt, the final </s> included", at_least=1)
-    height: int | None = option(
-        None, "pixels of the video; none: the model's own, 704 for stages", at_least=1
-    )
-    width: int | None = option(None, "pixels; 1280 for stages", at_least=1)
-    num_frames: int | None = option(None, "4k + 1; 121 for stages", at_least=1)
-    steps: int = option(
-        3, "network evaluations of pipeline and denoise, without guidance", at_least=1
-    )
-    block_heads: int = option(
-        24, "width of the block in heads of 128 channels; the 5B has 24", at_least=1
-    )
-    load_gb: float = option(0.2, "size of the folder that is loaded, in 10^9 bytes", above=0)
+    threads: int | None = count(None, "threads of PyTorch on the CPU")
+    seed: int = seed_option(0, "seed of inputs and random weights")
+    prompt_tokens: int = count(30, "tokens of the prompt, the final </s> included")
+    height: int | None = count(None, "pixels of the video; none: the model's own, 704 for stages")
+    width: int | None = count(None, "pixels; 1280 for stages")
+    num_frames: int | None = count(None, "4k + 1; 121 for stages")
+    steps: int = count(3, "network evaluations of pipeline and denoise, without guidance")
+    block_heads: int = count(24, "width of the block in heads of 128 channels; the 5B has 24")
+    load_gb: float = positive(0.2, "size of the folder that is loaded, in 10^9 bytes")
     stages: str | None = option(
         None,
         "full or tiny: our 5B alone, random weights; full is what device=cuda does",
@@ -75,12 +71,8 @@ class BenchConfig(Options):
         "inductor; eager and aot_eager only trace (for tests)",
         choices=("inductor", "aot_eager", "eager"),
     )
-    goal_seconds: float = option(
-        6.0, "aim for all stages together; 6 is for TI2V-5B on one H100", above=0
-    )
-    peak_tflops: float = option(
-        790.0, "rate of the device; 790 is dense bfloat16 on an H100", above=0
-    )
+    goal_seconds: float = positive(6.0, "aim for all stages together; 6 is for TI2V-5B on one H100")
+    peak_tflops: float = positive(790.0, "rate of the device; 790 is dense bfloat16 on an H100")
     profile: bool = option(False, "write where each side's time goes; for loading, print it")
     output_dir: str = option("outputs/bench", "for bench.json, which is replaced, and profiles")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from configs.schema import DTYPES, Options, option
+from configs.schema import DTYPES, Options, option, positive
 from wan.errors import WanError
 
 
@@ -29,8 +29,8 @@ class ConvertConfig(Options):
     )
     round_all: bool = option(False, "dtype= also for what models keep in float32: smaller files")
     config: str | None = option(None, "config.json of a component that has none beside it")
-    shard_gb: float = option(
-        5.0, "largest weight file, in 10^9 bytes; layout=prefixed is always one", above=0
+    shard_gb: float = positive(
+        5.0, "largest weight file, in 10^9 bytes; layout=prefixed is always one"
     )
 
     def __post_init__(self) -> None:

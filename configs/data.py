@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from configs.schema import Options, check_device, check_prompt, option
+from configs.schema import Options, check_device, check_prompt, count, option, positive, share
 from wan.errors import WanError
 
 Size = tuple[int, int, int]  # frames, height, width
@@ -24,14 +24,10 @@ class DataConfig(Options):
     folder: str | None = option(None, "for folder: the output_dir of train.preprocess")
     check_weights: bool = option(True, "refuse a folder made with another vae or text encoder")
     cache_dir: str = option("runs/cache", "for the world: encoded latents are kept here")
-    num_clips: int = option(
-        8192, "for the world: how many scenes are rendered and encoded", at_least=1
-    )
+    num_clips: int = count(8192, "for the world: how many scenes are rendered and encoded")
     seed: int = option(0, "for the world: which scenes")
-    repeat_circling: int = option(
-        1,
-        "for the world: how often an epoch has each clip with a circling object, the hard motion",
-        at_least=1,
+    repeat_circling: int = count(
+        1, "for the world: how often an epoch has each clip with a circling object, the hard motion"
     )
 
     def check_source(self) -> None:
@@ -61,27 +57,19 @@ class PreprocessConfig(Options):
     sizes: list[str] = option(
         ["17x128x128"], "frames x height x width; a clip goes to the one that keeps most of it"
     )
-    fps: float = option(8.0, "frames per second of the clips that training sees", above=0)
+    fps: float = positive(8.0, "frames per second of the clips that training sees")
     retime: bool = option(
         False, "bring higher frame rates to fps by nearest frames; else they are set aside"
     )
-    max_crop: float = option(
-        0.5, "set clips aside that lose more than this share of the picture", at_least=0, at_most=1
-    )
-    max_upscale: float = option(
-        1.5, "set clips aside that must be enlarged more than this", above=0
-    )
-    max_set_aside_share: float = option(
-        0.05, "fail when more than this share is set aside", at_least=0, at_most=1
-    )
+    max_crop: float = share(0.5, "set clips aside that lose more than this share of the picture")
+    max_upscale: float = positive(1.5, "set clips aside that must be enlarged more than this")
+    max_set_aside_share: float = share(0.05, "fail when more than this share is set aside")
     max_set_aside: int | None = option(
         None, "instead of the share: fail when more clips than this are set aside", at_least=0
     )
     check_only: bool = option(False, "judge all clips and write the report, encode nothing")
     verify: bool = option(False, "read all that is stored again, encode anew what is damaged")
-    shard_clips: int = option(
-        32, "clips per file; a killed run loses at most this many", at_least=1
-    )
+    shard_clips: int = count(32, "clips per file; a killed run loses at most this many")
     max_text_tokens: int = option(
         512,
         "captions are cut there; the report says which. Transformers read 512 tokens",
@@ -89,7 +77,7 @@ class PreprocessConfig(Options):
         at_most=512,
     )
     device: str = option("cpu", "cpu, cuda, cuda:N", check=check_device)
-    threads: int = option(2, "CPU threads", at_least=1)
+    threads: int = count(2, "CPU threads")
 
     def __post_init__(self) -> None:
         super().__post_init__()

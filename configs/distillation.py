@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from configs.schema import Options, check_seed, option
+from configs.schema import Options, count, option, positive, seed_option, share
 from configs.training import LoRAConfig, TransformerTrainConfig
 from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
@@ -17,10 +17,8 @@ class StudentConfig(Options):
 
     timesteps: list[float] = option([1000, 757, 522], "its steps, falling, 1000 = pure noise")
     warp: bool = option(False, "read timesteps as positions in the shifted table")
-    table_shift: float = option(
-        8.0,
-        "shift of the table that gives sigmas, and warped steps (at shift 5, 750 -> 937.5)",
-        above=0,
+    table_shift: float = positive(
+        8.0, "shift of the table that gives sigmas, and warped steps (at shift 5, 750 -> 937.5)"
     )
     deterministic: bool = option(False, "between steps put back predicted noise, not fresh noise")
     exits: str = option(
@@ -51,11 +49,11 @@ class ScoreConfig(Options):
         4.0, "guidance g of the teacher, v_u + g (v_c - v_u); 1: none", at_least=1
     )
     negative_prompt: str = option("", "the teacher's unconditional caption")
-    shift: float = option(5.0, "shift of the noise levels at which scores are compared", above=0)
-    lowest: float = option(0.02, "lowest noise level", above=0)
+    shift: float = positive(5.0, "shift of the noise levels at which scores are compared")
+    lowest: float = positive(0.02, "lowest noise level")
     highest: float = option(0.98, "highest noise level", below=1)
     clamp: bool = option(True, "levels beyond the bounds move onto them; false: drawn inside")
-    critic_ratio: int = option(5, "critic updates per student update", at_least=1)
+    critic_ratio: int = count(5, "critic updates per student update")
     critic_warmup: int = option(0, "critic updates before the student's first", at_least=0)
     critic_lora: LoRAConfig = field(default_factory=LoRAConfig)
     full_attention: bool = option(
@@ -102,10 +100,8 @@ class RegressionConfig(Options):
         "its weight at the last step, approached in a straight line; null: the same throughout",
         at_least=0,
     )
-    num_pairs: int = option(1024, "trajectories the teacher samples first", at_least=1)
-    steps: int = option(
-        24, "UniPC steps of each, about: the student's levels are among them", at_least=1
-    )
+    num_pairs: int = count(1024, "trajectories the teacher samples first")
+    steps: int = count(24, "UniPC steps of each, about: the student's levels are among them")
     guidance_scale: float | None = option(None, "guidance there; null: scores.guidance_scale")
     shift: float | None = option(None, "shift of the teacher's grid; null: the model's own")
     folder: str | None = option(
@@ -132,12 +128,10 @@ class PlanConfig(Options):
 
     GROUP: ClassVar[str] = "machines."
 
-    num_gpus: int = option(8, "number of GPUs", at_least=1)
-    gpu_memory_gb: float = option(80.0, "memory of each GPU, 10^9 bytes", above=0)
-    tflops: float = option(
-        285.0, "rate of each GPU, measured or assumed; FastVideo's 5B: 285", above=0
-    )
-    text_rows: int = option(512, "text tokens that are attended", at_least=1)
+    num_gpus: int = count(8, "number of GPUs")
+    gpu_memory_gb: float = positive(80.0, "memory of each GPU, 10^9 bytes")
+    tflops: float = positive(285.0, "rate of each GPU, measured or assumed; FastVideo's 5B: 285")
+    text_rows: int = count(512, "text tokens that are attended")
     other_gb: float = option(0.0, "what else stays on each GPU, such as a text encoder", at_least=0)
 
 
@@ -149,7 +143,7 @@ class DistillConfig(TransformerTrainConfig):
     machines: PlanConfig = field(default_factory=PlanConfig)
 
     output_dir: str = option("runs/distill", "checkpoints, metrics, samples; the student in model/")
-    seed: int = option(0, "noise, noise levels, exits; of captions: data.seed", check=check_seed)
+    seed: int = seed_option(0, "noise, noise levels, exits; of captions: data.seed")
     height: int | None = option(None, "pixels of what is made; null: the model's own")
     width: int | None = option(None, "pixels; null: the model's own")
     num_frames: int | None = option(None, "4k + 1; null: the model's own")
@@ -162,8 +156,8 @@ class DistillConfig(TransformerTrainConfig):
     gan: GANConfig = field(default_factory=GANConfig)
     regression: RegressionConfig = field(default_factory=RegressionConfig)
 
-    lr: float = option(1e-4, "peak learning rate of the student", above=0)
-    critic_lr: float = option(1e-4, "peak learning rate of the critic", above=0)
+    lr: float = positive(1e-4, "peak learning rate of the student")
+    critic_lr: float = positive(1e-4, "peak learning rate of the critic")
     final_lr: float = option(0.5, "share of both that the cosine leaves at the end")
     warmup: int = option(10, "steps of linear warm-up")
     beta1: float = option(0.0, "AdamW's first beta")
@@ -172,10 +166,10 @@ class DistillConfig(TransformerTrainConfig):
         0.99, "decay of the averaged student, which is exported; 0: the latest", at_least=0, below=1
     )
 
-    validation_captions: int = option(
-        8, "captions sampled at each save, twice each, student beside teacher", at_least=1
+    validation_captions: int = count(
+        8, "captions sampled at each save, twice each, student beside teacher"
     )
-    validation_steps: int = option(25, "Euler steps of the teacher for those", at_least=1)
+    validation_steps: int = count(25, "Euler steps of the teacher for those")
     export: str = option(
         "last",
         "which student is written at the end: last, or best by health",
@@ -187,11 +181,8 @@ class DistillConfig(TransformerTrainConfig):
         "threefold)",
         above=1,
     )
-    omit: list[float] = option(
-        [],
-        "for the world: chances that captions leave things unsaid, in turn; []: always 0.15",
-        at_least=0,
-        at_most=1,
+    omit: list[float] = share(
+        [], "for the world: chances that captions leave things unsaid, in turn; []: always 0.15"
     )
 
     def __post_init__(self) -> None:

@@ -14,7 +14,10 @@ from configs.schema import (
     check_choice,
     check_ending,
     check_seed,
+    count,
     option,
+    seed_option,
+    share,
 )
 from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
@@ -28,27 +31,16 @@ CAPTION_SETS = ("single", "pair", "seeds")  # of a study: options of `StudyConfi
 class CaptionSetConfig(Options):
     """Which captions of the miniature's world are made, and how often."""
 
-    num_captions: int = option(
-        512, "the first so many of the captions that the seed chooses", at_least=1
-    )
-    seeds_per_caption: int = option(
-        1, "clips of each; with several, their diversity is measured", at_least=1
-    )
+    num_captions: int = count(512, "the first so many of the captions that the seed chooses")
+    seeds_per_caption: int = count(1, "clips of each; with several, their diversity is measured")
     split: str = option(
         "heldout", "heldout (combinations never trained on), train or any", choices=SPLITS
     )
     num_objects: int | None = option(
         1, "1 or 2; null draws 1 for six scenes in ten", at_least=1, at_most=2
     )
-    omit: float = option(
-        0.0,
-        "chance that a caption leaves an attribute unsaid; training has 0.15",
-        at_least=0,
-        at_most=1,
-    )
-    seed: int = option(
-        0, "chooses captions and noise; clip i gets noise seed + i", check=check_seed
-    )
+    omit: float = share(0.0, "chance that a caption leaves an attribute unsaid; training has 0.15")
+    seed: int = seed_option(0, "chooses captions and noise; clip i gets noise seed + i")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,11 +77,9 @@ class EvaluateConfig(LoadingConfig, RunConfig, CaptionSetConfig):
         "model, or a ceiling: renders (the truth itself), vae (the truth through the autoencoder)",
         choices=SOURCES,
     )
-    batch_size: int = option(16, "clips at a time; changes no clip", at_least=1)
+    batch_size: int = count(16, "clips at a time; changes no clip")
     negative_prompt: str | None = option(None, "what videos should not show; needs guidance")
-    max_sequence_length: int | None = option(
-        None, "text tokens that are read, padding included", at_least=1
-    )
+    max_sequence_length: int | None = count(None, "text tokens that are read, padding included")
     height: int = option(128, "pixels; the world is square", at_least=64)
     width: int = option(128, "pixels")
     num_frames: int = option(
@@ -193,7 +183,7 @@ class StudyConfig(LoadingConfig):
     single: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     pair: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     seeds: CaptionSetConfig = field(default_factory=CaptionSetConfig)
-    batch_size: int = option(8, "clips at a time; changes no clip", at_least=1)
+    batch_size: int = count(8, "clips at a time; changes no clip")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from configs.schema import DTYPES, Options, option
+from configs.schema import DTYPES, Options, count, option
 
 
 @dataclass
@@ -16,11 +16,7 @@ class ParallelConfig(Options):
 
     GROUP: ClassVar[str] = "parallel."
 
-    shard: int | None = option(
-        None, "processes that hold one copy of the weights; null: the rest", at_least=1
-    )
-    replicate: int = option(1, "such copies (HSDP), e.g. one per machine", at_least=1)
-    sequence: int = option(
-        1, "processes that share the tokens of each clip; divides the heads", at_least=1
-    )
+    shard: int | None = count(None, "processes that hold one copy of the weights; null: the rest")
+    replicate: int = count(1, "such copies (HSDP), e.g. one per machine")
+    sequence: int = count(1, "processes that share the tokens of each clip; divides the heads")
     reduce_dtype: str = option("float32", "gradients are summed in it", choices=DTYPES)

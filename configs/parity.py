@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from configs.schema import DTYPES, Options, check_seed, option
+from configs.schema import DTYPES, Options, count, option, seed_option
 from wan.errors import WanError
 
 
@@ -20,8 +20,8 @@ class ParityConfig(Options):
         "float32, or bfloat16: who is nearer to float32, we or the reference?",
         choices=DTYPES,
     )
-    steps: int = option(6, "steps of the sampling runs", at_least=1)
-    seed: int = option(0, "seed of the random inputs", check=check_seed)
+    steps: int = count(6, "steps of the sampling runs")
+    seed: int = seed_option(0, "seed of the random inputs")
 
     def __post_init__(self) -> None:
         super().__post_init__()

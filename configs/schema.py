@@ -50,6 +50,26 @@ def option(
     return field(default=default, metadata=about)
 
 
+def count(default: Any, help: str) -> Any:
+    """An `option` that is at least 1."""
+    return option(default, help, at_least=1)
+
+
+def positive(default: Any, help: str) -> Any:
+    """An `option` above 0."""
+    return option(default, help, above=0)
+
+
+def share(default: Any, help: str) -> Any:
+    """An `option` between 0 and 1."""
+    return option(default, help, at_least=0, at_most=1)
+
+
+def seed_option(default: Any, help: str) -> Any:
+    """An `option` that seeds a random stream."""
+    return option(default, help, check=check_seed)
+
+
 @dataclass
 class Options:
     """The settings of a command, or a group of them, checked when they are made.
@@ -112,10 +132,6 @@ def check_number(name: str, value: Any, low: Bound, high: Bound = NO_BOUND) -> N
 
 def check_at_least(name: str, value: float, lowest: float) -> None:
     check_number(name, value, (lowest, True))
-
-
-def check_positive(name: str, value: float) -> None:
-    check_number(name, value, (0, False))
 
 
 def read_config(schema: type[C], cfg: DictConfig) -> C:
@@ -193,11 +209,10 @@ class SamplerConfig(Options):
     timesteps: list[float] | None = field(
         default=None, metadata={"help": "instead: an explicit list, e.g. [1000,757,522]"}
     )
-    shift: float | None = option(
+    shift: float | None = positive(
         None,
         "moves the noise levels of `steps` towards high noise; 1 = not at all. A list of timesteps "
         "is taken as it is",
-        above=0,
     )
 
     def __post_init__(self) -> None:
@@ -280,10 +295,8 @@ class SampleConfig(LoadingConfig):
         at_least=0,
         at_most=255,
     )
-    seed: int = option(
-        0, "a video depends on seed and settings, not on batch or device", check=check_seed
-    )
-    num_videos: int = option(1, "videos per prompt, with seeds seed, seed+1, ...", at_least=1)
+    seed: int = seed_option(0, "a video depends on seed and settings, not on batch or device")
+    num_videos: int = count(1, "videos per prompt, with seeds seed, seed+1, ...")
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
@@ -293,17 +306,13 @@ class SampleConfig(LoadingConfig):
     deterministic: bool | None = option(None, "few_step: put back predicted noise, not fresh noise")
     frame_first_noise: bool = option(False, "draw noise in FastVideo's order: its seeds match ours")
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
-    max_sequence_length: int | None = option(
-        None,
-        "text tokens that are read, padding included; another number makes another video",
-        at_least=1,
+    max_sequence_length: int | None = count(
+        None, "text tokens that are read, padding included; another number makes another video"
     )
 
-    height: int | None = option(
-        None, "pixels; an illegal size is refused with the nearest legal", at_least=1
-    )
-    width: int | None = option(None, "pixels", at_least=1)
-    num_frames: int | None = option(None, "4k + 1", at_least=1)
+    height: int | None = count(None, "pixels; an illegal size is refused with the nearest legal")
+    width: int | None = count(None, "pixels")
+    num_frames: int | None = count(None, "4k + 1")
     fps: float | None = option(
         None,
         "frames per second written into the file; changes no frame",
@@ -317,14 +326,10 @@ class SampleConfig(LoadingConfig):
         "predict memory and refuse what cannot fit: always, never, auto (from about 1 GiB on)",
         choices=("auto", "always", "never"),
     )
-    chunk_latents: int = option(
-        CHUNK_LATENTS,
-        "latent frames decoded at a time; 1 needs least memory and takes longer",
-        at_least=1,
+    chunk_latents: int = count(
+        CHUNK_LATENTS, "latent frames decoded at a time; 1 needs least memory and takes longer"
     )
-    tile: int | None = option(
-        None, "decode in tiles of this many latents: less memory, not exact", at_least=1
-    )
+    tile: int | None = count(None, "decode in tiles of this many latents: less memory, not exact")
     verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
     lora: str | None = option(None, "a LoRA file to merge into the weights")
     lora_2: str | None = option(None, "the one for the low-noise expert of models with two")

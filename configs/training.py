@@ -5,7 +5,16 @@ from typing import Any, ClassVar
 
 from configs.data import DataConfig
 from configs.parallel import ParallelConfig
-from configs.schema import Options, check_device, check_every_step, check_seed, option
+from configs.schema import (
+    Options,
+    check_device,
+    check_every_step,
+    count,
+    option,
+    positive,
+    seed_option,
+    share,
+)
 from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
 
@@ -24,12 +33,10 @@ class LoopConfig(Options):
 
     GROUP: ClassVar[str] = "loop."
 
-    steps: int = option(
-        1000, "optimisation steps in all, a resumed run's earlier ones included", at_least=1
-    )
-    log_every: int = option(20, "steps per line of metrics.jsonl", at_least=1)
-    save_every: int = option(200, "steps between checkpoints", at_least=1)
-    keep_last: int = option(2, "checkpoints kept; the newest alone is not safe", at_least=1)
+    steps: int = count(1000, "optimisation steps in all, a resumed run's earlier ones included")
+    log_every: int = count(20, "steps per line of metrics.jsonl")
+    save_every: int = count(200, "steps between checkpoints")
+    keep_last: int = count(2, "checkpoints kept; the newest alone is not safe")
     wandb_project: str | None = option(None, "mirror metrics to this wandb project")
     allow_changes: bool = option(False, "go on from checkpoints of a run with other settings")
 
@@ -48,21 +55,21 @@ class VAETrainConfig(OptimConfig):
     """`train.vae`: the autoencoder of the miniature's world."""
 
     output_dir: str = option("runs/vae", "checkpoints, metrics and the trained vae/ go here")
-    seed: int = option(0, "renders, crops and initial weights", check=check_seed)
-    threads: int = option(2, "CPU threads", at_least=1)
+    seed: int = seed_option(0, "renders, crops and initial weights")
+    threads: int = count(2, "CPU threads")
     vae: dict[str, Any] = option({}, "fields of the released vae/config.json")
     start: str | None = option(None, "a vae/ folder to go on from, with its own config.json")
     decoder_only: bool = option(False, "keep the encoder of start=: latents stay what they are")
-    batch_size: int = option(4, "crops per step", at_least=1)
-    crops_per_clip: int = option(2, "crops taken from one rendered clip", at_least=1)
+    batch_size: int = count(4, "crops per step")
+    crops_per_clip: int = count(2, "crops taken from one rendered clip")
     crop_size: int = option(64, "pixels, a multiple of 16", at_least=16, at_most=128)
     crop_frames: int = option(
         17, "4k + 1; fewer than a clip has do not teach its later frames", at_least=1, at_most=17
     )
     whole_clip_steps: int = option(300, "the last steps see whole clips")
-    whole_clip_batch: int = option(2, "whole clips per step", at_least=1)
+    whole_clip_batch: int = count(2, "whole clips per step")
     optimizer: str = option("muon", "adamw or muon", choices=OPTIMIZERS)
-    lr: float = option(5e-3, "peak learning rate", above=0)
+    lr: float = positive(5e-3, "peak learning rate")
     warmup: int = option(50, "steps of linear warm-up")
     foreground_weight: float = option(4.0, "weight of pixels of objects; backgrounds have 1")
     kl_weight: float = option(1e-4, "weight of the term that pulls latents towards N(0, 1)")
@@ -72,8 +79,8 @@ class VAETrainConfig(OptimConfig):
         at_least=0,
         below=1,
     )
-    validation_clips: int = option(16, "whole clips measured at every checkpoint", at_least=1)
-    statistics_clips: int = option(256, "clips behind latents_mean and latents_std", at_least=1)
+    validation_clips: int = count(16, "whole clips measured at every checkpoint")
+    statistics_clips: int = count(256, "clips behind latents_mean and latents_std")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,19 +100,19 @@ class TextEncoderTrainConfig(OptimConfig):
     """`train.text_encoder`: tokenizer and text encoder of the miniature."""
 
     output_dir: str = option("runs/text_encoder", "tokenizer/ and text_encoder/ go here")
-    seed: int = option(0, "captions and initial weights", check=check_seed)
-    threads: int = option(1, "CPU threads", at_least=1)
+    seed: int = seed_option(0, "captions and initial weights")
+    threads: int = count(1, "CPU threads")
     vocab_size: int = option(  # 100: the ASCII characters and a few words
         320, "largest number of pieces, characters included", at_least=100
     )
-    tokenizer_captions: int = option(20000, "captions behind the tokenizer", at_least=1)
+    tokenizer_captions: int = count(20000, "captions behind the tokenizer")
     encoder: dict[str, Any] = option({}, "fields of the released text_encoder/config.json")
     batch_size: int = option(64, "captions per step", at_least=16)  # a quarter of them hide words
     optimizer: str = option("adamw", "adamw or muon", choices=OPTIMIZERS)
-    lr: float = option(2e-3, "peak learning rate", above=0)
+    lr: float = positive(2e-3, "peak learning rate")
     warmup: int = option(100, "steps of linear warm-up")
     word_weight: float = option(0.2, "weight of guessing hidden words")
-    probe_captions: int = option(2000, "captions behind each measured number", at_least=1)
+    probe_captions: int = count(2000, "captions behind each measured number")
 
 
 @dataclass
@@ -123,16 +130,14 @@ class TransformerTrainConfig(OptimConfig):
     """What the commands that train transformers share."""
 
     checkpoint: str = option("builtin:miniature-teacher", "folder or hub id to start from")
-    threads: int = option(2, "CPU threads", at_least=1)
+    threads: int = count(2, "CPU threads")
     device: str = option("cpu", "auto, cpu, cuda, cuda:N", check=check_device)
     compile: bool = option(False, "compile the transformers' blocks")
     checkpoint_blocks: str = option(
         "none", "activation checkpointing: none, full, selective", choices=CHECKPOINT_BLOCKS
     )
-    batch_size: int = option(32, "clips per step, of all processes together", at_least=1)
-    first_frame_share: float = option(
-        0.0, "share of batches with a clean first frame (TI2V)", at_least=0, at_most=1
-    )
+    batch_size: int = count(32, "clips per step, of all processes together")
+    first_frame_share: float = share(0.0, "share of batches with a clean first frame (TI2V)")
     weight_decay: float = option(0.01, "weight decay of matrices; other weights have none")
     max_text_tokens: int = option(
         512,
@@ -157,13 +162,11 @@ class FinetuneConfig(TransformerTrainConfig):
     from_scratch: bool = option(False, "start the transformer from random weights, sized by dit")
     dit: dict[str, Any] = option({}, "for from_scratch: fields of transformer/config.json")
     sampling: dict[str, Any] = option({}, "for from_scratch: sampling_defaults of the result")
-    seed: int = option(0, "order of clips, noise, initial weights", check=check_seed)
-    shift: float = option(3.0, "shift of the training noise levels; larger models want 5", above=0)
-    caption_dropout: float = option(
-        0.1, "share of clips trained without their caption", at_least=0, at_most=1
-    )
+    seed: int = seed_option(0, "order of clips, noise, initial weights")
+    shift: float = positive(3.0, "shift of the training noise levels; larger models want 5")
+    caption_dropout: float = share(0.1, "share of clips trained without their caption")
     optimizer: str = option("muon", "adamw or muon", choices=OPTIMIZERS)
-    lr: float = option(1e-3, "peak learning rate", above=0)
+    lr: float = positive(1e-3, "peak learning rate")
     warmup: int = option(100, "steps of linear warm-up")
     ema_decay: float = option(
         0.999,
@@ -174,7 +177,7 @@ class FinetuneConfig(TransformerTrainConfig):
     validation_captions: int = option(
         0, "for the world: captions sampled and read at each save", at_least=0
     )
-    validation_steps: int = option(12, "Euler steps of those samples", at_least=1)
+    validation_steps: int = count(12, "Euler steps of those samples")
     validation_guidance: float = option(3.0, "guidance of those samples")
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 

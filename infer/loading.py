@@ -1,26 +1,118 @@
-"""A model with its LoRAs, loaded once and kept between the points of a sweep."""
+"""Load the model that a command names, and keep it between the points of a sweep."""
 
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from configs.schema import SampleConfig
-from infer.sample.record import WeightDigests
-from infer.sample.request import torch_dtype
+from configs.schema import LoadingConfig, SampleConfig
 from wan.errors import WanError
 from wan.lora.files import LoRA, read_lora
 from wan.lora.merge import LoRAMerge
-from wan.models.attention import NetworkAttention
-from wan.pipeline.config import PipelineConfig, parts_from_elsewhere
+from wan.models.attention import AttentionChoice, NetworkAttention
+from wan.pipeline.config import PipelineConfig, model_files, parts_from_elsewhere
 from wan.pipeline.folder import ModelFolder
 from wan.pipeline.pipeline import PIPELINES, WanPipeline
-from wan.weights.digests import verify_digests
+from wan.runtime.offload import resolve_device
+from wan.weights.digests import hash_files, verify_digests
+from wan.weights.hub import resolve_model
 from wan.weights.names import census_line
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """float32 where nothing says otherwise, as on a CPU bfloat16 is often the slower one."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def folder_of(config: LoadingConfig) -> Path:
+    """The folder of the model that a command's settings name, downloaded if need be."""
+    return resolve_model(config.checkpoint, config.revision)
+
+
+def sampling(config: Any) -> dict[str, Any]:
+    """A command's settings that choose the steps, by the names of the pipeline's arguments."""
+    return {
+        "num_inference_steps": config.sampler.steps,
+        "timesteps": config.sampler.timesteps,
+        "sampler": config.sampler.name,
+        "shift": config.sampler.shift,
+        "guidance_scale": config.guidance_scale,
+        "allow_untrained": config.allow_untrained,
+    }
+
+
+def load_pipeline(
+    folder: ModelFolder, config: LoadingConfig, attention: AttentionChoice, **options: Any
+) -> WanPipeline:
+    """Load a model as a command's settings say.
+
+    Args:
+        options: further arguments of `WanPipeline.from_pretrained`.
+    """
+    device = resolve_device(config.device)
+    return PIPELINES[folder.config.class_name].from_pretrained(
+        folder,
+        dtype=torch_dtype(config.dtype, device),
+        device=device,
+        attention=attention,
+        offload=config.offload,
+        compile=config.compile,
+        quantize=config.quantize,
+        **options,
+    )
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """sha256 of all of `model_files`; read again only if a file's size or time has changed.
+
+    Raises:
+        WanError: there is nothing to hash.
+    """
+    files = model_files(folder)
+    if not files:
+        raise WanError(f"{folder}: no such folder, or an empty one")
+    states = {name: path.stat() for name, path in files.items()}
+    return _digests(
+        tuple((name, files[name], s.st_size, s.st_mtime_ns) for name, s in states.items())
+    )
+
+
+@cache
+def _digests(files: tuple[tuple[str, Path, int, int], ...]) -> dict[str, str]:
+    digests = hash_files(path for _, path, _, _ in files)
+    return {name: digests[path] for name, path, _, _ in files}
+
+
+class WeightDigests:
+    """sha256 of all of `model_files`, taken in the background while the model is at work.
+
+    A daemon thread: hashing lets other threads run, and Ctrl-C need not wait for it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._digests: dict[str, str] | None = None
+        self._thread = threading.Thread(target=self._hash, args=(folder,), daemon=True)
+        self._thread.start()
+
+    def _hash(self, folder: Path) -> None:
+        files = {name: path for name, path in model_files(folder).items() if path.is_file()}
+        digests = hash_files(files.values(), threads=2)
+        self._digests = {name: digests[path] for name, path in files.items()}
+
+    def result(self) -> dict[str, str]:
+        """{file: sha256}, waiting for the rest if need be."""
+        self._thread.join()
+        if self._digests is None:
+            raise OSError("the weight files could not be read again to hash them")
+        return self._digests
 
 
 class StageBars:
@@ -54,7 +146,6 @@ class LoadedModel:
         config: SampleConfig,
         attention: NetworkAttention,
         loras: Mapping[str, LoRA],
-        device: torch.device,
     ) -> None:
         started = time.perf_counter()
         if config.verify:
@@ -62,17 +153,7 @@ class LoadedModel:
         merges = {part: LoRAMerge(lora, config.lora_strength) for part, lora in loras.items()}
         bars = StageBars()
         try:
-            self.pipeline: WanPipeline = PIPELINES[folder.config.class_name].from_pretrained(
-                folder,
-                dtype=torch_dtype(config.dtype, device),
-                device=device,
-                attention=attention,
-                offload=config.offload,
-                compile=config.compile,
-                quantize=config.quantize,
-                loras=merges,
-                on_progress=bars,
-            )
+            self.pipeline = load_pipeline(folder, config, attention, loras=merges, on_progress=bars)
         finally:
             bars.close()
         self.folder = folder.path
@@ -126,7 +207,7 @@ class ModelCache:
         )
         if self._model is None or key != self._key:
             self._model = None  # before the next one needs the room
-            self._model = LoadedModel(folder, config, attention, loras, device)
+            self._model = LoadedModel(folder, config, attention, loras)
             self._key = key
             print(self._model.describe(), file=sys.stderr)
         self._model.pipeline.tile = config.tile

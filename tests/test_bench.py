@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from configs.benchmark import COMPARED, STAGES, BenchConfig
+from infer import machine as record
 from infer.bench import __main__ as bench
 from infer.bench import against_diffusers as bench_compare
 from infer.bench import loading as bench_load
@@ -25,7 +26,6 @@ from infer.bench.timing import (
     run_contest,
     table,
 )
-from infer.sample import record
 from wan.errors import WanError
 from wan.models.attention import AttentionConfig
 from wan.models.dit_config import DiTConfig

@@ -14,12 +14,7 @@ from configs.evaluation import EvaluateConfig
 from infer.evaluate.__main__ import LINE, main
 from infer.evaluate.measure import draw_examples, evaluate, summarise, table, wilson_interval
 from infer.evaluate.queue import question_key, weights_of
-from infer.evaluate.sources import (
-    generate,
-    load_pipeline,
-    reconstruct_truth,
-    render_truth,
-)
+from infer.evaluate.sources import generate, open_pipeline, reconstruct_truth, render_truth
 from wan.errors import WanError
 from wan.miniature.world import HELD_OUT
 
@@ -149,7 +144,7 @@ def test_the_distance_to_the_truth_is_small_for_truth_and_large_for_stills():
 def test_clips_whose_latents_blow_up_are_wrong_alone(model, monkeypatch):
     config = settings(*tiny(model))
     examples = draw_examples(config)
-    pipeline = load_pipeline(config)
+    pipeline = open_pipeline(config)
     whole = generate(config, pipeline)(examples)
     call = type(pipeline).__call__
 

@@ -9,8 +9,7 @@ import torch
 
 from configs.conversion import ConvertConfig
 from infer.convert.__main__ import main as convert
-from infer.evaluate.queue import weight_digests
-from infer.loading import verify_files
+from infer.loading import verify_files, weight_digests
 from train.conditioning import component_digests
 from train.export import export_model
 from wan.errors import WanError

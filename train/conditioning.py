@@ -8,7 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from wan.errors import WanError
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Encoder, pad_ids
 from wan.pipeline.config import PipelineConfig, part_folder
-from wan.weights.checkpoint import open_checkpoint
+from wan.pipeline.folder import load_part
 from wan.weights.digests import hash_files, list_files
-from wan.weights.load import load_module
 
 TEXT_LENGTH = 512  # tokens of context that every Wan transformer reads
 
@@ -42,13 +41,15 @@ def check_trainable(settings: PipelineConfig, folder: Path, first_frame_share: f
 
 
 def load_frozen(
-    build: Callable[[], M], folder: Path, name: str, device: torch.device, dtype: torch.dtype
-) -> M:
-    """A component that training only reads: no gradients, evaluation mode."""
-    module = load_module(
-        build, open_checkpoint(part_folder(folder, name)), name, dtype=dtype, device=device
-    )
-    return module.requires_grad_(False).eval()
+    folder: Path, part: str, config: Any, device: torch.device, dtype: torch.dtype, **options: Any
+) -> Any:
+    """A network that training only reads: no gradients, evaluation mode.
+
+    Args:
+        config, options: as in `wan.pipeline.folder.load_part`.
+    """
+    module = load_part(folder, part, config, options, dtype=dtype, device=device)
+    return module.requires_grad_(False)
 
 
 def text_dtype(device: torch.device) -> torch.dtype:

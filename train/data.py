@@ -37,7 +37,6 @@ from wan.files import write_text
 from wan.miniature.captions import caption
 from wan.miniature.world import render, sample_scene, scene_rng
 from wan.models.tokenizer import Tokenizer
-from wan.models.umt5 import UMT5Encoder
 from wan.models.vae import WanVAE
 from wan.pipeline.config import PipelineConfig, part_folder
 from wan.weights.safetensors_file import map_tensors, read_header, write_tensors
@@ -212,7 +211,7 @@ def open_data(
                 check_shape(shape, settings, data.folder)
         assert cache.tokens_of is not None
         return cache, Texts(cache.tokens_of, device), None
-    vae = load_frozen(lambda: WanVAE(settings.vae), source, "vae", device, torch.float32)
+    vae = load_frozen(source, "vae", settings.vae, device, torch.float32)
     cache = world_cache(vae, Path(data.cache_dir), data.num_clips, data.seed, data.repeat_circling)
     return cache, world_texts(settings, source, device, max_text_tokens), vae
 
@@ -221,13 +220,7 @@ def world_texts(
     settings: PipelineConfig, source: Path, device: torch.device, max_tokens: int
 ) -> Texts:
     """Captions -> context, by a model's own text encoder."""
-    encoder = load_frozen(
-        lambda: UMT5Encoder(settings.text_encoder),
-        source,
-        "text_encoder",
-        device,
-        text_dtype(device),
-    )
+    encoder = load_frozen(source, "text_encoder", settings.text_encoder, device, text_dtype(device))
     tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))
     return Texts(CaptionEncoder(encoder, tokenizer, max_tokens), device)
 

@@ -131,11 +131,15 @@ def load_networks(
     """Teacher, student and critic, in float32, ready for this process."""
     half = torch.bfloat16 if config.bfloat16 else torch.float32
 
-    def build() -> WanDiT:
-        return WanDiT(settings.transformer, config.score_attention, config.checkpoint_blocks)
-
-    device = ranks.loading_device
-    teacher = load_frozen(build, source, "transformer", device, torch.float32)
+    teacher = load_frozen(
+        source,
+        "transformer",
+        settings.transformer,
+        ranks.loading_device,
+        torch.float32,
+        attention=config.score_attention,
+        checkpoint_blocks=config.checkpoint_blocks,
+    )
     critic = copy.deepcopy(teacher).requires_grad_(True)
     student = copy.deepcopy(critic)
     student.set_attention(config.attention)
@@ -217,7 +221,7 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     settings = read_teacher(config, source)
     check_world(config, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    vae = load_frozen(partial(WanVAE, settings.vae), source, "vae", ranks.device, torch.float32)
+    vae = load_frozen(source, "vae", settings.vae, ranks.device, torch.float32)
     with ranks.main_first():  # it may encode clips
         draw, texts, data_digest = open_source(config, settings, source, ranks.device)
     networks = load_networks(config, settings, source, ranks)

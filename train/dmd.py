@@ -5,8 +5,6 @@ DMD, arXiv:2311.18828: the optional regression. The formulas are in `train.losse
 chain in `train.rollout`.
 """
 
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +41,7 @@ from train.validation import saturated_share
 from wan.errors import WanError
 from wan.models.dit import WanDiT
 from wan.pipeline.config import PipelineConfig
+from wan.runtime.memory_meter import peak_memory
 from wan.sampling.denoiser import Condition, predict_velocity
 from wan.sampling.flow import add_noise, velocity_target
 from wan.sampling.noise import draw_noise, sample_generators
@@ -428,11 +427,9 @@ def loss_by_level(velocity: Tensor, target: Tensor, sigma: Tensor) -> dict[str, 
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far, in 10^9 bytes: of the device, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    """Most memory held so far, in 10^9 bytes: by the GPU's tensors, or by this process on a CPU."""
+    peak = peak_memory(device)
+    return peak.get("cuda", peak["process"]) / 1e9
 
 
 def student_schedule(config: DistillConfig) -> Schedule:

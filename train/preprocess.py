@@ -34,7 +34,6 @@ from wan.errors import WanError
 from wan.files import read_json, write_json, write_text
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer, clean_prompt
-from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import component_config, part_folder
 from wan.runtime.offload import resolve_device
@@ -65,24 +64,19 @@ def preprocess(config: PreprocessConfig) -> int:
     device = resolve_device(config.device)
     source = resolve_model(config.checkpoint)
 
-    def read_settings(name: str) -> Line:
-        return read_json(component_config(source, name, {}))
-
     def load_vae() -> WanVAE:
-        settings = VAEConfig.from_json(read_settings("vae"))
-        return load_frozen(lambda: WanVAE(settings), source, "vae", device, torch.float32)
+        return load_frozen(source, "vae", None, device, torch.float32)
 
     def load_encoder() -> TokensOf:
-        settings = UMT5Config.from_json(read_settings("text_encoder"))
-        encoder = load_frozen(
-            lambda: UMT5Encoder(settings), source, "text_encoder", device, text_dtype(device)
-        )
+        encoder = load_frozen(source, "text_encoder", None, device, text_dtype(device))
         return CaptionEncoder(encoder, tokenizer, config.max_text_tokens)
 
     index: Line = {
         "identity": identity(config, source, device),
         "latent_shapes": latent_shapes(
-            config, VAEConfig.from_json(read_settings("vae")), patch_size(source)
+            config,
+            VAEConfig.from_json(read_json(component_config(source, "vae", {}))),
+            patch_size(source),
         ),
     }
     tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))

@@ -27,8 +27,8 @@ from wan.errors import WanError
 from wan.files import read_json, write_json
 from wan.miniature.world import render, sample_scene, scene_rng
 from wan.models.vae import StreamCache, VAEConfig, WanVAE
+from wan.pipeline.folder import vae_levels
 from wan.weights.checkpoint import open_checkpoint
-from wan.weights.keys import VAELevels
 from wan.weights.load import load_state
 
 LINE = CommandLine(
@@ -163,7 +163,7 @@ def latent_statistics(vae: WanVAE, num_clips: int, seed: int) -> tuple[list[floa
 
 
 def export(vae: WanVAE, folder: Path) -> None:
-    levels = VAELevels(vae.config.is_residual, vae.config.num_res_blocks)
+    levels = vae_levels(vae.config)
     export_part(vae, folder, "vae", vae_levels=levels)
 
 

@@ -39,13 +39,12 @@ from infer.evaluate.queue import (
     question_key,
     result_key,
     run_each,
-    weight_digests,
     weights_of,
 )
-from infer.evaluate.sources import folder_of, sampling
 from infer.evaluate.store import StoredClips, machine
 from infer.evaluate.video_distance import flicker, psnr, ssim
-from infer.sample.record import writable_folder
+from infer.loading import folder_of, sampling, weight_digests
+from infer.machine import writable_folder
 from wan.errors import WanError
 from wan.files import read_text, write_json
 from wan.media.video import to_uint8, write_video

@@ -29,10 +29,10 @@ from configs.command_line import ATTENTION, CommandLine
 from configs.parity import ParityConfig
 from infer.bench import against_diffusers, loading, stages
 from infer.bench.timing import Contest, Outcome, profile, run_contest, table
+from infer.machine import environment, package_version, writable_folder
 from infer.parity.models import NEEDED, reference, releases
 from infer.parity.tolerance import Row
 from infer.parity.tolerance import table as parity_table
-from infer.sample.record import environment, package_version, writable_folder
 from wan.errors import WanError
 from wan.files import write_json
 from wan.runtime.offload import resolve_device

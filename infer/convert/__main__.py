@@ -41,7 +41,6 @@ from infer.convert.releases import (
     TRANSFORMER_STEM,
     VAE_STEMS,
     find_config,
-    module_builder,
     official_pipeline,
     official_transformer_config,
 )
@@ -55,9 +54,10 @@ from wan.pipeline.config import (
     part_folder,
     scheduler_json,
 )
+from wan.pipeline.folder import part_builder, vae_levels
 from wan.weights.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.weights.hub import SHIPPED, builtin_folder
-from wan.weights.keys import COMPONENTS, VAELevels, detect_layout
+from wan.weights.keys import COMPONENTS, detect_layout
 from wan.weights.load import check_fit, load_state, match_names, target_dtype
 from wan.weights.names import short
 from wan.weights.safetensors_file import read_header
@@ -145,7 +145,7 @@ def convert_component(
     shapes = {name: tensor.entry.shape for name, tensor in names.stored.items()}
     values = dict(config or find_config(checkpoint, component, shapes))
     with torch.device("meta"):
-        module: Any = module_builder(component, values)()
+        module: Any = part_builder(component, values)()
     wanted = module.state_dict()
     check_fit(checkpoint, component, names, wanted)
     is_prefixed, is_diffusers = target.layout == "prefixed", target.layout == "diffusers"
@@ -160,7 +160,7 @@ def convert_component(
         float32 = () if target.round_all else float32
         dtypes = {name: target_dtype(name, t.dtype, most, float32) for name, t in state.items()}
     if component == "vae":
-        levels = VAELevels(module.config.is_residual, module.config.num_res_blocks)
+        levels = vae_levels(module.config)
     written = save_component(
         state,
         folder,

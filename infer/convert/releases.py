@@ -6,17 +6,14 @@ names of the diffusers layout. Source: the released repositories of both layouts
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from torch import nn
 
 from wan.errors import WanError
 from wan.files import read_json
-from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
-from wan.models.umt5 import UMT5Config, UMT5Encoder
-from wan.models.vae import VAEConfig, WanVAE
+from wan.models.umt5 import UMT5Config
+from wan.models.vae import VAEConfig
 from wan.models.vae_config import VAE_2_1
 from wan.pipeline.config import BASE, PipelineConfig
 from wan.weights.checkpoint import Checkpoint
@@ -32,19 +29,6 @@ CLASS_NAMES = {
 CONFIG_METADATA = "config"
 
 HEAD_DIM = 128  # of every release; only this much can't be told from the shapes
-
-
-def module_builder(component: str, config: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    """A function that builds a component from the config.json of either layout."""
-    values = dict(config)
-    if component == "transformer":
-        dit_config = DiTConfig.from_json(values)
-        return lambda: WanDiT(dit_config)
-    if component == "vae":
-        vae_config = VAEConfig.from_json(values)
-        return lambda: WanVAE(vae_config)
-    encoder_config = UMT5Config.from_json(values)
-    return lambda: UMT5Encoder(encoder_config)
 
 
 def is_config_of(component: str, values: Mapping[str, Any]) -> bool:

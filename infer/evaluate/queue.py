@@ -7,7 +7,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from configs.cli import report as report_error
 from configs.evaluation import EvaluateConfig
 from configs.schema import LOADING
 from infer.evaluate.measure import Example, VideoSource
-from infer.evaluate.sources import SOURCES, folder_of, generate, load_pipeline, sampling
+from infer.evaluate.sources import SOURCES, generate, open_pipeline
+from infer.loading import folder_of, sampling, weight_digests
 from wan.errors import WanError
 from wan.files import read_json
 from wan.models.attention_config import AttentionConfig
-from wan.pipeline.config import model_files
 from wan.pipeline.pipeline import WanPipeline
 from wan.pipeline.plan import SamplingPlan
-from wan.weights.digests import hash_files
 from wan.weights.quantize import quantization_of
 
 FORMAT = 2  # of stored results: others are made again
@@ -48,7 +46,7 @@ class LastPipeline:
         key = (folder_of(config), weights, config.device, loading)
         if self._pipeline is None or key != self._key:
             self._pipeline = None  # before the next one needs the room
-            self._pipeline = load_pipeline(config)
+            self._pipeline = open_pipeline(config)
             self._key = key
         elif config.attention != self._attention:
             self._pipeline.set_attention(config.attention)
@@ -91,27 +89,6 @@ class LastPipeline:
             pipeline(prompt, seed=0, output_type="pt", callback_on_step_end=stop, **call, **options)
         self._warm.add(what)
         return time.perf_counter() - started
-
-
-def weight_digests(folder: Path) -> dict[str, str]:
-    """sha256 of all of `model_files`; read again only if a file's size or time has changed.
-
-    Raises:
-        WanError: there is nothing to hash.
-    """
-    files = model_files(folder)
-    if not files:
-        raise WanError(f"{folder}: no such folder, or an empty one")
-    states = {name: path.stat() for name, path in files.items()}
-    return _digests(
-        tuple((name, files[name], s.st_size, s.st_mtime_ns) for name, s in states.items())
-    )
-
-
-@cache
-def _digests(files: tuple[tuple[str, Path, int, int], ...]) -> dict[str, str]:
-    digests = hash_files(path for _, path, _, _ in files)
-    return {name: digests[path] for name, path, _, _ in files}
 
 
 def result_key(parts: Sequence[Any]) -> str:

@@ -2,56 +2,24 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.evaluation import EvaluateConfig
 from infer.evaluate.measure import Example, VideoSource
-from infer.sample.request import torch_dtype
-from wan.files import read_json
+from infer.loading import folder_of, load_pipeline, sampling
 from wan.miniature.world import render
-from wan.models.vae import VAEConfig, WanVAE
-from wan.pipeline.config import part_folder, read_index
-from wan.pipeline.pipeline import PIPELINES, WanPipeline, WanPipelineOutput
+from wan.pipeline.folder import ModelFolder, load_part
+from wan.pipeline.pipeline import WanPipeline, WanPipelineOutput
 from wan.runtime.offload import resolve_device
-from wan.weights.checkpoint import open_checkpoint
-from wan.weights.hub import resolve_model
-from wan.weights.load import load_module
 
 # B batch, F frames, H W pixels
 
 
-def folder_of(config: EvaluateConfig) -> Path:
-    return resolve_model(config.checkpoint, config.revision)
-
-
-def sampling(config: EvaluateConfig) -> dict[str, Any]:
-    """The pipeline's arguments that choose its steps."""
-    return {
-        "num_inference_steps": config.sampler.steps,
-        "timesteps": config.sampler.timesteps,
-        "sampler": config.sampler.name,
-        "shift": config.sampler.shift,
-        "guidance_scale": config.guidance_scale,
-        "allow_untrained": config.allow_untrained,
-    }
-
-
-def load_pipeline(config: EvaluateConfig) -> WanPipeline:
-    folder = folder_of(config)
-    device = resolve_device(config.device)
-    return PIPELINES[read_index(folder)["_class_name"]].from_pretrained(
-        folder,
-        dtype=torch_dtype(config.dtype, device),
-        device=device,
-        attention=config.attention,
-        offload=config.offload,
-        compile=config.compile,
-        quantize=config.quantize,
-    )
+def open_pipeline(config: EvaluateConfig) -> WanPipeline:
+    """The model of an evaluation."""
+    return load_pipeline(ModelFolder.read(folder_of(config)), config, config.attention)
 
 
 def render_truth(config: EvaluateConfig) -> VideoSource:
@@ -66,10 +34,8 @@ def render_truth(config: EvaluateConfig) -> VideoSource:
 
 def reconstruct_truth(config: EvaluateConfig) -> VideoSource:
     """The true scenes, encoded and decoded; only the checkpoint's vae/ folder is needed."""
-    folder = part_folder(folder_of(config), "vae")
-    vae_config = VAEConfig.from_json(read_json(folder / "config.json"))
     device = resolve_device(config.device)
-    vae = load_module(lambda: WanVAE(vae_config), open_checkpoint(folder), "vae", device=device)
+    vae = load_part(folder_of(config), "vae", device=device)
     truth = render_truth(config)
 
     @torch.inference_mode()
@@ -87,7 +53,7 @@ def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> Vid
     Raises:
         WanError: the settings are not the model's; before anything is made.
     """
-    pipe = load_pipeline(config) if pipeline is None else pipeline
+    pipe = open_pipeline(config) if pipeline is None else pipeline
     pipe.plan(
         **sampling(config),
         negative_prompt=config.negative_prompt is not None,

@@ -25,7 +25,7 @@ from infer.evaluate.measure import (
     write_record,
 )
 from infer.evaluate.queue import LastPipeline, open_source, question_key, warm_up
-from infer.sample.request import torch_dtype
+from infer.loading import torch_dtype
 from wan.errors import WanError
 from wan.files import read_json
 from wan.runtime.offload import resolve_device

@@ -34,12 +34,10 @@ from wan.pipeline.config import (
     part_folder,
     read_pipeline_config,
 )
-from wan.pipeline.folder import weight_kind
+from wan.pipeline.folder import load_part, vae_levels, weight_kind
 from wan.pipeline.pipeline import WanPipeline
-from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import SHIPPED, resolve_model
 from wan.weights.keys import VAELevels
-from wan.weights.load import load_module
 from wan.weights.save import save_component
 
 M = TypeVar("M", bound=nn.Module)
@@ -97,31 +95,15 @@ class Sides:
     @property
     def vae_levels(self) -> VAELevels:
         config = VAEConfig.from_json(read_json(part_folder(self.folder, "vae") / "config.json"))
-        return VAELevels(config.is_residual, config.num_res_blocks)
+        return vae_levels(config)
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
     def ours(self, part: str, check_finite: bool = True) -> Any:
         """One of our networks, loaded by our code."""
-        values = read_json(part_folder(self.folder, part) / "config.json")
-        kind = weight_kind(part)
-
-        def build() -> nn.Module:
-            if kind == "transformer":
-                return WanDiT(DiTConfig.from_json(values))
-            if kind == "vae":
-                return WanVAE(VAEConfig.from_json(values))
-            return UMT5Encoder(UMT5Config.from_json(values))
-
-        module = load_module(
-            build,
-            open_checkpoint(part_folder(self.folder, part)),
-            kind,
-            dtype=self.dtype,
-            check_finite=check_finite,
-        )
-        return module.eval().requires_grad_(False)
+        module = load_part(self.folder, part, dtype=self.dtype, check_finite=check_finite)
+        return module.requires_grad_(False)
 
     def theirs(self, part: str, dtype: torch.dtype | None = None) -> Any:
         """The reference's network, loaded by the reference, in `dtype` or that of this run."""
@@ -209,7 +191,7 @@ def write_part(
         options: of `save_component`.
     """
     if part == "vae":
-        options["vae_levels"] = VAELevels(config.is_residual, config.num_res_blocks)
+        options["vae_levels"] = vae_levels(config)
     save_component(state, folder, part, **options)
     write_json(folder / "config.json", config.to_json())
 

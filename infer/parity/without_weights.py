@@ -15,9 +15,10 @@ from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import WanVAE
 from wan.models.vae_config import VAE_2_1
+from wan.pipeline.folder import vae_levels
 from wan.sampling.samplers import sample_euler, sample_few_step, sample_unipc
 from wan.sampling.schedule import euler_schedule, few_step_schedule, unipc_schedule
-from wan.weights.keys import ALIASES, VAELevels, our_name
+from wan.weights.keys import ALIASES, our_name
 
 SAMPLER_TOLERANCE = 2e-6
 
@@ -52,9 +53,7 @@ def names_and_shapes() -> list[Row]:
         with torch.device("meta"):
             ours = {name: tuple(t.shape) for name, t in build(config).state_dict().items()}
             theirs = reference_state(component, config.to_json())
-        levels = None
-        if component == "vae":
-            levels = VAELevels(config.is_residual, config.num_res_blocks)
+        levels = vae_levels(config) if component == "vae" else None
         named = {
             our_name(component, "diffusers", name, levels) or name: tuple(tensor.shape)
             for name, tensor in theirs.items()

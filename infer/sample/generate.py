@@ -11,22 +11,21 @@ from torch import Tensor
 
 from configs.cli import Run
 from configs.schema import SampleConfig
-from infer.loading import LoadedModel, ModelCache, StageBars, read_loras
+from infer.loading import LoadedModel, ModelCache, StageBars, read_loras, torch_dtype
+from infer.machine import environment, writable_folder
 from infer.sample.jobs import Job
 from infer.sample.record import (
     RECORD_VERSION,
     BadResultError,
     Story,
-    environment,
     now,
     out_of_memory,
     reserve_files,
     save_latents,
     tensor_sha256,
     without_home,
-    writable_folder,
 )
-from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_request, torch_dtype
+from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_request
 from wan.errors import WanError
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention

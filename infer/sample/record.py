@@ -10,18 +10,13 @@ The number counts up in a folder, the letters are a hash of prompt and settings,
 
 import hashlib
 import json
-import platform
 import re
-import resource
-import secrets
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +24,12 @@ import torch
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
-from wan.errors import WanError
 from wan.files import write_json
-from wan.pipeline.config import model_files
-from wan.weights.digests import hash_files
+from wan.runtime.memory_meter import peak_memory
 from wan.weights.safetensors_file import write_tensors
 
 RECORD_VERSION = 1
 BAD_RESULT = 1  # exit code
-PACKAGES = (
-    *("wan-few-step", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "ftfy"),
-    *("hydra-core", "omegaconf", "av", "pillow", "huggingface-hub"),
-)
-# Kernels that may be there: recorded where they are.
-KERNELS = ("triton", "flash-attn", "flash-attn-3", "sageattention")
 
 
 @dataclass(frozen=True)
@@ -67,25 +54,6 @@ class OutputFiles:
     @property
     def record(self) -> Path:
         return self.folder / f"{self.stem}.json"
-
-
-def writable_folder(name: str) -> Path:
-    """Make the output folder and prove, with a file, that it can be written to.
-
-    Raises:
-        WanError: it can't; names the reason.
-    """
-    folder = Path(name).expanduser()
-    probe = folder / f".write-test-{secrets.token_hex(8)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise WanError(
-            f"output_dir={name}: can't be written to ({error.strerror}); choose another folder"
-        ) from error
-    return folder
 
 
 def reserve_files(folder: Path, settings: dict[str, Any], seed: int) -> OutputFiles:
@@ -190,84 +158,6 @@ def save_latents(path: Path, latents: Tensor, **about: Any) -> None:
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 of a tensor's numbers as float32 in row-major order."""
     return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-class WeightDigests:
-    """sha256 of all of `model_files`, taken in the background while the model is at work.
-
-    A daemon thread: hashing lets other threads run, and Ctrl-C need not wait for it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._digests: dict[str, str] | None = None
-        self._thread = threading.Thread(target=self._hash, args=(folder,), daemon=True)
-        self._thread.start()
-
-    def _hash(self, folder: Path) -> None:
-        files = {name: path for name, path in model_files(folder).items() if path.is_file()}
-        digests = hash_files(files.values(), threads=2)
-        self._digests = {name: digests[path] for name, path in files.items()}
-
-    def result(self) -> dict[str, str]:
-        """{file: sha256}, waiting for the rest if need be."""
-        self._thread.join()
-        if self._digests is None:
-            raise OSError("the weight files could not be read again to hash them")
-        return self._digests
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware that a video was made with; nothing about the person."""
-    kernels = {name: version for name in KERNELS if (version := package_version(name))}
-    record: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: package_version(name) for name in PACKAGES} | kernels,
-        "processor": processor(),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        record["gpu"] = torch.cuda.get_device_name(device)
-        record["cuda"] = torch.version.cuda
-        record["cudnn"] = torch.backends.cudnn.version()
-        record["driver"] = driver_version()
-    return record
-
-
-def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The version of NVIDIA's kernel module, such as 550.54.15; None where it is not known."""
-    try:
-        found = re.search(r"\d+\.\d+(\.\d+)*", file.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    return found[0] if found else None
-
-
-def processor() -> str:
-    """The CPU's name as the system tells it; its kind, such as x86_64, where it does not."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def package_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return None
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Largest memory use of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024  # the two count in different units
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if device.type == "cuda":
-        peak["cuda"] = torch.cuda.max_memory_allocated(device)
-    return peak
 
 
 def now() -> str:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from configs.schema import SampleConfig
+from infer.loading import sampling
 from infer.sample.jobs import PROMPT_FILE, Job
 from infer.sample.record import without_home
 from wan.errors import WanError
@@ -186,17 +186,11 @@ def _decided(
 
 def sampling_options(config: SampleConfig) -> dict[str, Any]:
     """The settings that decide the sampling plan, by the names of `SamplingRequest`."""
-    return {
-        "num_inference_steps": config.sampler.steps,
-        "timesteps": config.sampler.timesteps,
-        "sampler": config.sampler.name,
-        "shift": config.sampler.shift,
-        "guidance_scale": config.guidance_scale,
+    return sampling(config) | {
         "guidance_scale_2": config.guidance_scale_2,
         "negative_prompt": bool(config.negative_prompt),
         "image": config.image is not None,
         "deterministic": config.deterministic,
-        "allow_untrained": config.allow_untrained,
     }
 
 
@@ -261,10 +255,3 @@ def describe(request: Request, folder: Path) -> str:
 def _short(value: Any, limit: int = 60) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def torch_dtype(name: str, device: torch.device) -> torch.dtype:
-    """float32 where nothing says otherwise, as on a CPU bfloat16 is often the slower one."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

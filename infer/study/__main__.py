@@ -18,7 +18,7 @@ from configs.command_line import CommandLine
 from configs.evaluation import CAPTION_SETS, StudyConfig
 from infer.evaluate.queue import LastPipeline, conclude, run_each, weights_of
 from infer.evaluate.store import StoredClips
-from infer.sample.record import writable_folder
+from infer.machine import writable_folder
 from infer.study.report import read_settings, write_report
 
 LINE = CommandLine(StudyConfig, "study", text_keys=(), path_keys=("output_dir", "checkpoint"))

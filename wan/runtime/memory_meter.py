@@ -9,6 +9,8 @@ convolutions and matrix products.
 """
 
 import os
+import resource
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -124,6 +126,15 @@ def free_bytes(device: torch.device) -> int:
         return min([int(rows["MemAvailable"].split()[0]) * 1024, *left_in_cgroups()])
     except FileNotFoundError:  # not Linux: what there is at all
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Most bytes that this process has held so far: "process", and "cuda" on a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024  # the two count in different units
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["cuda"] = torch.cuda.max_memory_allocated(device)
+    return peak
 
 
 def left_in_cgroups() -> list[int]:
