@@ -398,7 +398,7 @@ def test_a_preset_sets_what_the_grid_leaves_open():
         (["experiment=steps", "checkpoint=models/mine"], "models.teacher.checkpoint="),
         (["prompts=[a,a]"], "twice"),
         (["steps=[3,3]"], "twice"),
-        (["steps=[0]"], "steps=0: must lie in [1, 1000]"),
+        (["steps=[0]"], "steps=0: must be between 1 and 1000"),
         (["num_seeds=0"], "at least 1"),
         (["attention=[sdpa,spatal]"], "did you mean 'spatial'"),
         (["grid.guidance_scale=[0.5]"], "at least 1"),

@@ -290,8 +290,8 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
     [
         ("source=groundtruth", "model, renders, vae"),
         ("split=test", "heldout, train, any"),
-        ("num_objects=3", r"num_objects=3: must lie in \[1, 2\]"),
-        ("omit=2.0", r"omit=2.0: must lie in \[0, 1\]"),
+        ("num_objects=3", "num_objects=3: must be between 1 and 2"),
+        ("omit=2.0", "omit=2.0: must be between 0 and 1"),
         ("height=96", "square"),
         ("num_frames=5", "at least 9"),
         ("num_captions=0", "at least 1"),
