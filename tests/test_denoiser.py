@@ -198,6 +198,21 @@ def test_the_network_is_spared_the_padding():
     assert seen == [16, 16, 512, 512]  # two blocks each
 
 
+def test_given_first_frame_equals_per_token_timesteps():
+    """Frame 0 at timestep 0 is what the reference asks for with a timestep per token."""
+    model = tiny_dit()
+    texts = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(1))
+    image = latents(seed=2)[:, :, :1]
+    x = latents()
+    ours = Denoiser(Expert(model), texts, image_latents=image)(x, 640)
+    per_token = torch.tensor([[0.0, 640.0, 640.0]])  # 2x2 latents are one token
+    seen = torch.cat([image, x[:, :, 1:]], dim=2)
+    with torch.no_grad():
+        expected = model(seen, per_token, texts)
+    torch.testing.assert_close(ours, expected)
+    assert not torch.allclose(ours, Denoiser(Expert(model), texts)(x, 640), atol=1e-2)
+
+
 def test_no_gradients_are_recorded():
     v = Denoiser(Expert(tiny_dit()), torch.zeros(1, 6, 5))(latents(), 640)
     assert not v.requires_grad

@@ -43,7 +43,10 @@ LAYERS = {
         "wan.models.dit_config",
         "wan.models.recompute",
     },
+    "wan/models/recompute.py": set(),
     "wan/sampling/flow.py": set(),
+    "wan/sampling/noise.py": set(),
+    "wan/sampling/denoiser.py": set(),
     "wan/sampling/schedule.py": {"wan.sampling.flow"},
     "wan/sampling/samplers.py": {
         "wan.sampling.flow",

@@ -12,6 +12,7 @@ from torch import Tensor
 from configs.cli import CommandLine, execute
 from configs.conversion import ConvertConfig
 from infer.convert.__main__ import main
+from wan.errors import WanError
 from wan.lora.extract import extract_lora, low_rank
 from wan.lora.merge import merge_lora, read_lora
 from wan.weights.checkpoint import open_checkpoint
@@ -218,3 +219,8 @@ def test_wrong_requests_end_in_one_line_and_write_nothing(
     assert run(*arguments) == 2
     assert message in capsys.readouterr().err
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_rank_must_be_positive(tmp_path):
+    with pytest.raises(WanError, match="at least 1"):
+        extract(tmp_path, student_state(), rank=-1)

@@ -224,6 +224,12 @@ def test_three_captions_show_no_share_even_if_the_clips_are_the_same():
     assert "fails" not in found.values()
 
 
+def test_few_captions_leave_it_open():
+    few = good(20)
+    unlike = changed(few, joint=few.values["joint"].roll(1))
+    assert verdict(match([unlike], few, few)) == "open"
+
+
 def test_estimates_need_a_number():
     with pytest.raises(WanError, match="nothing to estimate"):
         estimate(math.nan, torch.ones(3))

@@ -164,10 +164,11 @@ def measured(
 
 @torch.no_grad()
 def main(config: BenchConfig) -> None:
+    device = resolve_device(config.device)
     folder = writable_folder(config.output_dir)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    about: dict[str, Any] = environment(torch.device(config.device))
+    about: dict[str, Any] = environment(device)
     about["packages"] |= {name: package_version(name) for name in NEEDED}
     rows: list[Row] = []
 

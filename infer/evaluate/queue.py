@@ -98,7 +98,7 @@ def result_key(parts: Sequence[Any]) -> str:
 
 def is_stored(file: Path, key: str) -> bool:
     """Whether a record is there and answers this very question."""
-    return file.is_file() and read_json(file)["key"] == key
+    return file.is_file() and read_json(file).get("key") == key
 
 
 def plan_record(

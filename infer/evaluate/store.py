@@ -61,12 +61,12 @@ class StoredClips:
         if not self.file.is_file():
             return None
         record = read_json(self.file)
-        key = question_key(*self.first(record["config"]["num_captions"]), self.weights)
-        if record["key"] == key:
+        number = record.get("config", {}).get("num_captions", 0)
+        if number and record.get("key") == question_key(*self.first(number), self.weights):
             return record
         print(
-            f"{self.label}: the {len(record['clips'])} clips that are stored had other settings, "
-            "captions or weights; they are made again",
+            f"{self.label}: the {len(record.get('clips', ()))} clips that are stored had other "
+            "settings, captions or weights; they are made again",
             file=sys.stderr,
         )
         return None
@@ -110,7 +110,7 @@ class StoredClips:
     def _continued(self, record: dict[str, Any]) -> list[Result]:
         """The clips of a record, to add to; one record holds no clips of two machines."""
         now = machine(self.question)
-        before = {name: record[name] for name in now}
+        before = {name: record.get(name) for name in now}
         if before != now:
             there, these = (
                 ", ".join(f"{name} {value}" for name, value in place.items())
