@@ -1,9 +1,9 @@
-"""The front door of every command: what a person typed -> checked settings -> main(settings).
+"""The entry point of every command: arguments -> checked settings -> main(settings).
 
 Hydra composes the YAML and parses `name=value`; the dataclass of the command checks the result.
 Free text never meets Hydra's grammar: it is taken out of the arguments first and put back into the
-dataclass afterwards, so that commas, quotes, brackets, `${...}` and `null` in a prompt are letters.
-What a person got wrong ends as one line on stderr and exit code 2, before anything heavy is loaded.
+dataclass afterwards, so that commas, quotes, brackets, `${...}` and `null` in a prompt are plain
+text. A user's error prints one line on stderr and exits with code 2, before anything heavy loads.
 """
 
 import difflib
@@ -77,7 +77,7 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Run(Generic[C]):
-    """One point of a sweep, or the only one.
+    """The settings of one point of a sweep, or of the only run.
 
     Attributes:
         config: the command's settings, checked.
@@ -110,12 +110,12 @@ def run(main: Main, line: CommandLine, description: str) -> NoReturn:
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning as one line for a person: where in the code it was raised helps nobody here."""
+    """Print a warning on one line, without the place in the code where it was raised."""
     print("warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 def execute(main: Main, line: CommandLine, description: str, arguments: Sequence[str]) -> int:
-    """One command from its arguments to its exit code; never raises what a person can cause."""
+    """Run one command from arguments to exit code; prints the errors that a user can cause."""
     code = 0
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
@@ -144,10 +144,10 @@ def execute(main: Main, line: CommandLine, description: str, arguments: Sequence
 
 
 def read_arguments(line: CommandLine, description: str, arguments: Sequence[str]) -> list[Run[Any]]:
-    """The runs that the arguments of a command ask for; none where a flag is answered instead.
+    """The runs that a command's arguments define; none if a flag such as --help is answered.
 
     Raises:
-        WanError: an unknown flag, or what `compose_runs` refuses.
+        WanError: a flag is unknown, or `compose_runs` refuses an argument.
     """
     flags = [a for a in arguments if a.startswith("-")]
     tokens = [a for a in arguments if not a.startswith("-")]
@@ -164,7 +164,7 @@ def read_arguments(line: CommandLine, description: str, arguments: Sequence[str]
 
 
 def report(error: Exception) -> int:
-    """Print an error as one line; the exit code that belongs to it."""
+    """Print an error on one line; returns the exit code."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
@@ -173,12 +173,12 @@ def report(error: Exception) -> int:
 
 
 def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) -> list[Run[Any]]:
-    """`name=value` arguments -> the runs they ask for, each with a checked config.
+    """`name=value` arguments -> the runs that they define, each with a checked config.
 
     Raises:
-        WanError: not name=value, an unknown option or preset, a value of the wrong type, an option
-            given twice, a list of values without `sweep`, a value that the schema refuses, or a
-            file that several points of a sweep would write.
+        WanError: an argument is not name=value, an option or preset is unknown, a value has the
+            wrong type or is refused by the schema, an option is given twice, several values are
+            given without `sweep`, or several points of a sweep would write the same file.
     """
     _check_words(tokens, line)
     tokens, texts = _take_texts(tokens, line, sweep)
@@ -195,7 +195,7 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
 
 
 def _check_words(tokens: Sequence[str], line: CommandLine) -> None:
-    """Refuse a word that is no option: most often the rest of a text without quotes."""
+    """Refuse a word that is no option; most often it belongs to a text without quotes."""
     for number, token in enumerate(tokens):
         if "=" in token:
             continue
@@ -210,7 +210,7 @@ def _check_words(tokens: Sequence[str], line: CommandLine) -> None:
 def _take_texts(
     tokens: Sequence[str], line: CommandLine, sweep: bool
 ) -> tuple[list[str], dict[str, str | None]]:
-    """Split literal texts and paths off: (arguments for Hydra, {option: value})."""
+    """Separate literal texts and paths: (arguments for Hydra, {option: value})."""
     known = option_names(line.schema)
     rest: list[str] = []
     texts: dict[str, str | None] = {}
@@ -229,7 +229,7 @@ def _take_texts(
 
 
 def _parse(token: str, line: CommandLine) -> Override:
-    """One argument by Hydra's grammar, or the reason why it is none."""
+    """Parse one argument with Hydra's grammar, or raise a WanError with the reason."""
     key, _, value = token.partition("=")
     try:
         override = OverridesParser.create().parse_override(token)
@@ -246,12 +246,12 @@ def _parse(token: str, line: CommandLine) -> Override:
 
 
 def line_key(line: CommandLine, key: str) -> str:
-    """The full name of an option that may be typed by its short one."""
+    """The full name of an option, from its short or its full name."""
     return line.shortcuts[key].key if key in line.shortcuts else key
 
 
 def _check_once(keys: list[str], line: CommandLine) -> None:
-    """Refuse an option that is set twice, and two options of which each replaces the other."""
+    """Refuse an option that is set twice, and two options that replace each other."""
     for key in keys:
         if keys.count(key) > 1:
             raise WanError(f"{short_key(line, key)}= is given twice")
@@ -263,7 +263,7 @@ def _check_once(keys: list[str], line: CommandLine) -> None:
 
 
 def _points(overrides: list[Override], sweep: bool) -> Iterator[list[tuple[Override, str]]]:
-    """The combinations of all listed values, as (override, value as Hydra text)."""
+    """Yield every combination of the listed values, as (override, value as Hydra text)."""
     values: list[list[str]] = []
     for override in overrides:
         if override.is_sweep_override():
@@ -280,7 +280,7 @@ def _points(overrides: list[Override], sweep: bool) -> Iterator[list[tuple[Overr
 
 
 def _check_written(line: CommandLine, runs: Sequence[Run[Any]]) -> None:
-    """Refuse a sweep of which only the last point's file would be left."""
+    """Refuse a sweep whose points would overwrite each other's file."""
     for key in line.written:
         files = [file for run in runs if (file := getattr(run.config, key)) is not None]
         if len(set(files)) < len(files):
@@ -327,7 +327,7 @@ def _check_preset(group: str, name: str) -> None:
 
 
 def _read(line: CommandLine, groups: Sequence[str], cfg: DictConfig) -> Any:
-    """`read_config` with OmegaConf's errors in a person's words."""
+    """`read_config`, with OmegaConf's errors reworded for users."""
     try:
         return read_config(line.schema, cfg)
     except ConfigKeyError as error:

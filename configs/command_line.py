@@ -1,4 +1,4 @@
-"""The form of a command's arguments, and the page that explains them (`--help`)."""
+"""How a command's arguments are read, and the text that explains them (`--help`)."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
@@ -28,16 +28,16 @@ ATTENTION = {"attention": Shortcut("attention.name")}
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The settings by which the arguments of one command are read.
+    """How the arguments of one command are read.
 
     Attributes:
         schema: the command's dataclass in configs/schema.py.
         config_name: its YAML file in configs/, without the ending.
-        text_keys: options whose value is a text, always taken literally.
+        text_keys: options whose value is a text, which is always literal.
         path_keys: options whose value is a path: literal too, except that `null` means none and
             that a comma separates values in a sweep.
         shortcuts: short names for nested options.
-        written: options that name a file to write: no two points of a sweep may name the same.
+        written: options that name an output file; two points of a sweep may not name the same.
     """
 
     schema: type

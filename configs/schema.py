@@ -1,6 +1,6 @@
-"""The settings of every command: a dataclass each, and the one function that fills them.
+"""One dataclass of settings per command or group, and the function that fills them from YAML.
 
-YAML holds values, these classes say what is allowed. Importing this file must stay cheap (no
+YAML holds values, these classes define what is allowed. Importing this file must stay cheap (no
 torch): a wrong option is reported before anything heavy is loaded.
 """
 
@@ -19,7 +19,7 @@ from wan.models.vae_config import CHUNK_LATENTS
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
-# How the weights are loaded: a model that is in memory serves a command that agrees in these.
+# How weights are loaded. A loaded model serves another command if all of these are equal.
 LOADING = ("dtype", "offload", "quantize", "compile")
 MAX_SEED = 2**32 - 1  # PyTorch's CPU generator reads 32 bits
 
@@ -40,7 +40,7 @@ def option(
     Args:
         choices: the texts that are allowed.
         at_least, above, at_most, below: bounds of a number.
-        check: called with name and value; raises a WanError for what none of the above can say.
+        check: called with name and value; raises a WanError for values that it does not allow.
     """
     low = (at_least, True) if above is None else (above, False)
     high = (at_most, True) if below is None else (below, False)
@@ -72,14 +72,14 @@ def seed_option(default: Any, help: str) -> Any:
 
 @dataclass
 class Options:
-    """The settings of a command, or a group of them, checked when they are made.
+    """The settings of a command, or a group of them, checked when an instance is created.
 
-    Each field's `option` says what it may hold; None is always allowed, and of a list each element
-    is checked. What relates two fields goes into a `__post_init__` of the subclass, which calls
+    Each field's `option` defines its allowed values. None is always allowed; in a list each element
+    is checked. Checks that relate two fields go into a `__post_init__` of the subclass, which calls
     this one first.
 
     Attributes:
-        GROUP: what stands before the fields' names on a command line: "loop." or nothing.
+        GROUP: prefix of the fields' names on a command line, such as "loop."; often empty.
     """
 
     GROUP: ClassVar[str] = ""
@@ -93,10 +93,10 @@ class Options:
 
 
 def check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
-    """Hold one value against what its `option` allows.
+    """Check one value against its `option`.
 
     Raises:
-        WanError: it is not allowed; names the option, the value and what is allowed.
+        WanError: the value is not allowed; names the option, the value and what is allowed.
     """
     if about.get("choices"):
         check_choice(name, value, about["choices"])
@@ -110,7 +110,7 @@ NO_BOUND: Bound = (None, True)
 
 
 def check_number(name: str, value: Any, low: Bound, high: Bound = NO_BOUND) -> None:
-    """Refuse what is not a finite number within its bounds."""
+    """Refuse a value that is not a finite number within the bounds; without bounds, accept all."""
     (least, with_least), (most, with_most) = low, high
     if least is None and most is None:
         return
@@ -138,8 +138,8 @@ def read_config(schema: type[C], cfg: DictConfig) -> C:
     """Composed YAML -> dataclasses. Unknown keys, wrong types and missing values raise here.
 
     Raises:
-        omegaconf.errors.OmegaConfBaseException: a key or a type that the schema does not have.
-        WanError: a value that the schema's own checks refuse.
+        omegaconf.errors.OmegaConfBaseException: the schema lacks a key, or a type is wrong.
+        WanError: the schema's own checks refuse a value.
     """
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
     assert isinstance(config, schema)
@@ -163,11 +163,11 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise WanError(f"{name}={value}: choose one of {', '.join(allowed)}")
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # endings
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # file endings
 
 
 def check_ending(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    """Refuse the name of a file to write that has another ending; None names no file."""
+    """Refuse the name of an output file with another ending; None means no file."""
     if value is not None and not value.lower().endswith(allowed):
         raise WanError(f"{name}={value}: the name must end in {' or '.join(allowed)}")
 
@@ -184,7 +184,7 @@ def check_device(name: str, value: str) -> None:
 
 def check_prompt(name: str, text: str) -> None:
     if not text.strip():
-        raise WanError(f'{name}= is empty: say what the video shows, e.g. {name}="a red circle"')
+        raise WanError(f'{name}= is empty: describe the video, e.g. {name}="a red circle"')
 
 
 def check_filled(name: str, value: str) -> None:
@@ -193,7 +193,7 @@ def check_filled(name: str, value: str) -> None:
 
 
 def check_every_step(attention: AttentionConfig) -> None:
-    """Training draws noise levels at random: there are no steps to choose among."""
+    """Refuse a choice of steps: training draws noise levels at random and has no steps."""
     if attention.steps != "all":
         raise WanError(
             f"attention.steps={attention.steps}: for sampling only; training has no numbered steps"
@@ -202,17 +202,17 @@ def check_every_step(attention: AttentionConfig) -> None:
 
 @dataclass
 class SamplerConfig(Options):
-    """The sampler, its steps and its noise levels. None takes what the model's folder says."""
+    """The sampler, its steps and its noise levels. None takes the value of the model's folder."""
 
     name: str | None = option(None, "unipc, euler or few_step")
     steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=1000)
     timesteps: list[float] | None = field(
-        default=None, metadata={"help": "instead: an explicit list, e.g. [1000,757,522]"}
+        default=None, metadata={"help": "in place of steps: an explicit list, e.g. [1000,757,522]"}
     )
     shift: float | None = positive(
         None,
         "moves the noise levels of `steps` towards high noise; 1 = not at all. A list of timesteps "
-        "is taken as it is",
+        "is not shifted",
     )
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ class LoadingConfig(Options):
     """The model that a command runs, and how it is loaded."""
 
     checkpoint: str = option(
-        MISSING, "a folder or a hub id (owner/name), not the preset's own", check=check_filled
+        MISSING, "a folder or a hub id (owner/name), in place of the preset's", check=check_filled
     )
     revision: str | None = option(None, "commit, branch or tag on the hub")
     device: str = option(
@@ -256,12 +256,12 @@ class LoadingConfig(Options):
     )
     offload: str = option(
         "none",
-        "stage keeps only the network at work on the device, block only two of its blocks",
+        "stage: only the running network is on the device; block: only two of its blocks",
         choices=("none", "stage", "block"),
     )
     quantize: str = option(
         "none",
-        "int8 or fp8 weights in the transformer and text encoder: half the memory",
+        "int8 or fp8 weights in transformer and text encoder: half the memory of bfloat16",
         choices=("none", "int8", "fp8"),
     )
     compile: str = option(
@@ -275,7 +275,7 @@ class LoadingConfig(Options):
 class SampleConfig(LoadingConfig):
     """`python -m infer.sample`: a prompt in, a video out.
 
-    What is None here and in the preset is taken from the checkpoint's own folder.
+    Options that are None here and in the preset take the value of the checkpoint's folder.
     """
 
     prompt: str | None = option(
@@ -291,7 +291,7 @@ class SampleConfig(LoadingConfig):
     )
     image_background: list[int] | None = option(
         None,
-        "red, green, blue (0 to 255) behind transparent pixels; null refuses those",
+        "red, green, blue (0 to 255) behind transparent pixels; null refuses such images",
         at_least=0,
         at_most=255,
     )
@@ -303,16 +303,18 @@ class SampleConfig(LoadingConfig):
     guidance_scale_2: float | None = option(
         None, "the same for the low-noise expert of models with two", at_least=1
     )
-    deterministic: bool | None = option(None, "few_step: put back predicted noise, not fresh noise")
+    deterministic: bool | None = option(None, "few_step: add predicted noise, not fresh noise")
     frame_first_noise: bool = option(False, "draw noise in FastVideo's order: its seeds match ours")
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = count(
         None, "text tokens that are read, padding included; another number makes another video"
     )
 
-    height: int | None = count(None, "pixels; an illegal size is refused with the nearest legal")
+    height: int | None = count(
+        None, "pixels; the error for an illegal size names the nearest legal"
+    )
     width: int | None = count(None, "pixels")
-    num_frames: int | None = count(None, "4k + 1")
+    num_frames: int | None = count(None, "frames: 4k + 1 of them")
     fps: float | None = option(
         None,
         "frames per second written into the file; changes no frame",
@@ -332,11 +334,13 @@ class SampleConfig(LoadingConfig):
     tile: int | None = count(None, "decode in tiles of this many latents: less memory, not exact")
     verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
     lora: str | None = option(None, "a LoRA file to merge into the weights")
-    lora_2: str | None = option(None, "the one for the low-noise expert of models with two")
+    lora_2: str | None = option(None, "the LoRA for the low-noise expert of models with two")
     lora_strength: float = option(1.0, "factor on the LoRA's difference; 1 as it was trained")
 
     output_dir: str = option("outputs", "made if missing; nothing in it is ever overwritten")
-    save_latents: bool = option(True, "keep the latents of good videos too; of bad ones always")
+    save_latents: bool = option(
+        True, "keep the latents of good videos; those of bad ones are always kept"
+    )
     contact_sheet: bool = option(True, "write a PNG with frames of the video")
     embed_prompt: bool = option(True, "store prompt, seed and settings inside the mp4")
     hash_weights: bool = option(True, "put the sha256 of every weight file into the record")
@@ -354,7 +358,7 @@ class SampleConfig(LoadingConfig):
 
 
 def check_text(key: str, text: str) -> None:
-    """Records are UTF-8, which half of a character has no place in; a zero byte ends a title."""
+    """Refuse text that a record (UTF-8) or the title of an mp4 (no zero byte) cannot hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -26,19 +26,19 @@ from wan.weights.names import census_line
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
-    """float32 where nothing says otherwise, as on a CPU bfloat16 is often the slower one."""
+    """The dtype of a name; auto is bfloat16 on CUDA, else float32 (often faster on CPUs)."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def folder_of(config: LoadingConfig) -> Path:
-    """The folder of the model that a command's settings name, downloaded if need be."""
+    """The folder of the model that a command's settings name, downloaded if it is missing."""
     return resolve_model(config.checkpoint, config.revision)
 
 
 def sampling(config: Any) -> dict[str, Any]:
-    """A command's settings that choose the steps, by the names of the pipeline's arguments."""
+    """A command's sampling settings, under the names of the pipeline's arguments."""
     return {
         "num_inference_steps": config.sampler.steps,
         "timesteps": config.sampler.timesteps,
@@ -52,7 +52,7 @@ def sampling(config: Any) -> dict[str, Any]:
 def load_pipeline(
     folder: ModelFolder, config: LoadingConfig, attention: AttentionChoice, **options: Any
 ) -> WanPipeline:
-    """Load a model as a command's settings say.
+    """Load a model with the dtype, device, offload and other settings of a command.
 
     Args:
         options: further arguments of `WanPipeline.from_pretrained`.
@@ -71,7 +71,7 @@ def load_pipeline(
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
-    """sha256 of all of `model_files`; read again only if a file's size or time has changed.
+    """sha256 of every file in `model_files`, hashed again only if its size or time changed.
 
     Raises:
         WanError: there is nothing to hash.
@@ -92,9 +92,9 @@ def _digests(files: tuple[tuple[str, Path, int, int], ...]) -> dict[str, str]:
 
 
 class WeightDigests:
-    """sha256 of all of `model_files`, taken in the background while the model is at work.
+    """sha256 of every file in `model_files`, computed in the background while the model runs.
 
-    A daemon thread: hashing lets other threads run, and Ctrl-C need not wait for it.
+    It uses a daemon thread: hashing does not block other threads, and Ctrl-C does not wait for it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -108,7 +108,7 @@ class WeightDigests:
         self._digests = {name: digests[path] for name, path in files.items()}
 
     def result(self) -> dict[str, str]:
-        """{file: sha256}, waiting for the rest if need be."""
+        """Wait until all files are hashed; returns {file: sha256}."""
         self._thread.join()
         if self._digests is None:
             raise OSError("the weight files could not be read again to hash them")
@@ -138,7 +138,7 @@ class StageBars:
 
 
 class LoadedModel:
-    """A pipeline with what the record of a video says about it."""
+    """A loaded pipeline, and the facts about it that the record of a video holds."""
 
     def __init__(
         self,
@@ -168,12 +168,12 @@ class LoadedModel:
 
 
 def verify_files(folder: Path) -> None:
-    """Hold all files of a model against their published digests, and report how many there are.
+    """Compare all files of a model with their published digests, and print their number.
 
     Raises:
         WanError: a file is missing, changed or not listed.
     """
-    # A part from elsewhere is listed where it lies, in the folder above it.
+    # The manifest of a part in another folder lies in the folder above the part.
     places = [folder, *(place.parent for place in parts_from_elsewhere(folder).values())]
     distinct = dict.fromkeys(place.resolve() for place in places)
     number = sum(verify_digests(place) for place in distinct)
@@ -181,7 +181,7 @@ def verify_files(folder: Path) -> None:
 
 
 class ModelCache:
-    """Keeps the last model that was loaded, for the next point of a sweep that wants the same."""
+    """Keeps the last loaded model, for the next point of a sweep with the same settings."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
@@ -195,10 +195,10 @@ class ModelCache:
         loras: Mapping[str, LoRA],
         device: torch.device,
     ) -> LoadedModel:
-        """The model of a folder as a command's settings load it.
+        """The model with these settings; it is loaded unless the last one had the same.
 
         Args:
-            attention: verified on the device.
+            attention: attention functions that were verified on the device.
             loras: from `read_loras`.
         """
         key = (
@@ -206,7 +206,7 @@ class ModelCache:
             *(config.lora, config.lora_2, config.lora_strength, config.hash_weights, config.verify),
         )
         if self._model is None or key != self._key:
-            self._model = None  # before the next one needs the room
+            self._model = None  # frees its memory before the next model is loaded
             self._model = LoadedModel(folder, config, attention, loras)
             self._key = key
             print(self._model.describe(), file=sys.stderr)
@@ -216,7 +216,7 @@ class ModelCache:
         return self._model
 
     def bytes_on(self, device: torch.device) -> int:
-        """Bytes that the loaded model takes of a device; they are free for the next model."""
+        """Bytes of the loaded model on a device; loading another model frees them."""
         if self._model is None:
             return 0
         return sum(
@@ -228,10 +228,10 @@ class ModelCache:
 
 
 def read_loras(config: SampleConfig, model: PipelineConfig) -> dict[str, LoRA]:
-    """Read a command's LoRA files, by the network that each is for.
+    """Read a command's LoRA files: network -> LoRA.
 
     Raises:
-        WanError: a file that cannot be read, or files that do not suit the number of experts.
+        WanError: a file cannot be read, or the files do not match the number of experts.
     """
     two = model.boundary_ratio is not None
     if config.lora_2 is not None and not two:

@@ -15,15 +15,15 @@ PACKAGES = (
     *("wan-few-step", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "ftfy"),
     *("hydra-core", "omegaconf", "av", "pillow", "huggingface-hub"),
 )
-# Kernels that may be there: recorded where they are.
+# Optional packages with kernels: recorded if they are installed.
 KERNELS = ("triton", "flash-attn", "flash-attn-3", "sageattention")
 
 
 def writable_folder(name: str) -> Path:
-    """Make the output folder and prove, with a file, that it can be written to.
+    """Create the output folder, and test with a file that it can be written to.
 
     Raises:
-        WanError: it can't; names the reason.
+        WanError: it can't be written to; names the reason.
     """
     folder = Path(name).expanduser()
     probe = folder / f".write-test-{secrets.token_hex(8)}"
@@ -39,7 +39,7 @@ def writable_folder(name: str) -> Path:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware that a video was made with; nothing about the person."""
+    """Versions and hardware that a video was made with; nothing about the user."""
     kernels = {name: version for name in KERNELS if (version := package_version(name))}
     record: dict[str, Any] = {
         "python": platform.python_version(),
@@ -58,7 +58,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The version of NVIDIA's kernel module, such as 550.54.15; None where it is not known."""
+    """The version of NVIDIA's kernel module, such as 550.54.15; None if it is not known."""
     try:
         found = re.search(r"\d+\.\d+(\.\d+)*", file.read_text(encoding="utf-8"))
     except OSError:
@@ -67,7 +67,7 @@ def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | No
 
 
 def processor() -> str:
-    """The CPU's name as the system tells it; its kind, such as x86_64, where it does not."""
+    """The CPU's model name; its kind, such as x86_64, where the system gives no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

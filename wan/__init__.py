@@ -27,7 +27,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is asked for: `wan.errors` alone must not load PyTorch."""
+    """Import a public name at its first use: `import wan.errors` must not load PyTorch."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'wan' has no attribute {name!r}; public are {', '.join(__all__)}")

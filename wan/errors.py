@@ -1,4 +1,4 @@
-"""The one exception for what a person can get wrong."""
+"""The exception for every error that a user can cause."""
 
 from collections.abc import Sequence
 

@@ -17,11 +17,11 @@ from wan.errors import WanError
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A name in the folder of `path` to write to; what is there becomes `path` at the end.
+    """Yield a temporary name beside `path`; the file written there becomes `path` at the end.
 
-    An error on the way, a full disk among them, leaves `path` as it was and nothing beside it. The
-    content has reached the disk before the name points to it, so that a power cut leaves one or the
-    other. Two writers at once do not meet: the last to finish wins.
+    After an error, such as a full disk, `path` is unchanged and the temporary file is gone. The
+    content reaches the disk before the rename, so a power cut leaves either the old file or the new
+    one. If two processes write at once, the last to finish wins.
     """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

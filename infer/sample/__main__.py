@@ -6,11 +6,11 @@
     python -m infer.sample prompt_file=prompts.txt num_videos=2
     python -m infer.sample -m steps=4,8,20 seed=0,1 prompt="a blue star"
 
-The prompt is taken exactly as typed: only your shell needs its quotes. Options that show `none`
-below are off, or as the model's own folder says. Each video comes with a picture of its frames, its
-latents, and a JSON record of everything that made it. Exit codes: 0 done; 1 a result that is no
-picture (its latents are kept); 2 something to correct in the command; 130 stopped with Ctrl-C (what
-there was by then is kept).
+The prompt is used exactly as typed; only your shell needs the quotes. An option with the value
+`none` below is off, or takes the value of the model's folder. Each video comes with a picture of
+its frames, its latents, and a JSON record of all settings. Exit codes: 0 done; 1 the result shows
+no picture (its latents are kept); 2 the command has an error; 130 stopped with Ctrl-C (the latents
+reached so far are kept).
 """
 
 import signal
@@ -37,18 +37,18 @@ LINE = CommandLine(
 
 
 class SampleCommand:
-    """Makes the videos of one point of a sweep after another; keeps the model in between."""
+    """Makes the videos of each point of a sweep; keeps the model from point to point."""
 
     def __init__(self) -> None:
         self._models: Any = None
 
     def __call__(self, run: Run[SampleConfig]) -> int:
-        """All videos that a command asks for; returns the exit code.
+        """Make all videos of one point; returns the exit code.
 
-        Everything that can be wrong with the request is found before weights are fetched or read.
+        Errors in the request are raised before weights are downloaded or read.
         """
         jobs = read_jobs(run.config, run.sources)
-        # Here and not above: PyTorch takes seconds to load, a mistyped option should not.
+        # Imported here, because PyTorch takes seconds to load and a mistyped option should not.
         from infer.loading import ModelCache
         from infer.sample.generate import make_video, prepare
 
@@ -64,7 +64,7 @@ class SampleCommand:
 
 
 def main() -> None:
-    # A scheduler's request to stop is treated as a person's: what there is by then is kept.
+    # SIGTERM from a scheduler acts like Ctrl-C: the latents reached so far are kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run(SampleCommand(), LINE, sys.modules[__name__].__doc__ or "")
 

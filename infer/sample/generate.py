@@ -1,4 +1,4 @@
-"""Jobs to files: load the model once, then denoise, keep the latents, decode, check, write."""
+"""Make the videos of all jobs: load the model once, then denoise, decode, check and write."""
 
 import json
 import sys
@@ -43,14 +43,14 @@ from wan.weights.hub import CONFIGS, resolve_model
 
 @dataclass(frozen=True)
 class Session:
-    """A command whose every decision is made and whose model is loaded.
+    """A command after all decisions are made and the model is loaded.
 
     Attributes:
         run: the command's settings.
         requests: one per job, in order.
-        model: in memory, on its device.
-        output: the folder that videos go to.
-        memory: what was predicted, or None where nothing was.
+        model: the loaded model.
+        output: the folder that videos are written to.
+        memory: the memory estimate, or None if none was made.
     """
 
     run: Run[SampleConfig]
@@ -66,13 +66,14 @@ class Session:
 
 
 def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Session:
-    """Decide everything, refuse what cannot work, then load the model.
+    """Decide all settings, refuse what cannot work, then load the model.
 
     The attention is built and verified here, each job's sampling plan is made here, and each JSON
-    file of the model is read here; everything after this takes them as they are.
+    file of the model is read here; later code only uses the results.
 
     Raises:
-        WanError: whatever is wrong with the request, before weights are fetched or read.
+        WanError: the request is wrong (raised before weights are downloaded or read), or the
+            weights are.
     """
     config = run.config
     output = writable_folder(config.output_dir)
@@ -90,7 +91,7 @@ def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Sess
         print(f"the first of {len(requests)} jobs; every video has a record", file=sys.stderr)
     memory = check_memory(requests, folder, attention, device, dtype, models)
     path = resolve_model(config.checkpoint, config.revision)  # now with the weights
-    if path != folder.path:  # the hub's branch has moved on meanwhile
+    if path != folder.path:  # the branch on the hub has changed in between
         folder = ModelFolder.read(path)
     try:
         model = models.get(folder, config, attention, loras, device)
@@ -107,10 +108,10 @@ def check_memory(
     dtype: torch.dtype,
     models: ModelCache,
 ) -> MemoryEstimate | None:
-    """Predict the memory of the largest job where it may matter, and refuse what cannot fit."""
+    """Estimate the memory of the largest job if it may matter; refuse what cannot fit."""
     config = requests[0].config
     largest = max(requests, key=lambda request: request.tokens)
-    # Prediction loads parts of PyTorch's compiler, which takes a second: longer than a small model.
+    # An estimate imports parts of PyTorch's compiler, which takes longer than a small model.
     matters = rough_bytes(folder.config, largest.latent_shape, dtype, attention) > GIB
     if config.preflight == "never" or (config.preflight == "auto" and not matters):
         return None
@@ -130,7 +131,7 @@ def memory_request(
     device: torch.device,
     dtype: torch.dtype,
 ) -> MemoryRequest:
-    """The largest job, with the longest prompt of all jobs."""
+    """The memory request of the largest job, with the longest prompt of all jobs."""
 
     def num_tokens(request: Request) -> int:
         texts = (request.prompt, request.config.negative_prompt or "")
@@ -158,8 +159,8 @@ def memory_request(
 def make_video(session: Session, request: Request, seed: int) -> int:
     """Make one video with its picture, latents and record; return its exit code.
 
-    The record is written before the first step and after the last, so that it tells what happened
-    however the run ends.
+    The record is written before the first step and after the last, so that there is one however
+    the run ends.
     """
     config, pipeline = request.config, session.model.pipeline
     record = first_record(session, request, seed)
@@ -199,7 +200,7 @@ def make_video(session: Session, request: Request, seed: int) -> int:
                     context,
                     negative,
                     image_latents,
-                    # Few-step sampling draws on from where the first noise ended.
+                    # Few-step sampling continues the random stream of the first noise.
                     renoise=lambda i: draw_noise(
                         request.latent_shape, generators, config.frame_first_noise
                     ),
@@ -215,7 +216,7 @@ def make_video(session: Session, request: Request, seed: int) -> int:
 
 
 class KeptLatents:
-    """The latents that sampling has reached; as a context it saves them, however sampling ends."""
+    """The latents that sampling has reached; as a context manager it always saves them."""
 
     def __init__(self, noise: Tensor, request: Request, seed: int, story: Story) -> None:
         self.latents, self.step = noise, 0
@@ -248,10 +249,10 @@ class KeptLatents:
 
 
 def write_files(session: Session, request: Request, seed: int, video: Tensor, story: Story) -> None:
-    """Write a decoded video (3, F, H, W) in [-1, 1] and what goes with it.
+    """Write a decoded video (3, F, H, W) in [-1, 1] and its contact sheet; fill in the record.
 
     Raises:
-        BadResultError: the video is no picture.
+        BadResultError: the video shows no picture, or is not finite.
     """
     config, files, record = request.config, story.files, story.record
     if not is_finite(video):
@@ -321,14 +322,14 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "peak_memory_bytes": None,
         "environment": environment(model.pipeline.device),
     }
-    if session.memory is not None:  # that of the largest job; the peak below is of all jobs so far
+    if session.memory is not None:  # for the largest job; `peak_memory_bytes` covers all so far
         memory = session.memory
         record["predicted_memory_bytes"] = memory.stages | {"host": memory.host}
     return record
 
 
 def public_config(config: SampleConfig) -> dict[str, Any]:
-    """The command's settings as typed, without the name of the person's home folder."""
+    """The command's settings as typed, without the name of the user's home folder."""
     values = asdict(config)
     for name in PATH_OPTIONS:
         if values[name] is not None:
@@ -339,7 +340,7 @@ def public_config(config: SampleConfig) -> dict[str, Any]:
 def _metadata(request: Request, seed: int) -> dict[str, str]:
     """Text fields of the mp4: enough to make the video again with the same model."""
     values = {name: value for name, (value, _) in request.settings.items() if value is not None}
-    for private in ("image", "lora", "lora_2"):  # paths tell about a person's machine
+    for private in ("image", "lora", "lora_2"):  # paths reveal facts about the user's machine
         values.pop(private, None)
     values |= {"seed": seed, "num_videos": 1, "prompt": request.prompt}
     return {

@@ -50,11 +50,11 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
 
     Raises:
         FileNotFoundError: the prompt file does not exist.
-        WanError: neither prompt nor prompt file, or a line that can't be used, by its number.
+        WanError: there is no prompt and no prompt file, or a line is wrong (names its number).
     """
     if config.prompt_file is None:
         if config.prompt is None:
-            raise WanError('no prompt: say what the video shows, e.g. prompt="a red circle"')
+            raise WanError('no prompt: describe the video, e.g. prompt="a red circle"')
         return [Job(config, sources)]
     path = Path(config.prompt_file).expanduser()
     jobs = []
@@ -80,7 +80,7 @@ def _line_job(
             given[f"sampler.{key}"] = given.pop(key)
     sampler = _sampler(config.sampler, {k: v for k, v in given.items() if "." in k})
     settings = {k: v for k, v in given.items() if "." not in k}
-    if "image" in settings:  # beside the prompt file, wherever the command runs
+    if "image" in settings:  # a path relative to the prompt file
         settings["image"] = str(folder / Path(settings["image"]).expanduser())
     check_prompt("prompt", settings["prompt"])
     job = replace(config, prompt_file=None, sampler=sampler, **settings)
@@ -88,7 +88,7 @@ def _line_job(
 
 
 def _parse_line(line: str) -> dict[str, Any]:
-    """A line as {option: value}."""
+    """Parse a line of a prompt file: {option: value}."""
     if not line.startswith("{"):
         return {"prompt": line}
     try:
@@ -115,7 +115,7 @@ def _parse_line(line: str) -> dict[str, Any]:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which Python alone would keep the last of equal keys."""
+    """A JSON object; repeated keys are refused, where Python would keep the last one."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

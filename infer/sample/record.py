@@ -2,10 +2,10 @@
 
     00003_9f2c81d0_s42.mp4                  the video
     00003_9f2c81d0_s42.png                  frames of it side by side
-    00003_9f2c81d0_s42.latents.safetensors  what the decoder saw
+    00003_9f2c81d0_s42.latents.safetensors  the decoder's input
     00003_9f2c81d0_s42.json                 the record
 
-The number counts up in a folder, the letters are a hash of prompt and settings, s is the seed.
+The number counts up in a folder, then comes a hash of prompt and settings; s is the seed.
 """
 
 import hashlib
@@ -71,17 +71,17 @@ def reserve_files(folder: Path, settings: dict[str, Any], seed: int) -> OutputFi
 
 
 class BadResultError(RuntimeError):
-    """The networks ran, and their result is no picture."""
+    """The networks ran, but the result shows no picture."""
 
 
 class Story:
     """The record of one video while it is made, written at its start, in between and at its end.
 
-    As a context it turns the ends that a person must expect into an exit code: Ctrl-C, a result
-    that is no picture, a GPU without memory. Any other error is noted in the record and raised.
+    As a context manager it turns expected failures into an exit code: Ctrl-C, a result that shows
+    no picture, a GPU out of memory. Any other error is noted in the record and raised.
 
     Attributes:
-        code: 0 done, 1 no picture, 130 interrupted.
+        code: exit code: 0 done, 1 no picture or out of memory, 130 interrupted.
     """
 
     def __init__(self, files: OutputFiles, record: dict[str, Any], device: torch.device) -> None:
@@ -94,7 +94,7 @@ class Story:
 
     @contextmanager
     def stage(self, name: str, bars: Any = None) -> Iterator[None]:
-        """Time a stage; an error inside is then known to have happened in it.
+        """Time a stage; if an error is raised inside, the record names the stage.
 
         Args:
             bars: progress bars that are closed at the end of the stage.
@@ -142,7 +142,7 @@ class Story:
 
 
 def out_of_memory() -> str:
-    """The error message for a GPU without memory, with options to try."""
+    """The error message for a GPU out of memory, with options to try."""
     return (
         "out of memory on the GPU; try offload=stage or block, chunk_latents=1, quantize=int8, "
         "dtype=bfloat16, attention=sdpa, or a smaller height, width or num_frames"
@@ -150,7 +150,7 @@ def out_of_memory() -> str:
 
 
 def save_latents(path: Path, latents: Tensor, **about: Any) -> None:
-    """Latents (B, C, T, h, w) in float32, with what they are."""
+    """Write latents (B, C, T, h, w) in float32; `about` becomes the file's metadata."""
     texts = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
     write_tensors(path, {"latents": latents.float()}, texts)
 
@@ -165,7 +165,7 @@ def now() -> str:
 
 
 def without_home(path: str | Path) -> str:
-    """A path with the person's home folder as ~."""
+    """A path with the user's home folder written as ~."""
     home = str(Path.home())
     text = str(path)
     if text == home or text.startswith(home.rstrip("/") + "/"):

@@ -19,10 +19,10 @@ from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.sampling.schedule import FEW_STEP_TABLE_SHIFT
 
 MODEL = "checkpoint"  # as the source of a value: the model's own folder
-CHOSEN = ("command line", PROMPT_FILE)  # sources that are a person's own words
-# Options that a model's folder has a default for, by the name it goes by there.
+CHOSEN = ("command line", PROMPT_FILE)  # sources that the user typed
+# Options whose default is in the model's folder, under the same name.
 FROM_MODEL = ("height", "width", "num_frames", "fps", "max_sequence_length")
-# What the header and the record list, in this order.
+# Options that the printed header and the record list, in this order.
 SHOWN = (
     *("checkpoint", "revision", "height", "width", "num_frames", "fps", "seed", "num_videos"),
     *("sampler.name", "sampler.steps", "sampler.timesteps", "sampler.shift", "guidance_scale"),
@@ -36,16 +36,16 @@ PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lor
 
 @dataclass(frozen=True)
 class Request:
-    """A job with nothing left open.
+    """A job whose settings are all decided.
 
     Attributes:
-        job: its config as asked for, less a negative prompt that nothing would read.
-        height, width, num_frames, fps, max_sequence_length: as asked for, or the model's own.
+        job: the job as given, without a negative prompt that nothing would read.
+        height, width, num_frames, fps, max_sequence_length: as given, or the model's defaults.
         plan: sampler, schedule and guidance.
         latent_shape: (C, T, h, w).
         grid: tokens along T, H, W.
         attention_density: share of the FLOPs of dense self-attention, over layers and steps.
-        settings: (value, where it comes from) of each option in SHOWN.
+        settings: each option in SHOWN -> (value, its source).
     """
 
     job: Job
@@ -72,7 +72,7 @@ class Request:
     def first_frame(self) -> Tensor | None:
         """The image as (3, H, W) in [-1, 1], of the video's size; None without one.
 
-        It is read when it is asked for: the images of many jobs are more than memory should hold.
+        Each call reads the file: the images of many jobs would need too much memory.
         """
         if self.config.image is None:
             return None
@@ -81,7 +81,7 @@ class Request:
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence that attention sees."""
+        """Number of video tokens, the sequence length of self-attention."""
         return math.prod(self.grid)
 
     @property
@@ -97,12 +97,12 @@ def read_image(config: SampleConfig) -> Tensor:
 def resolve_request(
     job: Job, model: PipelineConfig, attention: NetworkAttention, device: str, dtype: str
 ) -> Request:
-    """Decide what a job leaves open and refuse what the model can't do.
+    """Decide the settings that a job leaves open; refuse what the model can't do.
 
     Raises:
         FileNotFoundError: the image does not exist.
-        WanError: illegal sizes with the nearest legal ones, an unreadable image, or a request that
-            the model was not trained for; names the job if there are several.
+        WanError: a size is illegal (names the nearest legal ones), the image is unreadable, or the
+            model was not trained for the request; names the job if there are several.
     """
     try:
         return _resolve(job, model, attention, device, dtype)
@@ -143,8 +143,9 @@ def _resolve(
     config = _drop_unused_negative(config, sources, model)
     limits = {name: values[name] for name in ("num_frames", "max_sequence_length")}
     plan = plan_sampling(model, SamplingRequest(**sampling_options(config), **limits))
-    attention.exact_timesteps(plan.schedule.timesteps.tolist())  # refuses what can't be told apart
-    if image is not None:  # whether it can be brought to that size
+    # Refuses a choice of steps that treats equal timesteps differently.
+    attention.exact_timesteps(plan.schedule.timesteps.tolist())
+    if image is not None:  # refuses an image that cannot be fitted
         fit_image(image, values["height"], values["width"], config.image_fit)
     sources["attention"] = sources["attention.name"]
     grid = model.transformer.token_grid(shape[1:])
@@ -162,11 +163,11 @@ def _resolve(
 def _decided(
     config: SampleConfig, model: PipelineConfig, plan: SamplingPlan, device: str, dtype: str
 ) -> dict[str, Any]:
-    """Values that differ from what was typed, because the model or another option decides them."""
+    """Values that the model or another option decides, not the typed value alone."""
     shift = model.shift if model.timesteps is None else FEW_STEP_TABLE_SHIFT
     deterministic = config.deterministic
     if deterministic is None and plan.sampler == "few_step":
-        deterministic = model.defaults.deterministic or None  # shown where it is so
+        deterministic = model.defaults.deterministic or None  # listed only if true
     return {
         "sampler.name": plan.sampler,
         "sampler.steps": len(plan.schedule),
@@ -199,7 +200,7 @@ def _drop_unused_negative(
 ) -> SampleConfig:
     """Drop a preset's negative prompt where guidance is off, since nothing would read it.
 
-    A negative prompt that a person typed is kept here and refused later.
+    A negative prompt that the user typed is kept here and refused later.
     """
     scales = (config.guidance_scale or model.defaults.guidance_scale, config.guidance_scale_2 or 1)
     if sources["negative_prompt"] in CHOSEN or scales != (1, 1):
@@ -211,7 +212,7 @@ def _drop_unused_negative(
 def _settings(
     config: SampleConfig, sources: dict[str, str], decided: dict[str, Any]
 ) -> dict[str, tuple[Any, str]]:
-    """Each option of SHOWN as it will be used, and where that comes from."""
+    """Each option in SHOWN -> (the value that is used, its source)."""
     settings: dict[str, tuple[Any, str]] = {}
     for name in SHOWN:
         nested = name.removeprefix("sampler.")

@@ -1,11 +1,11 @@
-"""A LoRA from the difference of two checkpoints: what a trained model adds to the one it began as.
+"""Extract a LoRA from two checkpoints: the difference between a trained model and its base.
 
-Of D = student - base, a matrix (out, in), the closest of rank r is the sum of its r largest
-singular directions (Eckart and Young, 1936): up @ down with up = U sqrt(S) and down = sqrt(S) V'.
-They are read off the eigenvectors of the smaller Gram matrix, in float64, which squares singular
-values and still resolves 1e-8 of the largest, below what float32 factors can say.
+The matrix of rank r that is closest to D = student - base, (out, in), keeps its r largest singular
+values (Eckart and Young, 1936): up @ down with up = U sqrt(S) and down = sqrt(S) V'. The factors
+come from the eigenvectors of the smaller Gram matrix. It squares the singular values, but float64
+still resolves 1e-8 of the largest one, which is finer than float32 factors.
 
-One tensor of either checkpoint is in memory at a time, beside the factors that are kept.
+Only one tensor of each checkpoint is in memory at a time, beside the factors.
 """
 
 import math
@@ -23,8 +23,8 @@ from wan.weights.load import match_names
 from wan.weights.names import grouped
 from wan.weights.safetensors_file import read_bytes
 
-# What a file of whole differences calls them, by the last part of the official name; the names of
-# diffusers have no spelling for modulation tables.
+# The suffix of a whole difference in a LoRA file, by the last part of the official name. The names
+# of diffusers have no form for modulation tables.
 DIFF_SUFFIXES = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
 
 
@@ -33,9 +33,9 @@ class LayerChange:
     """How much of one changed parameter a LoRA keeps.
 
     Attributes:
-        rank: of the pair; 0 where there is none.
-        energy: sum of squares of the whole change.
-        lost: sum of squares of what is missing from the file, as stored there.
+        rank: rank of the pair; 0 if the file has no pair for this parameter.
+        energy: sum of squares of the change.
+        lost: sum of squares of the change minus what the file stores.
     """
 
     name: str
@@ -52,15 +52,15 @@ class LayerChange:
 
 @dataclass
 class ExtractedLoRA:
-    """Tensors under the names of a LoRA file, and what they keep."""
+    """The tensors of a LoRA file by their names, and how much of each change they keep."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     changes: list[LayerChange] = field(default_factory=list)
-    num_equal: int = 0  # parameters that are the same in both
+    num_equal: int = 0  # parameters that are equal in both checkpoints
 
     @property
     def left_out(self) -> list[LayerChange]:
-        """Changed parameters of which the file holds nothing."""
+        """Changed parameters for which the file stores nothing."""
         return [change for change in self.changes if change.lost == change.energy]
 
     @property
@@ -80,21 +80,21 @@ def extract_lora(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ExtractedLoRA:
-    """The LoRA that turns `base` into `student` when merged at strength 1, as nearly as it can.
+    """The LoRA that comes closest to `student` when merged into `base` at strength 1.
 
-    Every weight matrix, the patch embedding's kernel among them, gets a pair; alpha is the rank, so
-    none is written.
+    Every changed weight matrix, the patch embedding's kernel among them, gets a pair. No alpha is
+    written, which readers take as alpha = rank.
 
     Args:
-        rank: the largest of a pair; a matrix whose smaller side is below it is kept whole.
+        rank: largest rank of a pair; a matrix with a smaller side is kept in full.
         diffs: keep changed biases, norms and modulation tables as whole differences. The names are
             then the official ones after `diffusion_model.`; else diffusers' after `transformer.`.
-        dtype: of the stored tensors.
-        device: where the factors are computed; it must know float64.
-        on_progress: called as (parameters done, parameters).
+        dtype: dtype of the stored tensors.
+        device: device that computes the factors; it must support float64.
+        on_progress: called as (parameters done, number of parameters).
     Raises:
-        WanError: the checkpoints are not of one network, are equal, or hold NaN or infinity; or a
-            rank below 1.
+        WanError: the checkpoints are of different networks, are equal, or differ by NaN or
+            infinity; or the rank is below 1.
     """
     if rank < 1:
         raise WanError(f"rank={rank}: must be at least 1")
@@ -140,13 +140,13 @@ def extract_lora(
 
 
 def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The closest matrix of a rank, as (down (r, in), up (out, r)) with delta ~ up @ down.
+    """The best approximation of rank r: (down (r, in), up (out, r)) with delta ~ up @ down.
 
-    Both factors have the same norm in each direction, so that neither is far off in range.
+    Both factors have the same norm in each direction, so that their values have similar sizes.
 
     Args:
         delta: (out, in) float64.
-        rank: r is this, or the smaller side of the matrix.
+        rank: r is this, or the smaller side of the matrix if that is less.
     """
     if delta.shape[0] > delta.shape[1]:
         down, up = low_rank(delta.T, rank)
@@ -161,7 +161,7 @@ def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def paired(
     student: Checkpoint, base: Checkpoint
 ) -> Iterator[tuple[str, StoredTensor, StoredTensor]]:
-    """(our name, of the student, of the base) of every parameter, in whatever layouts they are."""
+    """Yield (our name, the student's tensor, the base's tensor); their layouts may differ."""
     ours, theirs = (match_names(checkpoint, "transformer") for checkpoint in (student, base))
     problems = []
     for here, names, other in ((student, ours, theirs), (base, theirs, ours)):
@@ -182,7 +182,7 @@ def paired(
 
 
 def read_stored(stored: StoredTensor) -> Tensor:
-    """A tensor in memory of its own: mapped pages would count until the system wants them back."""
+    """Read a tensor into its own memory: pages of a mapped file would stay in memory longer."""
     tensor = torch.empty(stored.entry.shape, dtype=stored.entry.dtype)
     with stored.file.open() as file:
         read_bytes(file, tensor, stored.entry.start)

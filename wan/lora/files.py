@@ -32,7 +32,7 @@ from wan.weights.safetensors_file import map_tensors, read_header
 # Names a folder may use for its one LoRA file: diffusers', then peft's.
 FOLDER_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 ATTENTION = "trained_attention"  # in the metadata of our own files
-# Taken off the front of a name again and again until none fits.
+# Removed from the front of a name, repeatedly, until none matches.
 PREFIXES = (
     "base_model.model.",
     "model.diffusion_model.",
@@ -103,7 +103,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class FullDelta:
-    """A whole difference, added as it is times `scale`."""
+    """A difference of the parameter's full shape, added after scaling by `scale`."""
 
     value: Tensor
     scale: float = 1.0
@@ -128,7 +128,7 @@ class LoRA:
     num_tensors: int
     pairs: dict[str, LowRank]
     deltas: dict[str, FullDelta]
-    attention: str | None = None  # sparse self-attention that it was trained with; None: not said
+    attention: str | None = None  # sparse self-attention it was trained with; None: not recorded
 
     @property
     def names(self) -> list[str]:
@@ -137,16 +137,16 @@ class LoRA:
 
 
 def read_lora(path: str | Path, expert: str | None = None) -> LoRA:
-    """Read a LoRA for Wan's DiT: a .safetensors file, or the folder of one.
+    """Read a LoRA for Wan's DiT: a .safetensors file, or a folder that holds one.
 
     Args:
         expert: which half of a file for both experts of a two-expert model ("transformer" is the
             high-noise one, "transformer_2" the low-noise one). Not needed for other files.
 
     Raises:
-        FileNotFoundError: no such file.
-        WanError: not a safetensors file, no LoRA, DoRA or another method, names that are none of
-            Wan's, half a pair, an alpha or a tensor that can't be used; with all cases listed.
+        FileNotFoundError: there is no such file.
+        WanError: the file is no safetensors file, no LoRA or another method such as DoRA; or it has
+            names that Wan lacks, half a pair, or an unusable alpha or tensor, all of them listed.
     """
     path = lora_file(Path(path))
     source = read_header(path)
@@ -169,7 +169,7 @@ def read_lora(path: str | Path, expert: str | None = None) -> LoRA:
 
 
 def lora_file(path: Path) -> Path:
-    """The LoRA file itself, given it or its folder."""
+    """The path of the LoRA file, from that path or from its folder."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -262,7 +262,7 @@ def modules_by_underscores(layout: str) -> dict[str, str]:
 
 
 def released_module(layout: str, module: str) -> str:
-    """A module's dotted name in a layout; a name that isn't kohya's comes back as it is."""
+    """A module's dotted name in a layout; a name that isn't kohya's is returned unchanged."""
     if KOHYA_PREFIX.match(module) is None:
         return module
     bare = KOHYA_PREFIX.sub("", module)
@@ -279,8 +279,10 @@ def target(layout: str, module: str, role: str) -> str | None:
 
 
 def best_layout(layers: dict[str, Layer]) -> str:
-    """The layout that knows most of the modules. Layouts are never mixed: `norm2` is another
-    module in each."""
+    """The layout that knows most of the modules.
+
+    Layouts are never mixed, because `norm2` is another module in each.
+    """
 
     def count(layout: str) -> int:
         places = [(module, role) for module, layer in layers.items() for role in layer]
@@ -293,7 +295,7 @@ def best_layout(layers: dict[str, Layer]) -> str:
 
 
 class PeftConfig(NamedTuple):
-    """The settings of peft that change what a pair means."""
+    """The settings of peft that decide the scale of a pair."""
 
     alpha: float | None
     alpha_pattern: dict[str, float]
@@ -371,7 +373,7 @@ def place(
     peft_config: PeftConfig,
     num_tensors: int,
 ) -> LoRA:
-    """Give every tensor its parameter. All that can't be placed is reported together."""
+    """Assign every tensor to its parameter; one error lists all tensors without one."""
     problems: dict[str, list[str]] = defaultdict(list)
     for name in unknown:
         problems["unknown kinds of tensors"].append(name)
@@ -392,7 +394,7 @@ def place(
         changes = layer_changes(layer, dotted, peft_config)
         for role, change in changes:
             parameter = target(layout, module, role)
-            assert parameter is not None  # layer_problems has looked
+            assert parameter is not None  # layer_problems has checked this
             places: dict[str, Any] = pairs if isinstance(change, LowRank) else deltas
             if parameter in places:
                 raise WanError(f"LoRA {path}: two changes of one kind for {dotted} ({parameter})")
@@ -401,7 +403,7 @@ def place(
 
 
 def layer_problems(layout: str, module: str, layer: Layer) -> Iterator[tuple[str, str]]:
-    """(name in the file, what is wrong with it)."""
+    """Yield (name in the file, what is wrong with it)."""
     for role, (name, tensor) in layer.items():
         if target(layout, module, role) is None:
             yield name, "names that are none of Wan's"
@@ -425,11 +427,11 @@ def is_pair(down: Tensor, up: Tensor) -> bool:
 def layer_changes(
     layer: Layer, module: str, peft_config: PeftConfig
 ) -> Iterator[tuple[str, LowRank | FullDelta]]:
-    """(role, change) for all that a layer changes."""
+    """Yield (role, change) for every parameter that a layer changes."""
     if "down" in layer:
         down, up = layer["down"][1], layer["up"][1]
         rank = down.shape[0]
-        if "alpha" in layer:  # a layer's own alpha counts before the file's
+        if "alpha" in layer:  # a layer's own alpha has priority over the file's
             scale = float(layer["alpha"][1].item()) / rank
         else:
             scale = peft_config.scale(module, rank)
@@ -442,7 +444,7 @@ def layer_changes(
 
 
 def unusable(tensor: Tensor, role: str) -> str | None:
-    """Why a tensor can't be used in a role, whatever the model."""
+    """Why no model can use a tensor in this role; None if it is usable."""
     if role == "alpha":
         if tensor.numel() != 1 or not is_number(tensor.item()) or tensor.item() == 0:
             return "alpha that is not one finite number other than 0"

@@ -49,13 +49,13 @@ WIDTHS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 TI2V-5B", 5120: "a Wan 14B or A14B"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The parameters that a merge changed, and the names it did not know."""
+    """The result of a merge: the file, its strength and the parameters that changed."""
 
     path: str
     format: str
     strength: float
-    num_tensors: int  # all of the file's: a merge uses every one or fails
-    ranks: tuple[int, ...]  # those that occur
+    num_tensors: int  # in the file; a merge uses all of them or fails
+    ranks: tuple[int, ...]  # the ranks of its pairs, each once
     parameters: tuple[str, ...]  # changed, by our names
 
     def __str__(self) -> str:
@@ -74,9 +74,9 @@ def merge_lora(module: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeRep
     changed unless everything fits.
 
     Raises:
-        WanError: a parameter that the module lacks or that has another shape (all of them listed,
-            with the model the LoRA seems to be for), weights not loaded yet, weights quantised,
-            strength not finite.
+        WanError: the module lacks a parameter or has it in another shape (the message lists all of
+            them, and the model that the LoRA seems to be for); its weights are not loaded yet or
+            are quantised; or the strength is not finite.
     """
     merge = LoRAMerge(lora, strength)
     refuse_quantized(module, "merge a LoRA before (from_pretrained does, given loras=)")
@@ -92,10 +92,10 @@ def merge_lora(module: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeRep
 
 @dataclass(frozen=True)
 class LoRAMerge:
-    """A LoRA on its way into weights, one parameter at a time: (our name, tensor) -> tensor.
+    """Merges a LoRA into weights, one parameter at a time: (our name, tensor) -> tensor.
 
-    For loading, `load_module(..., changes=merge.changes)`; `merge_lora` is for modules that are
-    loaded.
+    It is for weights that are being loaded, as in `load_module(..., changes=merge.changes)`;
+    `merge_lora` is for loaded modules.
 
     Raises:
         WanError: strength is not finite.
@@ -109,7 +109,7 @@ class LoRAMerge:
             raise WanError(f"LoRA strength={self.strength}: must be a finite number")
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
-        """Refuse parameters that it does not fit; they need no values yet."""
+        """Refuse parameters that the LoRA does not fit; they may be on the meta device."""
         check_fit(parameters, self.lora)
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class LoRAMerge:
 
     @property
     def changes(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What becomes of each parameter that the LoRA touches, by our name."""
+        """Our name of each parameter that the LoRA changes -> the function that merges it."""
         return {name: partial(self, name) for name in self.lora.names}
 
     @property
@@ -166,10 +166,10 @@ def check_fit(parameters: Mapping[str, Tensor], lora: LoRA) -> None:
 
 
 def describe_model(parameters: Mapping[str, Tensor], lora: LoRA) -> str:
-    """The size of the model, and what can be told of the one that the LoRA was made for."""
+    """For an error: the size of the model, and of the one that the LoRA was made for."""
     layers = [int(m[1]) for name in lora.names if (m := re.match(r"blocks\.(\d+)\.", name))]
     model_layers = [int(m[1]) for name in parameters if (m := re.match(r"blocks\.(\d+)\.", name))]
-    # The output of these is one width wide; q, k, v and out are square.
+    # The outputs of these layers have the width of the model.
     widths = {
         change.shape[0]
         for name in lora.names
@@ -239,7 +239,7 @@ def add_lora(
 
     Args:
         rank: r, at least 1.
-        alpha: the pair counts alpha / r times; r if None.
+        alpha: the pair is scaled by alpha / r; None means alpha = r.
         targets: regular expressions that match whole names of layers (our names).
         generator: a CPU generator for the starting values.
 
@@ -247,8 +247,8 @@ def add_lora(
         The names of the replaced layers, in the module's order.
 
     Raises:
-        WanError: rank or alpha out of range, an expression that is not valid or matches nothing,
-            or one that matches something else than a plain linear layer.
+        WanError: rank or alpha is out of range; or an expression is not valid, matches nothing, or
+            matches something else than a plain linear layer.
     """
     if rank < 1:
         raise WanError(f"LoRA rank={rank}: must be at least 1")
@@ -348,7 +348,7 @@ def save_lora(
     return write_lora(path, tensors, metadata)
 
 
-# In front of the names of each layout in a LoRA file, by which readers tell them apart.
+# The prefix of names in a LoRA file; readers tell the layouts apart by it.
 FILE_PREFIXES = {"diffusers": "transformer", "official": "diffusion_model"}
 
 
@@ -358,10 +358,10 @@ def pair_tensors(
     """A pair under the names of a LoRA file.
 
     Args:
-        name: ours, of the weight that it changes.
-        down, up: (r, in, ...) and (out, r, ...), alpha / r multiplied in.
+        name: our name of the weight that the pair changes.
+        down, up: (r, in, ...) and (out, r, ...); they include the factor alpha / r.
     Raises:
-        WanError: a weight that other readers would not know.
+        WanError: other readers would not know the weight.
     """
     released = released_name("transformer", layout, name).removesuffix(".weight")
     stem = f"{FILE_PREFIXES[layout]}.{released}"
@@ -371,7 +371,7 @@ def pair_tensors(
 def write_lora(
     path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> Path:
-    """Write a LoRA file, or into a folder the file of the name that diffusers looks for."""
+    """Write a LoRA file; in a folder it gets the name that diffusers looks for."""
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / FOLDER_NAMES[0]

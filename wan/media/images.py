@@ -1,4 +1,4 @@
-"""An image for image-to-video: read it, bring it to a size, choose a size for it.
+"""Images for image-to-video: read one, resize it, choose a video size for it.
 
 H height, W width. An image is (3, H, W) float32 in [-1, 1]; it comes from 8-bit RGB, so every value
 is one of 256. Resizing goes through 8 bits as well, as the reference pipelines do: that keeps the
@@ -62,10 +62,10 @@ def load_image(path: str | Path, background: Sequence[int] | None = None) -> Ten
 def image_to_tensor(
     image: Image.Image, background: Sequence[int] | None = None, name: str = "image"
 ) -> Tensor:
-    """A Pillow image as (3, H, W) float32 in [-1, 1]; the checks and meanings of `load_image`.
+    """A Pillow image as (3, H, W) float32 in [-1, 1]; arguments and errors as in `load_image`.
 
     The EXIF orientation is applied, so that the picture stands as a viewer shows it. 16-bit grey is
-    rounded to 8 bits; of 16-bit colour Pillow gives the upper 8. An embedded colour profile is not
+    rounded to 8 bits; Pillow keeps the upper 8 of 16-bit colour. An embedded colour profile is not
     applied (the references ignore it too).
     """
     _check_still(image, name)
@@ -73,10 +73,10 @@ def image_to_tensor(
 
 
 def _decode(path: Path) -> Image.Image:
-    """The upright image, in memory. Only Pillow works here, so only its errors are renamed."""
+    """Decode a file to an upright image; Pillow's errors become WanErrors."""
     try:
         with warnings.catch_warnings():
-            # Pillow warns on part of its own size limit; ours is stricter, and raises.
+            # Pillow only warns above its own limit; ours is lower and raises an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 _check_still(image, f"image {path}")
@@ -95,7 +95,7 @@ def _decode(path: Path) -> Image.Image:
 
 
 def _check_still(image: Image.Image, name: str) -> None:
-    """Refuse bombs and animations from the header alone, before pixels are decoded."""
+    """Refuse too many pixels and animations from the header, before pixels are decoded."""
     if image.width * image.height > MAX_PIXELS:
         raise WanError(f"{name}: {_too_large(f'{image.width}x{image.height} pixels')}")
     # MPO is how Pillow names a phone's JPEG that holds previews or depth maps after the photo.
@@ -125,7 +125,7 @@ def _to_rgb(image: Image.Image, background: Sequence[int] | None, name: str) -> 
 
 
 def _flatten(image: Image.Image, background: Sequence[int] | None, name: str) -> Image.Image:
-    """An RGBA image over a plain background; a fully opaque one needs none."""
+    """Put an RGBA image over a plain background; a fully opaque image needs none."""
     lowest, _ = image.getchannel("A").getextrema()
     if lowest == 255:
         return image.convert("RGB")
@@ -150,12 +150,12 @@ def fit_image(image: Tensor, height: int, width: int, mode: str = "resize") -> T
 
     Args:
         image: (3, H, W) float in [-1, 1]; rounded to 8 bits first unless the size already fits.
-        height, width: pixels wanted.
+        height, width: the new size in pixels.
         mode: "resize" goes straight to the size, whatever the aspect ratio (diffusers);
             "crop" scales until the size is covered and keeps the centre (the official code).
 
     Raises:
-        WanError: another shape or range, a size below 1, an unknown mode, or an image so narrow
+        WanError: a wrong shape or range, a size below 1, an unknown mode, or an image so narrow
             that covering the size would take more than MAX_PIXELS.
     """
     if mode not in FIT_MODES:

@@ -24,8 +24,8 @@ from wan.files import written_beside
 Frames = NDArray[np.uint8]
 
 BT709, UNSPECIFIED = 1, 2  # numbers in H.264's colour fields
-FRAMES_AT_ONCE = 8  # that are converted
-CRF = 17  # visually lossless; 0 would be lossless, 23 is x264's own choice
+FRAMES_AT_ONCE = 8  # frames converted at a time
+CRF = 17  # visually lossless; 0 would be lossless, 23 is x264's default
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class VideoInfo:
 
 
 def is_finite(values: Tensor) -> bool:
-    """True if no value is NaN or infinite; minimum and maximum tell that without a copy."""
+    """True if no value is NaN or infinite; minimum and maximum show it without a copy."""
     return all(math.isfinite(bound.item()) for bound in values.aminmax())
 
 
@@ -58,7 +58,7 @@ def to_uint8(video: Tensor) -> Frames:
     """(3, F, H, W) float in [-1, 1] -> (F, H, W, 3) uint8, rounded to the nearest.
 
     Raises:
-        WanError: another shape, or values that are not finite. Values outside are clamped.
+        WanError: a wrong shape, or values that are not finite. Values outside are clamped.
     """
     if video.ndim != 4 or video.shape[0] != 3:
         raise WanError(f"video of shape {tuple(video.shape)}: need (3, F, H, W)")
@@ -66,7 +66,7 @@ def to_uint8(video: Tensor) -> Frames:
         bad = int((~video.isfinite()).sum())
         raise WanError(f"video: {bad} of {video.numel()} values are not finite")
     frames = np.empty((*video.shape[1:], 3), dtype=np.uint8)
-    for i in range(0, len(frames), FRAMES_AT_ONCE):  # a whole video would be in memory thrice
+    for i in range(0, len(frames), FRAMES_AT_ONCE):  # all at once would need three copies
         part = video[:, i : i + FRAMES_AT_ONCE]
         levels = part.float().clamp(-1, 1).add_(1).mul_(127.5).round_()  # clamp has made a copy
         frames[i : i + FRAMES_AT_ONCE] = levels.byte().permute(1, 2, 3, 0).cpu().numpy()
@@ -76,7 +76,7 @@ def to_uint8(video: Tensor) -> Frames:
 def write_video(
     path: str | Path, frames: Frames, fps: float, metadata: Mapping[str, str] | None = None
 ) -> VideoInfo:
-    """Write H.264 in mp4, read it back, and only then give it its name.
+    """Write H.264 in mp4, read it back, and only then give the file its final name.
 
     4:2:0 with bt709 matrix and tags, so that players show the colours that were given; frames keep
     their size. The file is written beside its place and renamed once it has been decoded again and
@@ -89,7 +89,7 @@ def write_video(
         metadata: text fields, e.g. title and comment.
 
     Raises:
-        WanError: a shape, dtype, size or rate that can't be written.
+        WanError: the shape, dtype, size or rate can't be written.
         OSError: the file can't be written, or does not read back as it should.
     """
     path = Path(path)
@@ -111,7 +111,7 @@ def write_video(
 
 
 def frame_rate(fps: float) -> Fraction:
-    """The exact rate that a decimal stands for.
+    """The exact rate of a decimal: 23.976 is 24000/1001.
 
     Raises:
         WanError: not a number between 1 and 240.
@@ -119,7 +119,7 @@ def frame_rate(fps: float) -> Fraction:
     if not (math.isfinite(fps) and 1 <= fps <= 240):
         raise WanError(f"fps={fps}: must be between 1 and 240")
     ntsc = Fraction(round(fps) * 1000, 1001)
-    is_ntsc = abs(float(ntsc) - fps) < min(0.004, abs(round(fps) - fps))  # 4 is just 4
+    is_ntsc = abs(float(ntsc) - fps) < min(0.004, abs(round(fps) - fps))  # whole numbers stay whole
     return ntsc if is_ntsc else Fraction(fps).limit_denominator(1000)
 
 
@@ -135,6 +135,7 @@ def _check_frames(frames: Frames) -> None:
 
 
 def _encode(path: Path, frames: Frames, rate: Fraction, metadata: Mapping[str, str]) -> None:
+    # faststart puts the index in front, so that a browser can play a file that is still loading.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata.update(metadata)
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
@@ -156,7 +157,7 @@ def _encode(path: Path, frames: Frames, rate: Fraction, metadata: Mapping[str, s
 
 @contextmanager
 def open_video(path: Path) -> Iterator[av.container.InputContainer]:
-    """A file with a video stream; what the decoder finds wrong with it becomes a WanError."""
+    """Open a file with a video stream; the decoder's errors become WanErrors."""
     if not path.is_file():
         raise FileNotFoundError(f"video {path}: no such file")
     try:
@@ -175,7 +176,7 @@ def _inspect(path: Path) -> VideoInfo:
 
 
 def video_info(container: av.container.InputContainer, count: int) -> VideoInfo:
-    """What an open file says about itself; `count` frames of it were decoded."""
+    """The facts in an open file's header; `count` is the number of frames decoded from it."""
     stream = container.streams.video[0]
     return VideoInfo(
         height=stream.height,
@@ -190,7 +191,7 @@ def video_info(container: av.container.InputContainer, count: int) -> VideoInfo:
 
 
 def read_video(path: str | Path, max_frames: int = 10_000) -> tuple[Frames, VideoInfo]:
-    """All frames of a file as (F, H, W, 3) uint8 RGB, and what the file says about itself.
+    """All frames of a file as (F, H, W, 3) uint8 RGB, and the facts in its header.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -247,7 +248,7 @@ def contact_sheet(frames: Frames, max_frames: int = 12, max_width: int = 320) ->
 
 
 def flaw(frames: Frames) -> str | None:
-    """Describe a result that shows no picture; None for any other.
+    """Say why frames show no picture (all black, or one colour); None if they show one.
 
     Black means that no value is above 16 of 255; constant, that every pixel of every frame has the
     same colour up to 2 levels. A video that stands still is no flaw.

@@ -1,4 +1,4 @@
-"""The choice of an attention, its layers and its steps, as settings. Loads no PyTorch."""
+"""Settings that choose an attention, its layers and its steps. Does not import PyTorch."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -12,12 +12,13 @@ OPTIONS = ("tile", "window", "keep", "slice_size")
 
 @dataclass
 class AttentionConfig:
-    """An attention by name, where it is used, and what is used elsewhere.
+    """An attention variant, the layers and steps that use it, and an exact one for the others.
 
     `layers` and `steps` are "all", or numbers and ranges from 0: "3", "0-2 5", "8-" (8 and all
-    after it). What they leave out attends exactly. Cross-attention always does, as it is about 1 %
-    of the work: with `name` if that is sdpa, math or sliced, or with `exact` if that is, or with
-    sdpa. An option that is None is the variant's own; one that the variant lacks is refused.
+    after it). The other layers and steps use `exact`. Cross-attention is always exact, as it is
+    about 1 % of the work: it uses `name` if that is sdpa, math or sliced, else `exact` if that is
+    one of the three, else sdpa. An option that is None keeps the variant's default; an option that
+    the variant lacks is refused.
 
     Raises:
         WanError: `layers` or `steps` cannot be read.
@@ -33,12 +34,12 @@ class AttentionConfig:
     exact: str = field(
         default="sdpa",
         metadata={
-            "help": "an exact one, for layers and steps that are left out; sdpa, math and sliced "
-            "also for attention to the text, if the name is none of these three"
+            "help": "exact attention for the other layers and steps; sdpa, math and sliced also "
+            "for cross-attention, unless attention= is one of these three"
         },
     )
     layers: str = field(default="all", metadata={"help": 'layers that use it: all, or "0-2 5 8-"'})
-    steps: str = field(default="all", metadata={"help": "steps that use it, likewise"})
+    steps: str = field(default="all", metadata={"help": "steps that use it, in the same form"})
     tile: list[int] | None = field(
         default=None, metadata={"help": "sliding_tile, top_k: tokens of a tile along T, H, W"}
     )
@@ -55,12 +56,12 @@ class AttentionConfig:
             text = getattr(self, what)
             if RANGES.fullmatch(text) is None:
                 raise WanError(
-                    f"attention.{what}={text!r}: say all, or numbers and ranges from 0 such as "
+                    f"attention.{what}={text!r}: write all, or numbers and ranges from 0 such as "
                     '"0-2 5 8-"'
                 )
 
     def __str__(self) -> str:
-        """The name, and what is not as it would be anyway."""
+        """The name, then `field=value` for every field that differs from its default."""
         given = {
             item.name: getattr(self, item.name)
             for item in fields(self)[1:]

@@ -4,11 +4,11 @@ Source: Wan, arXiv:2503.20314, section 4.2 and figure 10; DiT, arXiv:2212.09748 
 
 Precision: the time path, all modulation tables, `cross_norm`, the arithmetic of every norm, the
 rotary tables, the residual stream and the head are float32 whatever the dtype of the weights and
-whether or not autocast is on; the other matmuls run in their weights' dtype. Loaders keep what
-`WanDiT.FLOAT32_PARAMETERS` names in float32.
+whether or not autocast is on; the other matmuls run in their weights' dtype. Loaders keep the
+parameters that `WanDiT.FLOAT32_PARAMETERS` names in float32.
 
-Letters: B batch, C channels, T H W latent frames, rows and columns (in patches: grid), L tokens
-(order T, H, W, row-major), S text positions, D width, N heads, K = D / N. G counts the groups of
+Letters: B batch, C channels, T H W latent frames, height, width (`grid` counts patches), L tokens
+(order T, H, W, row-major), S text tokens, D width, N heads, K = D / N. G counts the groups of
 consecutive tokens that share a timestep: 1, T or L.
 """
 
@@ -34,15 +34,15 @@ from wan.models.dit_config import DiTConfig
 from wan.models.recompute import CHECKPOINT_BLOCKS
 from wan.models.rope import apply_rope, rope_table
 
-KeyValue = tuple[Tensor, Tensor]  # two of (B, N, S, K)
+KeyValue = tuple[Tensor, Tensor]  # keys and values, (B, N, S, K) each
 
 
 @dataclass(frozen=True)
 class ContextCache:
     """Embedded text for cross-attention, one entry per block; made by `WanDiT`.
 
-    An entry is the embedded text (B, S, D), of which each block makes its keys and values, or the
-    keys and values themselves. `bias` (S,) is added to the scores, or None.
+    An entry is either the embedded text (B, S, D), from which its block computes keys and values,
+    or these keys and values. `bias` (S,), if given, is added to the attention scores.
     """
 
     per_block: Sequence[Tensor | KeyValue]
@@ -50,31 +50,31 @@ class ContextCache:
 
 
 class TokenSplit(Protocol):
-    """Tokens shared out over processes; `train.parallel.SequenceSplit` does it."""
+    """Sequence parallelism: each process holds a part of the tokens. See `train.parallel`."""
 
     size: int
 
     def share(self, x: Tensor, dim: int) -> Tensor:
-        """This process's entries of all along `dim`; zeros fill the last process up."""
+        """This process's part of x along `dim`; the last part is padded with zeros."""
         ...
 
     def collect(self, x: Tensor, length: int) -> Tensor:
-        """Everyone's tokens (B, l, ...), in order -> the first `length` of them (B, L, ...)."""
+        """Gather the parts (B, l, ...) of all processes, cut to `length` tokens: (B, L, ...)."""
         ...
 
     def around(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Wrap a self-attention (q, k, v, grid, exact): each process gives and gets its share."""
+        """Wrap a self-attention (q, k, v, grid, exact) to take and return a process's part."""
         ...
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer in float32, also where autocast is on or its weights were cast.
+    """A linear layer that computes in float32, even under autocast or with weights in bfloat16.
 
-    The one place that touches autocast: a timestep rounded to bfloat16 is another timestep.
+    Only this class switches autocast off: a timestep rounded to bfloat16 is another timestep.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # Tensors without values (meta), by which memory is predicted, know no autocast.
+        # Memory is estimated with meta tensors, for which autocast does not exist.
         plain = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
         with plain:
             return F.linear(x.float(), self.weight.float(), self.bias.float())
@@ -92,7 +92,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
-    """x times its group's gate: (B, L, D) with (B, G, D) -> (B, L, D) float32."""
+    """x times the gate of its group: (B, L, D) with (B, G, D) -> (B, L, D) float32."""
     groups = x.float().unflatten(1, (gate.shape[1], -1))
     return (groups * gate.unsqueeze(2)).flatten(1, 2)
 
@@ -111,7 +111,7 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
 
 
 def compute_dtype(layer: nn.Linear) -> torch.dtype:
-    """The dtype of a layer's products: its bias's, as the weight may be stored in fewer bits."""
+    """The dtype a layer computes in: that of its bias, as its weight may be stored in 8 bits."""
     return layer.bias.dtype
 
 
@@ -187,7 +187,7 @@ class TextEmbedding(nn.Module):
 
 
 class AttentionLayers(nn.Module):
-    """The layers both attentions have; queries and keys are normed over the whole width."""
+    """The layers of both attentions. Queries and keys are normed over the whole width D."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class AttentionLayers(nn.Module):
 
 
 class SelfAttention(AttentionLayers):
-    """Video tokens attend to video tokens, all to all or as `attention` says.
+    """Video tokens attend to video tokens, all to all or in the pattern of `attention`.
 
     Positions enter through the rotary embedding of queries and keys.
     """
@@ -296,8 +296,8 @@ class Block(nn.Module):
 
         Args:
             x: residual stream.
-            time: (B, G, 6, D) float32; shift, scale, gate of self-attention, then of the
-                feed-forward, to which the block adds its own table.
+            time: (B, G, 6, D) float32: shift, scale and gate of self-attention, then of the
+                feed-forward. The block adds its own table to them.
             rope: cosine and sine, (L, K / 2) each.
             text, bias: an entry of `ContextCache` and its bias.
             grid: number of tokens along T, H and W.
@@ -322,20 +322,20 @@ class Head(nn.Module):
         self.proj = Float32Linear(width, config.out_channels * math.prod(config.patch_size))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """`time` (B, G, D) is the embedding before the blocks' projection."""
+        """`time` (B, G, D) is the time embedding, without the blocks' `time_modulation`."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unbind(2)
         return self.proj(modulate(layer_norm(x, self.eps), shift, scale))
 
 
 class WanDiT(nn.Module):
-    """The network. Built with all-zero tables: load weights, or call `init_weights` to train.
+    """The network. Its modulation tables start at zero: load weights, or call `init_weights`.
 
     Args:
         config: sizes.
-        attention: a name, an `AttentionConfig`, or a function (q, k, v, bias=None); can be changed
-            by `set_attention`.
-        checkpoint_blocks: what is recomputed in the backward pass, memory for time: "none", "full"
-            (only each block's input is kept) or "selective" (attention's output too).
+        attention: a name, an `AttentionConfig`, or a function (q, k, v, bias=None);
+            `set_attention` changes it.
+        checkpoint_blocks: activation checkpointing: "none", "full" (only each block's input is
+            kept) or "selective" (attention's output is kept too).
     """
 
     FLOAT32_PARAMETERS: tuple[str, ...] = (
@@ -358,7 +358,7 @@ class WanDiT(nn.Module):
             )
         self.config = config
         self.run_block = CHECKPOINT_BLOCKS[checkpoint_blocks]
-        # Entered with a block around its work: `wan.runtime.offload` brings its weights meanwhile.
+        # A context around each block's work: `wan.runtime.offload` copies its weights in it.
         self.block_at_work: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
         self.split: TokenSplit | None = None
         self.attention = network_attention(attention, config.num_layers)
@@ -383,11 +383,11 @@ class WanDiT(nn.Module):
         """Velocity (noise - x0) of noisy latents: (B, C_out, T, H, W) float32.
 
         Args:
-            latents: (B, C, T, H, W), normalised, on the noise levels that `timestep` says.
+            latents: (B, C, T, H, W), normalised, at the noise levels that `timestep` gives.
             timestep: 1000 sigma as (B,), (B, T) per latent frame (a clean first frame has 0), or
-                (B, L) per token, which materialises a modulation per token.
-            context: (B, S, text_dim), zero rows after each prompt's tokens; or what
-                `prepare_context` made of it.
+                (B, L) per token, which needs memory for a modulation per token.
+            context: (B, S, text_dim), zero after each prompt's tokens; or the result of
+                `prepare_context`.
             num_tokens: as in `prepare_context`.
             exact: in this call all tokens attend to all, whatever the chosen attention.
         Raises:
@@ -416,7 +416,7 @@ class WanDiT(nn.Module):
         return self.unpatchify(patches, grid)
 
     def set_attention(self, attention: AttentionChoice) -> None:
-        """Attend in another way from the next call on.
+        """Use another attention from the next call on.
 
         Raises:
             WanError: an unknown choice, or one that does not fit the number of layers.
@@ -431,10 +431,10 @@ class WanDiT(nn.Module):
             block.cross_attention.attention = self.attention.cross
 
     def split_tokens(self, split: "TokenSplit") -> None:
-        """Hold only a share of the tokens in the blocks from the next call on.
+        """Use sequence parallelism from the next call on: blocks hold a part of the tokens.
 
         Raises:
-            WanError: the heads cannot be shared out evenly.
+            WanError: the number of heads is not a multiple of `split.size`.
         """
         if self.config.num_attention_heads % split.size:
             raise WanError(
@@ -445,7 +445,7 @@ class WanDiT(nn.Module):
         self._place_attention()
 
     def embed_context(self, context: Tensor, num_tokens: int | None = None) -> ContextCache:
-        """The embedded text, of which every block makes keys and values anew in each call.
+        """Embed the text; every block computes its keys and values again in each call.
 
         Arguments and errors as for `prepare_context`.
         """
@@ -460,17 +460,17 @@ class WanDiT(nn.Module):
         return ContextCache([self.text_embedding(context)] * self.config.num_layers, bias)
 
     def prepare_context(self, context: Tensor, num_tokens: int | None = None) -> ContextCache:
-        """Keys and values of every block, once per prompt; `forward` takes them as its context.
+        """Compute all blocks' keys and values once per prompt; `forward` takes them as context.
 
-        They do not depend on latents or timestep, so nothing changes but the time it takes.
+        They do not depend on latents or timestep, so the velocity is the same and takes less time.
 
         Args:
-            context: (B, S, text_dim), zero rows after each prompt's tokens. The zero rows are
-                attended like any other: the network was trained so.
-            num_tokens: n promises that all rows from n on are zero, so that they can be attended as
-                one row that counts for all (the same function, up to rounding). None: row by row.
+            context: (B, S, text_dim), zero after each prompt's tokens. Attention reads the zero
+                tokens like any others, because the network was trained so.
+            num_tokens: n says that all tokens from n on are zero. They are then attended as one
+                token that counts for all: the same function, up to rounding, in less time.
         Raises:
-            WanError: the shape does not fit, or a row from `num_tokens` on is not zero.
+            WanError: the shape does not fit, or a token from `num_tokens` on is not zero.
         """
         embedded = self.embed_context(context, num_tokens)
         key_values = []
@@ -484,7 +484,7 @@ class WanDiT(nn.Module):
         """Tokens along T, H and W.
 
         Raises:
-            WanError: not 5-D, other channels, or sizes that `DiTConfig.token_grid` refuses.
+            WanError: not 5-D, wrong channels, or sizes that `DiTConfig.token_grid` refuses.
         """
         channels = self.config.in_channels
         if latents.ndim != 5 or latents.shape[1] != channels:
@@ -526,7 +526,7 @@ class WanDiT(nn.Module):
                 parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             elif name.endswith(".modulation"):
                 parameter.zero_()
-                parameter[:, 2::3] = 1.0  # the gates; the head's two rows have none
+                parameter[:, 2::3] = 1.0  # the gates; the head's table has none
             elif name == "time_modulation.weight":
                 parameter.zero_()
             else:
@@ -537,7 +537,7 @@ class WanDiT(nn.Module):
 def share_tokens(
     split: TokenSplit, x: Tensor, time: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """This process's tokens, with the embedding, modulation and rotation that belong to each."""
+    """This process's tokens, with their time embedding, modulation and rotary tables."""
     length, groups = x.shape[1], time.shape[1]
     if groups > 1:
         group = torch.arange(length, device=x.device) // (length // groups)  # (L,) of each token
@@ -548,18 +548,19 @@ def share_tokens(
 
 
 def share_padding(context: Tensor, num_tokens: int) -> tuple[Tensor, Tensor | None]:
-    """Let one zero row stand for all from n = `num_tokens` on.
+    """Let two zero tokens stand for all padding tokens, which start at n = `num_tokens`.
 
-    (B, S, text_dim) -> (B, n + 2, text_dim) and a bias (n + 2,) for the scores of its rows. Equal
-    rows give equal keys and values, and m equal scores s weigh m exp(s) = exp(s + log m). The m is
-    split over two rows, the first with a logarithm that bfloat16 holds exactly: where a kernel
-    rounds the bias to bfloat16, m would be off by up to 1.6 %, so it is by 0.03 %.
+    (B, S, text_dim) -> (B, n + 2, text_dim) and a bias (n + 2,) for the attention scores; with up
+    to 2 padding tokens the context is unchanged and the bias None. Equal tokens give equal keys and
+    values, and m equal scores s weigh m exp(s) = exp(s + log m). A kernel may round the bias to
+    bfloat16, which changes m by up to 1.6 %. So m is split over two tokens: bfloat16 holds the
+    first logarithm exactly, and m changes by 0.03 % only.
     """
     num_rows = context.shape[1]
     if not 0 <= num_tokens <= num_rows:
-        raise WanError(f"num_tokens={num_tokens}: the context has {num_rows} rows")
+        raise WanError(f"num_tokens={num_tokens}: the context has {num_rows} text tokens")
     if context[:, num_tokens:].any():
-        raise WanError(f"num_tokens={num_tokens}, but later rows of the context are not zero")
+        raise WanError(f"num_tokens={num_tokens}, but later tokens of the context are not zero")
     count = num_rows - num_tokens
     if count <= 2:
         return context, None

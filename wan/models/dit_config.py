@@ -25,7 +25,7 @@ class DiTConfig:
     text_dim: int = 4096
     freq_dim: int = 256  # width of the sinusoid of the timestep
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    rope_max_seq_len: int = 1024  # longest axis of the token grid
+    rope_max_seq_len: int = 1024  # most tokens along one axis of the grid
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class DiTConfig:
         """Tokens along T, H and W of latents with these T, H and W.
 
         Raises:
-            WanError: sizes that patches do not divide, or too long an axis.
+            WanError: a size is not a multiple of the patch size, or an axis is too long.
         """
         if any(n < 1 or n % p for n, p in zip(latent_size, self.patch_size, strict=True)):
             raise WanError(
@@ -70,7 +70,7 @@ class DiTConfig:
         """Read a released `config.json`, in diffusers' field names or in the official ones.
 
         Raises:
-            WanError: a network of another kind, a setting this one does not know, or one missing.
+            WanError: the network is of another kind, or a setting is unknown or missing.
         """
         values = {k: v for k, v in values.items() if not k.startswith("_") or k == "_class_name"}
         refuse_other_networks(values)
@@ -123,10 +123,10 @@ OFFICIAL_NAMES = {
 
 
 def refuse_other_networks(values: dict[str, Any]) -> None:
-    """Name the relatives of this network that a config.json can be of.
+    """Refuse the config.json of a related network that is not supported.
 
     Raises:
-        WanError: the settings are those of VACE, image-to-video of Wan2.1, or not Wan at all.
+        WanError: the network is VACE, image-to-video of Wan2.1, or not Wan.
     """
     supported = "supported are Wan2.1-T2V, Wan2.2-T2V-A14B and Wan2.2-TI2V-5B"
     class_name = values.get("_class_name", "WanModel")
@@ -146,12 +146,12 @@ def refuse_other_networks(values: dict[str, Any]) -> None:
 
 
 def official_to_released_names(values: dict[str, Any]) -> dict[str, Any]:
-    """The official config.json under diffusers' names, with what it leaves to its code's defaults.
+    """Translate the official config.json to diffusers' names; add the official default text_dim.
 
     Raises:
         WanError: a size is missing, or the width is not a multiple of the heads.
     """
-    ignored = ("dim", "model_type", "text_len")  # text_len: any number of rows may be attended
+    ignored = ("dim", "model_type", "text_len")  # text_len: the network takes any number of tokens
     values = {"text_dim": 4096} | values
     if not values.get("num_heads") or values["dim"] % values["num_heads"]:
         raise WanError(

@@ -1,6 +1,6 @@
-"""What a block keeps for its backward pass, and what it computes a second time instead.
+"""Activation checkpointing: what a block keeps for its backward pass, and what it recomputes.
 
-A variant runs block(*arguments) and gives the same numbers as that, gradients too.
+Every variant runs block(*arguments); outputs and gradients equal those of the plain call.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-# The fused attention kernels, of which each device has its own. Their outputs are a quarter of the
+# The fused attention kernels; each device has its own. Their outputs are a quarter of the
 # residual stream's size and cost half of a block's time at full length.
 ATTENTION_KERNELS = (
     "_scaled_dot_product_flash_attention",
@@ -26,21 +26,21 @@ ATTENTION_KERNELS = (
 
 
 def keep_all(block: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """The most memory and no second forward pass."""
+    """Keep all activations: the most memory, no second forward pass."""
     return block(*arguments)
 
 
 def keep_input(block: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """The least memory: the whole block runs again."""
+    """Keep the block's input: the least memory, the whole block runs again."""
     if not torch.is_grad_enabled():
         return block(*arguments)
     return checkpoint(block, *arguments, use_reentrant=False)
 
 
 def keep_attention(block: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """The block runs again but for attention, whose outputs are kept.
+    """Keep the outputs of attention too; the rest of the block runs again.
 
-    Only of fused kernels: attention="math" is recomputed like the rest.
+    Only outputs of fused kernels are kept: attention="math" is recomputed like the rest.
     """
     if not torch.is_grad_enabled():
         return block(*arguments)

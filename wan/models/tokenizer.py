@@ -1,4 +1,4 @@
-"""Prompt text to token ids, and the two file formats that define how.
+"""Prompt text to token ids, from either of the two tokenizer files of a release.
 
 A release ships the same SentencePiece unigram model twice: `spiece.model`, and `tokenizer.json` for
 the tokenizers library. Both give the same ids here; `tokenizer_json_from_spiece` makes the second
@@ -51,7 +51,7 @@ class TokenizedPrompt:
 
 
 class Tokenizer:
-    """Text -> ids. Built by `from_folder`; the two back ends differ only in the library behind."""
+    """Text -> token ids. `from_folder` builds it from either file, with that file's library."""
 
     def __init__(self, encode: Callable[[str], list[int]], vocab_size: int) -> None:
         """Take the function from text to ids without </s>, and the number of ids in use."""
@@ -103,7 +103,7 @@ class Tokenizer:
         vocab_size = model.GetPieceSize() + num_sentinels
         added = {piece: index for index, piece in enumerate(SPECIALS)}
         added |= {f"<extra_id_{n}>": vocab_size - 1 - n for n in range(num_sentinels)}
-        # SentencePiece would spell a literal "</s>" in letters; tokenizer.json takes the token.
+        # SentencePiece splits a literal "</s>" into letters; tokenizer.json maps it to the token.
         marker = re.compile("(" + "|".join(map(re.escape, added)) + ")")
 
         def encode(text: str) -> list[int]:
@@ -131,7 +131,7 @@ def _check_specials(path: Path, found: list[int | None]) -> None:
 
 
 def _num_sentinels(folder: Path) -> int:
-    """Sentinels stand outside spiece.model; the config beside it counts them."""
+    """Number of <extra_id_N> tokens: not in spiece.model, so tokenizer_config.json gives it."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         raise WanError(

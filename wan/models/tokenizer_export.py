@@ -17,7 +17,7 @@ def write_tokenizer_folder(spiece: bytes, folder: str | Path, num_sentinels: int
     Writes spiece.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     Raises:
-        WanError: the model is not a unigram model with the layout of ids above.
+        WanError: the model is not a unigram model with the ids of `wan.models.tokenizer`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,8 +28,8 @@ def write_tokenizer_folder(spiece: bytes, folder: str | Path, num_sentinels: int
         "tokenizer.json": tokenizer_json_from_spiece(folder / "spiece.model", num_sentinels),
         "special_tokens_map.json": {**special, "additional_special_tokens": sentinels},
         "tokenizer_config.json": {
-            # transformers 5 rebuilds T5's own classes from their defaults, with <unk> at id 2; this
-            # one takes tokenizer.json as it is, in version 4 too.
+            # transformers 5 rebuilds T5's own classes from their defaults, with <unk> at id 2. This
+            # class uses tokenizer.json unchanged, in version 4 too.
             "tokenizer_class": "PreTrainedTokenizerFast",
             **special,
             "extra_ids": num_sentinels,
@@ -118,8 +118,8 @@ def tokenizer_json_from_spiece(path: str | Path, num_sentinels: int) -> dict[str
 def _read_spiece(path: Path) -> tuple[list[tuple[str, float]], int, str, bool]:
     """Pieces with scores, model type, normalisation table (base64) and byte fallback of a model.
 
-    The sentencepiece library shows neither the table nor the type, so this reads the few fields
-    needed from the file, a protocol buffer. Source: field numbers of sentencepiece_model.proto.
+    The sentencepiece library gives access to neither table nor type, so the few needed fields are
+    read from the file, a protocol buffer. Source: field numbers of sentencepiece_model.proto.
     """
     pieces: list[tuple[str, float]] = []
     model_type, charsmap, byte_fallback = 1, b"", False

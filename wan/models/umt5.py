@@ -6,7 +6,7 @@ Source: T5, arXiv:1910.10683; UMT5, arXiv:2304.09151; transformers `modeling_umt
 Precision: matmuls run in the weights' dtype; the residual stream, the norms' statistics and the
 softmax accumulate in float32 whatever that dtype is. The result has the weights' dtype.
 
-Letters: B batch, S text positions, D width, N heads, K = d_kv, width of one head.
+Letters: B batch, S text tokens, D width, N heads, K = d_kv, width of one head.
 """
 
 import math
@@ -53,7 +53,7 @@ class UMT5Config:
     def from_json(cls, values: dict[str, Any]) -> "UMT5Config":
         """Read a released `config.json`.
 
-        Settings that only training, the decoder or transformers itself uses are passed over.
+        Settings that only training, the decoder or transformers itself uses are ignored.
 
         Raises:
             WanError: another kind of encoder (T5 and mT5 share one position bias among layers), or
@@ -95,8 +95,9 @@ def relative_position_buckets(
 ) -> Tensor:
     """The bias bucket of each (query, key) pair: (S, S) int64, an index into the bias table.
 
-    Half of the buckets are for keys after the query. In each half the first half of the buckets
-    hold one distance each, the rest grow with its logarithm up to `max_distance` and beyond.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets
+    holds one distance each. The others hold ranges that grow logarithmically; the last one also
+    holds `max_distance` and everything beyond.
     Source: T5, arXiv:1910.10683, section 2.1.
     """
     position = torch.arange(length, device=device)
@@ -144,8 +145,8 @@ class Attention(nn.Module):
         )
         bias = self.relative_bias(buckets).permute(2, 0, 1).unsqueeze(0)  # (1, N, S, S)
         if mask is not None:
-            # The most negative finite number, as the reference does: a row that sees no key at all
-            # (a padded batch entry) gets an even average instead of NaN.
+            # The most negative finite number, as in the reference: a query that may attend to no
+            # key (in an entry that is all padding) gets an even average instead of NaN.
             bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)  # (B, N, S, S)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.out(x.transpose(1, 2).flatten(-2))
@@ -189,7 +190,7 @@ class UMT5Encoder(nn.Module):
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.config = config
-        # Entered with a block around its work: `wan.runtime.offload` brings its weights meanwhile.
+        # A context around each block's work: `wan.runtime.offload` copies its weights in it.
         self.block_at_work: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -201,7 +202,7 @@ class UMT5Encoder(nn.Module):
         Args:
             ids: (B, S) int64.
             mask: (B, S) bool, True at real tokens; None if all are. Padding may stand anywhere: no
-                token attends to it. Its own outputs mean nothing.
+                token attends to it. The outputs at padding have no meaning.
 
         Returns:
             (B, S, D) in the weights' dtype.
@@ -222,7 +223,7 @@ class UMT5Encoder(nn.Module):
 
 
 def pad_ids(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids (B, S) and the mask of real tokens (B, S)."""
+    """Right-padded ids (B, S) int64, and the mask of real tokens (B, S) bool."""
     lengths = torch.tensor([len(one) for one in ids])
     padded = torch.full((len(ids), int(lengths.max())), PAD_ID)
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
@@ -234,17 +235,17 @@ def pad_ids(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
 def encode_text(
     encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: list[str], max_length: int = 512
 ) -> Tensor:
-    """The DiT's context for some prompts: (B, max_length, D), zero after each prompt's end.
+    """Encode prompts to the DiT's context: (B, max_length, D), zero after each prompt's tokens.
 
-    Prompts are cleaned (`clean_prompt`), then encoded one at a time on their real tokens only. The
-    result is what padding and masking give, for less work, and a prompt's embedding is the same,
-    bit for bit, in any batch. A prompt that is too long is cut, with a warning that says so.
+    Prompts are cleaned (`clean_prompt`), then encoded one at a time, without padding. This gives
+    the same result as padding and masking with less work, and a prompt's embedding is bit for bit
+    the same in any batch. A prompt that is too long is cut, with a warning.
 
     Args:
-        encoder: its device and dtype are those of the result.
+        encoder: the result has its device and dtype.
         tokenizer: the one the encoder was trained with.
         prompts: B texts as typed; "" is the unconditional context.
-        max_length: rows of the context, the final </s> included.
+        max_length: number of text tokens of the context, the final </s> included.
 
     Raises:
         WanError: an id has no embedding, so the tokenizer belongs to another encoder.

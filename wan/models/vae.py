@@ -1,13 +1,12 @@
 """The causal 3-D video autoencoder, both generations.
 
 Wan2.1: stride 4x8x8, 16 latent channels. Wan2.2: 2x2 pixel patches, parameter-free average-down
-and duplicate-up shortcuts around every level, stride 4x16x16, 48 latent channels. One structure,
-one set of names; `VAEConfig` says which.
+and duplicate-up shortcuts around every level, stride 4x16x16, 48 latent channels. Both share one
+structure and one set of names; `VAEConfig` chooses between them.
 
-Time is causal: frame 0 becomes latent 0 by itself, every later latent holds four frames. The
-network is a fixed function of the clip, so a clip may be coded in chunks of any length: the history
-that each causal layer needs lives in an explicit `StreamCache`, and no result depends on the
-chunking beyond the rounding of sums.
+Time is causal: frame 0 alone becomes latent 0, every later latent holds four frames. A clip may be
+encoded and decoded in chunks of any length: an explicit `StreamCache` keeps the past frames that
+each causal layer needs. The chunking changes results only by the rounding of sums.
 
 Source: Wan2.2 `wan/modules/vae2_1.py`, `vae2_2.py`; diffusers `autoencoder_kl_wan.py`.
 Letters: B batch, C channels, F pixel frames, T latent frames (or frames inside the network), H W.
@@ -88,7 +87,7 @@ class Decoder(nn.Module):
 
 
 def patchify(video: Tensor, size: int) -> Tensor:
-    """(B, 3, F, H, W) -> (B, 3 size², F, H/size, W/size); within a patch the column is slower."""
+    """(B, 3, F, H, W) -> (B, 3 size², F, H/size, W/size); in a patch the row varies fastest."""
     return rearrange(video, "b c f (h q) (w r) -> b (c r q) f h w", q=size, r=size)
 
 
@@ -101,11 +100,11 @@ class WanVAE(nn.Module):
     """Video (B, 3, F, H, W) in [-1, 1] <-> normalised latents (B, z, T, h, w).
 
     Computes in the dtype of its weights, norm statistics in float32. Latents are the posterior
-    mean, normalised per channel with `latents_mean` and `latents_std` in float32 on the way out and
-    in.
+    mean. `encode` normalises them per channel with `latents_mean` and `latents_std`, in float32,
+    and `decode` undoes it.
     """
 
-    # An image encoded in bfloat16 visibly moves the video that starts from it; decoding is robust.
+    # Encoding an image in bfloat16 visibly changes the video made from it; decoding is robust.
     FLOAT32_PARAMETERS: tuple[str, ...] = (r"^encoder\.", r"^quant_conv\.")
 
     def __init__(self, config: VAEConfig) -> None:
@@ -128,13 +127,12 @@ class WanVAE(nn.Module):
         return as_tensor[0], as_tensor[1]
 
     def encode(self, video: Tensor, chunk_frames: int | None = 4) -> Tensor:
-        """Normalised latents of a clip, float32.
+        """Normalised latents (B, z, T, h, w) of a clip, float32.
 
         Args:
             video: (B, 3, F, H, W) in [-1, 1], F = 4k + 1, H and W multiples of the spatial stride.
             chunk_frames: frames per chunk, a multiple of the temporal stride; more are faster and
-                need more memory. The first chunk has frame 0 besides. None codes the clip in one
-                piece.
+                need more memory. The first chunk also has frame 0. None encodes in one piece.
         Raises:
             WanError: sizes the strides do not divide.
         """
@@ -143,7 +141,7 @@ class WanVAE(nn.Module):
         return (moments.float().chunk(2, dim=1)[0] - mean) / std
 
     def encode_moments(self, video: Tensor, chunk_frames: int | None = None) -> Tensor:
-        """Posterior mean and log-variance (B, 2z, T, h, w), not normalised: what training needs."""
+        """Posterior mean and log-variance (B, 2z, T, h, w), not normalised; for VAE training."""
         self._check_video(video)
         stride = self.config.temporal_stride
         if chunk_frames is not None and (chunk_frames < 1 or chunk_frames % stride):
@@ -152,6 +150,7 @@ class WanVAE(nn.Module):
         moments = []
         for chunk in split_stream(video, chunk_frames):
             x = patchify(chunk.to(self.dtype), self.config.patch_size or 1)
+            # Channels innermost in memory, so that `frames_of` is a view and no copy.
             moments.append(self.encoder(x.contiguous(memory_format=torch.channels_last_3d), cache))
             cache.first = False
         return self.quant_conv(torch.cat(moments, dim=2), cache)
@@ -169,7 +168,7 @@ class WanVAE(nn.Module):
     def decode_stream(
         self, latents: Tensor, chunk_latents: int | None = CHUNK_LATENTS
     ) -> Iterator[Tensor]:
-        """Like `decode`, handing out (B, 3, f, H, W) as soon as each chunk is ready."""
+        """Like `decode`, but yields (B, 3, f, H, W) as soon as each chunk is ready."""
         z_dim = self.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z_dim or 0 in latents.shape:
             raise WanError(f"latents {tuple(latents.shape)}: need (B, {z_dim}, T, h, w), none 0")
@@ -201,9 +200,9 @@ class WanVAE(nn.Module):
 
 
 def split_stream(x: Tensor, size: int | None) -> list[Tensor]:
-    """Frame 0 and the `size` frames after it, then `size` at a time, along dim 2.
+    """Split x along dim 2: frame 0 with the next `size` frames, then `size` frames at a time.
 
-    One piece if size is None. Frame 0 by itself would take longer than it does among others.
+    None gives one piece. Frame 0 gets no chunk of its own, because that would take longer.
     """
     if size is None or x.shape[2] <= 1 + size:
         return [x]
@@ -221,7 +220,7 @@ def decode_tiled(
 
     Every tile sees zeros beyond its border and attends within itself, so seams can show; use it
     only where the whole frame does not fit. Tiles of `tile` latents advance by `tile` - `overlap`.
-    They are added up in float32; the dtype is that of `WanVAE.decode`.
+    They are added up in float32; the result has the dtype of `WanVAE.decode`.
     """
     if not 0 <= overlap < tile:
         raise WanError(f"tile={tile}, overlap={overlap}: need 0 <= overlap < tile")

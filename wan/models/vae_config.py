@@ -5,8 +5,9 @@ from typing import Any
 
 from wan.errors import WanError
 
-# Latent frames that are decoded at a time; numbers depend on it by the rounding of sums only. One
-# takes less memory and longer (the miniature on a CPU: 1.5 times), 4 more memory and about as long.
+# Latent frames that are decoded at a time; it changes results by the rounding of sums only. With 1
+# decoding needs less memory and 1.5 times as long (the miniature on a CPU); with 4 it needs more
+# memory and about as long.
 CHUNK_LATENTS = 2
 
 
@@ -52,7 +53,7 @@ class VAEConfig:
             )
 
     def _check_shortcuts(self) -> None:
-        """Shortcuts without parameters group or repeat channels, so widths must divide."""
+        """Refuse widths that the parameter-free shortcuts cannot group or repeat evenly."""
         times = [2 if t else 1 for t in self.temperal_downsample] + [1]
         spaces = [2] * len(self.temperal_downsample) + [1]
         down, up = (1, *self.dim_mult), (self.dim_mult[-1], *reversed(self.dim_mult))
@@ -75,8 +76,8 @@ class VAEConfig:
     def from_json(cls, values: dict[str, Any]) -> "VAEConfig":
         """Read a released `config.json`; a setting we would have to ignore is an error.
 
-        What a file of diffusers (it says `_class_name`) leaves out is as in the Wan2.1 VAE, which
-        diffusers' defaults describe; what other settings leave out has the defaults of this class.
+        A file of diffusers (one with `_class_name`) may omit settings: they are those of the Wan2.1
+        VAE, which are diffusers' defaults. In other files they have the defaults of this class.
         """
         known = {f.name for f in fields(cls)}
         expected: dict[
@@ -140,7 +141,7 @@ class VAEConfig:
         return (num_frames - 1) // stride + 1
 
 
-# Also the defaults of diffusers' AutoencoderKLWan: what a config.json that leaves fields out means.
+# Also the defaults of diffusers' AutoencoderKLWan, for fields that a config.json omits.
 VAE_2_1 = VAEConfig(
     base_dim=96,
     decoder_base_dim=None,

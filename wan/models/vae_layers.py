@@ -1,7 +1,7 @@
 """Layers of the causal autoencoder, and the cache that lets them work on a clip in chunks.
 
-Everything but frame 0 is causal and the same at all times: a layer that looks back keeps the last
-frames it saw. Frame 0 is special in the temporal resampling alone, which it skips.
+The layers are causal: one that looks back in time keeps the last frames of its input. All frames
+are treated alike, except that frame 0 skips the temporal resampling.
 
 Source: Wan2.2 `wan/modules/vae2_1.py`, `vae2_2.py`; diffusers `autoencoder_kl_wan.py`.
 Letters: B batch, C channels, T H W frames, rows and columns inside the network.
@@ -21,7 +21,7 @@ class StreamCache:
 
     `history[layer]` holds the last input frames a causal layer saw. `first` is true during the
     first chunk, in which frame 0 skips the temporal resampling. Layers read and replace their own
-    entry; the autoencoder flips `first`. With `keep=False` (a clip in one chunk) nothing is stored.
+    entry; `WanVAE` clears `first`. With `keep=False` (a clip in one chunk) nothing is stored.
     """
 
     def __init__(self, keep: bool = True) -> None:
@@ -30,7 +30,7 @@ class StreamCache:
         self.history: dict[nn.Module, Tensor] = {}
 
     def remember(self, layer: nn.Module, frames: Tensor) -> None:
-        """Store a copy, so that a whole activation is not kept alive by its last two frames."""
+        """Store a copy: a view of the last frames would keep the whole activation in memory."""
         if self.keep:
             self.history[layer] = frames.clone()
 
@@ -38,10 +38,10 @@ class StreamCache:
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """A 2-D or 3-D convolution, by oneDNN where that is the faster library.
+    """A 2-D or 3-D convolution that uses oneDNN wherever it is faster.
 
-    In float32 on CPUs PyTorch takes oneDNN only for batches and large inputs (C T H > 20480), and
-    for the rest a loop of its own, which takes 4 to 10 times as long for 3-D kernels.
+    In float32 on CPUs, PyTorch uses oneDNN only for batches and large inputs (C T H > 20480). Its
+    own loop for all others takes 4 to 10 times as long with 3-D kernels.
     """
     onednn = (
         not torch.compiler.is_compiling()  # first: the compiler cannot look at what follows
@@ -77,7 +77,7 @@ class Conv3d(nn.Conv3d):
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution that sees the past only: zeros or history in front, nothing behind."""
+    """Convolution over past frames: zeros or cached frames are put in front, none behind."""
 
     def forward(self, x: Tensor, cache: StreamCache) -> Tensor:  # type: ignore[override]
         """(B, C, T, H, W) -> (B, C', T, H', W')."""
@@ -93,7 +93,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 def causal_conv(in_dim: int, out_dim: int, kernel: int) -> CausalConv3d:
-    """A cubic causal kernel that keeps the frame size."""
+    """A causal convolution with a cubic kernel that keeps height and width."""
     return CausalConv3d(in_dim, out_dim, kernel, padding=(0, kernel // 2, kernel // 2))
 
 
@@ -122,12 +122,12 @@ class RMSNorm(nn.Module):
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU, in the place of x unless autograd may want it."""
+    """SiLU; it overwrites x unless autograd may need x."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, twice, plus the input (1x1x1 projection where the width changes)."""
+    """Twice norm, SiLU and conv, plus the input (1x1x1 projection where the width changes)."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Single-head attention over the positions of each frame by itself."""
+    """Single-head attention within each frame, over its positions."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -164,6 +164,8 @@ class FrameAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Residual block, attention within frames, residual block, at the lowest resolution."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.resnet_in = ResidualBlock(dim, dim)
@@ -198,9 +200,9 @@ class Downsample(nn.Module):
 
 
 def merge_taps(weight: Tensor, dim: int) -> Tensor:
-    """Three taps along `dim`, meant for doubled pixels -> two for the pixels: (2, ...) by phase.
+    """Turn three taps over doubled pixels into two over the pixels: (2, ...), one per phase.
 
-    Even outputs see the pixels i - 1, i, i, odd ones i, i, i + 1.
+    Even outputs see the pixels i - 1, i, i and odd ones i, i, i + 1: two taps can be added.
     """
     first, second, third = weight.unbind(dim)
     even = torch.stack([first, second + third], dim)
@@ -213,7 +215,7 @@ class DoublingConv2d(nn.Conv2d):
 
     Computed without repeating: taps that fall on the same pixel are added first (in float32), which
     leaves a 2x2 kernel for each of the four phases of the output (even or odd row and column), 4/9
-    of the FLOPs. Equal up to rounding.
+    of the FLOPs. The result is equal up to rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,6 +245,8 @@ class Upsample(nn.Module):
             # Frame 0 stays one frame and never enters the history of time_conv.
             alone, rest = x.split([1, x.shape[2] - 1], dim=2) if cache.first else (None, x)
             if rest.shape[2]:
+                # Half of the channels is the first frame of a pair, the other half the second.
+                # Channels stay innermost in memory.
                 pairs = self.time_conv(rest, cache).permute(0, 2, 3, 4, 1).unflatten(-1, (2, -1))
                 rest = pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
             x = rest if alone is None else torch.cat([alone, rest], dim=2)
@@ -253,7 +257,7 @@ def average_down(x: Tensor, out_dim: int, time: int, space: int, cache: StreamCa
     """Fold `time` x `space` x `space` cells into channels, then average groups down to `out_dim`.
 
     (B, C, T, H, W) -> (B, out_dim, T / time, H / space, W / space). The first chunk, whose frame 0
-    stands alone, is filled up with a zero frame in front.
+    stands alone, is padded with `time` - 1 zero frames in front.
     """
     if cache.first and time > 1:
         x = F.pad(x, (0, 0, 0, 0, time - 1, 0))
@@ -264,8 +268,8 @@ def average_down(x: Tensor, out_dim: int, time: int, space: int, cache: StreamCa
 def duplicate_up(x: Tensor, out_dim: int, time: int, space: int, cache: StreamCache) -> Tensor:
     """Repeat channels and unfold them into `time` x `space` x `space` cells: the inverse layout.
 
-    (B, C, T, H, W) -> (B, out_dim, time T, space H, space W), less the first `time` - 1 frames of a
-    clip.
+    (B, C, T, H, W) -> (B, out_dim, time T, space H, space W), without the first `time` - 1 frames
+    of a clip, since frame 0 is not doubled.
     """
     x = x.repeat_interleave(out_dim * time * space * space // x.shape[1], dim=1)
     x = rearrange(x, "b (c i j k) t h w -> b c (t i) (h j) (w k)", i=time, j=space, k=space)

@@ -11,10 +11,10 @@ from wan.errors import check_names
 from wan.pipeline.inputs import CALLBACK_TENSORS, OnProgress, report
 from wan.sampling.denoiser import Denoiser
 
-# (pipeline, step, timestep, tensors by name) -> tensors to go on with, by name
+# (pipeline, step, timestep, tensors by name) -> tensors that replace some of them, by name
 StepCallback = Callable[..., dict[str, Tensor] | None]
-# (denoiser, step, timestep, latents after it) -> latents to go on with, or None to go on as it is.
-# It may replace the denoiser's prompts, and leaves the sampler by raising `Interrupted`.
+# (denoiser, step, timestep, latents after the step) -> latents that replace them, or None.
+# It may replace the denoiser's prompts, and stops the sampler by raising `Interrupted`.
 StepFunction = Callable[[Denoiser, int, float, Tensor], Tensor | None]
 
 
@@ -27,13 +27,13 @@ class Interrupted(Exception):
 
 @dataclass
 class StepHook:
-    """The `StepFunction` of a pipeline call: show the step to the caller, report it, maybe stop.
+    """The `StepFunction` of a pipeline call: runs the callback, reports progress, may stop.
 
     Attributes:
         pipeline: handed to the callback; sampling stops once its `interrupt` is true.
         steps: number of steps of the whole run.
         callback: the caller's function, in the form that diffusers defined.
-        names: the tensors that the callback receives, of `CALLBACK_TENSORS`.
+        names: names from `CALLBACK_TENSORS`, the tensors that the callback receives.
     """
 
     pipeline: Any
@@ -43,10 +43,10 @@ class StepHook:
     on_progress: OnProgress | None
 
     def __call__(self, denoiser: Denoiser, i: int, timestep: float, x: Tensor) -> Tensor | None:
-        """After step i: the latents to go on with, or None for x itself.
+        """Called after step i; returns the latents that replace x, or None to keep x.
 
         Raises:
-            Interrupted: the caller wants no further step.
+            Interrupted: the caller has set `pipeline.interrupt`.
         """
         replaced = None
         if self.callback is not None:
@@ -59,13 +59,13 @@ class StepHook:
     def _call_back(
         self, callback: StepCallback, denoiser: Denoiser, i: int, timestep: float, x: Tensor
     ) -> Tensor | None:
-        """Call the caller's function; apply the prompts, return the latents that it changed."""
+        """Run the callback; apply changed prompts, return changed latents."""
         tensors: dict[str, Tensor | None] = {
             "latents": x,
             "prompt_embeds": denoiser.context,
             "negative_prompt_embeds": denoiser.negative_context,
         }
-        # An integer where it is one, which is the dtype that callbacks written for diffusers know.
+        # Whole timesteps become int64, the dtype that callbacks written for diffusers expect.
         t = torch.tensor(int(timestep) if timestep == int(timestep) else timestep)
         shown = {name: tensors[name] for name in self.names}
         changed = callback(self.pipeline, i, t, shown) or {}

@@ -5,10 +5,10 @@
     transformer/ [transformer_2/] vae/ text_encoder/     config.json each, and weights
     tokenizer/
     sampling_defaults.json              this project's own, optional: `SamplingDefaults`
-    shared_parts.json                   its own too: parts that lie elsewhere, `part_folder`
+    shared_parts.json                   also its own, optional: parts in other folders
 
-A student's model_index.json may say `timesteps`, the list it was trained on; without it, it is that
-of the released students.
+A student's model_index.json may hold `timesteps`, the list that it was trained on. Without it, the
+list of the released students is used.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ LIBRARIES = {  # component -> [library, class] in model_index.json
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLWan"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
-    # This class takes tokenizer.json as it is; T5's own rebuilds it with other special ids.
+    # This class uses tokenizer.json unchanged; T5's own rebuilds it with other special ids.
     "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
 }
@@ -49,9 +49,9 @@ class SamplingDefaults:
     fps: float = 16
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
-    guidance_scale_2: float | None = None  # of the low-noise expert; None: the same
+    guidance_scale_2: float | None = None  # for the low-noise expert; None: the same
     max_sequence_length: int = 512
-    attention: str | None = None  # sparse self-attention that it was trained with; None: full
+    attention: str | None = None  # sparse self-attention used in training; None: full
     deterministic: bool = False  # few-step: predicted noise is put back between steps, not fresh
 
 
@@ -64,7 +64,7 @@ class PipelineConfig:
         boundary_ratio: noise level where two experts hand over; None for one network.
         expand_timesteps: the network was trained with a timestep per token, so that a clean first
             frame can be given.
-        shift: of the schedule.
+        shift: moves the schedule towards high noise; see `wan.sampling.schedule.shift_sigmas`.
         timesteps: the list a student was trained on; None for a base model.
     """
 
@@ -99,7 +99,7 @@ class PipelineConfig:
         if (self.class_name == FEW_STEP) != (self.timesteps is not None):
             raise WanError(f"{self.class_name} with timesteps={self.timesteps}: only students")
         if self.timesteps is not None:
-            few_step_schedule(self.timesteps)  # refuses what is not a schedule
+            few_step_schedule(self.timesteps)  # refuses a list that is no schedule
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ class PipelineConfig:
         """(C, T, H, W) of the latents of a video.
 
         Raises:
-            WanError: a size the model cannot do, with the nearest that it can.
+            WanError: the model cannot make this size; names the nearest legal sizes.
         """
         _, patch_h, patch_w = self.transformer.patch_size
         stride, longest = self.vae.spatial_stride, self.transformer.rope_max_seq_len
@@ -133,7 +133,7 @@ TWO_EXPERTS = ("transformer", "transformer_2")
 
 
 def _nearest(size: int, step: int, first: int, last: int) -> str:
-    """ "" if size is first + k * step and at most last; else the nearest such sizes, in words."""
+    """The legal sizes (first + k * step, at most last) nearest to `size`; "" if it is legal."""
     low = first + (size - first) // step * step
     if first <= size <= last and low == size:
         return ""
@@ -153,7 +153,7 @@ def read_pipeline_config(
 
     Args:
         folder: holds model_index.json.
-        overrides: component -> another folder for it; one with its own config.json brings that.
+        overrides: component -> another folder for it; a config.json in that folder is used.
         shared: what `shared_parts` returned for this folder, if it was called already.
 
     Raises:
@@ -190,7 +190,7 @@ def read_pipeline_config(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json, whose `_class_name` is one of ours."""
+    """Read model_index.json and check that its `_class_name` is supported."""
     path = folder / "model_index.json"
     if not path.is_file():
         config = folder / "config.json"
@@ -234,10 +234,10 @@ def part_folder(folder: Path, part: str) -> Path:
 
 
 def shared_parts(folder: Path) -> dict[str, Path]:
-    """Parts that a model takes from elsewhere, and the folders they lie in.
+    """The parts that a model takes from other folders: part -> folder.
 
-    Models that share parts need them once: `SHARED_FILE` holds a JSON object, part -> folder,
-    relative to its own. `infer.convert` writes the whole of such a model.
+    Models that share parts store them once: `SHARED_FILE` holds a JSON object, part -> folder,
+    relative to the model's folder. `infer.convert` copies all parts into one folder.
     """
     file = folder / SHARED_FILE
     if not file.is_file():
@@ -253,9 +253,9 @@ def parts_from_elsewhere(folder: Path) -> dict[str, Path]:
 
 
 def model_files(folder: Path) -> dict[str, Path]:
-    """Every file that what a model makes may depend on, by its path in the released layout.
+    """Every file that a model's videos may depend on, by its path in the released layout.
 
-    Parts from elsewhere are among them; the model's card is not.
+    Parts in other folders are included, the model's card is not.
     """
     files = list_files(folder)
     for part, place in parts_from_elsewhere(folder).items():
@@ -271,15 +271,15 @@ def read_shift(folder: Path) -> float:
     settings = read_json(path)
     shift = settings.get("flow_shift", settings.get("shift"))
     if not isinstance(shift, int | float):
-        raise WanError(f"{path}: neither flow_shift nor shift is a number; the model has no grid")
+        raise WanError(f"{path}: neither flow_shift nor shift is a number; one is needed")
     return float(shift)
 
 
 def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
-    """The folder's own defaults; those of the official code where it has none.
+    """The folder's own defaults; those of the official code for values it does not set.
 
-    Source: Wan2.2 `wan/configs`: the VAE's stride tells TI2V-5B from the others, which diffusers
-    runs at 832x480.
+    Source: Wan2.2 `wan/configs`. A VAE with spatial stride 16 marks TI2V-5B; diffusers runs the
+    other models at 832x480.
     """
     defaults = SamplingDefaults()
     if vae.spatial_stride == 16:
@@ -317,7 +317,7 @@ def model_index_json(config: PipelineConfig) -> dict[str, Any]:
         **LIBRARIES,
         "transformer_2": LIBRARIES["transformer"] if config.boundary_ratio else [None, None],
     }
-    # Left out where it goes without saying: other readers take a list for a [library, class] pair.
+    # Written only where needed, because other readers take a list for a [library, class] pair.
     if config.timesteps not in (None, FEW_STEP_TIMESTEPS):
         index["timesteps"] = list(config.timesteps or ())
     return index

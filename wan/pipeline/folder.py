@@ -1,4 +1,4 @@
-"""A model's folder in the released layout: where its parts are, loading them, writing it back."""
+"""A model's folder in the released layout: find its parts, load them, write a new folder."""
 
 import re
 import shutil
@@ -63,8 +63,8 @@ class ModelFolder:
         """Read all settings of a folder.
 
         Args:
-            overrides: part -> another folder or file with its weights; a config.json beside them
-                counts.
+            overrides: part -> another folder or file with its weights; a config.json in that
+                folder is used.
 
         Raises:
             WanError: see `read_pipeline_config`.
@@ -84,12 +84,12 @@ class ModelFolder:
 
 
 def weight_kind(part: str) -> str:
-    """The component that a part is: both experts are transformers."""
+    """The component name of a part: both experts are "transformer"."""
     return "transformer" if part == "transformer_2" else part
 
 
 def vae_levels(config: VAEConfig) -> VAELevels:
-    """The numbers that the key table of a VAE depends on."""
+    """The settings that the key table of a VAE depends on."""
     return VAELevels(config.is_residual, config.num_res_blocks)
 
 
@@ -118,7 +118,7 @@ def load_part(
     Args:
         folder: in the released layout.
         part: "transformer", "transformer_2", "vae" or "text_encoder".
-        config: its settings, if they are read already.
+        config: its settings; None reads its config.json.
         options: further arguments of the network's class.
         loading: arguments of `wan.weights.load.load_module`: dtype, device and others.
 
@@ -159,12 +159,12 @@ def load_modules(
     """Load every network of a pipeline, in evaluation mode, by part.
 
     Args:
-        config: the settings to build them by; those of the folder, perhaps as another class.
-        quantize: for the parts in `QUANTIZED_PARTS`; see `wan.weights.quantize`.
-        loras: part -> what is merged into it before it is quantised.
+        config: the folder's settings, perhaps with another pipeline class.
+        quantize: 8-bit weights for the parts in `QUANTIZED_PARTS`; see `wan.weights.quantize`.
+        loras: part -> the LoRA that is merged into it before it is quantised.
 
     Raises:
-        WanError: weights that are missing, damaged or of another model; a LoRA of another model.
+        WanError: weights are missing, damaged or of another model; or a LoRA does not fit.
     """
     loras = loras or {}
     chosen = str(attention.config)
@@ -213,7 +213,7 @@ def save_modules(
     modules: Mapping[str, nn.Module],
     tokenizer_folder: Path | None,
 ) -> None:
-    """Write the released layout, beside its place first and renamed at the end.
+    """Write the released layout into a temporary folder and rename it at the end.
 
     Raises:
         WanError: the folder holds something already, or the tokenizer's files are unknown.

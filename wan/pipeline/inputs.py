@@ -1,4 +1,4 @@
-"""Arguments and results of a pipeline's call, checked and brought to one form."""
+"""Check the arguments of a pipeline's call; bring arguments and results to one form."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class WanPipelineOutput:
         frames: "np" (B, F, H, W, 3) and "pt" (B, F, 3, H, W) float32 in [0, 1]; "pil" a list of
             lists of images; "latent" (B, C, T, h, w) float32, normalised.
         plan: the sampler, schedule and guidance that were used.
-        seeds: of each video; None if the caller gave generators.
-        nsfw_content_detected: per video, if there is a safety checker: True means blacked out.
+        seeds: seed of each video; None if the caller gave generators.
+        nsfw_content_detected: per video, if there is a safety checker: True means made black.
     """
 
     frames: Any
@@ -60,7 +60,7 @@ def prompt_list(prompt: str | list[str] | None, embeds: Tensor | None) -> list[s
 
 
 def prompt_count(prompts: list[str] | None, embeds: Tensor | None) -> int:
-    """Number of prompts: those that `prompt_list` returned, or the embeddings in their place."""
+    """Number of prompts from `prompt_list`, or of embeddings if it returned None."""
     if prompts is not None:
         return len(prompts)
     assert embeds is not None
@@ -86,8 +86,8 @@ def noise_streams(
 ) -> tuple[list[torch.Generator], list[int] | None]:
     """One generator per video, and the seeds if they are known.
 
-    A single generator is drawn from video after video, which gives the numbers of one draw for the
-    whole batch. With neither given, a seed comes from PyTorch's global generator.
+    All videos draw in turn from a single generator, which gives the same numbers as one draw for
+    the whole batch. Without seed and generator, PyTorch's global generator draws a seed.
     """
     if generator is not None:
         if seed is not None:
@@ -131,7 +131,7 @@ def check_output(
     callback_tensors: Sequence[str],
     safety_checker: Callable[[Tensor], bool] | None,
 ) -> None:
-    """Refuse what a call can't return or show."""
+    """Refuse an unknown output type or callback tensor, or a checker that would see no frames."""
     check_names("output_type", [output_type], OUTPUT_TYPES)
     check_names("callback_on_step_end_tensor_inputs", callback_tensors, CALLBACK_TENSORS)
     if output_type == "latent" and safety_checker is not None:
@@ -141,13 +141,13 @@ def check_output(
 def finished_frames(
     video: Tensor, output_type: str, safety_checker: Callable[[Tensor], bool] | None
 ) -> tuple[Any, list[bool] | None]:
-    """A video as the caller wants it, and the checker's verdicts.
+    """Convert a video to `output_type`; also return the safety checker's results, if any.
 
     Args:
         video: (B, 3, F, H, W) in [-1, 1].
         output_type: "pt", "np" or "pil".
-        safety_checker: sees the (F, 3, H, W) frames of each video; a video it returns True for
-            comes out black.
+        safety_checker: called with the (F, 3, H, W) frames of each video; if it returns True, the
+            video becomes black.
     """
     frames = (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)  # (B, F, 3, H, W)
     flags = None

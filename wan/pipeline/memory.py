@@ -1,4 +1,4 @@
-"""The memory that a video will take, stage by stage, estimated before any weight is read.
+"""Estimate the memory that a video takes, stage by stage, before any weight is read.
 
     estimate = estimate_memory(request)
     check_fits(estimate, free_bytes(device), free_bytes(cpu))
@@ -33,12 +33,12 @@ from wan.pipeline.memory_counts import (
 )
 from wan.runtime.offload import OFFLOAD
 
-# Share of the free memory that stays for what is not counted.
+# Share of the free memory that is kept for what is not counted.
 RESERVE = 0.05
-# Working memory of a CPU process over that of its tensors: kernels copy operands into layouts of
-# their own, and malloc keeps part of what is freed. Measured on the miniature in float32 with glibc
-# 2.36: 1.2 to 2.6, other values in each run (`tests/test_memory.py`). Convolutions in bfloat16
-# without AVX-512 took 10.
+# A CPU process needs more working memory than its tensors, by this factor: kernels copy operands
+# into layouts of their own, and malloc keeps part of what is freed. The factor varied from 1.2 to
+# 2.6 between runs of the miniature in float32 with glibc 2.36 (`tests/test_memory.py`); it was 10
+# for convolutions in bfloat16 without AVX-512.
 CPU_MARGIN = 3
 GIB = 2**30
 
@@ -82,8 +82,8 @@ def estimate_memory(request: MemoryRequest, known: dict[Any, Any] | None = None)
     """Bytes that each stage takes at its worst moment.
 
     Args:
-        known: results of requests that differ in the options of `REMEDIES` only; they are looked
-            up there and added.
+        known: a cache of partial results, read and filled here. Requests that share it may differ
+            only in the options that `remedies` returns.
     """
     found = {} if known is None else known
 
@@ -121,7 +121,7 @@ def estimate_memory(request: MemoryRequest, known: dict[Any, Any] | None = None)
 
 
 def check_fits(estimate: MemoryEstimate, free: int, free_host: int | None = None) -> None:
-    """Refuse a request that the device, or the host beside it, has no room for.
+    """Refuse a request that needs more memory than the device or the host has free.
 
     Args:
         free: bytes that are free on the device.
@@ -167,14 +167,14 @@ def check_fits(estimate: MemoryEstimate, free: int, free_host: int | None = None
 
 
 def remedies(request: MemoryRequest, on_host: bool = False) -> list[dict[str, Any]]:
-    """Options that need less memory, those that change less of the video first.
+    """Options that need less memory; those that change the video least come first.
 
-    A fused kernel in place of the written formula and chunks of one latent change numbers by the
-    rounding of sums; offloading changes none. A dtype and quantisation do change them, and the
-    borders of tiles can show.
+    A fused attention kernel and chunks of one latent change results by the rounding of sums only,
+    and offload changes nothing. Another dtype and quantisation do change results, and the borders
+    of tiles can be visible.
 
     Args:
-        on_host: it is the host that lacks memory, which less offloading relieves.
+        on_host: the host lacks memory, not the device; then less offload helps.
     """
     at = OFFLOAD.index(request.offload)
     others = OFFLOAD[:at][::-1] if on_host else OFFLOAD[at + 1 :]
@@ -198,7 +198,7 @@ def remedies(request: MemoryRequest, on_host: bool = False) -> list[dict[str, An
 def fewest(
     options: Sequence[dict[str, Any]], fits: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any] | None:
-    """The first options, taken together, that fit, less those that are not needed for it."""
+    """Add options in order until all fits, then drop those not needed; None if nothing fits."""
     chosen: dict[str, Any] = {}
     for option in options:
         chosen |= option

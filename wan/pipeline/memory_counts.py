@@ -1,7 +1,7 @@
 """Bytes of weights and of each stage's working memory, counted on the meta device.
 
-`wan.pipeline.memory` adds them up. Layers of one kind need the same memory one after the other, so
-that two of them stand for all.
+`wan.pipeline.memory` adds them up. Layers of one kind run in turn and need the same memory, so only
+two of them are run.
 """
 
 import math
@@ -46,7 +46,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """A video and how it is to be made.
+    """A video to make, and the options that its memory depends on.
 
     Attributes:
         config: the settings of the model.
@@ -102,7 +102,7 @@ def rough_bytes(
 
     Args:
         shape: (C, T, h, w) of the latents.
-        attention: changes nothing; a built one saves building another.
+        attention: does not change the result; a built one saves building another.
     """
     vae, dit = config.vae, config.transformer
     _, frames, height, width = shape
@@ -143,7 +143,7 @@ def as_loaded(build: Callable[[], nn.Module], request: MemoryRequest, part: str)
 
 
 def shallow(request: MemoryRequest, part: str) -> Any:
-    """A network as `as_loaded` gives it, with two layers, or one of each kind of attention."""
+    """Like `as_loaded`, but with two layers, or with one layer per kind of attention."""
     config = request.config
     attention = counted_attention(request)
     kinds = tuple(dict.fromkeys(attention.layers))
@@ -158,10 +158,10 @@ def shallow(request: MemoryRequest, part: str) -> Any:
 
 
 def counted_attention(request: MemoryRequest) -> NetworkAttention:
-    """The attention that takes on the meta device what the request's takes on its own device.
+    """An attention that needs as much on the meta device as the request's on its own device.
 
-    Kernels of other packages do not run on the meta device. They need what PyTorch's fused kernel
-    needs.
+    Kernels of other packages do not run on the meta device; they need as much as PyTorch's fused
+    kernel.
     """
     num_layers = request.config.transformer.num_layers
     attention = network_attention(request.attention, num_layers)
@@ -176,9 +176,9 @@ def counted_attention(request: MemoryRequest) -> NetworkAttention:
 
 
 def counted_flex(sparse: Any, grid: Grid) -> AttentionFunction:
-    """Overlapping windows on a GPU: FlexAttention, of which the meta device makes the result alone.
+    """FlexAttention for overlapping windows on a GPU; the meta device allocates only its result.
 
-    The block mask is made in the first layer, and before it the (L, L) mask that it sums up.
+    The first layer builds the block mask, and for it the (L, L) mask that it summarises.
     """
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
@@ -189,7 +189,7 @@ def counted_flex(sparse: Any, grid: Grid) -> AttentionFunction:
         return block_mask.__wrapped__(sparse, grid, META)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        if k.shape != q.shape:  # to the text
+        if k.shape != q.shape:  # cross-attention
             return sdpa_attention(q, k, v, bias)
         if isinstance(sparse, Pattern):
             return attend_blocks(q, k, v, *mask(), kernel=kernel)
@@ -203,7 +203,7 @@ def kept_bytes(module: nn.Module) -> int:
 
 
 def resident_bytes(request: MemoryRequest, networks: dict[str, Any], part: str) -> int:
-    """Weights on the device while one part is at work."""
+    """Bytes of weights on the device while one part computes."""
     module = networks[part]
     everything = sum(kept_bytes(other) for other in networks.values())
     slots = 0
@@ -213,15 +213,15 @@ def resident_bytes(request: MemoryRequest, networks: dict[str, Any], part: str) 
         return everything + slots
     if request.offload == "none":
         return everything
+    # With block offload, the slots are there in place of all blocks.
     return kept_bytes(module) - (kept_bytes(module.blocks) - slots if slots else 0)
 
 
 def host_bytes(request: MemoryRequest, module: nn.Module) -> int:
-    """Weights that stay on the host, beside a device that borrows them.
+    """Bytes of weights that stay on the host while a device gets copies of them.
 
-    A file may hold them as they are wanted; then they are its pages, and what is counted here is
-    what the system must read again if it gives them up. Not so for what is pinned, of which PyTorch
-    rounds every tensor up to a power of two.
+    Weights that are views of a mapped file are counted too, although the system may drop their
+    pages and read them again. For pinned weights PyTorch rounds each tensor up to a power of two.
     """
     if request.offload == "block" and request.device.type == "cuda" and has_blocks(module):
         sizes = (tensor.nbytes for tensor in module.state_dict().values())
@@ -230,7 +230,7 @@ def host_bytes(request: MemoryRequest, module: nn.Module) -> int:
 
 
 def load_bytes(request: MemoryRequest, networks: dict[str, Any]) -> int:
-    """Weights that are kept, and what is on its way to them."""
+    """Peak bytes while loading: the weights read so far, and the buffers of the reader."""
     before = peak = 0
     for part, module in networks.items():
         before += kept_bytes(module)
@@ -238,8 +238,8 @@ def load_bytes(request: MemoryRequest, networks: dict[str, Any]) -> int:
         passing = min(8, os.cpu_count() or 1) * min(CHUNK_BYTES, 4 * max(sizes.values()))
         if request.quantize != "none" and part in QUANTIZED_PARTS:
             quantized = [size for name, size in sizes.items() if is_quantized_weight(name)]
-            # A group as it was read, and two float32 copies of the weight at hand; by then the
-            # buffers of reading are gone.
+            # A group as it was read, and two float32 copies of the weight that is quantised; the
+            # buffers of the reader are free by then.
             group = min(GROUP_BYTES, sum(quantized) * request.dtype.itemsize)
             passing = max(passing, group + 2 * 4 * max(quantized))
         peak = max(peak, before + passing)
@@ -247,7 +247,7 @@ def load_bytes(request: MemoryRequest, networks: dict[str, Any]) -> int:
 
 
 def text_bytes(request: MemoryRequest) -> int:
-    """Encoding the longest text."""
+    """Working memory of encoding the longest text."""
     encoder: UMT5Encoder = shallow(request, "text_encoder")
     length, width = request.max_sequence_length, request.config.text_encoder.d_model
 
@@ -262,17 +262,18 @@ def text_bytes(request: MemoryRequest) -> int:
 
 
 def denoise_bytes(request: MemoryRequest) -> int:
-    """The sampler's states, the text's keys and values, and one forward of the network."""
+    """Working memory of sampling: states, the text's keys and values, and one forward."""
     dit: WanDiT = shallow(request, "transformer")
     sizes, plan = request.config.transformer, request.plan
     guided = plan.guidance_scale != 1
+    # From the third step on, unipc holds as many states as it ever does.
     shape, steps = (1, *request.latent_shape), min(3, len(plan.schedule))
     schedule = Schedule(
         plan.schedule.timesteps[:steps],
         torch.cat([plan.schedule.sigmas[:steps], plan.schedule.sigmas[-1:]]),
         plan.schedule.description,
     )
-    # As `wan.sampling.denoiser.num_text_tokens` and `wan.models.dit.share_padding` leave them.
+    # The number that `num_text_tokens` and `wan.models.dit.share_padding` leave.
     tokens = min(-(-(request.prompt_tokens + 2) // 8) * 8, request.max_sequence_length)
     texts = (1 + guided) * request.max_sequence_length * sizes.text_dim * request.dtype.itemsize
     keys_values = (1 + guided) * 2 * sizes.num_layers * tokens * sizes.width
@@ -303,7 +304,7 @@ def denoise_bytes(request: MemoryRequest) -> int:
 
 
 def image_bytes(request: MemoryRequest) -> int:
-    """Encoding the first frame."""
+    """Working memory of encoding the first frame."""
     vae: WanVAE = shallow(request, "vae")
     stride = request.config.vae.spatial_stride
     height, width = (n * stride for n in request.latent_shape[2:])
@@ -316,7 +317,7 @@ def image_bytes(request: MemoryRequest) -> int:
 
 
 def decode_bytes(request: MemoryRequest) -> int:
-    """Decoding chunk by chunk, each copied to the CPU; tiles are joined on the device."""
+    """Working memory of decoding. Chunks go to the CPU; tiles are joined on the device."""
     channels, frames, height, width = request.latent_shape
     if request.tile is not None:
         height, width = min(height, request.tile), min(width, request.tile)
@@ -326,7 +327,7 @@ def decode_bytes(request: MemoryRequest) -> int:
     if request.tile is None:
         return needed
     tile = video_bytes(replace(request, latent_shape=(channels, frames, height, width)))
-    # A tile's frames, joined, in float32; all frames, and divided by their weights.
+    # A tile's frames, joined, in float32; or all frames, and their quotient by the weights.
     return max(needed + video_bytes(request) + 2 * tile, 3 * video_bytes(request))
 
 
@@ -337,14 +338,14 @@ def chunks_bytes(request: MemoryRequest) -> int:
     def decode() -> None:
         latents = torch.empty(1, *request.latent_shape, device=META)
         for _chunk in vae.decode_stream(latents, request.chunk_latents):
-            pass  # it lives until the next one is there, as in the pipeline
+            pass  # a chunk lives until the next one exists, as in the pipeline
 
     with FusedAttention():
         return peak_bytes(decode)
 
 
 def video_bytes(request: MemoryRequest) -> int:
-    """The finished frames in float32."""
+    """Bytes of the finished frames in float32."""
     vae = request.config.vae
     _, frames, height, width = request.latent_shape
     pixels = 3 * height * width * vae.spatial_stride**2

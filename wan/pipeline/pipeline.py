@@ -4,7 +4,7 @@
 folder layout and called with diffusers' argument names. Samples of a batch go through every network
 one by one and have noise of their own, so a video is the same in any batch.
 
-B videos, C T h w latent sizes, F frames, H W pixels, S text positions.
+B videos, C T h w latent sizes, F frames, H W pixels, S text tokens.
 """
 
 import time
@@ -66,11 +66,11 @@ class WanPipeline:
     Attributes:
         last_timings: seconds per stage of the last call: encode_text, encode_image, denoise,
             decode.
-        interrupt: set it from a callback to stop after the step at hand and decode what is there.
-        tile: latents per side of the tiles that frames are decoded in, or None for whole frames.
-            Tiles take less memory and are not exact: see `wan.models.vae.decode_tiled`.
-        chunk_latents: latent frames that are decoded at a time, one more at first. Fewer take less
-            memory; numbers change by the rounding of sums only.
+        interrupt: set it in a callback to stop after the current step and decode its latents.
+        tile: latents per side of the tiles that are decoded, or None for whole frames. Tiles need
+            less memory and are not exact: see `wan.models.vae.decode_tiled`.
+        chunk_latents: latent frames that are decoded at a time, one more in the first chunk. Fewer
+            need less memory; results change by the rounding of sums only.
     """
 
     CLASS_NAME: ClassVar[str] = BASE
@@ -90,17 +90,17 @@ class WanPipeline:
         tokenizer_folder: Path | None = None,
         safety_checker: Callable[[Tensor], bool] | None = None,
     ) -> None:
-        """Put a pipeline together.
+        """Assemble a pipeline from loaded parts.
 
         Args:
             config: its settings; must describe the given modules.
-            device: where to compute.
-            offload: "none"; "stage": modules stay where they are and visit the device for their
-                stage only; "block": at most two blocks of a transformer or text encoder are there
-                at a time (see `wan.runtime.offload`). No numbers change.
+            device: device that computes.
+            offload: "none"; "stage": a module is copied to the device for its stage only; "block":
+                at most two blocks of a transformer or text encoder are on the device at a time (see
+                `wan.runtime.offload`). Results do not change.
             compile: "dit" compiles the blocks of the transformers with torch.compile, which takes
                 about a minute at the first step of each size; "all" the VAE's decoder too.
-            tokenizer_folder: the files that `save_pretrained` copies.
+            tokenizer_folder: folder of the tokenizer's files, which `save_pretrained` copies.
             safety_checker: called with the (F, 3, H, W) frames of a video in [0, 1]; returns True
                 if they must not be shown.
         """
@@ -149,7 +149,7 @@ class WanPipeline:
         return self
 
     def _compile(self, what: str) -> None:
-        """Block by block: one is compiled for all, and offloading keeps its seams between them."""
+        """Compile blocks one by one: all share the compiled code, and offload runs between them."""
         if what == "none":
             return
         for network in (self.transformer, self.transformer_2):
@@ -159,10 +159,10 @@ class WanPipeline:
             self.vae.decoder.compile(dynamic=False)
 
     def set_offload(self, offload: str) -> None:
-        """Keep weights elsewhere from the next call on; see the constructor.
+        """Use another kind of CPU offload from the next call on; see the constructor.
 
         Raises:
-            WanError: no such way.
+            WanError: the kind is unknown.
         """
         check_names("offload", [offload], OFFLOAD)
         self.offload = offload
@@ -174,37 +174,37 @@ class WanPipeline:
     # The names that diffusers gives to these settings.
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """`offload="stage"` on that device."""
+        """Compute on that device with `offload="stage"`."""
         self.device = resolve_device(device)
         self.set_offload("stage")
 
     def enable_sequential_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """`offload="block"` on that device."""
+        """Compute on that device with `offload="block"`."""
         self.device = resolve_device(device)
         self.set_offload("block")
 
     def enable_attention_slicing(self) -> None:
-        """`set_attention("sliced")`: exact, in less memory where no fused kernel is at hand."""
+        """Use sliced attention: exact, with less memory on devices without a fused kernel."""
         self.set_attention("sliced")
 
     def set_attention(self, attention: AttentionChoice) -> None:
-        """Attend in another way from the next call on.
+        """Use another attention from the next call on.
 
         Args:
-            attention: a name ("sdpa", "cudnn", "spatial", ..), a `wan.models.attention_config.
-                AttentionConfig` with options, layers and steps, a function (q, k, v, bias=None), or
-                the result of `wan.models.attention.verified_attention`, which is taken as it is.
+            attention: a name ("sdpa", "cudnn", "spatial", ..), an `AttentionConfig` (of
+                `wan.models.attention_config`) with options, layers and steps, a function
+                (q, k, v, bias=None), or the result of `wan.models.attention.verified_attention`.
 
         Raises:
-            WanError: an unknown choice, one that does not fit the model, or a kernel that this
-                device does not have or that computes something else.
+            WanError: the choice is unknown or does not fit the model, or this device lacks the
+                kernel or gets wrong results from it.
         """
         dtype = self.transformer.patch_embedding.weight.dtype
         chosen = verified_attention(attention, self.config.transformer, self.device, dtype)
         if chosen == self.transformer.attention:
             return
         if self.compile != "none":
-            torch.compiler.reset()  # else, after 8 variants of a block, PyTorch compiles no more
+            torch.compiler.reset()  # PyTorch stops compiling a block after 8 variants of it
         for network in (self.transformer, self.transformer_2):
             if network is not None:
                 network.set_attention(chosen)
@@ -233,24 +233,24 @@ class WanPipeline:
         """Load a model.
 
         Args:
-            name: a folder in the released layout, a hub id, or a folder whose settings are read
-                already; to that one revision, offline and the parts do not apply.
-            dtype: float32 or bfloat16, of the weights; each module keeps in float32 what it
-                declares.
+            name: a folder in the released layout, a hub id, or a `ModelFolder`, which decides its
+                revision and parts: the arguments for these do not apply to it.
+            dtype: dtype of the weights, float32 or bfloat16. Parameters that a module's
+                `FLOAT32_PARAMETERS` names stay float32.
             device, offload, compile: see the constructor.
-            quantize: "none", "int8" or "fp8", of the transformers' and the text encoder's large
-                layers; see `wan.weights.quantize`.
-            loras: to merge into "transformer" and "transformer_2" while they are read, before
-                they are quantised.
+            quantize: "none", "int8" or "fp8" weights for the large layers of the transformers and
+                the text encoder; see `wan.weights.quantize`.
+            loras: "transformer" or "transformer_2" -> the LoRA that is merged into it while it is
+                read, before it is quantised.
             attention: see `set_attention`.
-            revision, offline: of a hub id, see `wan.weights.hub.resolve_model`.
+            revision, offline: for a hub id, see `wan.weights.hub.resolve_model`.
             transformer, transformer_2, vae, text_encoder: a folder or file with other weights for
-                that part; a config.json beside them counts. With another transformer, either
+                that part; a config.json in that folder is used. With another transformer, either
                 pipeline class takes the rest from a folder of the other class.
-            on_progress: called as ("load", parts loaded, parts).
+            on_progress: called as ("load", parts loaded, number of parts).
 
         Raises:
-            WanError: anything wrong with the files or the choices; settings before weights.
+            WanError: the files or the arguments are wrong; settings are checked before weights.
         """
         if dtype not in DTYPES:
             raise WanError(
@@ -297,7 +297,7 @@ class WanPipeline:
 
     @classmethod
     def _adopt(cls, folder: ModelFolder, overrides: dict[str, Path]) -> PipelineConfig:
-        """The folder's settings for this class, if the folder may be run as this class."""
+        """The folder's settings for this class; refuses a folder that this class cannot run."""
         config = folder.config
         if "transformer_2" in overrides and config.boundary_ratio is None:
             raise WanError("transformer_2: this model has one network, not two experts")
@@ -364,34 +364,35 @@ class WanPipeline:
             negative_prompt: one for all, or one per prompt; "" if guidance is on and none given.
             image: first frame, one for all or one per prompt; resized to height x width. Tensors
                 are (3, H, W) in [-1, 1].
-            height, width, num_frames: pixels and frames; illegal ones are refused.
+            height, width, num_frames: pixels and frames; illegal sizes are refused.
             num_inference_steps, timesteps, schedule: number of steps, or the timesteps themselves,
-                or a whole schedule; one of them.
-            guidance_scale, guidance_scale_2: 1 is off; the second is the low-noise expert's.
-            num_videos_per_prompt: videos of a prompt follow each other in the result.
+                or a whole schedule; at most one of them.
+            guidance_scale, guidance_scale_2: 1 turns guidance off; the second is for the low-noise
+                expert.
+            num_videos_per_prompt: the videos of one prompt follow each other in the result.
             generator: a CPU generator, or one per video, for the noise.
-            latents: (B, C, T, h, w), the noise to start from. Few-step sampling re-noises after it
-                as after the noise of `seed`, or with what `generator` gives next.
+            latents: (B, C, T, h, w), the noise to start from. Few-step sampling then draws fresh
+                noise as if `seed` had drawn the start, or the next numbers of `generator`.
             output_type: "np", "pt", "pil" or "latent"; see `WanPipelineOutput`.
             return_dict: False returns (frames,).
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step,
                 with the tensors named in `callback_on_step_end_tensor_inputs`; may return a dict
-                with tensors to go on with.
-            max_sequence_length: rows of text the model reads, those of `prompt_embeds` if there are
-                any; with another number than in training it is another model, and students refuse.
+                with tensors that replace them.
+            max_sequence_length: number of text tokens that the model reads, padding included; that
+                of `prompt_embeds` if given. The model attends to padding, so another number than in
+                training makes other videos; few-step students refuse it.
             seed: instead of generators: video j gets seed + j; or one seed per video. With neither,
                 a seed is drawn from PyTorch's global generator and returned.
             sampler: a name in `wan.sampling.samplers.SAMPLERS`.
-            shift: of the schedule.
-            deterministic: few-step sampling puts back predicted noise instead of fresh noise; None
-                is how the student was trained.
-            frame_first_noise: draw noise in FastVideo's order (see
-            `wan.sampling.noise.draw_noise`).
+            shift: moves the schedule towards high noise; 1 changes nothing.
+            deterministic: few-step sampling adds predicted noise instead of fresh noise; None takes
+                what the student was trained with.
+            frame_first_noise: draw noise in FastVideo's order; see `wan.sampling.noise.draw_noise`.
             allow_untrained: let a few-step student do what it was not trained for.
             on_progress: called as (stage, done, total), stages "encode", "denoise", "decode".
 
         Raises:
-            WanError: whatever a caller can get wrong, before anything is computed.
+            WanError: an argument is wrong; raised before anything is computed.
             FloatingPointError: latents became infinite or NaN; names the step.
         """
         height, width, num_frames = self._size(height, width, num_frames, latents)
@@ -423,7 +424,7 @@ class WanPipeline:
         pixels: Any = None
         if image is not None:
             pixels = first_frames(image, height, width, count)
-        if latents is not None and seed is not None:  # so that re-noising goes on as after a draw
+        if latents is not None and seed is not None:  # advance the generators as a drawn start does
             shape = self.config.latent_shape(height, width, num_frames)
             draw_noise(shape, generators, frame_first_noise)
         x = self.prepare_latents(
@@ -495,9 +496,9 @@ class WanPipeline:
         max_sequence_length: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Texts to the DiT's context: two (B, S, text_dim), zero after each prompt's tokens.
+        """Encode texts to the DiT's context: two (B, S, text_dim), zero after the text's tokens.
 
-        The second, of the negative prompt, is None without guidance. Encoded prompts are cached.
+        The second is for the negative prompt, None without guidance. Encoded texts are cached.
 
         Raises:
             WanError: a text and its embedding both given, or neither; counts that don't match.
@@ -561,7 +562,7 @@ class WanPipeline:
         return self._encode_frames(first_frames(image, height, width, count), count)
 
     def _encode_frames(self, pixels: Sequence[Tensor], count: int) -> Tensor:
-        """`encode_image` of frames (3, H, W) that have the video's size already."""
+        """`encode_image` for frames (3, H, W) that already have the video's size."""
         with self._on_device(self.vae):
             latents = [self.vae.encode(p[None, :, None].to(self.device)) for p in pixels]
         return torch.cat(latents).expand(count, -1, -1, -1, -1)
@@ -579,11 +580,11 @@ class WanPipeline:
         """The noise to start from: (B, C, T, h, w) float32 on the device.
 
         Args:
-            generator: a CPU generator, or one per video; None is one with a random seed.
-            latents: take this instead of drawing.
+            generator: a CPU generator, or one per video; None draws a random seed.
+            latents: used instead of drawn noise.
 
         Raises:
-            WanError: an illegal size, or latents of another shape.
+            WanError: the size is illegal, or the latents have another shape.
         """
         shape = self.config.latent_shape(height, width, num_frames)
         if latents is None:
@@ -617,9 +618,9 @@ class WanPipeline:
             context, negative: (B, S, text_dim) each, from `encode_prompt`; the second only with
                 guidance.
             image_latents: (B, C, 1, h, w), a clean first frame from `encode_image`.
-            renoise: fresh noise, shaped like x, for the state after a step; for few-step sampling.
-            deterministic: few-step sampling puts back predicted noise, not fresh noise; None is how
-                the student was trained.
+            renoise: step -> fresh noise, shaped like x; for few-step sampling.
+            deterministic: few-step sampling adds predicted noise, not fresh noise; None takes what
+                the student was trained with.
             on_step: called after every step, see `StepFunction`.
 
         Raises:
@@ -683,7 +684,7 @@ class WanPipeline:
         return video
 
     def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
-        """The frames of one video, chunk by chunk; tiles come in one piece."""
+        """Yield the frames of one video by chunks; with tiles, all frames at once."""
         if self.tile is None:
             yield from self.vae.decode_stream(latents, self.chunk_latents)
         else:

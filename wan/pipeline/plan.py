@@ -1,7 +1,7 @@
-"""From what a caller asks for to a sampler, its schedule and its guidance.
+"""Decide the sampler, its schedule and its guidance from a caller's arguments.
 
-A base model takes any. A few-step student was trained on one list of timesteps, without guidance
-and without an image: everything else is refused, all at once, unless the caller insists.
+A base model accepts any. A few-step student was trained on one list of timesteps, without guidance
+and without an image: anything else is refused in one error, unless `allow_untrained` is set.
 """
 
 import math
@@ -29,22 +29,22 @@ SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """A caller's wishes about sampling; None leaves a choice to the model.
+    """A caller's arguments about sampling; None takes the model's default.
 
     Attributes:
         num_inference_steps, timesteps, schedule: how many steps, or which timesteps, or the whole
             schedule; at most one of them.
         sampler: a name in `wan.sampling.samplers.SAMPLERS`.
-        shift: of the grid, or of the table in which the sigmas of `timesteps` are looked up: the
-            list itself is taken as it is. Not beside `schedule`.
-        guidance_scale, guidance_scale_2: at least 1, which is none; the second is that of the
-            low-noise expert.
+        shift: shift of the grid, or of the table in which the sigmas of `timesteps` are looked up;
+            the list itself is not shifted. Not allowed with `schedule`.
+        guidance_scale, guidance_scale_2: at least 1, which turns guidance off; the second is for
+            the low-noise expert.
         negative_prompt, image: whether there is one.
-        num_frames: of the video.
-        max_sequence_length: number of text tokens that the model reads. The padding after a
-            prompt's end is attended too, so that another number gives another video.
-        deterministic: few-step sampling puts back predicted noise, not fresh noise.
-        allow_untrained: let a student go on with what it was not trained for.
+        num_frames: number of frames of the video.
+        max_sequence_length: number of text tokens that the model reads. It attends to the padding
+            after a prompt too, so another number gives another video.
+        deterministic: few-step sampling adds predicted noise, not fresh noise.
+        allow_untrained: let a student do what it was not trained for.
     """
 
     num_inference_steps: int | None = None
@@ -69,7 +69,7 @@ class SamplingPlan:
     Attributes:
         sampler: name in `wan.sampling.samplers.SAMPLERS`.
         schedule: the steps.
-        guidance_scale, guidance_scale_2: of the high-noise (or only) and the low-noise expert.
+        guidance_scale, guidance_scale_2: for the high-noise (or only) and the low-noise expert.
         untrained: the settings that the model was not trained for, in words.
     """
 
@@ -89,12 +89,12 @@ def plan_sampling(config: PipelineConfig, request: SamplingRequest) -> SamplingP
     """Decide sampler, schedule and guidance; needs no weights.
 
     Raises:
-        WanError: contradictory, out of range, or not what the model was trained for.
+        WanError: arguments contradict each other, are out of range, or need `allow_untrained`.
     """
     knobs = ("num_inference_steps", "timesteps", "schedule")
     given = [name for name in knobs if getattr(request, name) is not None]
     if len(given) > 1:
-        raise WanError(f"{' and '.join(given)}: both say what the steps are; give one of them")
+        raise WanError(f"{' and '.join(given)}: both define the steps; give one of them")
     if request.schedule is not None and request.shift is not None:
         raise WanError(
             f"shift={request.shift:g} and schedule: a schedule has its noise levels already; build "
@@ -177,8 +177,8 @@ def _plan_few_step(
         listed = ", ".join(f"{t:g}" for t in trained)
         raise WanError(
             f"{', '.join(untrained)}: this few-step model was trained for the {len(trained)} "
-            f"timesteps [{listed}] and {config.defaults.max_sequence_length} rows of text, without "
-            "guidance, negative prompt or image; leave it out, or say allow_untrained=True to see "
+            f"timesteps [{listed}] and {config.defaults.max_sequence_length} text tokens, without "
+            "guidance, negative prompt or image; leave it out, or set allow_untrained=True to see "
             "what happens"
         )
     if any(name.startswith(("num_inference_steps", "timesteps", "schedule")) for name in untrained):

@@ -80,13 +80,16 @@ def linear_layers(config: DiTConfig, tokens: int, rows: int) -> list[Linear]:
 
 
 class Parameters(NamedTuple):
+    """Numbers of parameters of a DiT."""
+
     total: int
-    float32: int  # those that stay so beside bfloat16 weights
-    block: int  # of one block
-    pairs: int  # of a LoRA beside them
+    float32: int  # those that stay float32 beside bfloat16 weights
+    block: int  # in one block
+    pairs: int  # in a LoRA, on top of the total
 
 
 def count_parameters(config: DiTConfig, rank: int = 0) -> Parameters:
+    """Count the parameters of a DiT, and those of a LoRA of this rank in its blocks."""
     layers = linear_layers(config, 1, 1)
     tables, norms = 6 * config.width, 6 * config.width  # four RMS norms and a layer norm with bias
     small = config.num_layers * (tables + norms) + 2 * config.width
@@ -118,9 +121,10 @@ def network_work(
     attention_backward: float = ATTENTION_BACKWARD,
     density: float = 1.0,
 ) -> Work:
-    """One network's matrix products, trained whole or as a LoRA.
+    """FLOPs of the DiT's matrix products for one clip, trained in full or as a LoRA.
 
     Args:
+        rank: of the LoRA; 0 trains the whole network.
         density: share of the scores of full self-attention that is computed.
     """
     forward = backward = again = 0.0
@@ -152,10 +156,10 @@ def kept_by_block(
     autocast: bool = False,
     fused_norm: bool = True,
 ) -> float:
-    """Bytes that autograd keeps of one block and one clip.
+    """Bytes of activations that autograd keeps for one block and one clip.
 
     Args:
-        compute_bytes: 2 or 4, of the matrix products.
+        compute_bytes: bytes per number in the matrix products, 2 or 4.
         autocast: weights are float32 and inputs are cast for each layer on its own.
         fused_norm: whether RMS norm is one kernel, as on GPUs; else its normalised input is kept
             too, where the norm's weight is trained.
@@ -179,7 +183,7 @@ def kept_by_block(
 def kept_outside(
     config: DiTConfig, tokens: int, rows: int, *, compute_bytes: int, rank: int = 0
 ) -> float:
-    """Bytes that autograd keeps of embeddings and head, for one clip."""
+    """Bytes of activations that autograd keeps for the embeddings and the head, for one clip."""
     d, c = config.width, compute_bytes
     if rank:
         return float(tokens * 4 * d + rows * c * d)
@@ -195,25 +199,26 @@ def text_work(config: UMT5Config, tokens: int) -> float:
 
 
 def convolution(taps: int, fan_in: int, fan_out: int, positions: int) -> float:
+    """FLOPs of a convolution whose kernel has `taps` elements, at `positions` outputs."""
     return 2.0 * taps * fan_in * fan_out * positions
 
 
 def residual_work(fan_in: int, fan_out: int, positions: int) -> float:
-    """A residual block of the autoencoder."""
+    """FLOPs of a residual block of the autoencoder, with its 3x3x3 convolutions."""
     shortcut = convolution(1, fan_in, fan_out, positions) if fan_in != fan_out else 0.0
     first, second = (convolution(27, width, fan_out, positions) for width in (fan_in, fan_out))
     return first + second + shortcut
 
 
 def middle_work(width: int, frames: int, area: int) -> float:
-    """Two residual blocks and attention within frames of `area` positions."""
+    """FLOPs of two residual blocks and attention within frames of `area` positions."""
     positions = frames * area
     attention = convolution(1, width, 4 * width, positions) + 4.0 * positions * area * width
     return 2 * residual_work(width, width, positions) + attention
 
 
 def decode_work(config: VAEConfig, latent_frames: int, height: int, width: int) -> float:
-    """FLOPs of decoding (T, h, w) latents by the plain formula, with 3x3 taps after doubling."""
+    """FLOPs of decoding (T, h, w) latents, with the plain 3x3 kernel after each doubling."""
     base = config.decoder_base_dim or config.base_dim
     dims = [base * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
     times = [*reversed(config.temperal_downsample), None]

@@ -2,10 +2,10 @@
 
     peak_bytes(lambda: dit(latents, timestep, context))
 
-On the meta device tensors have sizes and no content, so that a network's memory at any size is
-known in a moment. `LiveBytes` counts the tensors that PyTorch's operations return, as long as they
-live. It counts neither the memory that libraries keep for themselves nor the workspaces of a GPU's
-convolutions and matrix products.
+On the meta device tensors have sizes but no content, so the memory of a network at any size is
+counted within a moment. `LiveBytes` counts the tensors that PyTorch's operations return, as long as
+they live. It counts neither the memory that libraries keep for themselves nor the workspaces of a
+GPU's convolutions and matrix products.
 """
 
 import os
@@ -24,22 +24,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Where Linux tells what is free, which control groups this process is in, and what these may take.
+# Linux lists here the free memory, this process's control groups, and the limits of these.
 MEMINFO, OWN_CGROUPS, CGROUPS = map(Path, ("/proc/meminfo", "/proc/self/cgroup", "/sys/fs/cgroup"))
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.mkldnn_convolution.default)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside and still live.
+    """Counts the bytes of tensors that were made inside this context and are still alive.
 
     Attributes:
-        live: now.
-        peak: the most so far.
+        live: bytes at this moment.
+        peak: the largest number of bytes so far.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch would load its compiler, a second and more, to keep it out of here."""
+        """With True, PyTorch would import its compiler here, which takes over a second."""
         return False
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def spike(self, num_bytes: int) -> None:
-        """Count memory that is taken and given back between two operations."""
+        """Count memory that is allocated and freed again between two operations."""
         self.peak = max(self.peak, self.live + num_bytes)
 
     def __torch_dispatch__(
@@ -86,10 +86,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as a fused kernel sees it: only its result is made, with tokens before heads.
+    """Counts attention as a fused kernel: it allocates only its result, tokens before heads.
 
-    The meta device has no such kernel and would count all scores. Where channels are not innermost
-    no device has one, and the scores are counted. A mask is copied if keys are not innermost.
+    The meta device has no such kernel and would allocate all scores. No device has one for channels
+    that are not innermost; there the scores are counted. A mask is copied if its keys are not
+    innermost.
     """
 
     def __torch_function__(
@@ -97,7 +98,7 @@ class FusedAttention(TorchFunctionMode):
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        q, k, v = args  # as all of `wan` calls it; its options are keywords
+        q, k, v = args  # all calls in `wan` pass the options as keywords
         if any(x.stride(-1) != 1 for x in (q, k, v)):
             return func(*args, **(kwargs or {}))
         mask = (kwargs or {}).get("attn_mask")
@@ -116,7 +117,7 @@ def peak_bytes(compute: Callable[[], Any]) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a device; for a CPU, what the system and its container can give."""
+    """Free bytes of a device; for a CPU, what the system and its container can still allocate."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -124,13 +125,13 @@ def free_bytes(device: torch.device) -> int:
     try:
         rows = dict(line.split(":") for line in MEMINFO.read_text("ascii").splitlines())
         return min([int(rows["MemAvailable"].split()[0]) * 1024, *left_in_cgroups()])
-    except FileNotFoundError:  # not Linux: what there is at all
+    except FileNotFoundError:  # not Linux: all physical memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Most bytes that this process has held so far: "process", and "cuda" on a GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024  # the two count in different units
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":
         peak["cuda"] = torch.cuda.max_memory_allocated(device)
@@ -138,7 +139,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def left_in_cgroups() -> list[int]:
-    """Bytes that each control group with a limit leaves to this process; file cache is free."""
+    """Bytes that each limited control group leaves; its inactive file cache counts as free."""
     left = []
     for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else ():
         _, controllers, path = line.split(":", 2)

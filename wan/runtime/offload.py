@@ -1,8 +1,7 @@
-"""CPU offload: weights stay on the device, or visit it for their stage or block only.
+"""CPU offload: weights stay on the device, or are copied there for one stage or block only.
 
-With offload "block" even a network at work is not there as a whole: its blocks take turns in two
-slots, one computes while the next is copied. Networks tell where a block's work begins and ends by
-`with self.block_at_work(block):`.
+With offload "block" the device holds two blocks of a network at most: one computes while the next
+is copied. Networks mark the work of a block by `with self.block_at_work(block):`.
 """
 
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from wan.errors import WanError
 
 OFFLOAD = ("none", "stage", "block")
-Home = tuple[dict[str, Any], str, Tensor]  # a module's table, the name in it, the tensor
+Home = tuple[dict[str, Any], str, Tensor]  # a module's dict, the name in it, the tensor
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -45,7 +44,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def homes_of(module: nn.Module, without: nn.Module | None = None) -> list[Home]:
-    """Every tensor of a module and where it is kept, less those of a part."""
+    """Every tensor of a module with the dict that holds it, except those of a part."""
     left_out = set(() if without is None else without.modules())
     return [
         (table, name, tensor)
@@ -58,7 +57,7 @@ def homes_of(module: nn.Module, without: nn.Module | None = None) -> list[Home]:
 
 
 def put(home: Home, copy: Tensor) -> None:
-    """Let a copy stand in for a tensor."""
+    """Put a copy in a tensor's place."""
     table, name, tensor = home
     is_parameter = isinstance(tensor, nn.Parameter)
     table[name] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
@@ -68,10 +67,10 @@ def put(home: Home, copy: Tensor) -> None:
 def visiting(
     module: nn.Module, device: torch.device, without: nn.Module | None = None
 ) -> Iterator[None]:
-    """Copies of the module's tensors on a device, in their place for a while.
+    """Replace the module's tensors by copies on a device while the context lasts.
 
-    At the end the originals are back, so nothing is copied home, and weights that are views of a
-    mapped file stay so. What was changed on the device meanwhile is lost.
+    At the end the originals are put back. Nothing is copied back: changes made on the device are
+    lost, and weights that are views of a mapped file stay views.
 
     Args:
         without: a part of the module that stays where it is.
@@ -87,14 +86,14 @@ def visiting(
 
 
 class BlockStream:
-    """Two slots on a device that the blocks of a network take turns in: `with stream(block):`.
+    """Two slots on a device for the blocks of a network, used as `with stream(block):`.
 
-    The first use of a block copies it and waits. From then on, while a block computes, the one
-    after it (after the last, the first) is copied on a stream of its own, from pinned memory. The
-    slots are all that is ever allocated, however far the CPU runs ahead of the GPU.
+    The first block is copied before it computes. From then on, while a block computes, the next one
+    (after the last, the first) is copied from pinned memory on a separate CUDA stream. Only the
+    slots are allocated, however far the CPU runs ahead of the GPU.
 
     Args:
-        blocks: of equal sizes and dtypes, in the order of their work.
+        blocks: the blocks, of equal sizes and dtypes, in the order in which they run.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
@@ -108,7 +107,7 @@ class BlockStream:
         self._holds: list[int | None] = [None] * len(self._slots)  # block in each slot
         is_cuda = device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if is_cuda else None
-        if self._copies is not None:  # the slots' memory may still have an earlier user
+        if self._copies is not None:  # queued kernels may still use the slots' memory
             self._copies.wait_stream(torch.cuda.current_stream(device))
         self._arrived: list[Any] = [None] * len(self._slots)  # events on the copies' stream
         self._left: list[Any] = [None] * len(self._slots)  # events on the stream that computes
@@ -153,7 +152,7 @@ class BlockStream:
 
 @contextmanager
 def streaming(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Like `visiting`, but the blocks of the module come one by one."""
+    """Like `visiting`, but the blocks of the module are copied one by one."""
     network: Any = module
     with visiting(module, device, without=network.blocks):
         network.block_at_work = BlockStream(network.blocks, device)
@@ -162,7 +161,7 @@ def streaming(module: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             network.block_at_work = nullcontext
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # before the slots' memory is anyone's
+                torch.cuda.synchronize(device)  # before the slots' memory is used again
 
 
 def has_blocks(module: nn.Module) -> bool:
@@ -170,7 +169,7 @@ def has_blocks(module: nn.Module) -> bool:
 
 
 def at_work(module: nn.Module, device: torch.device, offload: str) -> AbstractContextManager[None]:
-    """The time that a module works on a device, however it gets there."""
+    """A context in which a module can compute on a device, under any kind of offload."""
     if offload == "none":
         return nullcontext()
     if offload == "block" and has_blocks(module):
@@ -185,7 +184,7 @@ def pin(module: nn.Module) -> None:
 
 
 class ExpertSlot:
-    """Room on the device for one network at a time: `bring` one, and the one before leaves."""
+    """Holds one network on the device at a time: `bring` replaces the one before."""
 
     def __init__(self, device: torch.device, offload: str) -> None:
         self.device = device
@@ -197,5 +196,5 @@ class ExpertSlot:
         self._visit.enter_context(at_work(network, self.device, self.offload))
 
     def close(self) -> None:
-        """Send the last one home."""
+        """End the stay of the last network."""
         self._visit.close()

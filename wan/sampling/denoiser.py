@@ -1,8 +1,8 @@
 """The DiT as a sampler sees it: (x, timestep) -> velocity.
 
-What a network is conditioned on, classifier-free guidance and the hand-over between two experts
-live here, so that samplers know a plain function and the DiT knows a plain forward. `Denoiser` is
-for sampling, one sample at a time; training calls `guided_velocity` on whole batches.
+Conditions, classifier-free guidance and the switch between two experts live here, so that a sampler
+sees a plain function and the DiT stays a plain forward pass. `Denoiser` is for sampling, one sample
+at a time; training calls `guided_velocity` on whole batches.
 
 B batch, S text tokens, C channels, T H W latent sizes.
 """
@@ -19,7 +19,7 @@ from wan.errors import WanError
 
 
 class Network(Protocol):
-    """What is needed of a DiT (`wan.models.dit.WanDiT`)."""
+    """The interface that sampling needs of a DiT (`wan.models.dit.WanDiT`)."""
 
     def __call__(
         self,
@@ -35,11 +35,11 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch is made from: encoded captions, and clean first frames if they are given (TI2V).
+    """The conditions of a batch: encoded captions and, if given, clean first frames (TI2V).
 
     Attributes:
         context: (B, S, text_dim), zero after each caption's tokens.
-        num_tokens: from this text token on, all of the context is zero; None where nobody counted.
+        num_tokens: all text tokens from this index on are zero; None if they were not counted.
         first_frame: (B, C, 1, H, W) normalised latents, or None.
     """
 
@@ -56,7 +56,7 @@ class Condition:
         return Condition(self.context[samples], self.num_tokens, frame)
 
     def joined(self, other: "Condition") -> "Condition":
-        """Both batches as one; the other one has first frames if and only if this one has."""
+        """Both batches as one; both must have first frames, or neither."""
         frames = [f for f in (self.first_frame, other.first_frame) if f is not None]
         counts = [n for n in (self.num_tokens, other.num_tokens) if n is not None]
         return Condition(
@@ -72,7 +72,7 @@ class Condition:
         return torch.cat([self.first_frame.to(x), x[:, :, 1:]], dim=2)
 
     def timesteps(self, timestep: Tensor, num_frames: int) -> Tensor:
-        """The timesteps (B,) as the network takes them: (B, T) with 0 for a given first frame."""
+        """Timesteps (B,) for the network: unchanged, or (B, T) with 0 for a given first frame."""
         if self.first_frame is None:
             return timestep
         per_frame = timestep[:, None].repeat(1, num_frames)
@@ -80,7 +80,7 @@ class Condition:
         return per_frame
 
     def frame_weight(self, num_frames: int) -> Tensor | None:
-        """(B, 1, T, 1, 1): 0 for the frame that is given, 1 for those to be made; or None."""
+        """Weights (B, 1, T, 1, 1): 0 for a given first frame, 1 for the others; None without."""
         if self.first_frame is None:
             return None
         weight = torch.ones(len(self), 1, num_frames, 1, 1, device=self.context.device)
@@ -89,7 +89,7 @@ class Condition:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: v_u + g (v_c - v_u). Source: arXiv:2207.12598, eq. 6, as v."""
+    """Classifier-free guidance: v_u + g (v_c - v_u). Source: arXiv:2207.12598, eq. 6."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -116,7 +116,7 @@ def guided_velocity(
 
     Args:
         null: the same samples with the negative (mostly the empty) caption.
-        scale: standard form, v_u + scale (v_c - v_u); 1 costs one forward.
+        scale: weight g in v_u + g (v_c - v_u); with 1 a single forward pass is enough.
     """
     if scale == 1:
         return predict_velocity(network, x, timestep, condition)
@@ -127,10 +127,10 @@ def guided_velocity(
 
 
 def num_text_tokens(context: Tensor) -> int:
-    """How many tokens of one text (1, S, text_dim) to tell apart; all later ones are zero.
+    """Number of leading tokens to keep of one text (1, S, text_dim); all later ones are zero.
 
-    With the two that stand for the later ones (`wan.models.dit.share_padding`) they are a multiple
-    of 8: a size that kernels like, and few different ones to compile.
+    With the two tokens that `wan.models.dit.share_padding` adds, it is a multiple of 8: kernels are
+    fast at such sizes, and only few different sizes have to be compiled.
     """
     length = context.shape[1]
     filled = context.any(dim=-1)[0].nonzero()  # (n, 1)
@@ -140,7 +140,7 @@ def num_text_tokens(context: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Expert:
-    """A network and the guidance it is sampled with; 1 is none, and costs one forward, not two."""
+    """A network and its guidance scale; 1 turns guidance off and saves the second forward."""
 
     network: Network
     guidance_scale: float = 1.0
@@ -150,24 +150,24 @@ class Denoiser:
     """velocity(x, timestep) for a batch, computed one sample at a time.
 
     Samples go through the network one by one: matrix products of another batch size round
-    differently, and a video must not depend on what it shares a batch with. At video sizes one
-    sample fills a GPU anyway.
+    differently, and a video must not depend on the others in its batch. At video sizes one sample
+    keeps a GPU busy anyway.
 
     Args:
         high_noise: the only expert, or the one for timesteps from the boundary up.
-        context: (B, S, text_dim), the encoded prompts. Tokens that are zero to the end are attended
-            as one that counts for all: the same function (up to rounding) in less time.
+        context: (B, S, text_dim), the encoded prompts. Zero tokens at the end are attended as one
+            token that counts for all: the same function (up to rounding) in less time.
         negative_context: like `context`, for the second forward of guidance; may be None if no
             expert uses guidance.
         low_noise: the expert for timesteps below the boundary.
-        boundary: hand-over as a noise level in (0, 1); given with `low_noise` and only then.
-        image_latents: (B, C, 1, H, W), normalised: frame 0 is this, clean, at timestep 0 (TI2V).
+        boundary: noise level in (0, 1) of the switch; given if and only if `low_noise` is.
+        image_latents: (B, C, 1, H, W), normalised: a clean frame 0 at timestep 0 (TI2V).
         before_expert: called with an expert's network before its first forward and at each
-            hand-over; a place to bring weights to the device.
-        exact_timesteps: where the networks attend exactly whatever their own attention.
+            switch; CPU offload copies weights to the device in it.
+        exact_timesteps: timesteps at which the networks use exact self-attention.
 
     Raises:
-        WanError: pieces that do not fit together.
+        WanError: arguments contradict each other or are out of range.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Denoiser:
         if (low_noise is None) != (boundary is None):
             raise WanError(
                 f"boundary={boundary} with {'one expert' if low_noise is None else 'two experts'}: "
-                "two experts need the noise level where they hand over, one has none"
+                "two experts need the noise level at which they switch, one expert has none"
             )
         if boundary is not None and not 0 < boundary < 1:
             raise WanError(f"boundary={boundary}: must lie between 0 and 1")
@@ -208,7 +208,7 @@ class Denoiser:
         self.exact_timesteps = exact_timesteps
         self._before_expert = before_expert
         self._active: Expert | None = None
-        self._prepared: dict[tuple[int, bool], Any] = {}  # by sample, and whether negative
+        self._prepared: dict[tuple[int, bool], Any] = {}  # by (sample, negative)
 
     @property
     def context(self) -> Tensor:
@@ -240,12 +240,12 @@ class Denoiser:
     def impose_image(self, x: Tensor) -> Tensor:
         """Put the given first frame in place of the one in x; x itself if none was given.
 
-        For use after the last step too, since a sampler moves frame 0 with the others.
+        It is needed after the last step too, since a sampler changes frame 0 like the others.
         """
         return self.condition.impose(x)
 
     def set_context(self, context: Tensor, negative_context: Tensor | None) -> None:
-        """Go on with other prompts from the next step on."""
+        """Use other prompts from the next step on."""
         self.condition = replace(self.condition, context=context)
         self.negative_context = negative_context
         self._prepared.clear()
@@ -268,7 +268,7 @@ class Denoiser:
     def _forward(
         self, expert: Expert, x: Tensor, timestep: float, sample: int, negative: bool
     ) -> Tensor:
-        """One forward of the network, float32; the text's part is prepared once and kept."""
+        """One forward of one sample, float32; the text's keys and values are cached."""
         key = (sample, negative)
         if key not in self._prepared:
             context = self.negative_context if negative else self.context

@@ -6,7 +6,7 @@ Any two of (x0, noise, x, velocity) at a known sigma give the other two.
 Source: rectified flow, arXiv:2209.03003; flow matching, arXiv:2210.02747.
 
 Shapes: all tensors are (B, ...) alike. A sigma is a number, a (B,) tensor with one value per
-sample, or a tensor that broadcasts against the latents by itself, such as (B, 1, T, 1, 1).
+sample, or a tensor that already broadcasts against the latents, such as (B, 1, T, 1, 1).
 """
 
 import torch
@@ -32,7 +32,7 @@ def x0_from_velocity(x: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tens
     """The clean latents that lie sigma behind x: x - sigma * velocity.
 
     Computed in float64, returned in the dtype of x: near sigma = 1 the result is a small difference
-    of large numbers, and a few-step sampler makes it its next state.
+    of large numbers, and a few-step sampler computes its next state from it.
     """
     wide = _double(x)
     s = _expand(sigma, wide, torch.float64)
@@ -47,12 +47,12 @@ def noise_from_velocity(x: Tensor, velocity: Tensor, sigma: float | Tensor) -> T
 
 
 def _double(x: Tensor) -> Tensor:
-    """In float64; on the CPU where the device has none."""
+    """x in float64; on the CPU if its device has no float64."""
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
 def _compute_dtype(*values: float | Tensor, at_least: torch.dtype) -> torch.dtype:
-    """The widest dtype among the tensors and `at_least`; a Python number takes part in none."""
+    """The widest dtype among the tensors and `at_least`; Python numbers do not count."""
     dtype = at_least
     for value in values:
         if isinstance(value, Tensor):
@@ -61,7 +61,7 @@ def _compute_dtype(*values: float | Tensor, at_least: torch.dtype) -> torch.dtyp
 
 
 def _expand(sigma: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:
-    """A sigma ready to multiply `like`."""
+    """Give a sigma the dtype, device and shape to multiply with `like`."""
     if not isinstance(sigma, Tensor):
         return sigma
     assert sigma.ndim in (0, 1, like.ndim), f"sigma {tuple(sigma.shape)} for {tuple(like.shape)}"

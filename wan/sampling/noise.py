@@ -24,7 +24,7 @@ def sample_generators(seed: int | Sequence[int], batch: int) -> list[torch.Gener
         batch: number of samples B.
 
     Raises:
-        WanError: another number of seeds than samples, or a seed that is not a whole number from 0
+        WanError: the number of seeds is not B, or a seed is not a whole number from 0
             to 2**32 - 1 (PyTorch's CPU generator reads 32 bits: larger seeds would silently repeat
             the videos of smaller ones).
     """
@@ -55,7 +55,7 @@ def draw_noise(
         (B, C, T, H, W) float32 on the CPU.
 
     Raises:
-        WanError: a generator of another device, whose numbers would depend on the hardware.
+        WanError: a generator is not on the CPU; its numbers would depend on the hardware.
     """
     for generator in generators:
         if generator.device.type != "cpu":

@@ -3,11 +3,11 @@
 A sampler takes a function, not a network: `velocity(x, timestep)` with a number for the timestep.
 Guidance, experts and conditioning are that function's business (`wan/sampling/denoiser.py`), the
 noise levels are the schedule's (`wan/sampling/schedule.py`). States stay float32, predictions of x0
-and noise are taken in float64.
+and noise are computed in float64.
 
 All samplers take `on_step(i, timestep, sigma, x)`, called after step i with the timestep the model
 was given, the state x after the step and its noise level sigma. If it returns a tensor, sampling
-goes on from that one instead; the corrector of `sample_unipc`, as in diffusers, still starts from
+continues from that tensor; the corrector of `sample_unipc`, as in diffusers, still starts from
 its own state of the step before.
 """
 
@@ -50,7 +50,7 @@ def sample_few_step(
     deterministic: bool = False,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Predict x0, put noise back on it at the next level, repeat: what distilled students do.
+    """Predict x0, add noise up to the next level, repeat, as distilled students are trained.
 
     Source: DMD2, arXiv:2405.14867, section 4.4 (also consistency models, arXiv:2303.01469, alg. 1).
 
@@ -79,10 +79,10 @@ def sample_few_step(
 def few_step(
     x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Tensor | None
 ) -> Tensor:
-    """One step of `sample_few_step`: x0 from the state x at sigma, with noise put back on it.
+    """One step of `sample_few_step`: predict x0 from x at sigma, add noise up to sigma_next.
 
     Args:
-        noise: fresh, or None for the noise that the velocity itself predicts.
+        noise: fresh noise, or None for the noise that the velocity predicts.
     """
     x0 = x0_from_velocity(x, velocity, sigma)
     if sigma_next == 0:
@@ -98,8 +98,8 @@ def sample_unipc(
     """Second-order multistep predictor and corrector, one velocity call per step.
 
     As Wan configures it: order 2, B(h) = expm1(-h), x0 prediction, corrector from the second step
-    on, first order in the first and the last step. The velocity at a corrected state is not asked
-    for again: the prediction made before the correction is kept.
+    on, first order in the first and the last step. The network does not run again at a corrected
+    state: the prediction from before the correction is kept.
     Source: UniPC, arXiv:2302.04867, algorithms 5 to 8, in the half-log-SNR of rectified flow.
 
     Args: as in `sample_euler`.
@@ -111,7 +111,7 @@ def sample_unipc(
     for i, timestep in enumerate(schedule.timesteps.tolist()):
         predictions.append(x0_from_velocity(x, velocity(x, timestep), sigmas[i]))
         if i > 0:
-            order = min(2, i)  # that of the predictor whose step is corrected
+            order = min(2, i)  # the order of the predictor whose step is corrected
             corrected = _correct(corrected, predictions[-order - 1 :], sigmas[i - order : i + 1])
         else:
             corrected = x
@@ -155,7 +155,7 @@ def _predict(x: Tensor, x0s: list[Tensor], sigmas: list[float]) -> Tensor:
 
 
 def _correct(x: Tensor, x0s: list[Tensor], sigmas: list[float]) -> Tensor:
-    """UniC: take the step from state x, at sigmas[-2], to sigmas[-1] again, knowing its end.
+    """UniC: repeat the step from x at sigmas[-2] to sigmas[-1], with the prediction at its end.
 
     x0s are the predictions at `sigmas`, oldest first: 2 for order 1, 3 for order 2.
     """
@@ -189,6 +189,6 @@ def half_log_snr(sigma: float) -> float:
 
 
 def _after_step(on_step: OnStep | None, i: int, timestep: float, sigma: float, x: Tensor) -> Tensor:
-    """Report a step; the state to go on from."""
+    """Call on_step; return the state to continue from."""
     replaced = on_step(i, timestep, sigma, x) if on_step is not None else None
     return x if replaced is None else replaced

@@ -23,10 +23,10 @@ FEW_STEP_TABLE_SHIFT = 8.0
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The states of one sampling run, from noise to clean.
+    """The timesteps and noise levels of one sampling run, from noise to clean.
 
     Attributes:
-        timesteps: (S,) float32, what the model is given before each step, in [0, 1000].
+        timesteps: (S,) float32 in [0, 1000], the network's input in each step.
         sigmas: (S + 1,) float32, the noise level before each step and, last, 0.
         description: where the numbers come from, in words.
     """
@@ -72,8 +72,8 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
 def euler_schedule(steps: int, shift: float) -> Schedule:
     """A uniform grid from 1 to 0, shifted once; fractional timesteps.
 
-    diffusers' FlowMatchEuler gives the same when it is handed the unshifted grid. Left to its
-    defaults it shifts twice, which is not reproduced here.
+    diffusers' FlowMatchEuler gives the same schedule from the unshifted grid. With its defaults it
+    shifts twice, which is not reproduced here.
     """
     sigmas = shift_sigmas(_grid(1.0, 0.0, steps), shift)
     timesteps = sigmas * NUM_TIMESTEPS
@@ -87,8 +87,8 @@ def unipc_schedule(steps: int, shift: float, grid: str = "diffusers") -> Schedul
         steps: 1 to 1000.
         shift: see `shift_sigmas`.
         grid: before the shift, "diffusers" runs from 1 towards 0.001 and starts at 1 - 1e-6 so that
-            log(1 - sigma) is finite; "official" runs from 0.999 towards 0. They are as far apart as
-            two different samplers: sigmas differ by up to 4e-3 (50 steps, shift 5).
+            log(1 - sigma) is finite; "official" runs from 0.999 towards 0. They differ as much as
+            two different samplers do: sigmas by up to 4e-3 (50 steps, shift 5).
     """
     if grid not in UNIPC_GRIDS:
         raise WanError(f"UniPC grid {grid!r}: choose one of {', '.join(UNIPC_GRIDS)}")
@@ -106,17 +106,17 @@ def few_step_schedule(
     table_shift: float = FEW_STEP_TABLE_SHIFT,
     warp: bool = False,
 ) -> Schedule:
-    """The list of timesteps a distilled student was trained on.
+    """The schedule of a distilled student, from the timesteps that it was trained on.
 
-    The model is given the listed numbers as they are. A step's sigma is that of the nearest entry
-    in the 1000-entry table 1, 0.999, ... 0.001 shifted by `table_shift`. A table entry's timestep
-    is 1000 times its sigma whatever the shift, so the shift only decides the rounding (6e-4 at most
-    between shifts 3, 5 and 8). Source: FastVideo `denoising.py`, whose sampler uses shift 8.
+    The network gets the listed numbers unchanged. A step's sigma is the nearest entry of the table
+    1, 0.999, ... 0.001 after a shift by `table_shift`. An entry's timestep is 1000 times its sigma
+    whatever the shift, so the shift only decides the rounding (6e-4 at most between shifts 3, 5 and
+    8). Source: FastVideo `denoising.py`, whose sampler uses shift 8.
 
     Args:
         timesteps: falling numbers in (0, 1000].
         table_shift: shift of the table.
-        warp: read entry q as the table's entry number 1000 - q, so that a uniform list becomes a
+        warp: read q as the position 1000 - q in the table, so that a uniform list becomes a
             shifted one (self-forcing students; 750 with shift 5 becomes 937.5). The model is then
             given the looked-up value.
 
@@ -146,7 +146,7 @@ def few_step_schedule(
 
 
 def _grid(first: float, last: float, steps: int) -> Tensor:
-    """`steps` evenly spaced float64 numbers from `first` on, `last` being the one left out."""
+    """`steps` evenly spaced float64 numbers from `first` towards `last`, which is left out."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= NUM_TIMESTEPS:
         raise WanError(f"steps={steps!r}: need a whole number from 1 to {NUM_TIMESTEPS}")
     # numpy's linspace, because the references use it: an ulp can move a truncated timestep.

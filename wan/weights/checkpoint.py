@@ -1,10 +1,10 @@
 """A checkpoint on disk: one safetensors file, or a folder of shards with an optional index.
 
-Opening one reads every header and holds the index against the shards, so that whatever is missing,
-doubled or misplaced is reported before memory is spent. No tensor is read.
+Opening one reads every header and compares the index with the shards, so that missing, repeated or
+misplaced tensors are reported before memory is allocated. No tensor is read.
 
 A shard may be a symlink only to a file in its own folder or in the blob store of the hub cache that
-the folder belongs to: everything else a link could point at was not part of what was downloaded.
+the folder belongs to: any other target was not part of the download.
 """
 
 import re
@@ -33,6 +33,8 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")  # no folde
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """Where a tensor is stored; it has not been read."""
+
     name: str  # in the file
     file: SafetensorsFile
     entry: TensorEntry
@@ -60,7 +62,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a .safetensors file, an index, or a folder that holds one checkpoint.
 
     Raises:
-        WanError: nothing there, several checkpoints, pickles only, or files that contradict each
+        WanError: there is no checkpoint, or several, or only pickles, or the files contradict each
             other; the message names files and tensors.
     """
     path = Path(path)
@@ -123,7 +125,7 @@ def check_complete_set(path: Path, files: list[str]) -> None:
 
 
 def open_index(path: Path) -> Checkpoint:
-    """Open the shards that an index lists, and hold both against each other."""
+    """Open the shards that an index lists, and check that index and shards agree."""
     folder = path.parent
     weight_map, total_size = read_index(path)
     listed = sorted(set(weight_map.values()))
@@ -161,7 +163,7 @@ def open_index(path: Path) -> Checkpoint:
 
 
 def read_index(path: Path) -> tuple[dict[str, str], int | None]:
-    """weight_map and metadata.total_size of an index file."""
+    """Read weight_map and metadata.total_size (None if missing) of an index file."""
     try:
         size = path.stat().st_size
         if size > MAX_INDEX_BYTES:
@@ -215,7 +217,7 @@ def combine(path: Path, files: list[SafetensorsFile]) -> Checkpoint:
 
 
 def check_weight_map(path: Path, weight_map: dict[str, str], checkpoint: Checkpoint) -> None:
-    """Every listed tensor lies in the shard it is listed for, and no other tensor exists."""
+    """Check that every listed tensor is in its shard, and that no other tensor exists."""
     problems = []
     for name, file_name in weight_map.items():
         stored = checkpoint.tensors.get(name)

@@ -1,4 +1,4 @@
-"""Are these the bytes that were published? sha256 of every file in a folder.
+"""Check that a folder holds the published bytes, by the sha256 of every file.
 
 Headers and lengths say that a file is well-formed, not that its content is right: a flipped bit, or
 a download that was filled up with zeros, passes every other check. Two sources of truth are read
@@ -34,7 +34,7 @@ def hash_files(paths: Iterable[Path], threads: int | None = None) -> dict[Path, 
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """Every file below a folder but the manifest and hidden ones, by its path with slashes."""
+    """Every file below a folder by its path with slashes, without manifest and hidden files."""
     found = {}
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -46,7 +46,7 @@ def list_files(folder: Path) -> dict[str, Path]:
 
 
 def write_manifest(folder: str | Path) -> Path:
-    """Hash every file below a folder into its `SHA256SUMS`, written beside and renamed."""
+    """Write the sha256 of every file below a folder into its `SHA256SUMS`."""
     folder = Path(folder)
     files = list_files(folder)
     broken = [name for name, path in files.items() if not path.is_file()]
@@ -59,10 +59,10 @@ def write_manifest(folder: str | Path) -> Path:
 
 
 def verify_manifest(folder: str | Path) -> int:
-    """Hold every file below a folder against its `SHA256SUMS`; returns the number of files.
+    """Compare every file below a folder with its `SHA256SUMS`; returns the number of files.
 
     Raises:
-        WanError: no manifest, or files that are missing, changed or not listed, all of them named.
+        WanError: no manifest, or files are missing, changed or not listed; names all of them.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -88,14 +88,14 @@ def verify_manifest(folder: str | Path) -> int:
 
 
 def verify_hub_digests(folder: str | Path) -> int:
-    """Hold a snapshot in the hub's cache against the digests its blobs are named by.
+    """Compare a snapshot in the hub's cache with the digests in the names of its blobs.
 
     Large files are named by their sha256, small ones by their git object id (sha1).
 
     Returns:
         The number of files.
     Raises:
-        WanError: not such a snapshot, or files whose content is not what the hub has.
+        WanError: not such a snapshot, or a file's content differs from the hub's.
     """
     folder = Path(folder)
     files = list_files(folder)
@@ -118,7 +118,7 @@ def verify_hub_digests(folder: str | Path) -> int:
 
 
 def verify_digests(folder: str | Path) -> int:
-    """Hold a folder against its manifest if it has one, else against the hub's digests."""
+    """Compare a folder with its manifest if it has one, else with the hub's digests."""
     has_manifest = (Path(folder) / MANIFEST).is_file()
     return verify_manifest(folder) if has_manifest else verify_hub_digests(folder)
 

@@ -16,7 +16,7 @@ TEACHER = MINIATURE / "teacher"  # many steps, with guidance: what the student w
 
 BUILTIN = "builtin:miniature"
 BUILTIN_TEACHER = "builtin:miniature-teacher"
-SHIPPED = {"mini": BUILTIN, "mini-teacher": BUILTIN_TEACHER}  # as they are called on a command line
+SHIPPED = {"mini": BUILTIN, "mini-teacher": BUILTIN_TEACHER}  # by their names on a command line
 
 # Weights as safetensors, configs, indices, tokenizer.json and the sentencepiece model: nothing that
 # could carry code, and not the same weights a second time in another format.
@@ -41,11 +41,11 @@ def resolve_model(
     Args:
         name: a folder, `owner/name` on the hub, or a shipped model (`BUILTIN`).
         revision: branch, tag or commit; a commit id pins the bytes. For hub ids only.
-        offline: never ask the network; what is in the cache must do. (The hub library also obeys
+        offline: do not use the network, only the cache. (The hub library also obeys
             HF_HUB_OFFLINE and HF_HOME.)
         patterns: which files are fetched.
     Raises:
-        WanError: neither; or it can't be fetched, with the command that fetches it.
+        WanError: there is no such model, or it can't be fetched; names the command to fetch it.
     """
     if (shipped := builtin_folder(str(name))) is not None:
         if revision is not None:

@@ -224,6 +224,7 @@ BLOCK_NUMBER = re.compile(r"(?:^|\.)blocks?\.(0|[1-9][0-9]*)\.")
 
 
 def look_up(names: dict[str, str], name: str) -> str | None:
+    """Translate a name by a table whose names have `#` for the block number."""
     if "#" in name:
         return None
     match = BLOCK_NUMBER.search(name)
@@ -261,7 +262,7 @@ def detect_layout(component: str, names: Collection[str]) -> KeyLayout:
     """Layout, common prefix and (VAE) numbering of a checkpoint's names.
 
     Raises:
-        WanError: another kind of checkpoint, or another component; the message names it.
+        WanError: it is another kind of checkpoint or component; the message names it.
     """
     prefix = common_prefix(names)
     bare = [name[len(prefix) :] for name in names]
@@ -308,7 +309,7 @@ def best_layout(component: str, names: Collection[str]) -> Match:
 
 
 def detect_vae_levels(layout: str, names: Collection[str]) -> VAELevels | None:
-    """Generation and blocks per level from the encoder's list; None if there is no such list."""
+    """Generation and blocks per level, from the encoder's names; None if it has none."""
     entries = r"encoder\.down_blocks" if layout == "diffusers" else r"encoder\.downsamples"
     nested = r"\.0\.(?:resnets|downsamples)\.(\d+)\.(?:conv1|residual)\."
     flat = r"\.(\d+)\.(?:conv1|residual)\."

@@ -26,7 +26,7 @@ from wan.weights.tensor_reader import read_tensors
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# Of weights that are in memory at once on their way to fewer bits.
+# Bytes of unquantised weights that are in memory at a time while a model is quantised.
 GROUP_BYTES = 256 << 20
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,20 +66,19 @@ def load_module(
     Args:
         build: makes the module, e.g. `lambda: WanDiT(config)`; it is called on the meta device.
         component: one of `wan.weights.keys.COMPONENTS`.
-        dtype: of the weights; None keeps the stored dtypes. Parameters in whose name a pattern of
-            the class's `FLOAT32_PARAMETERS` is found get at least float32.
-        threads: that read, convert and place; None takes the number of cores, at most 8.
+        dtype: dtype of the weights; None keeps the stored dtypes. Parameters whose names match a
+            pattern in the class's `FLOAT32_PARAMETERS` get at least float32.
+        threads: number of threads that read; None takes the number of cores, at most 8.
         check_finite: refuse NaN and infinity while the tensors pass by, and warn of zero matrices.
         share_mapping: let tensors that need no conversion be views of the mapped file (on the CPU),
             copied page by page only where they are written to. False reads them into memory.
-        quantize: see `wan.weights.quantize`; weights are read `GROUP_BYTES` at a time, so that few
-        of them
-            are in memory in full.
-        changes: our name -> called with that parameter, as stored and in at least float32; what it
-            returns is rounded to `dtype`, then quantised (see `wan.lora.merge.LoRAMerge`). With it,
-            weights are read in groups too.
+        quantize: see `wan.weights.quantize`; weights are then read in groups of `GROUP_BYTES`, so
+            that few of them are in memory unquantised.
+        changes: our name -> a function that gets the stored parameter in at least float32 and
+            returns its new value, which is rounded to `dtype`, then quantised (for example
+            `wan.lora.merge.LoRAMerge`). Weights are then read in groups, too.
     Raises:
-        WanError: names, shapes or dtypes that don't fit, both ways, grouped; or not finite.
+        WanError: names, shapes or dtypes do not fit (one message lists all), or are not finite.
     """
     check_quantize(quantize)
     names = match_names(checkpoint, component)
@@ -91,6 +90,7 @@ def load_module(
         name: target_dtype(name, names.stored[name].entry.dtype, dtype, float32) for name in wanted
     }
     changes = changes or {}
+    # A parameter that is changed is read in at least float32, and rounded once afterwards.
     reads = targets | {
         name: torch.promote_types(names.stored[name].entry.dtype, torch.float32)
         for name in wanted
@@ -114,7 +114,7 @@ def load_module(
             if name in changes:
                 read[name] = changes[name](read[name]).to(targets[name])
         state |= read if quantize == "none" else quantize_state(read, quantize)
-        del read  # before the next group needs the room
+        del read  # frees it before the next group is read
     warn_of_zeros(checkpoint, [stored[name] for name in sorted(zero)])
     if quantize != "none":
         quantize_layers(module, quantize)
@@ -125,7 +125,7 @@ def load_module(
 
 
 def build_on_meta(build: Callable[[], M]) -> M:
-    """The module without values."""
+    """Build a module on the meta device, without values."""
     with torch.device("meta"), _NoInitialisation():
         return build()
 
@@ -133,7 +133,7 @@ def build_on_meta(build: Callable[[], M]) -> M:
 def group_names(
     wanted: Mapping[str, Tensor], targets: Mapping[str, torch.dtype]
 ) -> Iterator[list[str]]:
-    """Names in order, in groups of at most `GROUP_BYTES`; a larger tensor is one by itself."""
+    """Names in order, in groups of at most `GROUP_BYTES`; a larger tensor is a group alone."""
     group: list[str] = []
     size = 0
     for name, tensor in wanted.items():
@@ -147,7 +147,7 @@ def group_names(
 
 
 def warn_of_zeros(checkpoint: Checkpoint, zero: list[StoredTensor]) -> None:
-    """A file whose writer or download was killed can be whole in length and zero in content."""
+    """Warn of zero matrices: a killed writer or download can leave a file full of zeros."""
     matrices = [t for t in zero if len(t.entry.shape) > 1]
     count = sum(t.entry.num_elements for t in matrices)
     total = sum(t.entry.num_elements for t in checkpoint.tensors.values())
@@ -163,7 +163,7 @@ def load_state(checkpoint: Checkpoint, component: str) -> dict[str, Tensor]:
     """Every tensor under our name, as views of the mapped files in the stored dtype.
 
     Raises:
-        WanError: a name that isn't one of this component.
+        WanError: a name does not belong to this component.
     """
     names = match_names(checkpoint, component)
     if names.unexpected:
@@ -208,7 +208,7 @@ def match_names(checkpoint: Checkpoint, component: str) -> MatchedNames:
 
 
 def check_same(checkpoint: Checkpoint, alias: str, name: str) -> None:
-    """A tensor that is stored twice must be the same twice."""
+    """Refuse two stored copies of one parameter that differ."""
     both = [checkpoint.tensors[key] for key in (alias, name)]
     if both[0].entry.dtype != both[1].entry.dtype or both[0].entry.shape != both[1].entry.shape:
         equal = False
@@ -222,7 +222,7 @@ def check_same(checkpoint: Checkpoint, alias: str, name: str) -> None:
 def check_fit(
     checkpoint: Checkpoint, component: str, names: MatchedNames, wanted: Mapping[str, Tensor]
 ) -> None:
-    """One error with all that is missing, unexpected, or of another shape or dtype."""
+    """Raise one error that lists all missing and unexpected names and wrong shapes or dtypes."""
     layout = names.layout
 
     def in_layout(name: str) -> str:

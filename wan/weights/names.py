@@ -1,4 +1,4 @@
-"""Weights in words for messages: grouped names, short counts, sizes, the census of dtypes."""
+"""Text about weights for messages: grouped names, short counts, sizes, counts per dtype."""
 
 from collections.abc import Iterable, Mapping
 
@@ -21,8 +21,10 @@ def describe(component: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def grouped(names: Iterable[str], note: Mapping[str, str] | None = None, limit: int = 12) -> str:
-    """Names that differ in their first number (and agree in their note) as one:
-    `blocks.{0..29}.norm2.weight (30)`."""
+    """Join names; those that differ only in their first number (not in their note) become one.
+
+    For example `blocks.{0..29}.norm2.weight (30)`.
+    """
     groups: dict[tuple[str, str], list[int | None]] = {}
     for name in names:
         segments = name.split(".")
@@ -64,7 +66,7 @@ def dtype_census(module: nn.Module) -> dict[torch.dtype, int]:
 
 
 def census_line(module: nn.Module) -> str:
-    """The census for a person: `5.00 B parameters, 9.33 GiB: 4.98 B bfloat16, 15.2 M float32`."""
+    """`dtype_census` in words: `5.00 B parameters, 9.33 GiB: 4.98 B bfloat16, 15.2 M float32`."""
     census = dtype_census(module)
     size = sum(count * dtype.itemsize for dtype, count in census.items())
     parts = [f"{short(n)} {str(dtype).removeprefix('torch.')}" for dtype, n in census.items()]

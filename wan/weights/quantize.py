@@ -41,7 +41,7 @@ def is_quantized_weight(name: str) -> bool:
 
 
 def largest(dtype: torch.dtype) -> float:
-    """The largest magnitude that is used: 127 or 448."""
+    """The largest magnitude of 8-bit numbers that is used: 127 (int8) or 448 (e4m3)."""
     return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
@@ -59,7 +59,7 @@ def quantize_weight(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def restore_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that 8-bit ones stand for; computed in float32 and rounded once."""
+    """Restore a weight from 8 bits and its scales; computed in float32 and rounded once."""
     # Every int8 and e4m3 number is a bfloat16 number too, so only the product rounds.
     return weight.to(dtype).mul_(scale)
 
@@ -79,7 +79,7 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, restore_weight(self.weight, self.scale, x.dtype), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """Casts reach the bias alone: they would change what weight and scale stand for."""
+        """Cast the bias only: a cast would change the values of weight and scale."""
 
         def without_cast(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -94,7 +94,7 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_layers(module: nn.Module, kind: str) -> None:
-    """Put layers without values in place of those that `is_quantized_weight` names."""
+    """Replace the linear layers that `is_quantized_weight` names; the new ones have no values."""
     for name, layer in list(module.named_modules()):
         if is_quantized_weight(f"{name}.weight"):
             assert isinstance(layer, nn.Linear), name
@@ -105,7 +105,7 @@ def quantize_layers(module: nn.Module, kind: str) -> None:
 
 
 def quantize_state(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Tensors by our names, as a module after `quantize_layers` has them."""
+    """Quantise a state dict to the tensors that a module has after `quantize_layers`."""
     quantized = {}
     for name, tensor in state.items():
         quantized[name] = tensor
@@ -120,7 +120,7 @@ def quantize(module: nn.Module, kind: str) -> None:
     """Quantise a module that is loaded already, in place.
 
     Raises:
-        WanError: an unknown kind, or it is quantised already.
+        WanError: the kind is unknown, or the module is quantised already.
     """
     check_quantize(kind)
     refuse_quantized(module, "quantise once, from the original weights")
@@ -138,7 +138,7 @@ def quantization_of(module: nn.Module) -> str:
 
 
 def refuse_quantized(module: nn.Module, remedy: str) -> None:
-    """An error where a module that is not quantised is needed."""
+    """Raise a WanError if a module is quantised; `remedy` ends its message."""
     if quantization_of(module) != "none":
         raise WanError(f"the weights are quantised: {remedy}")
 

@@ -69,7 +69,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A file whose header was found sound, as it was at that moment."""
+    """A file whose header passed all checks; `open` notices if it was replaced since."""
 
     path: Path
     tensors: dict[str, TensorEntry]
@@ -132,7 +132,7 @@ REFETCH = "the file is damaged: fetch or write it again"
 
 
 def header_length(path: Path, start: bytes, size: int) -> int:
-    """The length the first 8 bytes give, or an error that names what the file really is."""
+    """The header's length from the first 8 bytes; an error names another kind of file."""
     if size < 8:
         raise WanError(f"{path}: {size} bytes, no safetensors file is that short: {CUT_SHORT}")
     length = int.from_bytes(start[:8], "little")
@@ -260,7 +260,7 @@ def parse_entry(path: Path, name: str, value: Any, body: int) -> TensorEntry:
 
 
 def check_offsets(path: Path, entries: dict[str, TensorEntry], body: int, size: int) -> None:
-    """The tensors must cover the file from the header to its last byte, once."""
+    """Check that the tensors cover the file after its header without gaps or overlaps."""
     end, previous = body, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:
@@ -279,7 +279,7 @@ def check_offsets(path: Path, entries: dict[str, TensorEntry], body: int, size: 
 
 
 def map_tensors(source: SafetensorsFile) -> dict[str, Tensor]:
-    """All tensors as views of the mapped file: no memory until touched, no copy ever.
+    """All tensors as views of the mapped file, read when touched; unaligned ones are copied.
 
     The mapping is private: writing to a tensor changes memory, never the file. Truncating the file
     while it is mapped kills the process that reads it (SIGBUS); replacing it by rename, as
@@ -333,7 +333,7 @@ def write_tensors(
     rights the umask leaves, so that a group can read it.
 
     Raises:
-        WanError: a tensor of a dtype the format lacks.
+        WanError: a tensor has a dtype that the format lacks.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
@@ -350,7 +350,7 @@ def write_tensors(
         }
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-len(raw) % 8)  # tensors start at a multiple of 8 bytes
     with written_beside(path) as beside, beside.open("xb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in names:

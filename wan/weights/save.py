@@ -1,4 +1,4 @@
-"""Our modules -> checkpoints in a released layout, sharded, whole or not there."""
+"""Our modules -> checkpoints in a released layout, in shards that are written atomically."""
 
 import shutil
 from collections.abc import Mapping
@@ -26,20 +26,20 @@ def save_component(
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write a state dict with our names as a released component; bits don't change.
+    """Write a state dict with our names as a component in a released layout.
 
-    Every file is written beside its place and renamed; the index comes last. The folder is made if
-    need be and may hold other things, but no weights of the same name: nobody could tell a
-    checkpoint that was replaced halfway from a whole one.
+    Every file is written beside its place and renamed; the index comes last. The folder is created
+    if missing. It may hold other files, but no weights of the same name: a checkpoint that was
+    replaced halfway would look like a whole one.
 
     Args:
-        vae_levels: of the VAE's config, for a VAE.
-        prefix: put in front of every released name, as repacked files have it.
-        dtypes: to convert to, by our names; converted shard by shard. None keeps all.
+        vae_levels: for a VAE, the settings that its names depend on.
+        prefix: put in front of every released name, as in repacked files.
+        dtypes: our name -> dtype to convert to, shard by shard. None changes no bits.
     Returns:
         The weight files, and the index if there are several.
     Raises:
-        WanError: not our names, weights already there, too little space, or no right to write.
+        WanError: a name is not ours, weights are already there, or the disk refuses the files.
     """
     folder = Path(folder)
     released = {n: prefix + released_name(component, layout, n, vae_levels) for n in state}
@@ -76,7 +76,7 @@ def write_shards(
     for name, shard in zip(names, shards, strict=True):
         write_tensors(
             folder / name,
-            {n: tensor.to(wanted[n]) for n, tensor in shard.items()},  # itself where it is so
+            {n: tensor.to(wanted[n]) for n, tensor in shard.items()},  # no copy if unchanged
             {"format": "pt", **metadata},
         )
     written = [folder / name for name in names]
@@ -89,7 +89,7 @@ def write_shards(
 
 
 def file_stem(component: str, layout: str, vae_levels: VAELevels | None) -> str:
-    """The released name of a component's weight file, less shard number and suffix."""
+    """The released name of a component's weight file, without shard number and suffix."""
     if layout == "official" and component == "vae":
         assert vae_levels is not None
         return "Wan2.2_VAE" if vae_levels.is_residual else "Wan2.1_VAE"
@@ -101,7 +101,7 @@ def file_stem(component: str, layout: str, vae_levels: VAELevels | None) -> str:
 def split_shards(
     tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], max_bytes: int
 ) -> list[dict[str, Tensor]]:
-    """Consecutive tensors, at most `max_bytes` each as written, unless one alone is larger."""
+    """Group consecutive tensors into shards of at most `max_bytes`; a larger one is alone."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

@@ -1,8 +1,8 @@
 """Fill tensors from checkpoint files: shared with the mapped file, or read by several threads.
 
-A tensor that is wanted in its stored dtype on the CPU is the mapped file itself. Any other goes
-through a buffer of fixed size, one per thread: read, looked at, converted, placed. Beyond the
-tensors that are kept, those buffers are all the memory needed, however large a tensor or shard is.
+A tensor that is needed on the CPU in its stored dtype can be a view of the mapped file. Any other
+is read, checked, converted and copied in pieces, through a buffer of fixed size per thread. Beside
+the tensors themselves only these buffers need memory, however large a tensor or shard is.
 """
 
 import threading
@@ -29,9 +29,9 @@ class Piece:
 
     name: str
     stored: StoredTensor
-    target: Tensor  # (count,) view of what is kept
-    offset: int  # of the first byte in the file
-    file: BinaryIO | None  # None: `target` is the mapped file, only look at it
+    target: Tensor  # (count,) view of the tensor to fill
+    offset: int  # first byte of the piece in the file
+    file: BinaryIO | None  # None: `target` is a view of the mapped file, and is only checked
 
 
 def read_tensors(
@@ -43,12 +43,12 @@ def read_tensors(
     check_finite: bool,
     share_mapping: bool,
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """Read, convert and place tensors; those that need neither may stay views of the file.
+    """Read tensors in the given dtypes; unconverted ones on the CPU may be views of the file.
 
     Returns:
         The tensors, and the names of those that are all zeros (if `check_finite`).
     Raises:
-        WanError: NaN or infinity (if `check_finite`); a file changed or ends early.
+        WanError: NaN or infinity (if `check_finite`); or a file changed or ends early.
     """
     state: dict[str, Tensor] = {}
     mapped: dict[Path, dict[str, Tensor]] = {}
@@ -73,13 +73,14 @@ def read_tensors(
             for i, part in enumerate(flat.split(size)) if len(flat) else ():
                 offset = entry.start + i * CHUNK_BYTES
                 pieces.append(Piece(name, tensor, part, offset, None if shared else files[path]))
+        # Every file is read from front to back.
         pieces.sort(key=lambda piece: (piece.stored.file.path, piece.offset))
         zero = fill(pieces, device, threads, check_finite)
     return state, zero
 
 
 def fill(pieces: list[Piece], device: torch.device, threads: int, check_finite: bool) -> set[str]:
-    """Fill all pieces; returns the names whose pieces are all zero (only looked at if checking)."""
+    """Fill all pieces; returns the names of all-zero tensors (none without `check_finite`)."""
     scratch = threading.local()
 
     def run(piece: Piece) -> bool:
@@ -97,7 +98,7 @@ def fill(pieces: list[Piece], device: torch.device, threads: int, check_finite: 
         if source is not piece.target:
             piece.target.copy_(source)
             if check_finite and piece.target.dtype == torch.float16:
-                is_zero(piece, piece.target)
+                is_zero(piece, piece.target)  # float16 may overflow in the conversion
         return zero
 
     with ThreadPoolExecutor(threads) as pool:
@@ -112,7 +113,7 @@ def is_zero(piece: Piece, values: Tensor) -> bool:
     The minimum and maximum carry every NaN and infinity and need no memory, unlike `isfinite`.
 
     Raises:
-        WanError: NaN or infinity among them.
+        WanError: a value is NaN or infinite.
     """
     low, high = (bound.item() for bound in torch.aminmax(values))
     if low != low or low == float("-inf") or high == float("inf"):

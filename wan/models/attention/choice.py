@@ -33,41 +33,41 @@ from wan.models.attention_config import AttentionConfig
 from wan.models.dit_config import DiTConfig
 
 SELF_TEST_GRID = (4, 4, 32)  # large enough that every sparse variant leaves something out
-# Largest relative rms from the formula in float32, for a kernel to be trusted.
+# A kernel is trusted if its relative rms error against the formula in float32 is below this.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
-QUANTISED_TOLERANCE = 0.1
+QUANTISED_TOLERANCE = 0.1  # for sage, which multiplies in 8 bits
 
 
 class GridAttention(Protocol):
-    """A sparse variant: self-attention of tokens on a grid (T, H, W)."""
+    """The interface of a sparse variant: self-attention of tokens on a grid (T, H, W)."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """(B, N, L, K) three times -> (B, N, L, K)."""
 
     def of_layer(self, layer: int) -> "GridAttention":
-        """The attention of one layer, for variants that differ among layers."""
+        """The variant that one layer uses; `Factorised` alternates between layers."""
 
     def density(self, grid: Grid) -> float:
-        """Share of the FLOPs of dense attention."""
+        """Computed share of dense attention's FLOPs, between 0 and 1."""
 
     def mask(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         """True where a query attends to a key: bool, broadcasts to (B, N, L, L)."""
 
 
-# Exact, with a bias if need be: for any attention of a network.
+# Exact functions that accept a bias, for self-attention and cross-attention.
 ATTENTION: dict[str, AttentionFunction] = {
     "sdpa": sdpa_attention,
     "math": math_attention,
     "sliced": sliced_attention,
 }
-# One kernel each, without a bias: for self-attention.
+# Single kernels that accept no bias, for self-attention only.
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cudnn": cudnn_attention,
     "flash": flash_attention,
     "flash3": flash3_attention,
     "sage": sage_attention,
 }
-# Approximations of self-attention, by their options.
+# Approximations of self-attention. Calling an entry with its options builds the variant.
 SPARSE: dict[str, Callable[..., GridAttention]] = {
     "sliding_tile": SlidingTile,
     "spatial": Spatial,
@@ -79,6 +79,7 @@ SPARSE: dict[str, Callable[..., GridAttention]] = {
 
 
 def check_known(name: str, known: Mapping[str, Any]) -> None:
+    """Refuse an unknown name and suggest the closest known one."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -86,7 +87,7 @@ def check_known(name: str, known: Mapping[str, Any]) -> None:
 
 
 def build_attention(name: str, **options: Any) -> Callable[..., Any]:
-    """The entry of `ATTENTION`, `BACKENDS` or `SPARSE` with that name, its options bound.
+    """Return the entry of `ATTENTION`, `BACKENDS` or `SPARSE` with its options bound.
 
     Raises:
         WanError: no such variant, it lacks one of the options, or a value is out of range.
@@ -109,7 +110,7 @@ def build_attention(name: str, **options: Any) -> Callable[..., Any]:
 
 
 def name_of(attention: Any) -> str:
-    """The name by which `build_attention` knows a function or variant, else its own name."""
+    """The name that `build_attention` uses for a function or variant, or else its Python name."""
     function = attention.func if isinstance(attention, partial) else attention
     known: dict[str, Any] = {**ATTENTION, **BACKENDS, **SPARSE}
     own = getattr(function, "__name__", type(function).__name__)
@@ -147,13 +148,13 @@ class LayerAttention:
 class NetworkAttention:
     """The attention functions of all layers of a network.
 
-    It is built once from a person's choice (`network_attention`), verified once where the device is
-    known (`verify`), and handed on as it is from there.
+    It is built once from the user's choice (`network_attention`) and verified once, when the device
+    is known (`verify`). Later code passes this object on and does not decide again.
 
     Attributes:
-        config: the choice it was made from.
+        config: the settings that it was built from.
         layers: self-attention of each layer.
-        cross: attention to the text in every layer; always exact.
+        cross: cross-attention of every layer; always exact.
     """
 
     config: AttentionConfig
@@ -167,7 +168,7 @@ class NetworkAttention:
         return used * of_layers + (1 - used)
 
     def exact_timesteps(self, timesteps: Sequence[float]) -> frozenset[float]:
-        """The timesteps of a schedule at which `attention.steps` leaves attention exact.
+        """The timesteps at which self-attention is exact, because `attention.steps` excludes them.
 
         Raises:
             WanError: several steps share a timestep, and the choice treats them differently.
@@ -176,14 +177,14 @@ class NetworkAttention:
         exact = frozenset(t for t, use in zip(timesteps, used, strict=True) if not use)
         if both := exact.intersection(t for t, use in zip(timesteps, used, strict=True) if use):
             raise WanError(
-                f"attention.steps={self.config.steps!r}: of {len(timesteps)} steps several are at "
-                f"timestep {max(both):g}, all or none of which can be left out; take fewer steps, "
-                "a lower shift, other ranges or all"
+                f"attention.steps={self.config.steps!r}: several of the {len(timesteps)} steps are "
+                f"at timestep {max(both):g}, so the ranges must name all of them or none; take "
+                "fewer steps, a lower shift, other ranges or all"
             )
         return exact
 
     def verify(self, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Hold every function on a small grid against the formula under its mask or bias.
+        """Compare every function with the plain formula, on random tokens of a small grid.
 
         Raises:
             WanError: a kernel is missing on this device, or does not compute the formula.
@@ -200,20 +201,21 @@ class NetworkAttention:
             distance = float(error.square().mean().sqrt() / expected.square().mean().sqrt())
             if not distance < tolerance:
                 raise WanError(
-                    f"attention={name} is off by {distance:.1e} (relative rms) from the "
-                    f"formula on {device}, {tolerance:.0e} is allowed; choose sdpa"
+                    f"attention={name} differs from the formula by {distance:.1e} (relative rms) "
+                    f"on {device}, {tolerance:.0e} is allowed; choose sdpa"
                 )
 
         no_bias = torch.zeros((), device=device)
         with torch.no_grad():
             for sparse in {layer.sparse for layer in self.layers} - {None}:
                 assert sparse is not None
+                # A sparse variant equals the formula with a bias of -inf outside its mask.
                 mask = sparse.mask(q, k, SELF_TEST_GRID)
                 check(sparse, sparse(q, k, v, SELF_TEST_GRID), no_bias.where(mask, -math.inf))
             used = {layer.dense for layer in self.layers if layer.sparse is None}
             for function in used | {layer.exact for layer in self.layers}:
                 check(function, function(q, k, v), no_bias)
-            # A bias as large as that of the text's padding: `wan.models.dit.share_padding`.
+            # Cross-attention gets such a bias for padding: see `wan.models.dit.share_padding`.
             bias = torch.linspace(-3, 3, k.shape[2], device=device).to(dtype).float()
             check(self.cross, self.cross(q, k, v, bias), bias)
 
@@ -225,18 +227,18 @@ def network_attention(choice: AttentionChoice, num_layers: int) -> NetworkAttent
     """Decide which function each layer calls.
 
     Args:
-        choice: a name, a config, a function (q, k, v, bias=None) for every attention, or what this
-            function returned before, which is handed back as it is.
-        num_layers: of the network.
+        choice: a name, a config, a function (q, k, v, bias=None) for every attention, or a
+            `NetworkAttention`, which is returned unchanged.
+        num_layers: number of blocks of the network.
 
     Raises:
-        WanError: see `build_attention` and `AttentionConfig`; or an `exact` that nothing would
-            call; or a built attention with another number of layers.
+        WanError: `build_attention` or `AttentionConfig` refuses the choice; no layer or step would
+            call the chosen `exact`; or a built attention has another number of layers.
     """
     if isinstance(choice, NetworkAttention):
         if len(choice.layers) != num_layers:
             raise WanError(
-                f"an attention built for {len(choice.layers)} layers, the network has {num_layers}"
+                f"this attention is for {len(choice.layers)} layers, the network has {num_layers}"
             )
         return choice
     if not isinstance(choice, str | AttentionConfig):
@@ -259,7 +261,8 @@ def network_attention(choice: AttentionChoice, num_layers: int) -> NetworkAttent
 
     used = config.uses("layers", num_layers)
     layers = tuple(layer_attention(i, use) for i, use in enumerate(used))
-    # Of the two, the first that takes a bias; one kernel alone may not, and it hardly matters here.
+    # Cross-attention needs a bias, which single kernels do not accept: use the first of the two
+    # choices that accepts one, else sdpa. It is about 1 % of the work, so speed matters little.
     cross = next(
         (f for n, f in ((config.name, built), (config.exact, exact)) if n in ATTENTION),
         sdpa_attention,
@@ -279,7 +282,7 @@ def verified_attention(
 ) -> NetworkAttention:
     """Build the attention of a network and verify it on the device that it will run on.
 
-    What was built before comes back as it is: its maker has verified it.
+    A `NetworkAttention` is returned unchanged, because it was verified when it was built.
 
     Raises:
         WanError: as `network_attention` and `NetworkAttention.verify`.

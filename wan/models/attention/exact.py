@@ -26,9 +26,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """The formula as written, all in float32: (L, S) scores per head in memory.
 
-    What the others are held against; products are bfloat16 under autocast, as everywhere. On CPUs
-    `sdpa` is 1.2 to 1.9 times faster at the miniature's 80 tokens, but not in training: a step in
-    bfloat16 took 0.30 s with this and 0.70 s with `sdpa`.
+    The other functions are compared with this one. Under autocast its products run in bfloat16. On
+    CPUs `sdpa` is 1.2 to 1.9 times faster at the miniature's 80 tokens, but not in training: a step
+    in bfloat16 took 0.30 s with this function and 0.70 s with `sdpa`.
 
     Arguments as for `sdpa_attention`, except that `bias` may have any shape that broadcasts to
     (B, N, L, S).

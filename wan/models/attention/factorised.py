@@ -10,12 +10,12 @@ from torch import Tensor
 from wan.errors import WanError
 from wan.models.attention.pattern import Grid, Pattern, Place, Windows
 
-ALTERNATES = "attention=factorised is spatial or temporal by layer: ask of_layer(i), or name one"
+ALTERNATES = "attention=factorised alternates by layer: call of_layer(i), or choose one of the two"
 
 
 @dataclass(frozen=True)
 class Spatial(Pattern):
-    """A token sees its own frame: 1 / T of the scores."""
+    """A token attends to its own frame: 1 / T of the scores are computed."""
 
     DISJOINT: ClassVar[bool] = True
 
@@ -29,7 +29,7 @@ class Spatial(Pattern):
 
 @dataclass(frozen=True)
 class Temporal(Pattern):
-    """A token sees its own place in all frames: 1 / (H W) of the scores."""
+    """A token attends to its own place in all frames: 1 / (H W) of the scores are computed."""
 
     DISJOINT: ClassVar[bool] = True
 
@@ -43,7 +43,7 @@ class Temporal(Pattern):
 
 @dataclass(frozen=True)
 class Factorised(Pattern):
-    """`Spatial` in even layers, `Temporal` in odd ones: any token reaches any other in two."""
+    """`Spatial` in even layers, `Temporal` in odd ones; two layers connect any two tokens."""
 
     def of_layer(self, layer: int) -> Pattern:
         return Temporal() if layer % 2 else Spatial()

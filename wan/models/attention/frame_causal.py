@@ -1,4 +1,4 @@
-"""Attention to the past and the present: what a model that makes video frame by frame can see."""
+"""Attention to the present and earlier frames, as in a model that makes video frame by frame."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from wan.models.attention.pattern import Grid, Pattern, Place, Windows
 
 @dataclass(frozen=True)
 class FrameCausal(Pattern):
-    """A token sees its own frame and all before it: (T + 1) / (2 T) of the scores."""
+    """A token attends to its own and all earlier frames: (T + 1) / (2 T) of the scores."""
 
     def allows(self, query: Place, key: Place, grid: Grid) -> Tensor:
         return key.t <= query.t

@@ -1,7 +1,8 @@
 """Attention kernels by name, for self-attention: (q, k, v), each (B, N, L, K), -> (B, N, L, K).
 
-`sdpa` lets PyTorch choose; these insist, and refuse where the kernel is not there. They take no
-bias. `sage` is not exact: it multiplies queries and keys in 8 bits (arXiv:2410.02367).
+`sdpa` lets PyTorch choose a kernel. Each function here runs one kernel, or raises a WanError where
+it is missing. They take no bias. `sage` is not exact: it multiplies queries and keys in 8 bits
+(arXiv:2410.02367).
 
 B batch, N heads, L tokens, K channels of a head.
 """
@@ -29,7 +30,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def flash3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention-3 (arXiv:2407.08608) for Hopper, from its own package."""
     package = _package("flash3", "flash_attn_interface", "FlashAttention-3 (hopper/)", q)
-    # Its layout is (B, L, N, K). Early versions give (out, log-sum-exp).
+    # Its layout is (B, L, N, K). Early versions return (out, log-sum-exp).
     out = package.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
@@ -43,7 +44,7 @@ def sage_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _kernel(name: str, backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Run one kernel of PyTorch's; name it in a WanError where it is missing.
+    """Run one of PyTorch's kernels; raise a WanError that names it where it is missing.
 
     PyTorch's own error says only that no kernel is available.
     """
@@ -60,7 +61,7 @@ def _kernel(name: str, backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> 
 
 
 def _package(name: str, module: str, title: str, q: Tensor) -> ModuleType:
-    """An optional package, imported when it is used and not before."""
+    """Import an optional package at its first use."""
     if q.device.type != "cuda":
         raise WanError(f"attention={name} runs on CUDA GPUs, not on {q.device.type}; choose sdpa")
     try:

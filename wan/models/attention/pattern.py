@@ -1,8 +1,8 @@
 """Sparse self-attention with a fixed pattern: which tokens of a (T, H, W) grid see which.
 
-A pattern says it twice: `allows` as a rule for any two places, of which FlexAttention makes the
-block mask of a GPU kernel, and `windows` as lists of tokens, of which CPUs gather just what is
-needed. Tests hold both equal to the formula under the dense mask.
+A pattern is written in two forms. `allows` is a rule for any two places, from which FlexAttention
+makes the block mask of its GPU kernel. `windows` lists the tokens, so that CPUs gather only these.
+Tests compare both with the formula under the dense mask.
 
 B batch, N heads, L tokens (order T, H, W, row-major), K channels of a head; G windows of n queries
 and m keys.
@@ -25,7 +25,7 @@ Windows = list[tuple[Tensor, Tensor]]  # queries (G, n) and the keys (G, m) they
 
 
 class Place(NamedTuple):
-    """Coordinates of tokens on their grid, tensors of one shape."""
+    """Coordinates of tokens on their grid: three int64 tensors of one shape."""
 
     t: Tensor
     h: Tensor
@@ -39,10 +39,10 @@ def places(tokens: Tensor, grid: Grid) -> Place:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern and the attention under it. Subclasses say what is seen.
+    """A fixed sparse pattern and the attention under it. Subclasses define which keys are seen.
 
     Attributes:
-        DISJOINT: no token is a key in two windows, so that gathering copies each only once.
+        DISJOINT: no token is a key in two windows, so gathering copies each token once.
     """
 
     DISJOINT: ClassVar[bool] = False
@@ -52,7 +52,7 @@ class Pattern:
         raise NotImplementedError
 
     def windows(self, grid: Grid) -> Windows:
-        """The same rule as lists of tokens; every token is a query once."""
+        """The same rule as lists of tokens; every token is a query in exactly one window."""
         raise NotImplementedError
 
     def of_layer(self, layer: int) -> "Pattern":
@@ -60,20 +60,20 @@ class Pattern:
         return self
 
     def density(self, grid: Grid) -> float:
-        """Share of the scores of dense attention, and so of its FLOPs, that is computed."""
+        """Computed share of dense attention's scores, which is also its share of the FLOPs."""
         seen = sum(queries.numel() * keys.shape[1] for queries, keys in self.windows(grid))
         return seen / math.prod(grid) ** 2
 
     def mask(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        """True where a query attends to a key: (L, L) bool, the same for all contents."""
+        """True where a query attends to a key: (L, L) bool, whatever the values of q and k."""
         tokens = torch.arange(math.prod(grid), device=q.device)
         return self.allows(places(tokens[:, None], grid), places(tokens, grid), grid)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """(B, N, L, K) three times -> (B, N, L, K).
 
-        On GPUs FlexAttention, compiled at the first call for a grid. On CPUs, and where windows are
-        disjoint, dense attention within each window.
+        GPUs run FlexAttention, which is compiled at the first call for a grid. CPUs, and patterns
+        with disjoint windows, run dense attention within each window.
         """
         if q.is_cuda and not self.DISJOINT:
             return attend_blocks(q, k, v, *remembered(block_mask, self, grid, q.device))
@@ -81,9 +81,9 @@ class Pattern:
 
 
 def remembered(build: Callable[..., Any], *key: Any) -> Any:
-    """`build(*key)`, looked up in its cache where the caller is compiled too.
+    """Call a cached function, from compiled code too.
 
-    The compiler passes over caches: it would put the making of a mask into every call of a block.
+    torch.compile ignores `lru_cache`: it would build the mask again in every call of a block.
     """
     if torch.compiler.is_compiling():
         build = torch.compiler.disable(build)
@@ -91,9 +91,9 @@ def remembered(build: Callable[..., Any], *key: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # else they could not be used in training later
+@torch.inference_mode(False)  # tensors made in inference mode could not be used in training later
 def gathered(pattern: Pattern, grid: Grid, device: torch.device) -> tuple[Windows, Tensor]:
-    """The windows on a device, and where in their order of queries each token stands, (L,)."""
+    """The windows on a device, and each token's index in the order of their queries, (L,)."""
     windows = [(queries.to(device), keys.to(device)) for queries, keys in pattern.windows(grid)]
     order = torch.cat([queries.flatten() for queries, _ in windows])
     return windows, order.argsort()
@@ -102,8 +102,8 @@ def gathered(pattern: Pattern, grid: Grid, device: torch.device) -> tuple[Window
 def attend_windows(q: Tensor, k: Tensor, v: Tensor, windows: Windows, position: Tensor) -> Tensor:
     """Dense attention within each window; windows of one size run as one batch.
 
-    Tokens are rows while they are gathered: copying and, backwards, adding up long rows is several
-    times faster than indexing single heads.
+    While tokens are gathered, all heads of a token form one long row: copying such rows, and adding
+    them up in the backward pass, is several times faster than indexing single heads.
     """
     heads = q.shape[:2]
     q, k, v = (x.permute(2, 0, 1, 3).flatten(1) for x in (q, k, v))  # (L, B N K)
@@ -122,7 +122,7 @@ def attend_windows(q: Tensor, k: Tensor, v: Tensor, windows: Windows, position: 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def block_mask(pattern: Pattern, grid: Grid, device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """FlexAttention's mask for tokens in the order of their windows, that order, and its inverse.
+    """FlexAttention's block mask for tokens ordered by window, that order, and its inverse.
 
     In this order neighbours share keys, so that few blocks of the kernel are partly empty.
     """
@@ -150,7 +150,7 @@ def attend_blocks(
     """FlexAttention (arXiv:2412.05496) on tokens put in `order`.
 
     Args:
-        kernel: what stands for FlexAttention where memory is counted (`wan.pipeline.memory`).
+        kernel: replaces FlexAttention where memory is estimated (`wan.pipeline.memory_counts`).
     """
     attend = kernel or flex_kernel()
     return attend(q[:, :, order], k[:, :, order], v[:, :, order], block_mask=mask)[:, :, position]
@@ -158,7 +158,7 @@ def attend_blocks(
 
 @cache
 def flex_kernel() -> Callable[..., Tensor]:
-    """The compiled kernel: uncompiled, FlexAttention computes all scores."""
+    """FlexAttention, compiled: without compilation it computes all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)

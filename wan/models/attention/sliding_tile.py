@@ -1,6 +1,6 @@
 """Sliding tile attention in three dimensions. Source: arXiv:2502.04507.
 
-The grid is cut into tiles. All tokens of a tile see the same window of whole tiles around theirs,
+The grid is cut into tiles. All tokens of a tile see the same window of whole tiles around it,
 so that no block of scores is partly masked. At the borders the window moves inwards instead of
 being cut. Tiles at the far borders are smaller where the grid is no multiple of the tile.
 """
@@ -17,13 +17,14 @@ from wan.models.attention.pattern import Grid, Pattern, Place, Windows
 
 
 def check_triple(name: str, value: tuple[int, int, int]) -> None:
+    """Refuse an option that is not three whole numbers above 0."""
     if len(value) != 3 or not all(isinstance(n, int) and n > 0 for n in value):
         raise WanError(f"attention.{name}={list(value)}: need three numbers above 0, for T, H, W")
 
 
 @dataclass(frozen=True)
 class SlidingTile(Pattern):
-    """A tile sees a box of `window` tiles around it.
+    """The queries of a tile attend to a box of `window` tiles around it.
 
     Attributes:
         tile: tokens along T, H and W.
@@ -51,6 +52,7 @@ class SlidingTile(Pattern):
     def windows(self, grid: Grid) -> Windows:
         axes = [spans(*sizes) for sizes in zip(grid, self.tile, self.window, strict=True)]
         tokens = torch.arange(grid[0] * grid[1] * grid[2]).view(grid)
+        # Windows of equal sizes are stacked, so that they run as one batch.
         alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parts in itertools.product(*axes):
             tile, seen = (tokens[box].flatten() for box in zip(*parts, strict=True))
@@ -62,14 +64,14 @@ class SlidingTile(Pattern):
 
 
 def in_window(query: Tensor, key: Tensor, length: int, size: int, reach: int) -> Tensor:
-    """Along one axis: whether the key lies in the window of the query's tile."""
+    """Whether, along one axis, the key lies in the window of the query's tile."""
     tiles = -(-length // size)
     first = (query // size - reach // 2).clamp(0, max(tiles - reach, 0)) * size
     return (key >= first) & (key < first + reach * size)
 
 
 def spans(length: int, size: int, reach: int) -> list[tuple[slice, slice]]:
-    """Along one axis: the tokens of each tile, and those of the tiles in its window."""
+    """The tokens of each tile and the tokens of its window, along one axis."""
     tiles = -(-length // size)
     pairs = []
     for i in range(tiles):

@@ -24,17 +24,18 @@ FLEX_BLOCK = 128  # tokens of a block in FlexAttention's kernels
 
 
 class Tiling(NamedTuple):
-    """Tokens by tile; tiles at the far borders are filled up with token 0, which is not `real`."""
+    """The tokens of each tile. Smaller tiles at the far borders are padded, which `real` marks."""
 
-    tokens: Tensor  # (M, P)
-    real: Tensor  # (M, P) bool
-    position: Tensor  # (L,), where in (M P) each token stands
-    full: bool  # no tile is filled up
+    tokens: Tensor  # (M, P), token 0 as padding
+    real: Tensor  # (M, P) bool, False at padding
+    position: Tensor  # (L,), index of each token in the flattened (M P)
+    full: bool  # no tile is padded
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # else it could not be used in training later
+@torch.inference_mode(False)  # tensors made in inference mode could not be used in training later
 def tiling(grid: Grid, tile: tuple[int, int, int], device: torch.device) -> Tiling:
+    """Cut a grid into tiles, in row-major order."""
     tokens = torch.arange(math.prod(grid)).view(grid)
     axes = [[q for q, _ in spans(n, p, 1)] for n, p in zip(grid, tile, strict=True)]
     tiles = [tokens[t, h, w].flatten() for t in axes[0] for h in axes[1] for w in axes[2]]
@@ -49,9 +50,10 @@ def tiling(grid: Grid, tile: tuple[int, int, int], device: torch.device) -> Tili
 
 @dataclass(frozen=True)
 class TopK:
-    """Each tile of queries sees the tiles of keys whose mean has the largest product with its own.
+    """Each tile of queries attends to the tiles of keys that fit it best.
 
-    The choice is made anew per head and call, and has no gradient.
+    These are the tiles whose mean key has the largest dot product with the tile's mean query. Each
+    head chooses in every call. The choice has no gradient.
 
     Attributes:
         tile: tokens along T, H and W. On GPUs their product must be a multiple of 128.
@@ -73,13 +75,13 @@ class TopK:
         return math.ceil(self.keep * num_tiles - 1e-9)  # 0.2 x 15 is 3, not 3.0000000000000004
 
     def density(self, grid: Grid) -> float:
-        """Share of tiles that are seen; of scores, where the tile divides the grid."""
+        """Share of the tiles that are seen; also of the scores, where the tile divides the grid."""
         num_tiles = math.prod(-(-n // p) for n, p in zip(grid, self.tile, strict=True))
         return self.num_kept(num_tiles) / num_tiles
 
     @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        """The tiles that each tile sees: (B, N, M, kept), best first."""
+        """The tiles that each tile attends to: (B, N, M, kept) int64 indices, best first."""
         tiles = remembered(tiling, grid, self.tile, q.device)
         real = tiles.real[:, :, None]  # (M, P, 1)
         mean_q, mean_k = (
@@ -89,7 +91,7 @@ class TopK:
         return scores.topk(self.num_kept(len(tiles.tokens)), dim=-1).indices
 
     def mask(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        """True where a query attends to a key: (B, N, L, L) bool, by these queries and keys."""
+        """True where a query attends to a key: (B, N, L, L) bool, chosen from these q and k."""
         tiles = remembered(tiling, grid, self.tile, q.device)
         tile_of = tiles.position // tiles.tokens.shape[1]  # (L,)
         seen = as_mask(self.choose(q, k, grid))
@@ -108,7 +110,7 @@ class TopK:
     def on_gpu(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, kernel: Callable[..., Tensor]
     ) -> Tensor:
-        """The same as GPUs do it, on any device, with another kernel than FlexAttention's."""
+        """Run the GPU path on any device, with `kernel` in place of FlexAttention."""
         return self._attend(q, k, v, grid, partial(self._attend_blocks, kernel=kernel))
 
     def _attend(
@@ -123,7 +125,7 @@ class TopK:
     def _attend_gathered(
         self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, tiles: Tiling
     ) -> Tensor:
-        """Copy the chosen tiles of keys beside each tile of queries: for CPUs."""
+        """The CPU path: copy the chosen tiles of keys for each tile of queries."""
         heads, num_tiles = q.shape[1:3]
         first = torch.arange(0, q.shape[:3].numel(), num_tiles, device=q.device)
         rows = chosen + first.view(-1, heads, 1, 1)  # in (B N M)
@@ -147,7 +149,7 @@ class TopK:
         tiles: Tiling,
         kernel: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """FlexAttention on the chosen blocks, each a tile: for GPUs."""
+        """The GPU path: FlexAttention, where each chosen block is a tile."""
         size = q.shape[3]
         if size % FLEX_BLOCK:
             raise WanError(
@@ -168,7 +170,7 @@ def as_mask(chosen: Tensor) -> Tensor:
 
 
 def chosen_blocks(chosen: Tensor, real: Tensor, size: int) -> Any:
-    """FlexAttention's mask of chosen tiles (B, N, M, kept), less the keys that are not `real`."""
+    """FlexAttention's block mask of chosen tiles (B, N, M, kept), without the padding keys."""
     from torch.nn.attention.flex_attention import BlockMask
 
     num_tiles, kept = chosen.shape[2:]
@@ -178,7 +180,7 @@ def chosen_blocks(chosen: Tensor, real: Tensor, size: int) -> Any:
         return seen[b, n, query // size, key // size] & real[key]
 
     counts = torch.full_like(chosen[..., 0], kept, dtype=torch.int32)
-    # The kernel reads as many indices as the count says, of a row that is as long as all tiles.
+    # The kernel expects as many indices as there are tiles, and reads the first `kept` of them.
     indices = F.pad(chosen, (0, num_tiles - kept)).int()
     length = num_tiles * size
     return BlockMask.from_kv_blocks(
