@@ -224,6 +224,8 @@ def _take_texts(
         if key in texts:
             raise WanError(f"{key}= is given twice")
         check_text(key, value)
+        if is_path and not value:
+            raise WanError(f"{key}= is empty: name a file or a folder, or leave it out")
         texts[key] = None if is_path and value == "null" else value
     return rest, texts
 

@@ -31,7 +31,7 @@ class CommandLine:
     """How the arguments of one command are read.
 
     Attributes:
-        schema: the command's dataclass in configs/schema.py.
+        schema: the command's dataclass, in `configs`.
         config_name: its YAML file in configs/, without the ending.
         text_keys: options whose value is a text, which is always literal.
         path_keys: options whose value is a path: literal too, except that `null` means none and
@@ -96,7 +96,7 @@ def help_text(line: CommandLine, description: str, flags: Mapping[str, str]) -> 
         shown = "none" if value is None else str(value)
         shown = shown if len(shown) <= 40 else shown[:37] + "..."
         left = f"  {short_key(line, name)}= {_type_name(kind)} [{shown}]"
-        lines.append(f"{left:<46}{item.metadata.get('help', '')}".rstrip())
+        lines.append(f"{left:<44}  {item.metadata.get('help', '')}".rstrip())
     for group, choice in sorted(presets.items()):
         lines += ["", f"Presets, written {group}=name [{choice}]:"]
         for name in preset_names(group):

@@ -130,10 +130,6 @@ def check_number(name: str, value: Any, low: Bound, high: Bound = NO_BOUND) -> N
     raise WanError(f"{name}={value}: must {allowed}")
 
 
-def check_at_least(name: str, value: float, lowest: float) -> None:
-    check_number(name, value, (lowest, True))
-
-
 def read_config(schema: type[C], cfg: DictConfig) -> C:
     """Composed YAML -> dataclasses. Unknown keys, wrong types and missing values raise here.
 

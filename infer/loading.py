@@ -97,13 +97,14 @@ class WeightDigests:
     It uses a daemon thread: hashing does not block other threads, and Ctrl-C does not wait for it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: ModelFolder) -> None:
         self._digests: dict[str, str] | None = None
         self._thread = threading.Thread(target=self._hash, args=(folder,), daemon=True)
         self._thread.start()
 
-    def _hash(self, folder: Path) -> None:
-        files = {name: path for name, path in model_files(folder).items() if path.is_file()}
+    def _hash(self, folder: ModelFolder) -> None:
+        found = model_files(folder.path, folder.places)
+        files = {name: path for name, path in found.items() if path.is_file()}
         digests = hash_files(files.values(), threads=2)
         self._digests = {name: digests[path] for name, path in files.items()}
 
@@ -158,7 +159,7 @@ class LoadedModel:
             bars.close()
         self.folder = folder.path
         self.merges = [f"{part}: {merge.report}" for part, merge in merges.items()]
-        self.digests = WeightDigests(folder.path) if config.hash_weights else None
+        self.digests = WeightDigests(folder) if config.hash_weights else None
         self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
         self.seconds = time.perf_counter() - started
 

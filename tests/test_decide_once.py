@@ -9,9 +9,15 @@ import torch
 from test_pipeline import build, write_tokenizer
 
 import infer.sample.request
+import wan.files
+import wan.models.tokenizer
+import wan.pipeline.config
+import wan.pipeline.folder
 from configs.cli import execute
 from infer.sample.__main__ import LINE, SampleCommand
 from wan.models.attention import NetworkAttention
+from wan.pipeline.pipeline import WanDMDPipeline
+from wan.weights.hub import STUDENT, TEACHER
 
 ROOT = Path(__file__).parents[1]
 OPENED: list[str] | None = None  # files that Python opens, while a test looks
@@ -29,8 +35,9 @@ sys.addaudithook(_note_opened)
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_tokenizer(folder / "tokenizer")
-    build(folder / "tokenizer").save_pretrained(folder / "base")
-    return folder / "base"
+    student = build(folder / "tokenizer", WanDMDPipeline, timesteps=(1000, 757, 522))
+    student.save_pretrained(folder / "student")
+    return folder / "student"
 
 
 @pytest.fixture
@@ -105,10 +112,24 @@ def test_the_path_from_the_command_to_the_kernel_is_the_one_that_is_documented(s
     documented = re.findall(r"^\| \d+ \| `([\w.]+)` \| `([\w./]+)` \|", page, re.MULTILINE)
     assert len(documented) <= 16
     assert documented[:2] == [("main", "infer/sample/__main__.py"), ("run", "configs/cli.py")]
-    # The test calls `execute` itself, as `run` does. The base model samples with UniPC.
-    found = frames_to_the_kernel(sample, monkeypatch)
-    expected = [
-        ("sample_unipc" if name == "sample_few_step" else name, file)
-        for name, file in documented[2:]
-    ]
-    assert found == expected
+    # The test calls `execute` itself, as `run` does.
+    assert frames_to_the_kernel(sample, monkeypatch) == documented[2:]
+
+
+def test_a_model_with_shared_parts_is_read_once_too(tmp_path, counts):
+    """The record hashes every file as well, which reads it a second time without parsing it."""
+    read: list[Path] = []
+    parse = wan.files.read_json
+
+    def noting(path):
+        read.append(path.resolve())
+        return parse(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (wan.pipeline.config, wan.pipeline.folder, wan.models.tokenizer):
+            patch.setattr(module, "read_json", noting)
+        tokens = ["model=mini-teacher", "steps=1", "prompt=a star", f"output_dir={tmp_path}"]
+        assert execute(SampleCommand(), LINE, "", tokens) == 0
+    assert {path.parent for path in read} >= {TEACHER, STUDENT / "vae", STUDENT / "tokenizer"}
+    assert len(read) == len(set(read))
+    assert counts["plans"] == counts["verifications"] == 1

@@ -380,6 +380,8 @@ def weights_stay_unread(monkeypatch):
         (["prompt=x", "prompt_file=y"], "base", ["only one"]),
         (["prompt_file=/no/such.txt"], "base", ["/no/such.txt"]),
         (["prompt_file={dir}"], "base", ["folder"]),
+        (["prompt=x", "lora="], "base", ["lora= is empty"]),
+        (["prompt=x", "output_dir="], "base", ["output_dir= is empty"]),
         (["prompt=x", "lora=missing.safetensors"], "base", ["missing.safetensors"]),
         (["prompt=x", "lora_2=y"], "base", ["lora_2=", "two experts"]),
         (["prompt=x", "lora=y"], "experts", ["lora_2=", "two experts"]),

@@ -9,7 +9,8 @@ from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae_config import VAEConfig
 from wan.pipeline.config import PipelineConfig
-from wan.pipeline.plan import SamplingRequest, plan_sampling
+from wan.pipeline.plan import SCHEDULES, SamplingRequest, plan_sampling
+from wan.sampling.samplers import SAMPLERS
 from wan.sampling.schedule import FEW_STEP_TABLE_SHIFT, euler_schedule, few_step_schedule
 
 TIMESTEPS = (1000.0, 757.0, 522.0)
@@ -63,3 +64,7 @@ def test_without_guidance_neither_expert_has_any():
     )
     assert plan_sampling(experts, SamplingRequest()).guidance_scale_2 == 3
     assert not plan_sampling(experts, SamplingRequest(guidance_scale=1)).guided
+
+
+def test_every_sampler_has_a_grid():
+    assert SCHEDULES.keys() == SAMPLERS.keys()

@@ -14,6 +14,7 @@ from train.conditioning import component_digests
 from train.export import export_model
 from wan.errors import WanError
 from wan.pipeline.config import model_files, part_folder, read_index, read_pipeline_config
+from wan.pipeline.folder import ModelFolder
 from wan.pipeline.pipeline import PIPELINES
 from wan.weights.digests import list_files, write_manifest
 from wan.weights.hub import BUILTIN, BUILTIN_TEACHER, STUDENT, TEACHER, resolve_model
@@ -102,3 +103,10 @@ def test_shipped_models_have_names():
     assert resolve_model(BUILTIN) == STUDENT
     assert resolve_model(BUILTIN_TEACHER) == TEACHER
     assert read_index(TEACHER)["_class_name"] == "WanPipeline"
+
+
+def test_a_folder_that_is_read_already_takes_no_other_parts():
+    folder = ModelFolder.read(TEACHER)
+    for options in ({"transformer": STUDENT / "transformer"}, {"revision": "main"}):
+        with pytest.raises(WanError, match="settings are read already"):
+            PIPELINES["WanDMDPipeline"].from_pretrained(folder, **options)

@@ -110,10 +110,12 @@ def check_memory(
 ) -> MemoryEstimate | None:
     """Estimate the memory of the largest job if it may matter; refuse what cannot fit."""
     config = requests[0].config
-    largest = max(requests, key=lambda request: request.tokens)
+    if config.preflight == "never":
+        return None
+    largest = max(requests, key=lambda request: (request.tokens, request.plan.guided))
     # An estimate imports parts of PyTorch's compiler, which takes longer than a small model.
-    matters = rough_bytes(folder.config, largest.latent_shape, dtype, attention) > GIB
-    if config.preflight == "never" or (config.preflight == "auto" and not matters):
+    rough = rough_bytes(folder.config, largest.latent_shape, dtype)
+    if config.preflight == "auto" and rough <= GIB:
         return None
     memory = estimate_memory(memory_request(requests, largest, folder, attention, device, dtype))
     host = torch.device("cpu")
@@ -204,7 +206,6 @@ def make_video(session: Session, request: Request, seed: int) -> int:
                     renoise=lambda i: draw_noise(
                         request.latent_shape, generators, config.frame_first_noise
                     ),
-                    deterministic=config.deterministic,
                     on_step=kept.after_step(bars),
                 )
         record["latents_sha256"] = tensor_sha256(kept.latents)

@@ -16,7 +16,6 @@ from wan.media.images import best_size, fit_image, load_image
 from wan.models.attention import NetworkAttention
 from wan.pipeline.config import PipelineConfig
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
-from wan.sampling.schedule import FEW_STEP_TABLE_SHIFT
 
 MODEL = "checkpoint"  # as the source of a value: the model's own folder
 CHOSEN = ("command line", PROMPT_FILE)  # sources that the user typed
@@ -164,14 +163,13 @@ def _decided(
     config: SampleConfig, model: PipelineConfig, plan: SamplingPlan, device: str, dtype: str
 ) -> dict[str, Any]:
     """Values that the model or another option decides, not the typed value alone."""
-    shift = model.shift if model.timesteps is None else FEW_STEP_TABLE_SHIFT
     deterministic = config.deterministic
-    if deterministic is None and plan.sampler == "few_step":
-        deterministic = model.defaults.deterministic or None  # listed only if true
+    if deterministic is None:
+        deterministic = plan.deterministic or None  # listed only if true
     return {
         "sampler.name": plan.sampler,
         "sampler.steps": len(plan.schedule),
-        "sampler.shift": shift if config.sampler.shift is None else config.sampler.shift,
+        "sampler.shift": plan.shift,
         "guidance_scale": plan.guidance_scale,
         "guidance_scale_2": plan.guidance_scale_2 if model.boundary_ratio else None,
         "lora_strength": config.lora_strength if config.lora else None,
@@ -202,7 +200,8 @@ def _drop_unused_negative(
 
     A negative prompt that the user typed is kept here and refused later.
     """
-    scales = (config.guidance_scale or model.defaults.guidance_scale, config.guidance_scale_2 or 1)
+    own = model.defaults.guidance_scale if model.timesteps is None else 1  # students: none
+    scales = (config.guidance_scale or own, config.guidance_scale_2 or 1)
     if sources["negative_prompt"] in CHOSEN or scales != (1, 1):
         return config
     sources["negative_prompt"] = "no guidance"

@@ -245,20 +245,20 @@ def shared_parts(folder: Path) -> dict[str, Path]:
     return {part: folder / str(place) for part, place in read_json(file).items()}
 
 
-def parts_from_elsewhere(folder: Path) -> dict[str, Path]:
-    """`shared_parts`, and the parts that are links to other folders."""
+def parts_from_elsewhere(folder: Path, shared: Mapping[str, Path] | None = None) -> dict[str, Path]:
+    """`shared_parts` (given, if they are read already), and the parts that are links."""
     entries = folder.iterdir() if folder.is_dir() else ()
     links = {e.name: e.resolve() for e in sorted(entries) if e.is_symlink() and e.is_dir()}
-    return links | shared_parts(folder)
+    return links | dict(shared_parts(folder) if shared is None else shared)
 
 
-def model_files(folder: Path) -> dict[str, Path]:
+def model_files(folder: Path, shared: Mapping[str, Path] | None = None) -> dict[str, Path]:
     """Every file that a model's videos may depend on, by its path in the released layout.
 
     Parts in other folders are included, the model's card is not.
     """
     files = list_files(folder)
-    for part, place in parts_from_elsewhere(folder).items():
+    for part, place in parts_from_elsewhere(folder, shared).items():
         files |= {f"{part}/{name}": path for name, path in list_files(place).items()}
     return {name: path for name, path in files.items() if name != CARD}
 

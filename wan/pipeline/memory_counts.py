@@ -30,8 +30,9 @@ from wan.models.umt5 import UMT5Encoder
 from wan.models.vae import WanVAE
 from wan.models.vae_config import CHUNK_LATENTS
 from wan.pipeline.config import PipelineConfig
-from wan.pipeline.folder import QUANTIZED_PARTS, module_builders
+from wan.pipeline.folder import QUANTIZED_PARTS, module_builders, part_builder
 from wan.pipeline.plan import SamplingPlan
+from wan.runtime.costs import count_parameters
 from wan.runtime.memory_meter import FusedAttention, LiveBytes, peak_bytes
 from wan.runtime.offload import has_blocks
 from wan.sampling.denoiser import guide
@@ -80,20 +81,17 @@ class MemoryRequest:
         return self.config.transformer.token_grid(self.latent_shape[1:])
 
 
-def weight_bytes(
-    config: PipelineConfig, dtype: torch.dtype, attention: AttentionChoice = "sdpa"
-) -> int:
+def weight_bytes(config: PipelineConfig, dtype: torch.dtype) -> int:
     """Bytes of all weights if every parameter had this dtype; float32 exceptions are ignored."""
-    builders = module_builders(config, attention)
-    networks = [build_on_meta(builders[part]) for part in config.components]
-    return sum(p.numel() for network in networks for p in network.parameters()) * dtype.itemsize
+    others = [part_builder(part, getattr(config, part)) for part in ("vae", "text_encoder")]
+    count = sum(p.numel() for build in others for p in build_on_meta(build).parameters())
+    num_experts = len(config.components) - len(others)
+    count += num_experts * count_parameters(config.transformer).total
+    return count * dtype.itemsize
 
 
 def rough_bytes(
-    config: PipelineConfig,
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    attention: AttentionChoice = "sdpa",
+    config: PipelineConfig, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> int:
     """A rough upper estimate of peak memory, to decide whether the exact one should run.
 
@@ -102,7 +100,6 @@ def rough_bytes(
 
     Args:
         shape: (C, T, h, w) of the latents.
-        attention: does not change the result; a built one saves building another.
     """
     vae, dit = config.vae, config.transformer
     _, frames, height, width = shape
@@ -113,7 +110,7 @@ def rough_bytes(
     decode = 6 * channels * chunk * height * width * stride**2
     tokens = math.prod(dit.token_grid(shape[1:]))
     denoise = tokens * (2 * dit.ffn_dim + 4 * dit.width)
-    return weight_bytes(config, dtype, attention) + video + max(decode, denoise) * dtype.itemsize
+    return weight_bytes(config, dtype) + video + max(decode, denoise) * dtype.itemsize
 
 
 def networks_of(request: MemoryRequest) -> dict[str, Any]:
@@ -265,7 +262,7 @@ def denoise_bytes(request: MemoryRequest) -> int:
     """Working memory of sampling: states, the text's keys and values, and one forward."""
     dit: WanDiT = shallow(request, "transformer")
     sizes, plan = request.config.transformer, request.plan
-    guided = plan.guidance_scale != 1
+    guided = plan.guided  # by either of two experts
     # From the third step on, unipc holds as many states as it ever does.
     shape, steps = (1, *request.latent_shape), min(3, len(plan.schedule))
     schedule = Schedule(
@@ -293,7 +290,7 @@ def denoise_bytes(request: MemoryRequest) -> int:
                     return conditional
                 memory.spike(forward)
                 unconditional = torch.empty(shape, device=META)
-                return guide(conditional, unconditional, plan.guidance_scale)
+                return guide(conditional, unconditional, 2.0)  # the scale changes no size
 
             options: dict[str, Any] = {}
             if plan.sampler == "few_step":

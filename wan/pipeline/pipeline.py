@@ -27,7 +27,7 @@ from wan.models.vae import WanVAE, decode_tiled
 from wan.models.vae_config import CHUNK_LATENTS
 from wan.pipeline.callbacks import Interrupted, StepCallback, StepFunction, StepHook
 from wan.pipeline.config import BASE, FEW_STEP, PipelineConfig
-from wan.pipeline.folder import ModelFolder, load_modules, save_modules
+from wan.pipeline.folder import ModelFolder, load_modules, save_modules, warn_of_attention
 from wan.pipeline.inputs import (
     Generators,
     ImageInput,
@@ -203,6 +203,7 @@ class WanPipeline:
         chosen = verified_attention(attention, self.config.transformer, self.device, dtype)
         if chosen == self.transformer.attention:
             return
+        warn_of_attention("this model", self.config.defaults.attention, str(chosen.config))
         if self.compile != "none":
             torch.compiler.reset()  # PyTorch stops compiling a block after 8 variants of it
         for network in (self.transformer, self.transformer_2):
@@ -269,6 +270,11 @@ class WanPipeline:
         }
         overrides = {part: Path(path) for part, path in parts.items() if path is not None}
         if isinstance(name, ModelFolder):
+            if overrides or revision is not None or offline:
+                raise WanError(
+                    f"{name.path}: its settings are read already; give other parts to "
+                    "ModelFolder.read(path, overrides), and revision and offline to resolve_model"
+                )
             folder = name
         else:
             folder = ModelFolder.read(resolve_model(name, revision, offline), overrides)
@@ -465,7 +471,6 @@ class WanPipeline:
                 negative,
                 image_latents,
                 renoise=lambda i: draw_noise(x.shape[1:], generators, frame_first_noise),
-                deterministic=deterministic,
                 on_step=hook,
             )
 
@@ -607,7 +612,6 @@ class WanPipeline:
         image_latents: Tensor | None = None,
         *,
         renoise: Callable[[int], Tensor] | None = None,
-        deterministic: bool | None = None,
         on_step: StepFunction | None = None,
     ) -> Tensor:
         """Noise to normalised latents: (B, C, T, h, w) float32 -> the same.
@@ -619,8 +623,6 @@ class WanPipeline:
                 guidance.
             image_latents: (B, C, 1, h, w), a clean first frame from `encode_image`.
             renoise: step -> fresh noise, shaped like x; for few-step sampling.
-            deterministic: few-step sampling adds predicted noise, not fresh noise; None takes what
-                the student was trained with.
             on_step: called after every step, see `StepFunction`.
 
         Raises:
@@ -651,9 +653,7 @@ class WanPipeline:
 
         options: dict[str, Any] = {}
         if plan.sampler == "few_step":
-            own = self.config.defaults.deterministic
-            options["deterministic"] = own if deterministic is None else deterministic
-            options["renoise"] = renoise
+            options = {"deterministic": plan.deterministic, "renoise": renoise}
         sample = build_sampler(plan.sampler)
         with closing(slot):
             try:

@@ -6,7 +6,7 @@ and without an image: anything else is refused in one error, unless `allow_untra
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wan.errors import WanError
 from wan.pipeline.config import PipelineConfig
@@ -70,6 +70,8 @@ class SamplingPlan:
         sampler: name in `wan.sampling.samplers.SAMPLERS`.
         schedule: the steps.
         guidance_scale, guidance_scale_2: for the high-noise (or only) and the low-noise expert.
+        shift: of the grid, or of the table in which the sigmas of a list of timesteps are found.
+        deterministic: few-step sampling adds predicted noise, not fresh noise.
         untrained: the settings that the model was not trained for, in words.
     """
 
@@ -77,6 +79,8 @@ class SamplingPlan:
     schedule: Schedule
     guidance_scale: float
     guidance_scale_2: float
+    shift: float
+    deterministic: bool = False
     untrained: tuple[str, ...] = ()
 
     @property
@@ -124,7 +128,11 @@ def plan_sampling(config: PipelineConfig, request: SamplingRequest) -> SamplingP
         plan = _plan_few_step(config, config.timesteps, request)
     if request.deterministic is not None and plan.sampler != "few_step":
         raise WanError(f"deterministic: sampler {plan.sampler} adds no noise; for few_step")
-    return plan
+    if plan.sampler != "few_step":
+        return plan
+    own = config.defaults.deterministic
+    chosen = own if request.deterministic is None else request.deterministic
+    return replace(plan, deterministic=chosen)
 
 
 def _other_text_length(config: PipelineConfig, request: SamplingRequest) -> list[str]:
@@ -145,6 +153,7 @@ def _plan_base(config: PipelineConfig, request: SamplingRequest) -> SamplingPlan
         schedule=_schedule(request, "unipc", defaults.num_inference_steps, config.shift),
         guidance_scale=scale,
         guidance_scale_2=scale if scale_2 is None else scale_2,
+        shift=config.shift if request.shift is None else request.shift,
         untrained=tuple(_other_text_length(config, request)),
     )
     if request.negative_prompt and not plan.guided:
@@ -189,7 +198,9 @@ def _plan_few_step(
     scale_2 = scale if request.guidance_scale_2 is None else request.guidance_scale_2
     if request.negative_prompt and scale == scale_2 == 1:
         raise WanError("negative_prompt has no effect without guidance: set guidance_scale above 1")
-    return SamplingPlan(sampler or "few_step", schedule, scale, scale_2, tuple(untrained))
+    return SamplingPlan(
+        sampler or "few_step", schedule, scale, scale_2, shift, untrained=tuple(untrained)
+    )
 
 
 def _schedule(
