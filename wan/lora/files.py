@@ -145,8 +145,8 @@ def read_lora(path: str | Path, expert: str | None = None) -> LoRA:
 
     Raises:
         FileNotFoundError: there is no such file.
-        WanError: the file is no safetensors file, no LoRA or another method such as DoRA; or it has
-            names that Wan lacks, half a pair, or an unusable alpha or tensor, all of them listed.
+        WanError: the file is no safetensors file, no LoRA, or of another method such as DoRA; or it
+            has unknown names, half a pair, or an unusable alpha or tensor, all of them listed.
     """
     path = lora_file(Path(path))
     source = read_header(path)
