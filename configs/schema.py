@@ -300,17 +300,17 @@ class SampleConfig(LoadingConfig):
         None, "the same for the low-noise expert of models with two", at_least=1
     )
     deterministic: bool | None = option(None, "few_step: add predicted noise, not fresh noise")
-    frame_first_noise: bool = option(False, "draw noise in FastVideo's order: its seeds match ours")
+    frame_first_noise: bool = option(False, "draw noise in FastVideo's order, for its seeds")
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = count(
         None, "text tokens that are read, padding included; another number makes another video"
     )
 
     height: int | None = count(
-        None, "pixels; the error for an illegal size names the nearest legal"
+        None, "pixels; the error for an illegal size names the nearest legal one"
     )
     width: int | None = count(None, "pixels")
-    num_frames: int | None = count(None, "frames: 4k + 1 of them")
+    num_frames: int | None = count(None, "number of frames: 4k + 1")
     fps: float | None = option(
         None,
         "frames per second written into the file; changes no frame",
@@ -321,7 +321,7 @@ class SampleConfig(LoadingConfig):
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     preflight: str = option(
         "auto",
-        "predict memory and refuse what cannot fit: always, never, auto (from about 1 GiB on)",
+        "estimate memory and refuse what cannot fit: always, never, auto (from about 1 GiB on)",
         choices=("auto", "always", "never"),
     )
     chunk_latents: int = count(

@@ -163,7 +163,7 @@ def test_a_row_that_is_not_padding_cannot_be_shared():
     dit, (_, context) = random_dit(), random_inputs()
     with pytest.raises(WanError, match="not zero"):
         dit.prepare_context(context, TEXT_TOKENS - 1)
-    with pytest.raises(WanError, match="12 rows"):
+    with pytest.raises(WanError, match="12 text tokens"):
         dit.prepare_context(context, 13)
 
 

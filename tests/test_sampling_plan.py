@@ -39,7 +39,7 @@ def test_a_student_knows_one_shift():
 
 def test_rows_of_text_are_part_of_the_model():
     """Those past a prompt's end are attended too."""
-    with pytest.raises(WanError, match=r"max_sequence_length=226: this few-step.* 512 rows"):
+    with pytest.raises(WanError, match=r"max_sequence_length=226: this few-step.* 512 text"):
         plan_sampling(STUDENT, SamplingRequest(max_sequence_length=226))
     for config in (BASE, STUDENT):
         asked = SamplingRequest(max_sequence_length=226, allow_untrained=True)

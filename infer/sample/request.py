@@ -200,8 +200,11 @@ def _drop_unused_negative(
 
     A negative prompt that the user typed is kept here and refused later.
     """
-    own = model.defaults.guidance_scale if model.timesteps is None else 1  # students: none
-    scales = (config.guidance_scale or own, config.guidance_scale_2 or 1)
+    scale, scale_2 = config.guidance_scale, config.guidance_scale_2
+    if scale is None and model.timesteps is None:  # students have no guidance of their own
+        scale = model.defaults.guidance_scale
+        scale_2 = scale_2 or model.defaults.guidance_scale_2
+    scales = (scale or 1, scale_2 or scale or 1)
     if sources["negative_prompt"] in CHOSEN or scales != (1, 1):
         return config
     sources["negative_prompt"] = "no guidance"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError
+from wan.files import read_text
 from wan.weights.keys import LAYOUTS, our_name, table
 from wan.weights.names import grouped
 from wan.weights.safetensors_file import map_tensors, read_header
@@ -145,8 +146,8 @@ def read_lora(path: str | Path, expert: str | None = None) -> LoRA:
 
     Raises:
         FileNotFoundError: there is no such file.
-        WanError: the file is no safetensors file, no LoRA or another method such as DoRA; or it has
-            names that Wan lacks, half a pair, or an unusable alpha or tensor, all of them listed.
+        WanError: the file is no safetensors file, no LoRA, or of another method such as DoRA; or it
+            has unknown names, half a pair, or an unusable alpha or tensor, all of them listed.
     """
     path = lora_file(Path(path))
     source = read_header(path)
@@ -325,7 +326,7 @@ def read_peft_config(path: Path, metadata: dict[str, str], expert: str) -> PeftC
     if "lora_adapter_metadata" in metadata:
         source, text = "its lora_adapter_metadata", metadata["lora_adapter_metadata"]
     elif path.name == "adapter_model.safetensors" and beside.is_file():
-        source, text = str(beside), beside.read_text(encoding="utf-8")
+        source, text = str(beside), read_text(beside)
     else:
         return NO_PEFT_CONFIG
     try:

@@ -44,6 +44,7 @@ __all__ = [
 
 # --- merging a file -------------------------------------------------------------------------------
 
+# Model width -> the models that have it, for error messages.
 WIDTHS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 TI2V-5B", 5120: "a Wan 14B or A14B"}
 
 

@@ -467,8 +467,8 @@ class WanDiT(nn.Module):
         Args:
             context: (B, S, text_dim), zero after each prompt's tokens. Attention reads the zero
                 tokens like any others, because the network was trained so.
-            num_tokens: n says that all tokens from n on are zero. They are then attended as one
-                token that counts for all: the same function, up to rounding, in less time.
+            num_tokens: n says that all tokens from n on are zero. Two tokens then stand for
+                all of them: the same function, up to rounding, in less time.
         Raises:
             WanError: the shape does not fit, or a token from `num_tokens` on is not zero.
         """

@@ -49,6 +49,7 @@ def keep_attention(block: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def attention_is_kept(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    """PyTorch's policy for one operation: keep the results of attention kernels only."""
     kept = any(op is getattr(torch.ops.aten, name).default for name in ATTENTION_KERNELS)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -237,7 +237,7 @@ def shared_parts(folder: Path) -> dict[str, Path]:
     """The parts that a model takes from other folders: part -> folder.
 
     Models that share parts store them once: `SHARED_FILE` holds a JSON object, part -> folder,
-    relative to the model's folder. `infer.convert` copies all parts into one folder.
+    relative to the model's folder. `infer.convert` writes all parts into one folder.
     """
     file = folder / SHARED_FILE
     if not file.is_file():

@@ -155,8 +155,8 @@ class Denoiser:
 
     Args:
         high_noise: the only expert, or the one for timesteps from the boundary up.
-        context: (B, S, text_dim), the encoded prompts. Zero tokens at the end are attended as one
-            token that counts for all: the same function (up to rounding) in less time.
+        context: (B, S, text_dim), the encoded prompts. Two tokens stand for all zero tokens at
+            the end: the same function (up to rounding) in less time.
         negative_context: like `context`, for the second forward of guidance; may be None if no
             expert uses guidance.
         low_noise: the expert for timesteps below the boundary.

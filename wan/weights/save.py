@@ -39,7 +39,8 @@ def save_component(
     Returns:
         The weight files, and the index if there are several.
     Raises:
-        WanError: a name is not ours, weights are already there, or the disk refuses the files.
+        WanError: a name is not ours, weights are already there, or there is no space or right
+            to write.
     """
     folder = Path(folder)
     released = {n: prefix + released_name(component, layout, n, vae_levels) for n in state}

@@ -177,9 +177,9 @@ class NetworkAttention:
         exact = frozenset(t for t, use in zip(timesteps, used, strict=True) if not use)
         if both := exact.intersection(t for t, use in zip(timesteps, used, strict=True) if use):
             raise WanError(
-                f"attention.steps={self.config.steps!r}: several of the {len(timesteps)} steps are "
-                f"at timestep {max(both):g}, so the ranges must name all of them or none; take "
-                "fewer steps, a lower shift, other ranges or all"
+                f"attention.steps={self.config.steps!r}: of {len(timesteps)} steps several are at "
+                f"timestep {max(both):g}, so the ranges must name all of these or none; take fewer "
+                "steps, a lower shift, other ranges or all"
             )
         return exact
 
@@ -201,8 +201,8 @@ class NetworkAttention:
             distance = float(error.square().mean().sqrt() / expected.square().mean().sqrt())
             if not distance < tolerance:
                 raise WanError(
-                    f"attention={name} differs from the formula by {distance:.1e} (relative rms) "
-                    f"on {device}, {tolerance:.0e} is allowed; choose sdpa"
+                    f"attention={name} is off by {distance:.1e} (relative rms) from the "
+                    f"formula on {device}, {tolerance:.0e} is allowed; choose sdpa"
                 )
 
         no_bias = torch.zeros((), device=device)

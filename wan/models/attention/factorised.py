@@ -10,7 +10,7 @@ from torch import Tensor
 from wan.errors import WanError
 from wan.models.attention.pattern import Grid, Pattern, Place, Windows
 
-ALTERNATES = "attention=factorised alternates by layer: call of_layer(i), or choose one of the two"
+ALTERNATES = "attention=factorised is spatial or temporal by layer: call of_layer(i), or choose one"
 
 
 @dataclass(frozen=True)

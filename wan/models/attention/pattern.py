@@ -25,7 +25,7 @@ Windows = list[tuple[Tensor, Tensor]]  # queries (G, n) and the keys (G, m) they
 
 
 class Place(NamedTuple):
-    """Coordinates of tokens on their grid: three int64 tensors of one shape."""
+    """Coordinates of tokens on their grid: three integer tensors of one shape."""
 
     t: Tensor
     h: Tensor
