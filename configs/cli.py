@@ -338,7 +338,21 @@ def _read(line: CommandLine, groups: Sequence[str], cfg: DictConfig) -> Any:
         raise WanError(f"unknown option {key}=; {_suggest(key, known)}") from error
     except OmegaConfBaseException as error:
         key = short_key(line, str(error.full_key))
-        raise WanError(f"{key}=: {str(error).splitlines()[0]}") from error
+        raise WanError(f"{key}{_plain(str(error).splitlines()[0])}") from error
+
+
+def _plain(message: str) -> str:
+    """What follows the option's name in an error about its type, in plain words."""
+    patterns = {
+        r"Value '(.*)' of type '.*' could not be converted to Float": "={}: must be a number",
+        r"Value '(.*)' of type '.*' could not be converted to Integer": "={}: must be an integer",
+        r"Value '(.*)' is not a valid bool.*": "={}: must be true or false",
+        r"Invalid value assigned: AnyNode is not a ListConfig.*": "=: is a list, write it as [..]",
+    }
+    for pattern, words in patterns.items():
+        if match := re.fullmatch(pattern, message):
+            return words.format(*match.groups())
+    return f"=: {message}"
 
 
 def _suggest(key: str, known: Sequence[str]) -> str:

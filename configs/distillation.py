@@ -52,7 +52,9 @@ class ScoreConfig(Options):
     shift: float = positive(5.0, "shift of the noise levels at which scores are compared")
     lowest: float = positive(0.02, "lowest noise level")
     highest: float = option(0.98, "highest noise level", below=1)
-    clamp: bool = option(True, "levels beyond the bounds move onto them; false: drawn inside")
+    clamp: bool = option(
+        True, "clamp drawn levels to [lowest, highest]; false: draw only between them"
+    )
     critic_ratio: int = count(5, "critic updates per student update")
     critic_warmup: int = option(0, "critic updates before the student's first", at_least=0)
     critic_lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -101,7 +103,7 @@ class RegressionConfig(Options):
         at_least=0,
     )
     num_pairs: int = count(1024, "trajectories the teacher samples first")
-    steps: int = count(24, "UniPC steps of each, about: the student's levels are among them")
+    steps: int = count(24, "UniPC steps per trajectory, to which the student's timesteps are added")
     guidance_scale: float | None = option(None, "guidance there; null: scores.guidance_scale")
     shift: float | None = option(None, "shift of the teacher's grid; null: the model's own")
     folder: str | None = option(

@@ -31,13 +31,13 @@ CAPTION_SETS = ("single", "pair", "seeds")  # of a study: options of `StudyConfi
 class CaptionSetConfig(Options):
     """Which captions of the miniature's world are made, and how often."""
 
-    num_captions: int = count(512, "the first so many of the captions that the seed chooses")
+    num_captions: int = count(512, "number of captions; the seed chooses which")
     seeds_per_caption: int = count(1, "clips of each; with several, their diversity is measured")
     split: str = option(
         "heldout", "heldout (combinations never trained on), train or any", choices=SPLITS
     )
     num_objects: int | None = option(
-        1, "1 or 2; null draws 1 for six scenes in ten", at_least=1, at_most=2
+        1, "1 or 2; null: 60 % of the scenes have one object, 40 % two", at_least=1, at_most=2
     )
     omit: float = share(0.0, "chance that a caption leaves an attribute unsaid; training has 0.15")
     seed: int = seed_option(0, "chooses captions and noise; clip i gets noise seed + i")
@@ -86,7 +86,7 @@ class EvaluateConfig(LoadingConfig, RunConfig, CaptionSetConfig):
         17, "4k + 1; at least 9, as in fewer frames a circle looks like a line", at_least=9
     )
     fps: float | None = option(
-        None, "of a preset, without effect: everything is measured per frame"
+        None, "ignored, everything is measured per frame; here so that presets can be read"
     )
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 

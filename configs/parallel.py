@@ -16,7 +16,9 @@ class ParallelConfig(Options):
 
     GROUP: ClassVar[str] = "parallel."
 
-    shard: int | None = count(None, "processes that hold one copy of the weights; null: the rest")
-    replicate: int = count(1, "such copies (HSDP), e.g. one per machine")
+    shard: int | None = count(
+        None, "processes that share one copy of the weights; null: all, over replicate"
+    )
+    replicate: int = count(1, "copies of the weights (HSDP), e.g. one per machine")
     sequence: int = count(1, "processes that share the tokens of each clip; divides the heads")
     reduce_dtype: str = option("float32", "gradients are summed in it", choices=DTYPES)

@@ -36,7 +36,7 @@ class LoopConfig(Options):
     steps: int = count(1000, "optimisation steps in all, a resumed run's earlier ones included")
     log_every: int = count(20, "steps per line of metrics.jsonl")
     save_every: int = count(200, "steps between checkpoints")
-    keep_last: int = count(2, "checkpoints kept; the newest alone is not safe")
+    keep_last: int = count(2, "checkpoints kept; with 1, a damaged newest one loses the run")
     wandb_project: str | None = option(None, "mirror metrics to this wandb project")
     allow_changes: bool = option(False, "go on from checkpoints of a run with other settings")
 

@@ -1,4 +1,4 @@
-"""Hold our models against diffusers and transformers on the same weights.
+"""Compare our models with diffusers and transformers on the same weights.
 
     python -m infer.parity [checkpoint=..]
 

@@ -55,7 +55,7 @@ def compare(
 
 
 def compare_to_truth(rung: str, what: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> Row:
-    """Hold our distance to the float32 result against the reference's own distance to it."""
+    """Compare our distance to the float32 result with the reference's own distance to it."""
     theirs_off = distance(theirs, truth)[1]
     note = f"{BFLOAT16_FACTOR} x the reference's own {theirs_off:.1e}"
     return Row(rung, what, *distance(ours, truth), BFLOAT16_FACTOR * theirs_off, note)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-# The fused attention kernels; each device has its own. Their outputs are a quarter of the
+# The fused attention kernels; each device has its own. Their outputs are half of the
 # residual stream's size and cost half of a block's time at full length.
 ATTENTION_KERNELS = (
     "_scaled_dot_product_flash_attention",
