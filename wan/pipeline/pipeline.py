@@ -234,8 +234,8 @@ class WanPipeline:
         """Load a model.
 
         Args:
-            name: a folder in the released layout, a hub id, or a `ModelFolder`, which decides its
-                revision and parts: the arguments for these do not apply to it.
+            name: a folder in the released layout, a hub id, or a `ModelFolder`, to which revision
+                and parts were given when it was read: here they are refused.
             dtype: dtype of the weights, float32 or bfloat16. Parameters that a module's
                 `FLOAT32_PARAMETERS` names stay float32.
             device, offload, compile: see the constructor.
