@@ -15,7 +15,6 @@ from wan.weights.load import build_on_meta, load_module
 from wan.weights.quantize import (
     QuantizedLinear,
     is_quantized_weight,
-    quantization_error,
     quantization_of,
     quantize,
     quantize_weight,
@@ -24,6 +23,13 @@ from wan.weights.quantize import (
 from wan.weights.save import save_component
 
 KINDS = ("int8", "fp8")
+
+
+def quantization_error(weight: torch.Tensor, kind: str) -> float:
+    """Relative rms error of a weight (out, in) after quantisation."""
+    exact = weight.float()
+    error = restore_weight(*quantize_weight(weight, kind), torch.float32) - exact
+    return float(error.norm() / exact.norm())
 
 
 def forward(dit: WanDiT) -> torch.Tensor:

@@ -8,10 +8,10 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wan.errors import WanError
 from wan.models.tokenizer import Tokenizer, clean_prompt
@@ -22,7 +22,6 @@ from wan.weights.digests import hash_files, list_files
 
 TEXT_LENGTH = 512  # tokens of context that every Wan transformer reads
 
-M = TypeVar("M", bound=nn.Module)
 TokensOf = Callable[[list[str]], list[Tensor]]
 
 

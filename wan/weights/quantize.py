@@ -141,10 +141,3 @@ def refuse_quantized(module: nn.Module, remedy: str) -> None:
     """Raise a WanError if a module is quantised; `remedy` ends its message."""
     if quantization_of(module) != "none":
         raise WanError(f"the weights are quantised: {remedy}")
-
-
-def quantization_error(weight: Tensor, kind: str) -> float:
-    """Relative rms error of a weight (out, in) after quantisation."""
-    exact = weight.float()
-    error = restore_weight(*quantize_weight(weight, kind), torch.float32) - exact
-    return float(error.norm() / exact.norm())
