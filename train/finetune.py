@@ -166,7 +166,7 @@ def validate(
         guidance, bfloat16 = config.validation_guidance, config.bfloat16
         velocity = sampler_velocity(dit, condition, null, guidance, bfloat16)
         x = draw_noise(shape, sample_generators(numbers, len(numbers))).to(texts.device)
-        return vae.decode(sample_euler(velocity, x, schedule), None).float()
+        return vae.decode_normalized(sample_euler(velocity, x, schedule), None).float()
 
     videos = ranks.spread(sample, range(len(captions)), chunk=32)
     return read_clips(videos, captions, "val")

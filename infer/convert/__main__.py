@@ -54,7 +54,8 @@ from wan.pipeline.config import (
     part_folder,
     scheduler_json,
 )
-from wan.pipeline.folder import part_builder, vae_levels
+from wan.pipeline.folder import part_builder
+from wan.pipeline.parts import vae_levels
 from wan.weights.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.weights.hub import SHIPPED, builtin_folder
 from wan.weights.keys import COMPONENTS, detect_layout

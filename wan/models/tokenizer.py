@@ -57,6 +57,7 @@ class Tokenizer:
         """Take the function from text to ids without </s>, and the number of ids in use."""
         self._encode = encode
         self.vocab_size = vocab_size
+        self.folder: Path | None = None  # where its files are, for a copy of the model
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
@@ -67,10 +68,13 @@ class Tokenizer:
         """
         folder = Path(path)
         if (folder / "tokenizer.json").is_file():
-            return cls._from_tokenizer_json(folder / "tokenizer.json")
-        if (folder / "spiece.model").is_file():
-            return cls._from_spiece(folder / "spiece.model", _num_sentinels(folder))
-        raise WanError(f"{folder}: no tokenizer.json and no spiece.model in this folder")
+            tokenizer = cls._from_tokenizer_json(folder / "tokenizer.json")
+        elif (folder / "spiece.model").is_file():
+            tokenizer = cls._from_spiece(folder / "spiece.model", _num_sentinels(folder))
+        else:
+            raise WanError(f"{folder}: no tokenizer.json and no spiece.model in this folder")
+        tokenizer.folder = folder
+        return tokenizer
 
     @classmethod
     def _from_tokenizer_json(cls, path: Path) -> "Tokenizer":

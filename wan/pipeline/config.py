@@ -94,8 +94,8 @@ class PipelineConfig:
                 f"the transformer reads text of width {dit.text_dim}, the text encoder gives "
                 f"{self.text_encoder.d_model}: they are of different models"
             )
-        if self.boundary_ratio is not None and not 0 < self.boundary_ratio < 1:
-            raise WanError(f"boundary_ratio={self.boundary_ratio}: must lie between 0 and 1")
+        if self.boundary_ratio is not None and not 0 < self.boundary_ratio <= 1:
+            raise WanError(f"boundary_ratio={self.boundary_ratio}: must lie in (0, 1]")
         if (self.class_name == FEW_STEP) != (self.timesteps is not None):
             raise WanError(f"{self.class_name} with timesteps={self.timesteps}: only students")
         if self.timesteps is not None:
@@ -276,7 +276,16 @@ def read_shift(folder: Path) -> float:
 
 
 def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
-    """The folder's own defaults; those of the official code for values it does not set.
+    """The folder's own defaults; those of the official code for values it does not set."""
+    defaults = model_defaults(vae, two_experts)
+    path = folder / DEFAULTS_FILE
+    if not path.is_file():
+        return defaults
+    return override_defaults(defaults, read_json(path), str(path))
+
+
+def model_defaults(vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
+    """The defaults of the official code for a model of this kind.
 
     Source: Wan2.2 `wan/configs`. A VAE with spatial stride 16 marks TI2V-5B; diffusers runs the
     other models at 832x480.
@@ -288,10 +297,7 @@ def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDe
         defaults = replace(
             defaults, num_inference_steps=40, guidance_scale=4.0, guidance_scale_2=3.0
         )
-    path = folder / DEFAULTS_FILE
-    if not path.is_file():
-        return defaults
-    return override_defaults(defaults, read_json(path), str(path))
+    return defaults
 
 
 def override_defaults(

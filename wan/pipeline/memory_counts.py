@@ -307,7 +307,7 @@ def image_bytes(request: MemoryRequest) -> int:
     height, width = (n * stride for n in request.latent_shape[2:])
 
     def encode() -> Tensor:
-        return vae.encode(torch.empty(1, 3, 1, height, width, device=META))
+        return vae.encode_normalized(torch.empty(1, 3, 1, height, width, device=META))
 
     with FusedAttention():
         return peak_bytes(encode)
