@@ -46,7 +46,7 @@ from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.runtime.offload import OFFLOAD, ExpertSlot, at_work, has_blocks, pin, resolve_device
 from wan.sampling.denoiser import Denoiser, Expert
 from wan.sampling.noise import draw_noise
-from wan.sampling.samplers import build_sampler
+from wan.sampling.samplers import sample
 from wan.sampling.schedule import FEW_STEP_TIMESTEPS, Schedule
 from wan.weights.hub import resolve_model
 from wan.weights.quantize import check_quantize, refuse_quantized
@@ -356,6 +356,7 @@ class WanPipeline:
         max_sequence_length: int | None = None,
         seed: int | Sequence[int] | None = None,
         sampler: str | None = None,
+        grid: str | None = None,
         shift: float | None = None,
         schedule: Schedule | None = None,
         deterministic: bool | None = None,
@@ -390,6 +391,7 @@ class WanPipeline:
             seed: instead of generators: video j gets seed + j; or one seed per video. With neither,
                 a seed is drawn from PyTorch's global generator and returned.
             sampler: a name in `wan.sampling.samplers.SAMPLERS`.
+            grid: one of the sampler's grids in `wan.sampling.schedule.GRIDS`.
             shift: moves the schedule towards high noise; 1 changes nothing.
             deterministic: few-step sampling adds predicted noise instead of fresh noise; None takes
                 what the student was trained with.
@@ -409,6 +411,7 @@ class WanPipeline:
             timesteps=timesteps,
             schedule=schedule,
             sampler=sampler,
+            grid=grid,
             shift=shift,
             guidance_scale=guidance_scale,
             guidance_scale_2=guidance_scale_2,
@@ -651,13 +654,9 @@ class WanPipeline:
                 )
             return None if on_step is None else on_step(denoiser, i, timestep, x)
 
-        options: dict[str, Any] = {}
-        if plan.sampler == "few_step":
-            options = {"deterministic": plan.deterministic, "renoise": renoise}
-        sample = build_sampler(plan.sampler)
         with closing(slot):
             try:
-                x = sample(denoiser, x, plan.schedule, on_step=after_step, **options)
+                x = sample(denoiser, x, plan.stepper(renoise), after_step)
             except Interrupted as stopped:
                 x = stopped.latents
         return denoiser.impose_image(x)
