@@ -107,7 +107,8 @@ class EvaluateConfig(LoadingConfig, RunConfig, CaptionSetConfig):
         free = {"batch_size", "output", "sheet", "offload", "quantize", "compile"}
         if self.source == "renders":
             free |= {"checkpoint", "revision"}
-        loading = loading_key(self) if self.source == "model" else {}
+        loading: dict[str, Any] = loading_key(self) if self.source == "model" else {}
+        loading["sampler"] = self.sampler.key()
         return {name: value for name, value in asdict(self).items() if name not in free} | loading
 
 

@@ -19,6 +19,7 @@ from wan.models.vae_config import CHUNK_LATENTS
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
+GRIDS = ("diffusers", "official", "uniform", "karras", "exponential", "beta")
 # How weights are loaded. A loaded model serves another command if all of these are equal.
 LOADING = ("dtype", "offload", "quantize", "compile")
 MAX_SEED = 2**32 - 1  # PyTorch's CPU generator reads 32 bits
@@ -200,7 +201,7 @@ def check_every_step(attention: AttentionConfig) -> None:
 class SamplerConfig(Options):
     """The sampler, its steps and its noise levels. None takes the value of the model's folder."""
 
-    name: str | None = option(None, "unipc, euler or few_step")
+    name: str | None = option(None, "unipc, euler, dpm++ or few_step")
     steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=1000)
     timesteps: list[float] | None = field(
         default=None, metadata={"help": "in place of steps: an explicit list, e.g. [1000,757,522]"}
@@ -210,6 +211,12 @@ class SamplerConfig(Options):
         "moves the noise levels of `steps` towards high noise; 1 = not at all. A list of timesteps "
         "is not shifted",
     )
+    grid: str | None = option(
+        None,
+        "how `steps` are spaced: diffusers, official (Wan's own code), karras; euler also has "
+        "uniform, exponential, beta",
+        choices=GRIDS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,8 +225,20 @@ class SamplerConfig(Options):
                 f"steps={self.steps} and timesteps={self.timesteps} set the same thing: "
                 "give only one of them"
             )
+        if self.grid is not None and self.timesteps is not None:
+            raise WanError(
+                f"grid={self.grid} and timesteps={self.timesteps}: a grid is for a number of "
+                "steps; give steps= or leave the grid out"
+            )
         if self.timesteps is not None:
             check_timesteps(self.timesteps)
+
+    def key(self) -> dict[str, Any]:
+        """The settings that a stored result depends on; a grid only if one was chosen."""
+        return {name: value for name, value in vars(self).items() if (name, value) != NO_GRID}
+
+
+NO_GRID = ("grid", None)
 
 
 def check_timesteps(timesteps: list[float]) -> None:

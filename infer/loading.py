@@ -43,6 +43,7 @@ def sampling(config: Any) -> dict[str, Any]:
         "num_inference_steps": config.sampler.steps,
         "timesteps": config.sampler.timesteps,
         "sampler": config.sampler.name,
+        "grid": config.sampler.grid,
         "shift": config.sampler.shift,
         "guidance_scale": config.guidance_scale,
         "allow_untrained": config.allow_untrained,

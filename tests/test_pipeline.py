@@ -30,6 +30,7 @@ from wan.pipeline.pipeline import WanDMDPipeline, WanPipeline
 from wan.runtime.offload import visiting
 from wan.sampling.noise import sample_generators
 from wan.sampling.schedule import few_step_schedule, unipc_schedule
+from wan.sampling.scheduler_config import SchedulerSettings
 
 PROMPT = "a small red circle, moving right"
 SIZE = {"height": 32, "width": 32, "num_frames": 9}
@@ -94,6 +95,9 @@ def write_tokenizer(folder) -> None:
         minloglevel=2,
     )
     write_tokenizer_folder(out.getvalue(), folder, num_sentinels=5)
+
+
+SHIFT_12 = SchedulerSettings(shift=12.0)
 
 
 def build(tokenizer_folder, pipeline_class=WanPipeline, two_experts=False, **settings):
@@ -214,9 +218,71 @@ def test_image_to_video_equals_diffusers(pipe, reference):
     assert distance(without[:, :, 1:], ours[:, :, 1:]) > 0.01
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "sampler"),
+    [
+        ("UniPCMultistepScheduler", {}, "unipc"),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, "unipc"),
+        ("UniPCMultistepScheduler", {"use_karras_sigmas": True}, "unipc"),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "euler"),
+        ("DPMSolverMultistepScheduler", {}, "dpm++"),
+    ],
+)
+def test_the_folders_scheduler_samples_as_in_diffusers(
+    tokenizer_folder, tmp_path, name, changes, sampler
+):
+    diffusers = pytest.importorskip("diffusers")
+    build(tokenizer_folder).save_pretrained(tmp_path / "plain")
+    theirs = diffusers.WanPipeline.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config, **changes)
+    theirs.save_pretrained(tmp_path / "saved")
+    ours = WanPipeline.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert ours.plan().sampler == sampler
+    call = {"prompt": PROMPT, "negative_prompt": "", "num_frames": 5, "height": 32, "width": 32}
+    call |= {"latents": ours.prepare_latents(1, 32, 32, 5, seeded()), "output_type": "latent"}
+    call |= {"num_inference_steps": 6, "guidance_scale": 3.0, "max_sequence_length": 512}
+    a, b = ours(**call).frames, theirs(**call).frames
+    assert ((a - b).norm() / b.norm()).item() < 1e-5
+    ours.save_pretrained(tmp_path / "again")
+    file = "scheduler/scheduler_config.json"
+    written = json.loads((tmp_path / "again" / file).read_text())
+    saved = json.loads((tmp_path / "saved" / file).read_text())
+    saved.pop("lambda_min_clipped", None)  # -Infinity, which is not JSON
+    assert written == saved
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", name]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_class_name": "LCMScheduler", "beta_start": 0.1},
+        {"use_flow_sigmas": False},
+        {"prediction_type": "epsilon", "flow_shift": 4.0},
+        {"num_train_timesteps": 500},
+    ],
+)
+def test_a_scheduler_that_cannot_be_followed_is_warned_of_and_kept(
+    tokenizer_folder, tmp_path, fields
+):
+    build(tokenizer_folder).save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    content = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"sampled by UniPC with shift \d unless") as seen:
+        pipe = WanPipeline.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    assert any(next(iter(fields)) in str(w.message) or "LCM" in str(w.message) for w in seen)
+    assert pipe.plan().sampler == "unipc"
+    assert not pipe.config.scheduler.followed
+    pipe.save_pretrained(tmp_path / "again")
+    again = tmp_path / "again" / "scheduler" / "scheduler_config.json"
+    assert json.loads(again.read_text()) == content
+
+
 def test_two_experts_equal_diffusers(tokenizer_folder, tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    build(tokenizer_folder, two_experts=True, shift=12.0).save_pretrained(tmp_path / "a14b")
+    build(tokenizer_folder, two_experts=True, scheduler=SHIFT_12).save_pretrained(tmp_path / "a14b")
     theirs = diffusers.WanPipeline.from_pretrained(tmp_path / "a14b", dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     ours = WanPipeline.from_pretrained(tmp_path / "a14b", dtype=torch.float32)
@@ -599,7 +665,7 @@ def test_offload_by_stage_changes_nothing(folder, pipe):
 
 
 def test_offloaded_experts_take_turns_on_the_device(tokenizer_folder, monkeypatch):
-    pipeline = build(tokenizer_folder, two_experts=True, shift=12.0)
+    pipeline = build(tokenizer_folder, two_experts=True, scheduler=SHIFT_12)
     expected = pipeline(PROMPT, seed=0).frames
     pipeline.offload = "stage"
     networks = {id(module): name for name, module in pipeline.modules.items()}
@@ -802,7 +868,7 @@ def test_impossible_choices_are_refused(folder, options, message):
         ({"num_inference_steps": 0}, "steps=0"),
         ({"num_inference_steps": 5, "timesteps": [1000]}, "give one of them"),
         ({"timesteps": [500, 900]}, "falling"),
-        ({"sampler": "dpm"}, "euler, unipc, few_step"),
+        ({"sampler": "dpm"}, "euler, unipc, dpm.., few_step"),
         ({"shift": -1.0}, "shift=-1"),
         ({"guidance_scale": 0.0}, "at least 1"),
         ({"guidance_scale": float("nan")}, "at least 1"),

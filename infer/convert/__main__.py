@@ -52,7 +52,6 @@ from wan.pipeline.config import (
     PipelineConfig,
     model_index_json,
     part_folder,
-    scheduler_json,
 )
 from wan.pipeline.folder import part_builder
 from wan.pipeline.parts import vae_levels
@@ -277,7 +276,7 @@ def write_official_index(pipeline: PipelineConfig, folder: Path) -> None:
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         index["tokenizer"] = ["transformers", "T5TokenizerFast"]  # the one that reads pieces
     write_json(folder / "model_index.json", index)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(pipeline.shift))
+    write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler.to_json())
 
 
 def is_used(entry: Any) -> bool:

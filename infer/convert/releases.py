@@ -16,6 +16,7 @@ from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
 from wan.models.vae_config import VAE_2_1
 from wan.pipeline.config import BASE, PipelineConfig
+from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.checkpoint import Checkpoint
 
 # --- the settings of a component ------------------------------------------------------------------
@@ -159,7 +160,7 @@ def official_pipeline(configs: Mapping[str, Mapping[str, Any]], num_experts: int
         num_experts: 2 for A14B, whose high-noise expert hands over at sigma 0.875.
     """
     per_token = configs["transformer"].get("model_type") == "ti2v"
-    shift = 5.0 if per_token else 12.0 if num_experts == 2 else 3.0
+    shift = 12.0 if num_experts == 2 else 5.0  # 3 is for image to video at 480p
     return PipelineConfig(
         class_name=BASE,
         transformer=DiTConfig.from_json(dict(configs["transformer"])),
@@ -167,7 +168,7 @@ def official_pipeline(configs: Mapping[str, Mapping[str, Any]], num_experts: int
         text_encoder=UMT5Config.from_json(dict(configs["text_encoder"])),
         boundary_ratio=0.875 if num_experts == 2 else None,
         expand_timesteps=per_token,
-        shift=shift,
+        scheduler=SchedulerSettings(shift=shift),
     )
 
 

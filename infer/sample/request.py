@@ -24,8 +24,15 @@ FROM_MODEL = ("height", "width", "num_frames", "fps", "max_sequence_length")
 # Options that the printed header and the record list, in this order.
 SHOWN = (
     *("checkpoint", "revision", "height", "width", "num_frames", "fps", "seed", "num_videos"),
-    *("sampler.name", "sampler.steps", "sampler.timesteps", "sampler.shift", "guidance_scale"),
-    *("guidance_scale_2", "negative_prompt", "image", "image_fit", "image_background"),
+    *("sampler.name", "sampler.steps", "sampler.timesteps", "sampler.grid", "sampler.shift"),
+    *(
+        "guidance_scale",
+        "guidance_scale_2",
+        "negative_prompt",
+        "image",
+        "image_fit",
+        "image_background",
+    ),
     *("max_sequence_length", "device", "dtype", "attention", "offload", "quantize", "compile"),
     *("chunk_latents", "tile", "deterministic", "frame_first_noise", "allow_untrained"),
     *("lora", "lora_2", "lora_strength"),
@@ -148,13 +155,14 @@ def _resolve(
         fit_image(image, values["height"], values["width"], config.image_fit)
     sources["attention"] = sources["attention.name"]
     grid = model.transformer.token_grid(shape[1:])
+    decided = _decided(config, model, plan, device, dtype)
     return Request(
         job=replace(job, config=config),
         plan=plan,
         latent_shape=shape,
         grid=grid,
         attention_density=attention.density(grid, len(plan.schedule)),
-        settings=_settings(config, sources, values | _decided(config, model, plan, device, dtype)),
+        settings=_settings(config, sources, values | decided, model),
         **values,
     )
 
@@ -169,6 +177,7 @@ def _decided(
     return {
         "sampler.name": plan.sampler,
         "sampler.steps": len(plan.schedule),
+        "sampler.grid": plan.grid,
         "sampler.shift": plan.shift,
         "guidance_scale": plan.guidance_scale,
         "guidance_scale_2": plan.guidance_scale_2 if model.boundary_ratio else None,
@@ -212,7 +221,10 @@ def _drop_unused_negative(
 
 
 def _settings(
-    config: SampleConfig, sources: dict[str, str], decided: dict[str, Any]
+    config: SampleConfig,
+    sources: dict[str, str],
+    decided: dict[str, Any],
+    model: PipelineConfig,
 ) -> dict[str, tuple[Any, str]]:
     """Each option in SHOWN -> (the value that is used, its source)."""
     settings: dict[str, tuple[Any, str]] = {}
@@ -221,11 +233,24 @@ def _settings(
         asked = getattr(config if nested == name else config.sampler, nested)
         value, source = decided.get(name, asked), sources[name]
         if asked is None and value is not None and source == "default":
-            source = MODEL
+            source = _source_of_default(name, model, decided)
         settings[name] = (without_home(value) if name in PATH_OPTIONS and value else value, source)
     if config.sampler.timesteps is not None:
         settings["sampler.steps"] = (settings["sampler.steps"][0], sources["sampler.timesteps"])
     return settings
+
+
+def _source_of_default(name: str, model: PipelineConfig, decided: dict[str, Any]) -> str:
+    """Where the value of an option comes from that nobody gave: the model's files, or the code.
+
+    Sampler, grid and shift are the folder's if its scheduler could be read and is the one used; a
+    student's are what it was trained with.
+    """
+    if name not in ("sampler.name", "sampler.grid", "sampler.shift") or model.timesteps is not None:
+        return MODEL
+    own = model.scheduler
+    same = own.followed and decided["sampler.name"] == own.sampler
+    return MODEL if same or (name == "sampler.shift" and own.followed) else "default"
 
 
 def describe(request: Request, folder: Path) -> str:

@@ -360,6 +360,7 @@ class WanPipeline(PipelineSwitches, PipelineAdapters):
         timesteps: Sequence[float] | None = None,
         seed: int | Sequence[int] | None = None,
         sampler: str | None = None,
+        grid: str | None = None,
         shift: float | None = None,
         schedule: Schedule | None = None,
         deterministic: bool | None = None,
@@ -398,6 +399,7 @@ class WanPipeline(PipelineSwitches, PipelineAdapters):
             seed: instead of generators: video j gets seed + j; or one seed per video. With neither,
                 PyTorch's global generator draws the noise: `torch.manual_seed` seeds it.
             sampler: a name in `wan.sampling.samplers.SAMPLERS`.
+            grid: one of the sampler's grids in `wan.sampling.schedule.GRIDS`.
             shift: moves the schedule towards high noise; 1 changes nothing.
             deterministic: few-step sampling adds predicted noise instead of fresh noise; None takes
                 what the student was trained with.
@@ -417,6 +419,7 @@ class WanPipeline(PipelineSwitches, PipelineAdapters):
             timesteps=timesteps,
             schedule=schedule,
             sampler=sampler,
+            grid=grid,
             shift=shift,
             guidance_scale=guidance_scale,
             guidance_scale_2=guidance_scale_2,

@@ -43,7 +43,7 @@ from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.runtime.offload import OFFLOAD, ExpertSlot, at_work, has_blocks, pin, resolve_device
 from wan.sampling.denoiser import Denoiser, Expert
 from wan.sampling.noise import draw_noise
-from wan.sampling.samplers import build_sampler
+from wan.sampling.samplers import sample
 from wan.sampling.schedule import NUM_TIMESTEPS
 from wan.weights.load import target_dtype
 from wan.weights.quantize import QuantizedLinear
@@ -459,13 +459,9 @@ class PipelineStages:
                 )
             return None if on_step is None else on_step(denoiser, i, timestep, x)
 
-        options: dict[str, Any] = {}
-        if plan.sampler == "few_step":
-            options = {"deterministic": plan.deterministic, "renoise": renoise}
-        sample = build_sampler(plan.sampler)
         with closing(slot):
             try:
-                x = sample(denoiser, x, plan.schedule, on_step=after_step, **options)
+                x = sample(denoiser, x, plan.stepper(renoise), after_step)
             except Interrupted as stopped:
                 x = stopped.latents
         return denoiser.impose_image(x)
