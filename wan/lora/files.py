@@ -101,7 +101,7 @@ class FullDelta:
         return self.scale * self.value.to(device, torch.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity
 class LoRA:
     """A LoRA file: changes by the names of our DiT's parameters (see wan/weights/keys.py)."""
 

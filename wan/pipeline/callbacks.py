@@ -75,4 +75,6 @@ class StepHook:
                 changed.get("prompt_embeds", denoiser.context),
                 changed.get("negative_prompt_embeds", denoiser.negative_context),
             )
+        if self.pipeline.adapters.pending:  # the callback changed LoRA adapters
+            denoiser.reload()
         return changed.get("latents")

@@ -25,6 +25,7 @@ from wan.models.tokenizer import Tokenizer
 from wan.models.umt5 import UMT5Encoder, encode_text
 from wan.models.vae import WanVAE, decode_tiled
 from wan.models.vae_config import CHUNK_LATENTS
+from wan.pipeline.adapters import PipelineAdapters
 from wan.pipeline.callbacks import Interrupted, StepCallback, StepFunction, StepHook
 from wan.pipeline.config import BASE, FEW_STEP, PipelineConfig
 from wan.pipeline.folder import ModelFolder, load_modules, save_modules, warn_of_attention
@@ -58,7 +59,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 P = TypeVar("P", bound="WanPipeline")
 
 
-class WanPipeline:
+class WanPipeline(PipelineAdapters):
     """A base model: text (and for TI2V an image) to video, with guidance.
 
     Use `from_pretrained`; the constructor takes parts that are loaded already.
@@ -135,6 +136,10 @@ class WanPipeline:
         if self.transformer_2 is not None:
             modules["transformer_2"] = self.transformer_2
         return modules | {"vae": self.vae, "text_encoder": self.text_encoder}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The transformers that are there, by the names of their folders."""
+        return {n: module for n, module in self.modules.items() if n.startswith("transformer")}
 
     def to(self: P, device: str | torch.device) -> P:
         """Compute on another device from now on; the weights move unless they are offloaded."""
@@ -463,7 +468,7 @@ class WanPipeline:
             on_progress,
         )
         report(on_progress, "denoise", 0, len(plan.schedule))
-        with self._timed("denoise"):
+        with self._timed("denoise"), self.adapters.scaled(1.0):
             x = self.denoise(
                 plan,
                 x,
@@ -630,6 +635,12 @@ class WanPipeline:
         """
         timesteps, steps = plan.schedule.timesteps.tolist(), len(plan.schedule)
         slot = ExpertSlot(self.device, self.offload)
+
+        def bring(network: nn.Module) -> None:
+            slot.close()
+            self.adapters.write()  # what a callback has changed
+            slot.bring(network)
+
         low_noise = None
         if self.transformer_2 is not None:
             low_noise = Expert(self.transformer_2, plan.guidance_scale_2)
@@ -640,7 +651,7 @@ class WanPipeline:
             low_noise,
             self.config.boundary_ratio,
             image_latents,
-            slot.bring,
+            bring,
             self.transformer.attention.exact_timesteps(timesteps),
         )
 

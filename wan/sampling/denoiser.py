@@ -250,6 +250,11 @@ class Denoiser:
         self.negative_context = negative_context
         self._prepared.clear()
 
+    def reload(self) -> None:
+        """The networks' weights have changed: begin the next step as at a switch of experts."""
+        self._prepared.clear()
+        self._active = None
+
     def _switch_to(self, expert: Expert) -> None:
         # Keys and values of the text belong to the network that made them.
         self._prepared.clear()
