@@ -84,4 +84,6 @@ class StepHook:
             )
         if guidance != (self.pipeline.guidance_scale, self.pipeline.guidance_scale_2):
             denoiser.set_guidance(self.pipeline.guidance_scale, self.pipeline.guidance_scale_2)
+        if self.pipeline.adapters.pending:  # the callback changed LoRA adapters
+            denoiser.reload()
         return changed.get("latents")

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from wan.errors import WanError, check_names
 from wan.models.attention import verified_attention
-from wan.pipeline.adapters import PipelineAdapters
 from wan.pipeline.arguments import (
     FROM_MODEL,
     FromModel,
@@ -62,7 +61,7 @@ from wan.weights.save import size_in_bytes
 PartOfModel = Any  # an object, a folder or file, None to leave the part out, or FROM_MODEL
 
 
-class WanPipeline(PipelineSwitches, PipelineAdapters):
+class WanPipeline(PipelineSwitches):
     """A base model: text (and for TI2V an image) to video, with guidance.
 
     Use `from_pretrained`; the constructor takes parts that are loaded already.

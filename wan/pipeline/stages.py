@@ -23,6 +23,7 @@ from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Encoder, encode_text
 from wan.models.vae import decode_tiled
 from wan.models.vae_config import CHUNK_LATENTS
+from wan.pipeline.adapters import PipelineAdapters
 from wan.pipeline.arguments import known_dtype
 from wan.pipeline.callbacks import Interrupted, StepFunction
 from wan.pipeline.config import PipelineConfig
@@ -68,7 +69,7 @@ class Part:
         pipeline.set_part(self.name, value)
 
 
-class PipelineStages:
+class PipelineStages(PipelineAdapters):
     """The parts of a pipeline, and the stages that they compute.
 
     A part that no later call needs may be None: a pipeline with the text encoder alone encodes
@@ -440,6 +441,12 @@ class PipelineStages:
         """
         timesteps, steps = plan.schedule.timesteps.tolist(), len(plan.schedule)
         slot = ExpertSlot(self.device, self.offload)
+
+        def bring(network: Any) -> None:
+            slot.close()
+            self.adapters.write()  # what a callback has changed
+            slot.bring(network)
+
         high_noise, low_noise, boundary = self._experts(plan, timesteps)
         denoiser = Denoiser(
             high_noise,
@@ -448,7 +455,7 @@ class PipelineStages:
             low_noise,
             boundary,
             image_latents,
-            slot.bring,
+            bring,
             self._first_network().attention.exact_timesteps(timesteps),
         )
 

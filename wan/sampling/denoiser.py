@@ -275,6 +275,11 @@ class Denoiser:
             )
         return replace(expert, guidance_scale=scale)
 
+    def reload(self) -> None:
+        """The networks' weights have changed: begin the next step as at a switch of experts."""
+        self._prepared.clear()
+        self._active = None
+
     def _switch_to(self, expert: Expert) -> None:
         # Keys and values of the text belong to the network that made them.
         self._prepared.clear()
