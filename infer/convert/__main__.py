@@ -58,7 +58,7 @@ from wan.pipeline.folder import part_builder, vae_levels
 from wan.weights.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
 from wan.weights.hub import SHIPPED, builtin_folder
 from wan.weights.keys import COMPONENTS, detect_layout
-from wan.weights.load import check_fit, load_state, match_names, target_dtype
+from wan.weights.load import check_fit, match_names, stored_state, target_dtype
 from wan.weights.names import short
 from wan.weights.safetensors_file import read_header
 from wan.weights.save import save_component
@@ -151,7 +151,7 @@ def convert_component(
     is_prefixed, is_diffusers = target.layout == "prefixed", target.layout == "diffusers"
     if is_prefixed and component != "transformer":
         raise WanError(f"layout=prefixed is for transformers; {checkpoint.path} is a {component}")
-    views = load_state(checkpoint, component)
+    views, scales = stored_state(checkpoint, component)
     state = {name: views[name] for name in wanted}  # in one order, so that shards come out equal
     dtypes = levels = None
     if target.dtype is not None:
@@ -169,6 +169,7 @@ def convert_component(
         vae_levels=levels,
         prefix=PREFIX if is_prefixed else "",
         dtypes=dtypes,
+        scales=scales,
         # A prefixed file is one file by definition.
         max_shard_bytes=sys.maxsize if is_prefixed else int(target.shard_gb * 1e9),
         metadata=None if is_diffusers else {CONFIG_METADATA: json.dumps(values)},

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from wan.errors import WanError
 from wan.weights.safetensors_file import (
+    GGUF,
+    GGUF_SUFFIX,
     PICKLE_SUFFIXES,
     SafetensorsFile,
     TensorEntry,
@@ -38,6 +40,7 @@ class StoredTensor:
     name: str  # in the file
     file: SafetensorsFile
     entry: TensorEntry
+    scale: "StoredTensor | None" = None  # what its numbers are multiplied with
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def nothing_found(path: Path, names: list[str]) -> str:
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         return refuse_pickle(path / pickles[0])
+    if gguf := [name for name in names if name.endswith(GGUF_SUFFIX)]:
+        return f"{path / gguf[0]}: not a safetensors file but {GGUF}"
     if "model_index.json" in names:
         return f"{path}: a whole pipeline; give one component, e.g. {path / 'transformer'}"
     return f"{path}: no .safetensors file here (found: {', '.join(names[:8]) or 'nothing'})"
