@@ -55,7 +55,7 @@ from wan.pipeline.config import (
     scheduler_json,
 )
 from wan.pipeline.folder import part_builder, vae_levels
-from wan.weights.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint
+from wan.weights.checkpoint import Checkpoint, is_index, open_checkpoint
 from wan.weights.hub import SHIPPED, builtin_folder
 from wan.weights.keys import COMPONENTS, detect_layout
 from wan.weights.load import check_fit, match_names, stored_state, target_dtype
@@ -306,7 +306,7 @@ def find_weights(folder: Path, stems: tuple[str, ...]) -> Path:
     """
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     paths = [path for path in paths if path.name.startswith(stems)]
-    indices = [path for path in paths if path.name.endswith(INDEX_SUFFIX)]
+    indices = [path for path in paths if is_index(path.name)]
     files = [path for path in paths if path.suffix == ".safetensors"]
     found = indices or files
     if not found and paths:
