@@ -69,7 +69,8 @@ class Tokenizer:
         if (folder / "tokenizer.json").is_file():
             return cls._from_tokenizer_json(folder / "tokenizer.json")
         if (folder / "spiece.model").is_file():
-            return cls._from_spiece(folder / "spiece.model", _num_sentinels(folder))
+            path = folder / "spiece.model"
+            return cls.from_spiece(path.read_bytes(), _num_sentinels(folder), path)
         raise WanError(f"{folder}: no tokenizer.json and no spiece.model in this folder")
 
     @classmethod
@@ -93,10 +94,20 @@ class Tokenizer:
         )
 
     @classmethod
-    def _from_spiece(cls, path: Path, num_sentinels: int) -> "Tokenizer":
+    def from_spiece(cls, spiece: bytes, num_sentinels: int, path: Path) -> "Tokenizer":
+        """Take a SentencePiece model.
+
+        Args:
+            spiece: the bytes of a spiece.model.
+            num_sentinels: how many <extra_id_N> follow its pieces.
+            path: where they were read, for messages.
+
+        Raises:
+            WanError: it is damaged, or breaks the layout of the ids.
+        """
         model = sentencepiece.SentencePieceProcessor()
         try:
-            model.LoadFromSerializedProto(path.read_bytes())
+            model.LoadFromSerializedProto(spiece)
         except (RuntimeError, OSError) as error:
             raise WanError(f"{path}: not a SentencePiece model ({error})") from error
         _check_specials(path, [model.PieceToId(piece) for piece in SPECIALS])

@@ -13,34 +13,27 @@ import torch
 from torch import nn
 
 from wan.errors import WanError, check_names
-from wan.files import read_json
 from wan.lora.merge import LoRAMerge
 from wan.models.attention import AttentionChoice, NetworkAttention
-from wan.models.dit import WanDiT
-from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer
-from wan.models.umt5 import UMT5Config, UMT5Encoder
-from wan.models.vae import VAEConfig, WanVAE
+from wan.models.vae import VAEConfig
 from wan.pipeline.config import (
     PipelineConfig,
-    component_config,
+    component_settings,
     part_folder,
     read_pipeline_config,
     shared_parts,
     write_configs,
 )
 from wan.pipeline.inputs import OnProgress, report
-from wan.weights.checkpoint import open_checkpoint
+from wan.pipeline.known_models import PARTS
+from wan.pipeline.layouts import find_parts, pipeline_of_parts
+from wan.pipeline.tokenizer_files import is_tokenizer, read_tokenizer, write_tokenizer
+from wan.weights.checkpoint import Checkpoint, has_variant, holds_weights, open_checkpoint
 from wan.weights.keys import VAELevels
 from wan.weights.load import build_on_meta, load_module
 from wan.weights.save import save_component
 
-# part -> the dataclass of its config.json, and its network
-PARTS: dict[str, tuple[Any, type[nn.Module]]] = {
-    "transformer": (DiTConfig, WanDiT),
-    "vae": (VAEConfig, WanVAE),
-    "text_encoder": (UMT5Config, UMT5Encoder),
-}
 QUANTIZED_PARTS = ("transformer", "transformer_2", "text_encoder")
 
 
@@ -49,38 +42,81 @@ class ModelFolder:
     """A model on disk whose settings have been read: each JSON file once.
 
     Attributes:
-        path: the folder that holds model_index.json.
+        path: the folder that holds model_index.json, or of one of the layouts that
+            `wan.pipeline.layouts` knows.
         config: what its JSON files say.
         places: part -> where its files lie, for parts that are not below `path`.
+        variant: the variant of the weights that is read where a part has it, such as "fp16".
     """
 
     path: Path
     config: PipelineConfig
     places: Mapping[str, Path] = field(default_factory=dict)
+    variant: str | None = None
 
     @classmethod
-    def read(cls, path: Path, overrides: Mapping[str, Path] | None = None) -> "ModelFolder":
+    def read(
+        cls,
+        path: Path,
+        overrides: Mapping[str, Path] | None = None,
+        variant: str | None = None,
+    ) -> "ModelFolder":
         """Read all settings of a folder.
 
         Args:
-            overrides: part -> another folder or file with its weights; a config.json in that
-                folder is used.
+            overrides: part -> another folder or file with its weights, or the tokenizer's folder; a
+                config.json in that folder is used, see `wan.pipeline.config.component_settings`.
+            variant: read the weights of that variant where a part has it.
 
         Raises:
-            WanError: see `read_pipeline_config`.
+            WanError: see `read_pipeline_config` and `wan.pipeline.layouts.find_parts`; or no part
+                has the variant.
         """
-        shared = shared_parts(path)
-        places = shared | dict(overrides or {})
-        return cls(path, read_pipeline_config(path, overrides, shared), places)
+        overrides = dict(overrides or {})
+        if parts := find_parts(path, overrides):
+            folder = cls(path, pipeline_of_parts(path, parts), parts, variant)
+        else:
+            shared = shared_parts(path)
+            config = read_pipeline_config(path, overrides, shared)
+            folder = cls(path, config, folder_places(path, shared | overrides), variant)
+        if variant is not None:
+            parts = folder.config.components
+            here = any(holds_weights(folder.part(part)) for part in parts)
+            if here and not any(folder.has_variant(part) for part in parts):
+                raise WanError(f"{path}: no part has weights of variant={variant}; leave it out")
+        return folder
 
     def part(self, name: str) -> Path:
         """The folder or file that holds a part."""
         return self.places.get(name, self.path / name)
 
+    def has_variant(self, name: str) -> bool:
+        """Whether a part has weights of the variant that was asked for."""
+        return self.variant is not None and has_variant(self.part(name), self.variant)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The weights of a part.
+
+        Raises:
+            WanError: see `wan.weights.checkpoint.open_checkpoint`.
+        """
+        return open_checkpoint(self.part(name), self.variant if self.has_variant(name) else None)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, read when it is first needed."""
-        return Tokenizer.from_folder(self.part("tokenizer"))
+        return read_tokenizer(self.part("tokenizer"))
+
+
+def folder_places(path: Path, places: dict[str, Path]) -> dict[str, Path]:
+    """`places`, with the text encoder's file as the tokenizer of a folder that has no other."""
+    text_encoder = places.get("text_encoder", path / "text_encoder")
+    if "tokenizer" in places or is_tokenizer(path / "tokenizer"):
+        return places
+    files = [text_encoder] if text_encoder.is_file() else sorted(text_encoder.glob("*.safetensors"))
+    if len(files) == 1 and is_tokenizer(files[0]):
+        return places | {"tokenizer": files[0]}
+    return places
 
 
 def weight_kind(part: str) -> str:
@@ -111,6 +147,7 @@ def load_part(
     part: str,
     config: Any = None,
     options: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Path] | None = None,
     **loading: Any,
 ) -> Any:
     """Load one network of a model's folder, in evaluation mode.
@@ -120,15 +157,16 @@ def load_part(
         part: "transformer", "transformer_2", "vae" or "text_encoder".
         config: its settings; None reads its config.json.
         options: further arguments of the network's class.
+        overrides: part -> another folder or file with its weights.
         loading: arguments of `wan.weights.load.load_module`: dtype, device and others.
 
     Raises:
         WanError: a file is missing, damaged or of another model.
     """
     if config is None:
-        config = read_json(component_config(folder, part, {}))
+        config = component_settings(folder, part, overrides or {})
     build = part_builder(part, config, **(options or {}))
-    checkpoint = open_checkpoint(part_folder(folder, part))
+    checkpoint = open_checkpoint((overrides or {}).get(part) or part_folder(folder, part))
     return load_module(build, checkpoint, weight_kind(part), **loading).eval()
 
 
@@ -180,7 +218,7 @@ def load_modules(
         report(on_progress, "load", done, len(config.components))
         module = load_module(
             builders[part],
-            open_checkpoint(folder.part(part)),
+            folder.checkpoint(part),
             weight_kind(part),
             dtype=dtype,
             device=device,
@@ -226,7 +264,7 @@ def save_modules(
     if beside.exists():
         shutil.rmtree(beside)
     write_configs(config, beside)
-    shutil.copytree(tokenizer_folder, beside / "tokenizer")
+    write_tokenizer(tokenizer_folder, beside / "tokenizer")
     for part, module in modules.items():
         levels = vae_levels(config.vae) if part == "vae" else None
         save_component(module.state_dict(), beside / part, weight_kind(part), vae_levels=levels)

@@ -119,6 +119,11 @@ def family(name: str) -> str:
     return name.removesuffix(".safetensors")
 
 
+def holds_weights(place: Path) -> bool:
+    """Whether a folder holds safetensors files, or a file is one."""
+    return place.is_file() or (place.is_dir() and any(is_weights(f.name) for f in place.iterdir()))
+
+
 def has_variant(folder: Path, variant: str) -> bool:
     """Whether a folder holds weights of a variant."""
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
