@@ -46,7 +46,8 @@ class ConvertConfig(PartsConfig):
         This is not in `__post_init__`, because literal paths are filled in after it.
         """
         needed = ("layout",) if self.base is None else ("rank",)
-        source = () if self.base is None and self.parts else ("source",)
+        whole = {"transformer", "vae", "text_encoder"} <= self.parts.keys()
+        source = () if self.base is None and whole else ("source",)
         for name in (*source, "output", *needed):
             if getattr(self, name) in (None, ""):
                 raise WanError(f"{name}= is missing; --help shows how to call this command")

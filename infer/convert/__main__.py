@@ -4,7 +4,9 @@
     python -m infer.convert source=.. base=.. rank=.. output=..
 
     source   a component (a .safetensors file, an index, or its folder) or a whole release folder
-             in the diffusers or the official layout; mini or mini-teacher, the shipped ones
+             in the diffusers or the official layout, ComfyUI's models folder, or its three files in
+             one folder; mini or mini-teacher, the shipped ones. Left out if transformer=, vae= and
+             text_encoder= name the files
     layout   diffusers: the folder that WanPipeline loads
              official:  the names of the Wan repositories (safetensors in place of their .pth)
              prefixed:  a transformer as one file, official names after `model.diffusion_model.`
@@ -38,12 +40,13 @@ from wan.files import read_json, write_json
 from wan.pipeline.config import (
     DEFAULTS_FILE,
     PipelineConfig,
+    component_settings,
     is_used,
     model_index_json,
-    part_folder,
     scheduler_json,
+    shared_parts,
 )
-from wan.pipeline.folder import part_builder, vae_levels
+from wan.pipeline.folder import folder_places, part_builder, vae_levels
 from wan.pipeline.known_models import CONFIG_METADATA, component_of, known_config
 from wan.pipeline.layouts import (
     EXPERT_FOLDERS,
@@ -66,22 +69,27 @@ LINE = CommandLine(
     path_keys=("source", "output", "config", "base", *PARTS),
 )
 
+CONFIG_OPTION = ", or give its settings as config=FILE"
 LAYOUTS = ("diffusers", "official", "prefixed")
 PREFIX = "model.diffusion_model."
 
 
 def main(config: ConvertConfig) -> None:
     config.check_task()
-    source = find("source", config.source)
     if config.base is not None:
-        convert_lora(config, source, find("base", config.base))
+        convert_lora(config, find("source", config.source), find("base", config.base))
         return
     check_choice("layout", config.layout, LAYOUTS)
+    given = config.parts
+    source = find("source", config.source) if config.source else given["transformer"].parent
+    parts = find_parts(source, given)
+    is_release = bool(parts) or (source / "model_index.json").is_file()
+    if is_release and config.config is not None:
+        raise WanError("config= is for a single component; a release brings its own")
+    if given and not is_release:
+        raise WanError(f"{next(iter(given))}=: for a whole release; source={source} is one part")
     with new_folder(Path(config.output).expanduser()) as folder:
-        parts = find_parts(source, config.parts)
-        if parts or (source / "model_index.json").is_file():
-            if config.config is not None:
-                raise WanError("config= is for a single component; a release brings its own")
+        if is_release:
             convert_release(source, parts, folder, config)
         else:
             values = None if config.config is None else read_json(Path(config.config).expanduser())
@@ -139,7 +147,7 @@ def convert_component(
     """
     component = component or component_of(checkpoint)
     names = match_names(checkpoint, component)
-    values = dict(config or known_config(component, checkpoint))
+    values = dict(config or known_config(component, checkpoint, CONFIG_OPTION))
     with torch.device("meta"):
         module: Any = part_builder(component, values)()
     wanted = module.state_dict()
@@ -193,6 +201,7 @@ def convert_release(
         source: the folder of the release.
         parts: where its parts are, for a folder without model_index.json.
     """
+    given = target.parts
     if target.layout == "prefixed":
         raise WanError("layout=prefixed holds a transformer alone: give that as source=")
     index = None if parts else read_json(source / "model_index.json")
@@ -205,19 +214,17 @@ def convert_release(
         experts = [name for name in EXPERT_FOLDERS if is_used(index.get(name))]
         model_type = "ti2v" if index.get("expand_timesteps") else "t2v"
     to_official = target.layout == "official"
-    places = {
-        part: parts[part] if parts else target.parts.get(part) or part_folder(source, part)
-        for part in (*experts, "vae", "text_encoder", "tokenizer")
-    }
+    if "transformer_2" in given and len(experts) == 1:
+        raise WanError("transformer_2=: this model has one network, not two experts")
+    places = parts or folder_places(source, shared_parts(source) | given)
     for name in (*experts, "vae", "text_encoder"):
         component = "transformer" if name in experts else name
         into = official_folder(folder, name, len(experts)) if to_official else folder / name
-        convert_component(
-            open_checkpoint(places[name]), component, into, target, model_type=model_type
-        )
-    write_tokenizer(
-        places["tokenizer"], folder / (TOKENIZER_FOLDER if to_official else "tokenizer")
-    )
+        values = component_settings(source, name, given) if index and name in given else None
+        checkpoint = open_checkpoint(places.get(name, source / name))
+        convert_component(checkpoint, component, into, target, values, model_type)
+    tokenizer = folder / (TOKENIZER_FOLDER if to_official else "tokenizer")
+    write_tokenizer(places.get("tokenizer", source / "tokenizer"), tokenizer)
     if index and to_official:
         print(
             "model_index.json, scheduler/ and sampling defaults are not written: the official code "

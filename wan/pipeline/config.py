@@ -23,11 +23,16 @@ from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
-from wan.pipeline.known_models import config_of_shapes, known_config, shapes_of, shapes_with
+from wan.pipeline.known_models import (
+    config_of_shapes,
+    known_config,
+    read_settings,
+    shapes_of,
+    shapes_with,
+)
 from wan.sampling.schedule import FEW_STEP_TIMESTEPS, few_step_schedule
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import list_files
-from wan.weights.keys import PLAIN_WEIGHTS
 
 BASE, FEW_STEP = PIPELINE_CLASSES = ("WanPipeline", "WanDMDPipeline")
 # Pipelines of Wan's other models, which have networks or inputs of their own.
@@ -289,23 +294,6 @@ def component_settings(
         return known_config(component, checkpoint)
     if shapes_with(component, values) != shapes:
         values = config_of_shapes(component, shapes) or values  # loading says what does not fit
-    return values
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The config.json of a component.
-
-    Raises:
-        WanError: it is missing or damaged, or describes quantised weights.
-    """
-    values = read_json(path)
-    if quantised := values.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        by = "" if method is None else f", by {method}"
-        raise WanError(
-            f"{path}: a quantised model (quantization_config{by}); take the release with "
-            f"{PLAIN_WEIGHTS}, and make it small while it is loaded with quantize=int8 or fp8"
-        )
     return values
 
 

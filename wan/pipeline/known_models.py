@@ -9,6 +9,7 @@ Source: the released repositories of both layouts.
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,7 @@ from wan.models.vae import VAEConfig, WanVAE
 from wan.models.vae_config import VAE_2_1
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.hub import STUDENT, TEACHER
-from wan.weights.keys import COMPONENTS, detect_layout
+from wan.weights.keys import COMPONENTS, PLAIN_WEIGHTS, detect_layout
 from wan.weights.load import build_on_meta, match_names
 
 # part -> the dataclass of its config.json, and its network
@@ -44,7 +45,7 @@ HEAD_DIM = 128  # of every release; only this much can't be told from the shapes
 Shapes = Mapping[str, tuple[int, ...]]  # of all tensors, by our names
 
 
-def known_config(component: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def known_config(component: str, checkpoint: Checkpoint, or_else: str = "") -> dict[str, Any]:
     """The settings of a component's weights: what its config.json holds, or would hold.
 
     They are those of the config.json beside the file, else of the one inside it (as `infer.convert`
@@ -53,14 +54,15 @@ def known_config(component: str, checkpoint: Checkpoint) -> dict[str, Any]:
 
     Args:
         component: one of `wan.weights.keys.COMPONENTS`.
+        or_else: what a caller can do beside putting a config.json there, for the message.
 
     Raises:
-        WanError: the weights are of another component, or of no known model.
+        WanError: the weights are of another component, of no known model, or quantised.
     """
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     beside = folder / "config.json"
-    if beside.is_file() and is_config_of(component, values := read_json(beside)):
-        return values
+    if beside.is_file() and is_config_of(component, read_json(beside)):
+        return read_settings(beside)
     if CONFIG_METADATA in checkpoint.metadata:
         try:
             values = json.loads(checkpoint.metadata[CONFIG_METADATA])
@@ -72,8 +74,25 @@ def known_config(component: str, checkpoint: Checkpoint) -> dict[str, Any]:
         return known
     raise WanError(
         f"{checkpoint.path}: no config.json of a {component} beside it, and its shapes are not "
-        "those of a known model: put its config.json beside it, or give its settings as config=FILE"
+        f"those of a known model: put its config.json beside it{or_else}"
     )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The config.json of a component.
+
+    Raises:
+        WanError: it is missing or damaged, or describes quantised weights.
+    """
+    values = read_json(path)
+    if quantised := values.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        by = "" if method is None else f", by {method}"
+        raise WanError(
+            f"{path}: a quantised model (quantization_config{by}); take the release with "
+            f"{PLAIN_WEIGHTS}, and make it small while it is loaded with quantize=int8 or fp8"
+        )
+    return values
 
 
 def component_of(checkpoint: Checkpoint) -> str:

@@ -58,10 +58,14 @@ def find_parts(folder: Path, given: Mapping[str, Path] | None = None) -> dict[st
     given = dict(given or {})
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return {}
-    found = official_parts(folder, given) if is_official(folder) else comfyui_parts(folder, given)
-    if not found:
+    if given.keys() >= COMFYUI_FOLDERS.keys():
+        found = given
+    elif is_official(folder):
+        found = official_parts(folder, given) | given
+    elif found := comfyui_parts(folder, given):
+        found |= given
+    else:
         return {}
-    found |= given
     found["tokenizer"] = find_tokenizer(folder, found)
     return found
 
