@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -259,6 +260,7 @@ class LoadingConfig(Options):
         MISSING, "a folder or a hub id (owner/name), in place of the preset's", check=check_filled
     )
     revision: str | None = option(None, "commit, branch or tag on the hub")
+    variant: str | None = option(None, "weights of that variant where a part has it, as in fp16")
     device: str = option(
         "auto",
         "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N",
@@ -286,8 +288,38 @@ class LoadingConfig(Options):
     )
 
 
+PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
+
+
+@dataclass(kw_only=True)
+class PartsConfig(Options):
+    """Parts of a model that come from elsewhere: files as other tools write them, or folders."""
+
+    transformer: str | None = option(None, "another file or folder for the transformer's weights")
+    transformer_2: str | None = option(
+        None, "the same for the low-noise expert of models with two; transformer= is then the other"
+    )
+    vae: str | None = option(None, "another file or folder for the autoencoder's weights")
+    text_encoder: str | None = option(None, "another file or folder for the text encoder's weights")
+    tokenizer: str | None = option(None, "another folder for the tokenizer")
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        """The parts that are given: part -> file or folder.
+
+        Raises:
+            WanError: one does not exist.
+        """
+        given = {name: getattr(self, name) for name in PARTS}
+        found = {n: Path(place).expanduser() for n, place in given.items() if place is not None}
+        for name, place in found.items():
+            if not place.exists():
+                raise WanError(f"{name}={given[name]}: no such file or folder")
+        return found
+
+
 @dataclass
-class SampleConfig(LoadingConfig):
+class SampleConfig(LoadingConfig, PartsConfig):
     """`python -m infer.sample`: a prompt in, a video out.
 
     Options that are None here and in the preset take the value of the checkpoint's folder.

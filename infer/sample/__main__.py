@@ -19,14 +19,14 @@ from typing import Any
 
 from configs.cli import INTERRUPTED, Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
-from configs.schema import SampleConfig
+from configs.schema import PARTS, SampleConfig
 from infer.sample.jobs import read_jobs
 
 LINE = CommandLine(
     SampleConfig,
     "sample",
     text_keys=("prompt", "negative_prompt"),
-    path_keys=("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2"),
+    path_keys=("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2", *PARTS),
     shortcuts={
         "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),
         "timesteps": Shortcut("sampler.timesteps", clears=("sampler.steps",)),

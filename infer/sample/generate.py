@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from configs.cli import Run
-from configs.schema import SampleConfig
-from infer.loading import LoadedModel, ModelCache, StageBars, read_loras, torch_dtype
+from configs.schema import PARTS, SampleConfig
+from infer.loading import (
+    LoadedModel,
+    ModelCache,
+    StageBars,
+    model_folder,
+    read_loras,
+    torch_dtype,
+)
 from infer.machine import environment, writable_folder
 from infer.sample.jobs import Job
 from infer.sample.record import (
@@ -79,7 +86,7 @@ def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Sess
     output = writable_folder(config.output_dir)
     device = resolve_device(config.device)
     dtype = torch_dtype(config.dtype, device)
-    folder = ModelFolder.read(resolve_model(config.checkpoint, config.revision, patterns=CONFIGS))
+    folder = model_folder(config, CONFIGS)
     attention = verified_attention(config.attention, folder.config.transformer, device, dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     requests = [
@@ -90,9 +97,10 @@ def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Sess
     if len(requests) > 1:
         print(f"the first of {len(requests)} jobs; every video has a record", file=sys.stderr)
     memory = check_memory(requests, folder, attention, device, dtype, models)
-    path = resolve_model(config.checkpoint, config.revision)  # now with the weights
-    if path != folder.path:  # the branch on the hub has changed in between
-        folder = ModelFolder.read(path)
+    # Now with the weights; the branch on the hub may have changed in between.
+    path = resolve_model(config.checkpoint, config.revision, variant=config.variant)
+    if path != folder.path or config.variant is not None:
+        folder = model_folder(config)
     try:
         model = models.get(folder, config, attention, loras, device)
     except torch.OutOfMemoryError as error:
@@ -341,7 +349,8 @@ def public_config(config: SampleConfig) -> dict[str, Any]:
 def _metadata(request: Request, seed: int) -> dict[str, str]:
     """Text fields of the mp4: enough to make the video again with the same model."""
     values = {name: value for name, (value, _) in request.settings.items() if value is not None}
-    for private in ("image", "lora", "lora_2"):  # paths reveal facts about the user's machine
+    # Paths reveal facts about the user's machine.
+    for private in ("image", "lora", "lora_2", *PARTS):
         values.pop(private, None)
     values |= {"seed": seed, "num_videos": 1, "prompt": request.prompt}
     return {

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.schema import SampleConfig
+from configs.schema import PARTS, SampleConfig
 from infer.loading import sampling
 from infer.sample.jobs import PROMPT_FILE, Job
 from infer.sample.record import without_home
@@ -23,21 +23,16 @@ CHOSEN = ("command line", PROMPT_FILE)  # sources that the user typed
 FROM_MODEL = ("height", "width", "num_frames", "fps", "max_sequence_length")
 # Options that the printed header and the record list, in this order.
 SHOWN = (
-    *("checkpoint", "revision", "height", "width", "num_frames", "fps", "seed", "num_videos"),
+    *("checkpoint", "revision", "variant", *PARTS, "height", "width", "num_frames", "fps"),
+    *("seed", "num_videos"),
     *("sampler.name", "sampler.steps", "sampler.timesteps", "sampler.grid", "sampler.shift"),
-    *(
-        "guidance_scale",
-        "guidance_scale_2",
-        "negative_prompt",
-        "image",
-        "image_fit",
-        "image_background",
-    ),
+    *("guidance_scale", "guidance_scale_2", "negative_prompt"),
+    *("image", "image_fit", "image_background"),
     *("max_sequence_length", "device", "dtype", "attention", "offload", "quantize", "compile"),
     *("chunk_latents", "tile", "deterministic", "frame_first_noise", "allow_untrained"),
     *("lora", "lora_2", "lora_strength"),
 )
-PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2")
+PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2", *PARTS)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,9 @@ OFFICIAL_NAMES = {
 }
 
 
+IN_AND_OUT = (("in_channels", "in_dim"), ("out_channels", "out_dim"))
+
+
 def refuse_other_networks(values: dict[str, Any]) -> None:
     """Refuse the config.json of a related network that is not supported.
 
@@ -133,7 +136,10 @@ def refuse_other_networks(values: dict[str, Any]) -> None:
     model_type = values.get("model_type", "t2v")
     if any(name.startswith("vace_") for name in values) or model_type == "vace":
         raise WanError(f"this is a VACE transformer, with control blocks of its own; {supported}")
-    if values.get("image_dim") or values.get("added_kv_proj_dim") or model_type in ("i2v", "flf2v"):
+    channels = [values.get(name) or values.get(old) for name, old in IN_AND_OUT]
+    for_image = None not in channels and channels[0] > channels[1]
+    for_image |= bool(values.get("image_dim") or values.get("added_kv_proj_dim"))
+    if for_image or model_type in ("i2v", "flf2v"):
         raise WanError(
             "this is an image-to-video transformer, with keys and values or input channels for "
             f"the image; {supported}"

@@ -57,7 +57,7 @@ class Tokenizer:
         """Take the function from text to ids without </s>, and the number of ids in use."""
         self._encode = encode
         self.vocab_size = vocab_size
-        self.folder: Path | None = None  # where its files are, for a copy of the model
+        self.source: Path | None = None  # the folder or file it was read from
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
@@ -70,10 +70,11 @@ class Tokenizer:
         if (folder / "tokenizer.json").is_file():
             tokenizer = cls._from_tokenizer_json(folder / "tokenizer.json")
         elif (folder / "spiece.model").is_file():
-            tokenizer = cls._from_spiece(folder / "spiece.model", _num_sentinels(folder))
+            path = folder / "spiece.model"
+            tokenizer = cls.from_spiece(path.read_bytes(), _num_sentinels(folder), path)
         else:
             raise WanError(f"{folder}: no tokenizer.json and no spiece.model in this folder")
-        tokenizer.folder = folder
+        tokenizer.source = folder
         return tokenizer
 
     @classmethod
@@ -97,10 +98,20 @@ class Tokenizer:
         )
 
     @classmethod
-    def _from_spiece(cls, path: Path, num_sentinels: int) -> "Tokenizer":
+    def from_spiece(cls, spiece: bytes, num_sentinels: int, path: Path) -> "Tokenizer":
+        """Take a SentencePiece model.
+
+        Args:
+            spiece: the bytes of a spiece.model.
+            num_sentinels: how many <extra_id_N> follow its pieces.
+            path: where they were read, for messages.
+
+        Raises:
+            WanError: it is damaged, or breaks the layout of the ids.
+        """
         model = sentencepiece.SentencePieceProcessor()
         try:
-            model.LoadFromSerializedProto(path.read_bytes())
+            model.LoadFromSerializedProto(spiece)
         except (RuntimeError, OSError) as error:
             raise WanError(f"{path}: not a SentencePiece model ({error})") from error
         _check_specials(path, [model.PieceToId(piece) for piece in SPECIALS])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError, check_names
-from wan.lora.merge import LoRAMerge
+from wan.lora.merge import Merges
 from wan.models.attention import AttentionChoice
 from wan.pipeline.inputs import OnProgress
 from wan.runtime.offload import resolve_device
@@ -91,7 +91,7 @@ class LoadingArguments(PartArguments, total=False):
     attention: AttentionChoice
     offload: str
     compile: str
-    loras: Mapping[str, LoRAMerge | Sequence[LoRAMerge]] | None
+    loras: Merges | None
     safety_checker: Callable[[Tensor], bool] | None
     on_progress: OnProgress | None
 
@@ -147,7 +147,7 @@ def every_name(allowed: type) -> list[str]:
 def file_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """The `FileArguments` that were given, under the names of `wan.weights.hub.resolve_model`."""
     offline = bool(given.get("local_files_only") or given.get("offline"))
-    names = ("revision", "cache_dir", "token", "force_download")
+    names = ("revision", "variant", "cache_dir", "token", "force_download")
     options = {name: given[name] for name in names if given.get(name)}
     return options | ({"offline": True} if offline else {})
 

@@ -11,6 +11,8 @@ A student's model_index.json may hold `timesteps`, the list that it was trained 
 list of the released students is used.
 """
 
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,15 +23,31 @@ from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
+from wan.pipeline.known_models import (
+    config_of_shapes,
+    known_config,
+    read_settings,
+    shapes_of,
+    shapes_with,
+)
 from wan.sampling.schedule import FEW_STEP_TIMESTEPS, few_step_schedule
 from wan.sampling.scheduler_config import (
     SchedulerSettings,
     read_scheduler,
     read_scheduler_or_default,
 )
+from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import list_files
 
 BASE, FEW_STEP = PIPELINE_CLASSES = ("WanPipeline", "WanDMDPipeline")
+# Pipelines of Wan's other models, which have networks or inputs of their own.
+OTHER_FAMILIES = re.compile(r"(?i)vace|animate|causal|control|camera|s2v|speech|phantom")
+PART_CLASSES = {
+    "transformer": "WanTransformer3DModel",
+    "transformer_2": "WanTransformer3DModel",
+    "vae": "AutoencoderKLWan",
+    "text_encoder": "UMT5EncoderModel",
+}
 DEFAULTS_FILE = "sampling_defaults.json"
 SHARED_FILE = "shared_parts.json"
 CARD = "README.md"
@@ -181,16 +199,17 @@ def read_pipeline_config(
 
     Args:
         folder: holds model_index.json.
-        overrides: component -> another folder for it; a config.json in that folder is used.
+        overrides: component -> another folder or file for it; see `component_settings`.
         shared: what `shared_parts` returned for this folder, if it was called already.
 
     Raises:
-        WanError: a file is missing or damaged, the class is unknown, or parts don't fit together.
+        WanError: a file is missing or damaged, the class is unknown, a part is quantised, or parts
+            don't fit together.
     """
     index = read_index(folder)
     shared = shared_parts(folder) if shared is None else shared
     configs = {
-        name: read_json(component_config(folder, name, overrides or {}, shared))
+        name: component_settings(folder, name, overrides or {}, shared)
         for name in ("transformer", "vae", "text_encoder")
     }
     boundary = index.get("boundary_ratio")
@@ -218,21 +237,92 @@ def read_pipeline_config(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Read model_index.json and check that its `_class_name` is supported."""
+    """Read model_index.json, with one of our own two classes as its `_class_name`.
+
+    Raises:
+        WanError: it is missing, or of a pipeline that is not supported.
+    """
     path = folder / "model_index.json"
     if not path.is_file():
         config = folder / "config.json"
         hint = ""
         if config.is_file() and read_json(config).get("_class_name") == "WanModel":
-            hint = " (this is the official layout: python -m infer.convert writes the other one)"
+            there, back = (shlex.quote(str(place)) for place in (folder, f"{folder}-diffusers"))
+            hint = (
+                " (this is the official layout; the other one is written by: python -m "
+                f"infer.convert layout=diffusers source={there} output={back})"
+            )
         raise WanError(f"{folder}: no model_index.json; give the top folder of a model{hint}")
     index = read_json(path)
-    if index.get("_class_name") not in PIPELINE_CLASSES:
-        raise WanError(
-            f"{path}: pipeline class {index.get('_class_name')!r} is not supported; known are "
-            f"{', '.join(PIPELINE_CLASSES)}"
-        )
-    return index
+    return index | {"_class_name": pipeline_class(path, index)}
+
+
+def pipeline_class(path: Path, index: Mapping[str, Any]) -> str:
+    """Which of our two classes runs the model of a model_index.json.
+
+    A class of another name is recognised by its parts: diffusers' image-to-video and video-to-video
+    classes, and subclasses of trainers, save the same networks.
+
+    Raises:
+        WanError: the class is of another family, or a part is of another kind.
+    """
+    name = str(index.get("_class_name"))
+    if name in PIPELINE_CLASSES:
+        return name
+    strange, other_family = strange_part(index), OTHER_FAMILIES.search(name)
+    if "wan" in name.lower() and not other_family and strange is None:
+        return FEW_STEP if "dmd" in name.lower() or "timesteps" in index else BASE
+    hint = ""
+    if not other_family and strange is None:
+        hint = f"; if its networks are those of a {BASE}, write that name as _class_name"
+    raise WanError(
+        f"{path}: pipeline class {name!r}{strange or ''} is not supported; known are "
+        f"{', '.join(PIPELINE_CLASSES)}{hint}"
+    )
+
+
+def strange_part(index: Mapping[str, Any]) -> str | None:
+    """What a model_index.json lists that no supported pipeline has, in words; None if nothing."""
+    for part, entry in index.items():
+        kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if kind is not None and part.endswith("_encoder") and part not in PART_CLASSES:
+            return f" with an {part}"
+        if kind is not None and kind != PART_CLASSES.get(part, kind):
+            return f" with a {part} of class {kind!r}"
+    return None if is_used(index.get("transformer")) else " without a transformer"
+
+
+def is_used(entry: Any) -> bool:
+    """Whether model_index.json names a class for a component."""
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def component_settings(
+    folder: Path,
+    component: str,
+    overrides: Mapping[str, Path],
+    shared: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """The settings of a component; arguments as in `read_pipeline_config`.
+
+    Weights from elsewhere have the settings of the config.json in their folder. Without one, they
+    have those of the model's folder if their shapes agree, else those of `known_config`.
+
+    Raises:
+        WanError: there is no config.json, or the weights are quantised.
+    """
+    own = overrides.get(component)
+    if own is None or (own.is_dir() and (own / "config.json").is_file()):
+        return read_settings(component_config(folder, component, overrides, shared))
+    checkpoint = open_checkpoint(own)
+    shapes = shapes_of(component, checkpoint)
+    try:
+        values = read_settings(component_config(folder, component, {}, shared))
+    except WanError:  # the folder lacks this part
+        return known_config(component, checkpoint)
+    if shapes_with(component, values) != shapes:
+        values = config_of_shapes(component, shapes) or values  # loading says what does not fit
+    return values
 
 
 def component_config(
@@ -283,10 +373,13 @@ def parts_from_elsewhere(folder: Path, shared: Mapping[str, Path] | None = None)
 def model_files(folder: Path, shared: Mapping[str, Path] | None = None) -> dict[str, Path]:
     """Every file that a model's videos may depend on, by its path in the released layout.
 
-    Parts in other folders are included, the model's card is not.
+    Parts in other places are included, and what they replace is not. The model's card is neither.
     """
-    files = list_files(folder)
-    for part, place in parts_from_elsewhere(folder, shared).items():
+    elsewhere = parts_from_elsewhere(folder, shared)
+    # A folder of another layout may hold more than its parts.
+    own = list_files(folder) if (folder / "model_index.json").is_file() or not elsewhere else {}
+    files = {name: path for name, path in own.items() if name.split("/")[0] not in elsewhere}
+    for part, place in elsewhere.items():
         files |= {f"{part}/{name}": path for name, path in list_files(place).items()}
     return {name: path for name, path in files.items() if name != CARD}
 

@@ -3,7 +3,7 @@
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,29 +13,30 @@ import torch
 from torch import nn
 
 from wan.errors import WanError, check_names
-from wan.files import read_json
-from wan.lora.merge import LoRAMerge
+from wan.lora.merge import Merges, all_changes, merge_lists
 from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.models.tokenizer import Tokenizer
 from wan.pipeline.arguments import Placement
 from wan.pipeline.config import (
     PipelineConfig,
-    component_config,
+    component_settings,
     part_folder,
     read_pipeline_config,
     shared_parts,
     write_configs,
 )
 from wan.pipeline.inputs import OnProgress, report
+from wan.pipeline.known_models import PARTS
+from wan.pipeline.layouts import find_parts, pipeline_of_parts
 from wan.pipeline.parts import (
-    PARTS,
     AutoencoderKLWan,
     UMT5EncoderModel,
     WanTransformer3DModel,
     vae_levels,
     weight_kind,
 )
-from wan.weights.checkpoint import open_checkpoint
+from wan.pipeline.tokenizer_files import is_tokenizer, read_tokenizer, write_tokenizer
+from wan.weights.checkpoint import Checkpoint, has_variant, holds_weights, open_checkpoint
 from wan.weights.load import build_on_meta, load_module
 from wan.weights.save import same_weights, save_component
 
@@ -47,14 +48,17 @@ class ModelFolder:
     """A model on disk whose settings have been read: each JSON file once.
 
     Attributes:
-        path: the folder that holds model_index.json.
+        path: the folder that holds model_index.json, or of one of the layouts that
+            `wan.pipeline.layouts` knows.
         config: what its JSON files say.
         places: part -> where its files lie, for parts that are not below `path`.
+        variant: the variant of the weights that is read where a part has it, such as "fp16".
     """
 
     path: Path
     config: PipelineConfig
     places: Mapping[str, Path] = field(default_factory=dict)
+    variant: str | None = None
 
     @classmethod
     def read(
@@ -66,24 +70,59 @@ class ModelFolder:
         """Read all settings of a folder.
 
         Args:
-            overrides: part -> another folder or file with its weights; a config.json in that
-                folder is used.
+            overrides: part -> another folder or file with its weights, or the tokenizer's folder; a
+                config.json in that folder is used, see `wan.pipeline.config.component_settings`.
+            variant: read the weights of that variant where a part has it.
 
         Raises:
-            WanError: see `read_pipeline_config`.
+            WanError: see `read_pipeline_config` and `wan.pipeline.layouts.find_parts`; or no part
+                has the variant.
         """
-        shared = shared_parts(path)
-        places = shared | dict(overrides or {})
-        return cls(path, read_pipeline_config(path, overrides, shared), places)
+        overrides = dict(overrides or {})
+        if parts := find_parts(path, overrides):
+            folder = cls(path, pipeline_of_parts(path, parts), parts, variant)
+        else:
+            shared = shared_parts(path)
+            config = read_pipeline_config(path, overrides, shared)
+            folder = cls(path, config, folder_places(path, shared | overrides), variant)
+        if variant is not None:
+            parts = folder.config.components
+            here = any(holds_weights(folder.part(part)) for part in parts)
+            if here and not any(folder.has_variant(part) for part in parts):
+                raise WanError(f"{path}: no part has weights of variant={variant}; leave it out")
+        return folder
 
     def part(self, name: str) -> Path:
         """The folder or file that holds a part."""
         return self.places.get(name, self.path / name)
 
+    def has_variant(self, name: str) -> bool:
+        """Whether a part has weights of the variant that was asked for."""
+        return self.variant is not None and has_variant(self.part(name), self.variant)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The weights of a part.
+
+        Raises:
+            WanError: see `wan.weights.checkpoint.open_checkpoint`.
+        """
+        return open_checkpoint(self.part(name), self.variant if self.has_variant(name) else None)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, read when it is first needed."""
-        return Tokenizer.from_folder(self.part("tokenizer"))
+        return read_tokenizer(self.part("tokenizer"))
+
+
+def folder_places(path: Path, places: dict[str, Path]) -> dict[str, Path]:
+    """`places`, with the text encoder's file as the tokenizer of a folder that has no other."""
+    text_encoder = places.get("text_encoder", path / "text_encoder")
+    if "tokenizer" in places or is_tokenizer(path / "tokenizer"):
+        return places
+    files = [text_encoder] if text_encoder.is_file() else sorted(text_encoder.glob("*.safetensors"))
+    if len(files) == 1 and is_tokenizer(files[0]):
+        return places | {"tokenizer": files[0]}
+    return places
 
 
 def part_builder(part: str, config: Any, **options: Any) -> Callable[[], Any]:
@@ -104,6 +143,7 @@ def load_part(
     part: str,
     config: Any = None,
     options: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Path] | None = None,
     **loading: Any,
 ) -> Any:
     """Load one network of a model's folder, in evaluation mode.
@@ -113,15 +153,16 @@ def load_part(
         part: "transformer", "transformer_2", "vae" or "text_encoder".
         config: its settings; None reads its config.json.
         options: further arguments of the network's class.
+        overrides: part -> another folder or file with its weights.
         loading: arguments of `wan.weights.load.load_module`: dtype, device and others.
 
     Raises:
         WanError: a file is missing, damaged or of another model.
     """
     if config is None:
-        config = read_json(component_config(folder, part, {}))
+        config = component_settings(folder, part, overrides or {})
     build = part_builder(part, config, **(options or {}))
-    checkpoint = open_checkpoint(part_folder(folder, part))
+    checkpoint = open_checkpoint((overrides or {}).get(part) or part_folder(folder, part))
     return load_module(build, checkpoint, weight_kind(part), **loading).eval()
 
 
@@ -147,7 +188,7 @@ def load_modules(
     attention: NetworkAttention,
     offload: str,
     quantize: str = "none",
-    loras: Mapping[str, LoRAMerge | Sequence[LoRAMerge]] | None = None,
+    loras: Merges | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Load the networks of a pipeline, in evaluation mode, by part.
@@ -157,33 +198,35 @@ def load_modules(
         where: the device that computes, and the dtypes.
         left_out: parts that are not loaded.
         quantize: 8-bit weights for the parts in `QUANTIZED_PARTS`; see `wan.weights.quantize`.
-        loras: part -> the LoRA that is merged into it before it is quantised.
+        loras: part -> the LoRA, or several, that are merged into it before it is quantised.
 
     Raises:
         WanError: weights are missing, damaged or of another model; or a LoRA does not fit.
     """
-    loras = loras or {}
+    merges = merge_lists(loras)
     parts = [part for part in config.components if part not in left_out]
     chosen = str(attention.config)
     if "transformer" in parts:
         warn_of_attention(folder.path, config.defaults.attention, chosen)
-    for merge in loras.values():
+    for merge in (one for several in merges.values() for one in several):
         warn_of_attention(merge.lora.path, merge.lora.attention, chosen)
     builders = module_builders(config, attention)
-    check_names("loras", list(loras), [part for part in builders if part in parts])
-    for part, merge in loras.items():
-        merge.check(dict(build_on_meta(builders[part]).named_parameters()))
+    check_names("loras", list(merges), [part for part in builders if part in parts])
+    for part, several in merges.items():
+        parameters = dict(build_on_meta(builders[part]).named_parameters())
+        for merge in several:
+            merge.check(parameters)
     modules = {}
     for done, part in enumerate(parts):
         report(on_progress, "load", done, len(parts))
         module = load_module(
             builders[part],
-            open_checkpoint(folder.part(part)),
+            folder.checkpoint(part),
             weight_kind(part),
             dtype=where.dtype(part),
             device=where.device if offload == "none" else torch.device("cpu"),
             quantize=quantize if part in QUANTIZED_PARTS else "none",
-            changes=loras[part].changes if part in loras else None,
+            changes=all_changes(merges.get(part, [])) or None,
         )
         modules[part] = module.eval()
     report(on_progress, "load", len(parts), len(parts))
@@ -249,9 +292,9 @@ def write_part(
     """Write one part; those of other libraries know how to write themselves."""
     given = getattr(given, "_orig_mod", given)  # what torch.compile has wrapped
     if isinstance(given, Tokenizer):
-        if given.folder is None:
+        if given.source is None:
             raise WanError("saving copies the tokenizer's files: make it by Tokenizer.from_folder")
-        shutil.copytree(given.folder, folder, dirs_exist_ok=True)
+        write_tokenizer(given.source, folder)
     elif part == "tokenizer" or not isinstance(given, PARTS[weight_kind(part)][1]):
         shutil.rmtree(folder, ignore_errors=True)  # its config.json is of this project's class
         options = {"variant": variant} if isinstance(given, nn.Module) else {}

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from wan.errors import WanError
-from wan.files import read_json
 from wan.models.attention import AttentionChoice
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
@@ -27,20 +26,13 @@ from wan.models.vae import WanVAE, decode_tiled
 from wan.models.vae_config import CHUNK_LATENTS, VAE_2_1, VAEConfig
 from wan.pipeline.arguments import PartArguments, check_arguments, file_options, placement
 from wan.pipeline.config import FEW_STEP, PipelineConfig, model_defaults, part_folder
+from wan.pipeline.known_models import PARTS, known_config, read_settings
 from wan.sampling.schedule import FEW_STEP_TIMESTEPS
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import resolve_file, resolve_model
 from wan.weights.keys import VAELevels, our_name
-from wan.weights.known import known_config
 from wan.weights.load import build_on_meta, load_module
 from wan.weights.save import replace_component, size_in_bytes
-
-# part -> the dataclass of its config.json, and its network
-PARTS: dict[str, tuple[Any, type[nn.Module]]] = {
-    "transformer": (DiTConfig, WanDiT),
-    "vae": (VAEConfig, WanVAE),
-    "text_encoder": (UMT5Config, UMT5Encoder),
-}
 
 
 def weight_kind(part: str) -> str:
@@ -99,7 +91,7 @@ class PartFace:
         check_arguments(arguments, PartArguments)
         options = file_options(arguments)
         if subfolder is not None:
-            patterns = (f"{subfolder}/*.safetensors", f"{subfolder}/*.json")
+            patterns = (f"{subfolder}/*.safetensors", f"{subfolder}/*.json", "shared_parts.json")
             folder = part_folder(resolve_model(name, patterns=patterns, **options), subfolder)
         else:
             folder = resolve_model(name, **options)
@@ -108,7 +100,7 @@ class PartFace:
                 f"{folder / 'config.json'} is missing: give the folder of one network, or "
                 f'subfolder="{cls.COMPONENT}" with the folder of a whole model'
             )
-        return cls._load(folder, read_json(folder / "config.json"), arguments)
+        return cls._load(folder, read_settings(folder / "config.json"), arguments)
 
     @classmethod
     def from_single_file(
@@ -132,14 +124,13 @@ class PartFace:
         """
         check_arguments(arguments, PartArguments)
         options = file_options(arguments)
-        file = resolve_file(path, **options)
+        file = resolve_file(path, **{n: v for n, v in options.items() if n != "variant"})
         if config is None:
-            config = known_config(cls.COMPONENT, open_checkpoint(file))
+            config = known_config(cls.COMPONENT, open_checkpoint(file), ", or give config=")
         elif isinstance(config, str | Path):
             folder = resolve_model(config, patterns=("*.json",), **options)
-            config = read_json(
-                (folder if subfolder is None else folder / subfolder) / "config.json"
-            )
+            place = folder if subfolder is None else part_folder(folder, subfolder)
+            config = read_settings(place / "config.json")
         return cls._load(file, config, arguments)
 
     @classmethod

@@ -14,6 +14,7 @@ from wan.files import write_json
 from wan.weights.checkpoint import INDEX_SUFFIX, family
 from wan.weights.keys import VAELevels, released_name
 from wan.weights.safetensors_file import write_tensors
+from wan.weights.scaled import plain_dtype, restored
 
 
 def save_component(
@@ -25,6 +26,7 @@ def save_component(
     vae_levels: VAELevels | None = None,
     prefix: str = "",
     dtypes: Mapping[str, torch.dtype] | None = None,
+    scales: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
     variant: str | None = None,
@@ -38,7 +40,9 @@ def save_component(
     Args:
         vae_levels: for a VAE, the settings that its names depend on.
         prefix: put in front of every released name, as in repacked files.
-        dtypes: our name -> dtype to convert to, shard by shard. None changes no bits.
+        dtypes: our name -> dtype to convert to, shard by shard. None changes no bits of a tensor
+            without a scale.
+        scales: our name -> the scale of an 8-bit weight, which is restored shard by shard.
         variant: put into the names of the files, as in `<name>.fp16.safetensors`.
     Returns:
         The weight files, and the index if there are several.
@@ -47,12 +51,15 @@ def save_component(
             to write.
     """
     folder = Path(folder)
+    scales = scales or {}
     released = {n: prefix + released_name(component, layout, n, vae_levels) for n in state}
-    wanted = {released[n]: t.dtype if dtypes is None else dtypes[n] for n, t in state.items()}
+    kept = {n: plain_dtype(t.dtype) if n in scales else t.dtype for n, t in state.items()}
+    wanted = {released[n]: dtype for n, dtype in (dtypes or kept).items()}
     named = {released[n]: t for n, t in state.items()}
+    factors = {released[n]: scale for n, scale in scales.items()}
     stem = file_stem(component, layout, vae_levels) + ("" if variant is None else f".{variant}")
     try:
-        return write_shards(named, wanted, folder, stem, max_shard_bytes, metadata or {})
+        return write_shards(named, wanted, factors, folder, stem, max_shard_bytes, metadata or {})
     except OSError as error:
         raise WanError(f"{folder}: can't be written: {error.strerror or error}") from error
 
@@ -60,6 +67,7 @@ def save_component(
 def write_shards(
     named: Mapping[str, Tensor],
     wanted: Mapping[str, torch.dtype],
+    scales: Mapping[str, Tensor],
     folder: Path,
     stem: str,
     max_shard_bytes: int,
@@ -81,7 +89,8 @@ def write_shards(
     for name, shard in zip(names, shards, strict=True):
         write_tensors(
             folder / name,
-            {n: tensor.to(wanted[n]) for n, tensor in shard.items()},  # no copy if unchanged
+            # No copy of what does not change.
+            {n: restored(tensor, scales.get(n), wanted[n]) for n, tensor in shard.items()},
             {"format": "pt", **metadata},
         )
     written = [folder / name for name in names]
