@@ -14,7 +14,7 @@ from torch import nn
 
 from wan.errors import WanError, check_names
 from wan.files import read_json
-from wan.lora.merge import LoRAMerge
+from wan.lora.merge import Merges, all_changes, merge_lists
 from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
@@ -153,7 +153,7 @@ def load_modules(
     device: torch.device,
     attention: NetworkAttention,
     quantize: str = "none",
-    loras: Mapping[str, LoRAMerge] | None = None,
+    loras: Merges | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Load every network of a pipeline, in evaluation mode, by part.
@@ -161,20 +161,22 @@ def load_modules(
     Args:
         config: the folder's settings, perhaps with another pipeline class.
         quantize: 8-bit weights for the parts in `QUANTIZED_PARTS`; see `wan.weights.quantize`.
-        loras: part -> the LoRA that is merged into it before it is quantised.
+        loras: part -> the LoRA, or several, that are merged into it before it is quantised.
 
     Raises:
         WanError: weights are missing, damaged or of another model; or a LoRA does not fit.
     """
-    loras = loras or {}
+    merges = merge_lists(loras)
     chosen = str(attention.config)
     warn_of_attention(folder.path, config.defaults.attention, chosen)
-    for merge in loras.values():
+    for merge in (one for several in merges.values() for one in several):
         warn_of_attention(merge.lora.path, merge.lora.attention, chosen)
     builders = module_builders(config, attention)
-    check_names("loras", list(loras), [part for part in builders if part in config.components])
-    for part, merge in loras.items():
-        merge.check(dict(build_on_meta(builders[part]).named_parameters()))
+    check_names("loras", list(merges), [part for part in builders if part in config.components])
+    for part, several in merges.items():
+        parameters = dict(build_on_meta(builders[part]).named_parameters())
+        for merge in several:
+            merge.check(parameters)
     modules = {}
     for done, part in enumerate(config.components):
         report(on_progress, "load", done, len(config.components))
@@ -185,7 +187,7 @@ def load_modules(
             dtype=dtype,
             device=device,
             quantize=quantize if part in QUANTIZED_PARTS else "none",
-            changes=loras[part].changes if part in loras else None,
+            changes=all_changes(merges.get(part, [])) or None,
         )
         modules[part] = module.eval()
     report(on_progress, "load", len(config.components), len(config.components))

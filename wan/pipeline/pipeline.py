@@ -8,7 +8,7 @@ B videos, C T h w latent sizes, F frames, H W pixels, S text tokens.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.errors import WanError, check_names
-from wan.lora.merge import LoRAMerge
+from wan.lora.merge import Merges
 from wan.models.attention import AttentionChoice, verified_attention
 from wan.models.dit import WanDiT
 from wan.models.tokenizer import Tokenizer
@@ -226,7 +226,7 @@ class WanPipeline(PipelineAdapters):
         offload: str = "none",
         compile: str = "none",
         quantize: str = "none",
-        loras: Mapping[str, LoRAMerge] | None = None,
+        loras: Merges | None = None,
         revision: str | None = None,
         offline: bool = False,
         transformer: str | Path | None = None,
@@ -246,8 +246,8 @@ class WanPipeline(PipelineAdapters):
             device, offload, compile: see the constructor.
             quantize: "none", "int8" or "fp8" weights for the large layers of the transformers and
                 the text encoder; see `wan.weights.quantize`.
-            loras: "transformer" or "transformer_2" -> the LoRA that is merged into it while it is
-                read, before it is quantised.
+            loras: "transformer" or "transformer_2" -> the `LoRAMerge`, or a list of several, that
+                is merged into it while it is read, before it is quantised.
             attention: see `set_attention`.
             revision, offline: for a hub id, see `wan.weights.hub.resolve_model`.
             transformer, transformer_2, vae, text_encoder: a folder or file with other weights for
