@@ -190,6 +190,11 @@ def check_filled(name: str, value: str) -> None:
         raise WanError(f"{name}= is empty: name a folder or a hub id")
 
 
+def check_lora(name: str, value: str) -> None:
+    if not value.strip():
+        raise WanError(f"{name}= has an empty entry: name LoRA files, as in {name}=a,b")
+
+
 def check_every_step(attention: AttentionConfig) -> None:
     """Refuse a choice of steps: training draws noise levels at random and has no steps."""
     if attention.steps != "all":
@@ -380,9 +385,16 @@ class SampleConfig(LoadingConfig, PartsConfig):
     )
     tile: int | None = count(None, "decode in tiles of this many latents: less memory, not exact")
     verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
-    lora: str | None = option(None, "a LoRA file to merge into the weights")
-    lora_2: str | None = option(None, "the LoRA for the low-noise expert of models with two")
-    lora_strength: float = option(1.0, "factor on the LoRA's difference; 1 as it was trained")
+    lora: list[str] | None = option(
+        None,
+        "LoRA files to merge into the weights, each with its strength if you like: a:0.8,b",
+        check=check_lora,
+    )
+    lora_2: list[str] | None = option(
+        None, "the same for the low-noise expert of models with two", check=check_lora
+    )
+    lora_strength: float = option(1.0, "factor on all LoRAs; 1 as they were trained")
+    lora_strength_2: float | None = option(None, "the same for lora_2; none: as lora_strength")
 
     output_dir: str = option("outputs", "made if missing; nothing in it is ever overwritten")
     save_latents: bool = option(
@@ -400,8 +412,9 @@ class SampleConfig(LoadingConfig, PartsConfig):
         if colour is not None and len(colour) != 3:
             raise WanError(f"image_background={colour}: need three numbers from 0 to 255")
         check_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
-        if not math.isfinite(self.lora_strength):
-            raise WanError(f"lora_strength={self.lora_strength}: must be a number")
+        for name in ("lora_strength", "lora_strength_2"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise WanError(f"{name}={getattr(self, name)}: must be a finite number")
 
 
 def check_text(key: str, text: str) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from configs.cli import INTERRUPTED, USER_ERROR, execute
 from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files, without_home
+from wan.lora import LoRAMerge, read_lora
 from wan.media.images import load_image
 from wan.media.video import read_video
 from wan.pipeline.pipeline import WanDMDPipeline, WanPipeline
@@ -380,7 +382,8 @@ def weights_stay_unread(monkeypatch):
         (["prompt=x", "output_dir="], "base", ["output_dir= is empty"]),
         (["prompt=x", "lora=missing.safetensors"], "base", ["missing.safetensors"]),
         (["prompt=x", "lora_2=y"], "base", ["lora_2=", "two experts"]),
-        (["prompt=x", "lora=y"], "experts", ["lora_2=", "two experts"]),
+        (["prompt=x", "lora=y,z:2"], "experts", ["LoRA y: no such file"]),
+        (["prompt=x", "lora=y,"], "base", ["lora=y,", "an entry is empty"]),
         (["prompt=x", "lora_strength=0.5"], "base", ["lora_strength=0.5 without lora="]),
         pytest.param(
             ["prompt=x", "device=cuda"],
@@ -483,6 +486,88 @@ def test_a_lora_is_merged_and_one_for_another_model_refused(run, tmp_path):
     code, _, err = run("prompt=x", f"lora={tmp_path / 'other.safetensors'}")
     assert code == USER_ERROR
     assert "other.safetensors" in err
+
+
+def style(path: Path, seed: int, front: str = "diffusion_model.") -> Path:
+    """A LoRA file for the tiny models."""
+    generator = torch.Generator().manual_seed(seed)
+    stem = f"{front}blocks.0.self_attn.q"
+    tensors = {
+        f"{stem}.lora_A.weight": torch.randn(2, 24, generator=generator),
+        f"{stem}.lora_B.weight": torch.randn(24, 2, generator=generator),
+    }
+    save_file(tensors, path)
+    return path
+
+
+def latents_of(run, *arguments, model: str = "base") -> tuple[str, dict]:
+    """sha256 of the latents that a command makes, and its record."""
+    code, out, err = run("prompt=x", "contact_sheet=false", *arguments, model=model)
+    assert code == 0, err
+    record = json.loads(Path(out.strip()).with_suffix(".json").read_text())
+    return record["latents_sha256"], record
+
+
+def test_several_loras_have_strengths_of_their_own(run, tmp_path, models):
+    a, b = style(tmp_path / "a.safetensors", 1), style(tmp_path / "b, too.safetensors", 2)
+    both, record = latents_of(run, f'lora=[{a}:0.5,"{b}":-2]', "lora_strength=0.5")
+    assert record["settings"]["lora"]["value"] == [f"{a}:0.5", f"{b}:-2"]
+    assert [line.split(" merged into ")[1] for line in record["lora"]] == [
+        "1 parameters at strength 0.25",
+        "1 parameters at strength -1",
+    ]
+    assert all(str(file) in line for file, line in zip((a, b), record["lora"], strict=True))
+    assert latents_of(run, f"lora={a}:0.25", f'lora="{b}":-1')[0] == both
+    assert latents_of(run, f"lora={a}:0.25")[0] != both
+    # The same from Python, merged while loading and as adapters.
+    call = {"seed": 0, "output_type": "latent"}
+    merges = [LoRAMerge(read_lora(a), 0.25), LoRAMerge(read_lora(b), -1.0)]
+    merged = WanPipeline.from_pretrained(
+        models / "base", dtype=torch.float32, loras={"transformer": merges}
+    )
+    adapted = WanPipeline.from_pretrained(models / "base", dtype=torch.float32)
+    adapted.load_lora_weights(a, adapter_name="a")
+    adapted.load_lora_weights(b, adapter_name="b")
+    adapted.set_adapters(["a", "b"], [0.25, -1.0])
+    for pipe in (merged, adapted):
+        x = pipe("x", **call).frames
+        assert hashlib.sha256(x.numpy().tobytes()).hexdigest() == both
+
+
+def test_each_expert_has_loras_and_a_strength_of_its_own(run, tmp_path, models):
+    a, b = style(tmp_path / "a.safetensors", 1), style(tmp_path / "b.safetensors", 2)
+    latents = partial(latents_of, run, "steps=6", model="experts")
+    high, record = latents(f"lora={a}")
+    assert [line.partition(":")[0] for line in record["lora"]] == ["transformer"]
+    low, record = latents(f"lora_2={b},{a}:0.1", "lora_strength_2=0.5")
+    assert [line.partition(":")[0] for line in record["lora"]] == ["transformer_2"] * 2
+    assert record["lora"][1].endswith("strength 0.05")
+    weighed, record = latents(f"lora={a}", f"lora_2={b}", "lora_strength=0.5")
+    assert [line.endswith("strength 0.5") for line in record["lora"]] == [True, True]
+    plain, _ = latents()
+    assert len({plain, high, low, weighed}) == 4
+
+
+def test_a_lora_for_one_expert_does_not_go_to_the_other(run, tmp_path):
+    low = style(tmp_path / "low.safetensors", 1, "diffusion_model.transformer_2.")
+    code, _, err = run("prompt=x", f"lora={low}", model="experts")
+    assert code == USER_ERROR
+    assert "names say transformer_2" in err
+    assert "as lora_2=" in err
+    both = tmp_path / "both.safetensors"
+    high = style(tmp_path / "high.safetensors", 2, "diffusion_model.transformer_1.")
+    save_file(load_file(low) | load_file(high), both)
+    _, _, err = run("prompt=x", f"lora={both}", model="experts")
+    assert "those for transformer alone are used" in err
+    _, _, err = run("prompt=x", f"lora={both}", f"lora_2={both}", model="experts")
+    assert "alone are used" not in err
+
+
+def test_a_strength_for_an_expert_without_a_lora_is_warned_of(run, tmp_path):
+    a = style(tmp_path / "a.safetensors", 1)
+    code, _, err = run("prompt=x", f"lora={a}", "lora_strength_2=0.5")
+    assert code == 0
+    assert "lora_strength_2=0.5 without lora_2=: it weighs nothing" in err
 
 
 # --- runs that end early or badly -----------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Decide, check and explain every open setting of a job before the weights are loaded."""
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ SHOWN = (
     *("image", "image_fit", "image_background"),
     *("max_sequence_length", "device", "dtype", "attention", "offload", "quantize", "compile"),
     *("chunk_latents", "tile", "deterministic", "frame_first_noise", "allow_untrained"),
-    *("lora", "lora_2", "lora_strength"),
+    *("lora", "lora_2", "lora_strength", "lora_strength_2"),
 )
 PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2", *PARTS)
 
@@ -117,11 +118,7 @@ def _resolve(
     job: Job, model: PipelineConfig, attention: NetworkAttention, device: str, dtype: str
 ) -> Request:
     config, sources = job.config, dict(job.sources)
-    if config.lora is None and config.lora_strength != 1:
-        raise WanError(
-            f"lora_strength={config.lora_strength:g} without lora=: there is nothing to weigh; "
-            "name the LoRA file with lora=FILE"
-        )
+    check_strengths(config)
     for name in ("image_fit", "image_background"):
         if config.image is None and sources[name] in CHOSEN:
             raise WanError(f"{name}= without image=: there is nothing to fit or to fill")
@@ -162,6 +159,21 @@ def _resolve(
     )
 
 
+def check_strengths(config: SampleConfig) -> None:
+    """Refuse a strength without a LoRA that it weighs; warn of one for an expert without one."""
+    if not config.lora and not config.lora_2 and config.lora_strength != 1:
+        raise WanError(
+            f"lora_strength={config.lora_strength:g} without lora=: there is nothing to weigh; "
+            "name the LoRA file with lora=FILE"
+        )
+    if config.lora_strength_2 is not None and not config.lora_2:
+        warnings.warn(
+            f"lora_strength_2={config.lora_strength_2:g} without lora_2=: it weighs nothing; the "
+            "LoRAs of lora= have lora_strength=",
+            stacklevel=2,
+        )
+
+
 def _decided(
     config: SampleConfig, model: PipelineConfig, plan: SamplingPlan, device: str, dtype: str
 ) -> dict[str, Any]:
@@ -176,7 +188,8 @@ def _decided(
         "sampler.shift": plan.shift,
         "guidance_scale": plan.guidance_scale,
         "guidance_scale_2": plan.guidance_scale_2 if model.boundary_ratio else None,
-        "lora_strength": config.lora_strength if config.lora else None,
+        "lora_strength": config.lora_strength if config.lora or config.lora_2 else None,
+        "lora_strength_2": config.lora_strength_2 if config.lora_2 else None,
         "device": device,
         "dtype": dtype,
         "attention": str(config.attention),
@@ -276,5 +289,7 @@ def describe(request: Request, folder: Path) -> str:
 
 
 def _short(value: Any, limit: int = 60) -> str:
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ", ".join(value)
     text = " ".join(str(value).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."

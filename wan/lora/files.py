@@ -111,6 +111,7 @@ class LoRA:
     pairs: dict[str, LowRank]
     deltas: dict[str, FullDelta]
     attention: str | None = None  # sparse self-attention it was trained with; None: not recorded
+    other_expert: bool = False  # the file has layers for the other expert too, not read here
 
     @property
     def names(self) -> list[str]:
@@ -163,6 +164,7 @@ def parse_lora(
     metadata = metadata or {}
     refuse_other_methods(path, tensors)
     names, unknown = read_names(path, tensors)
+    num_names = len(names)
     names, label = one_expert(path, names, expert)
     if PEFT_METADATA in metadata:
         settings = (f"its {PEFT_METADATA}", metadata[PEFT_METADATA])
@@ -189,7 +191,8 @@ def parse_lora(
                 raise WanError(f"LoRA {path}: two changes of one kind for {parameter.released}")
             places[parameter.ours] = change
     about = describe(names, layout, peft_config)
-    return LoRA(path, about, len(tensors), pairs, deltas, metadata.get(ATTENTION))
+    other = len(names) < num_names
+    return LoRA(path, about, len(tensors), pairs, deltas, metadata.get(ATTENTION), other)
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -197,11 +200,10 @@ def parse_lora(
 
 # For messages: what each expert is, and where a LoRA for it is given.
 NOISE = {"transformer": "high noise", "transformer_2": "low noise"}
-
-
-def option(expert: str) -> str:
-    """How a LoRA for an expert is given, on the command line and in Python."""
-    return "lora=" if expert == EXPERTS[0] else "lora_2= or load_into_transformer_2=True"
+OPTIONS = {
+    "transformer": "as lora= (in Python, load_into_transformer_2=False)",
+    "transformer_2": "as lora_2= (in Python, load_into_transformer_2=True)",
+}
 
 
 def lora_file(path: Path) -> Path:
@@ -292,16 +294,16 @@ def one_expert(
     owners = [name.expert or (EXPERTS[0] if low_too else None) for name in names]
     if not set(EXPERTS) <= set(owners):
         label = next((owner for owner in owners if owner is not None), None)
-        if None not in (label, expert) and label != expert:
+        if label is not None and expert is not None and label != expert:
             raise WanError(
-                f"LoRA {path}: its names say {label} ({NOISE[label]}, {option(label)}), and it was "
-                f"given for {expert} ({NOISE[expert]}, {option(expert)}); exchange the two"
+                f"LoRA {path}: its names say {label} ({NOISE[label]}), and it was given for "
+                f"{expert} ({NOISE[expert]}); give it for {label}, {OPTIONS[label]}"
             )
         return names, label
     if expert is None:
         raise WanError(
-            f"LoRA {path}: holds layers for both experts; choose expert='transformer' "
-            "(high noise) or expert='transformer_2' (low noise)"
+            f"LoRA {path}: holds layers for both experts of a model with two; for such a model "
+            "choose expert='transformer' (high noise) or expert='transformer_2' (low noise)"
         )
     kept = [name for name, owner in zip(names, owners, strict=True) if owner == expert]
     return kept, expert

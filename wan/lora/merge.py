@@ -117,6 +117,8 @@ class LoRAMerge:
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         total = tensor
+        if self.strength == 0:
+            return tensor
         for change in changes_of(self.lora, name):
             delta = change.delta(tensor.device).reshape(tensor.shape)
             total = total.float() + self.strength * delta
@@ -134,6 +136,32 @@ class LoRAMerge:
         return MergeReport(
             lora.path, lora.format, self.strength, lora.num_tensors, ranks, tuple(lora.names)
         )
+
+
+Merges = Mapping[str, LoRAMerge | Sequence[LoRAMerge]]  # network -> what is merged into it
+
+
+def merge_lists(loras: Merges | None) -> dict[str, list[LoRAMerge]]:
+    """Network -> its merges as a list."""
+    return {
+        part: [merges] if isinstance(merges, LoRAMerge) else list(merges)
+        for part, merges in (loras or {}).items()
+    }
+
+
+def all_changes(merges: Sequence[LoRAMerge]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """`LoRAMerge.changes` of several LoRAs, one after the other.
+
+    A parameter that is read in float32, as `load_module` does, is rounded once at the end.
+    """
+    names = dict.fromkeys(name for merge in merges for name in merge.lora.names)
+    return {name: partial(merge_all, merges, name) for name in names}
+
+
+def merge_all(merges: Sequence[LoRAMerge], name: str, tensor: Tensor) -> Tensor:
+    for merge in merges:
+        tensor = merge(name, tensor)
+    return tensor
 
 
 def changes_of(lora: LoRA, name: str) -> list[LowRank | FullDelta]:
