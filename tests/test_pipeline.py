@@ -240,7 +240,10 @@ def test_the_folders_scheduler_samples_as_in_diffusers(
     ours = WanPipeline.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert ours.plan().sampler == sampler
     call = {"prompt": PROMPT, "negative_prompt": "", "num_frames": 5, "height": 32, "width": 32}
-    call |= {"latents": ours.prepare_latents(1, 32, 32, 5, seeded()), "output_type": "latent"}
+    call |= {
+        "latents": ours.prepare_latents(1, None, 32, 32, 5, generator=seeded()),
+        "output_type": "latent",
+    }
     call |= {"num_inference_steps": 6, "guidance_scale": 3.0, "max_sequence_length": 512}
     a, b = ours(**call).frames, theirs(**call).frames
     assert ((a - b).norm() / b.norm()).item() < 1e-5
@@ -800,7 +803,7 @@ def change_json(path, **changes) -> None:
         (("model_index.json", {"boundary_ratio": 0.9}), "two experts need both"),
         (("sampling_defaults.json", {"hight": 3}), "hight"),
         (("scheduler/scheduler_config.json", {"flow_shift": "delete"}), "flow_shift"),
-        (("transformer/config.json", {"in_channels": 36}), "36 input"),
+        (("transformer/config.json", {"in_channels": 36}), "image-to-video transformer"),
         (("transformer/config.json", {"text_dim": 4096}), "width 4096"),
         (("vae/config.json", {"z_dim": 48, "latents_mean": [], "latents_std": []}), "have 48"),
     ],
