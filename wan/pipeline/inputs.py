@@ -13,7 +13,7 @@ from torch import Tensor
 from wan.errors import WanError, check_names
 from wan.media.images import fit_image, image_to_tensor, load_image
 from wan.pipeline.plan import SamplingPlan
-from wan.sampling.noise import MAX_SEED, sample_generators
+from wan.sampling.noise import DISTINCT_SEEDS, sample_generators
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -87,7 +87,8 @@ def noise_streams(
     """One generator per video, and the seeds if they are known.
 
     All videos draw in turn from a single generator, which gives the same numbers as one draw for
-    the whole batch. Without seed and generator, PyTorch's global generator draws a seed.
+    the whole batch. Without seed and generator, or with seed -1, PyTorch's global generator draws
+    a seed.
     """
     if generator is not None:
         if seed is not None:
@@ -97,8 +98,8 @@ def noise_streams(
         if len(generators) != batch:
             raise WanError(f"{len(generators)} generators for {batch} videos: one, or one each")
         return generators, None
-    if seed is None:
-        seed = int(torch.randint(MAX_SEED - batch, ()))
+    if seed is None or (np.ndim(seed) == 0 and seed == -1):
+        seed = int(torch.randint(DISTINCT_SEEDS - 1 - batch, ()))
     streams = sample_generators(seed, batch)
     return streams, [stream.initial_seed() for stream in streams]
 
