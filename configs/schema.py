@@ -23,7 +23,9 @@ DTYPES = ("float32", "bfloat16")
 GRIDS = ("diffusers", "official", "uniform", "karras", "exponential", "beta")
 # How weights are loaded. A loaded model serves another command if all of these are equal.
 LOADING = ("dtype", "offload", "quantize", "compile")
-MAX_SEED = 2**32 - 1  # PyTorch's CPU generator reads 32 bits
+DISTINCT_SEEDS = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
+MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
+RANDOM_SEED = -1
 
 
 def option(
@@ -171,8 +173,20 @@ def check_ending(name: str, value: str | None, allowed: tuple[str, ...]) -> None
 
 
 def check_seed(name: str, value: int) -> None:
-    if not 0 <= value <= MAX_SEED:
-        raise WanError(f"{name}={value}: seeds go from 0 to {MAX_SEED} (2**32 - 1)")
+    """Refuse a seed that would repeat the numbers of a smaller one."""
+    if not 0 <= value < DISTINCT_SEEDS:
+        raise WanError(
+            f"{name}={value}: seeds go from 0 to {DISTINCT_SEEDS - 1} (2**32 - 1); the generator "
+            f"reads 32 bits, and the same numbers are those of {name}={value % DISTINCT_SEEDS}"
+        )
+
+
+def check_sample_seed(name: str, value: int) -> None:
+    """Refuse what is neither a seed of PyTorch nor -1, which draws one."""
+    if not RANDOM_SEED <= value <= MAX_SEED:
+        raise WanError(
+            f"{name}={value}: seeds go from 0 to {MAX_SEED} (2**64 - 1); -1 draws a random one"
+        )
 
 
 def check_device(name: str, value: str) -> None:
@@ -347,13 +361,19 @@ class SampleConfig(LoadingConfig, PartsConfig):
         at_least=0,
         at_most=255,
     )
-    seed: int = seed_option(0, "a video depends on seed and settings, not on batch or device")
+    seed: int = option(
+        0,
+        "a video depends on seed and settings, not on batch or device; -1 draws one and says which",
+        check=check_sample_seed,
+    )
     num_videos: int = count(1, "videos per prompt, with seeds seed, seed+1, ...")
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
+    guidance_scale: float | None = option(
+        None, "weight of the prompt; 0 to 1 = no guidance", at_least=0
+    )
     guidance_scale_2: float | None = option(
-        None, "the same for the low-noise expert of models with two", at_least=1
+        None, "the same for the low-noise expert of models with two", at_least=0
     )
     deterministic: bool | None = option(None, "few_step: add predicted noise, not fresh noise")
     frame_first_noise: bool = option(False, "draw noise in FastVideo's order, for its seeds")
@@ -411,7 +431,7 @@ class SampleConfig(LoadingConfig, PartsConfig):
         colour = self.image_background
         if colour is not None and len(colour) != 3:
             raise WanError(f"image_background={colour}: need three numbers from 0 to 255")
-        check_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
+        check_sample_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
         for name in ("lora_strength", "lora_strength_2"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise WanError(f"{name}={getattr(self, name)}: must be a finite number")

@@ -111,7 +111,7 @@ def resolve_request(
     except WanError as error:
         if not job.name:
             raise
-        raise WanError(f"{job.name}: {error}") from error
+        raise error.about(job.name) from error
 
 
 def _resolve(
@@ -137,10 +137,21 @@ def _resolve(
             size = best_size(image.shape[1], image.shape[2], area, multiple)
             values["height"], values["width"] = size
             sources["height"] = sources["width"] = "image's proportions"
+    few_steps_of_base = model.timesteps is None and config.sampler.name == "few_step"
+    if few_steps_of_base and sources["guidance_scale"] not in (*CHOSEN, "default"):
+        # A preset's is for the base model's own weights, not for a student's merged into them.
+        config = replace(config, guidance_scale=None, guidance_scale_2=None)
+        sources["guidance_scale"] = "few_step"
     shape = model.latent_shape(values["height"], values["width"], values["num_frames"])
-    config = _drop_unused_negative(config, sources, model)
     limits = {name: values[name] for name in ("num_frames", "max_sequence_length")}
-    plan = plan_sampling(model, SamplingRequest(**sampling_options(config), **limits))
+    asked = SamplingRequest(**sampling_options(config), **limits)
+    typed = sources["negative_prompt"] in CHOSEN
+    if not typed and not plan_sampling(model, replace(asked, negative_prompt=False)).guided:
+        asked = replace(asked, negative_prompt=False)  # a preset's, which nothing would read
+    plan = plan_sampling(model, asked)
+    if config.negative_prompt and not plan.guided:
+        sources["negative_prompt"] = "no guidance"
+        config = replace(config, negative_prompt=None)
     # Refuses a choice of steps that treats equal timesteps differently.
     attention.exact_timesteps(plan.schedule.timesteps.tolist())
     if image is not None:  # refuses an image that cannot be fitted
@@ -210,24 +221,6 @@ def sampling_options(config: SampleConfig) -> dict[str, Any]:
     }
 
 
-def _drop_unused_negative(
-    config: SampleConfig, sources: dict[str, str], model: PipelineConfig
-) -> SampleConfig:
-    """Drop a preset's negative prompt where guidance is off, since nothing would read it.
-
-    A negative prompt that the user typed is kept here and refused later.
-    """
-    scale, scale_2 = config.guidance_scale, config.guidance_scale_2
-    if scale is None and model.timesteps is None:  # students have no guidance of their own
-        scale = model.defaults.guidance_scale
-        scale_2 = scale_2 or model.defaults.guidance_scale_2
-    scales = (scale or 1, scale_2 or scale or 1)
-    if sources["negative_prompt"] in CHOSEN or scales != (1, 1):
-        return config
-    sources["negative_prompt"] = "no guidance"
-    return replace(config, negative_prompt=None)
-
-
 def _settings(
     config: SampleConfig,
     sources: dict[str, str],
@@ -254,6 +247,8 @@ def _source_of_default(name: str, model: PipelineConfig, decided: dict[str, Any]
     Sampler, grid and shift are the folder's if its scheduler could be read and is the one used; a
     student's are what it was trained with.
     """
+    if name == "guidance_scale" and model.timesteps is None:
+        return "few_step" if decided["sampler.name"] == "few_step" else MODEL
     if name not in ("sampler.name", "sampler.grid", "sampler.shift") or model.timesteps is not None:
         return MODEL
     own = model.scheduler

@@ -16,7 +16,7 @@ from torch import Tensor
 from wan.errors import WanError, check_names
 from wan.media.images import fit_image, image_to_tensor, load_image
 from wan.pipeline.plan import SamplingPlan
-from wan.sampling.noise import sample_generators
+from wan.sampling.noise import DISTINCT_SEEDS, sample_generators
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -108,7 +108,7 @@ def noise_streams(
 
     All videos draw in turn from a single generator, which gives the same numbers as one draw for
     the whole batch. Without seed and generator it is PyTorch's global generator, which
-    `torch.manual_seed` seeds.
+    `torch.manual_seed` seeds; with seed -1 that generator draws a seed.
     """
     if generator is not None:
         if seed is not None:
@@ -120,6 +120,8 @@ def noise_streams(
         return generators, None
     if seed is None:
         return [torch.default_generator] * batch, None
+    if np.ndim(seed) == 0 and seed == -1:
+        seed = int(torch.randint(DISTINCT_SEEDS - 1 - batch, ()))
     streams = sample_generators(seed, batch)
     return streams, [stream.initial_seed() for stream in streams]
 

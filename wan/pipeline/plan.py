@@ -5,9 +5,12 @@ and without an image: anything else is refused in one error, unless `allow_untra
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from wan.errors import WanError
@@ -15,6 +18,12 @@ from wan.pipeline.config import PipelineConfig
 from wan.sampling.samplers import Stepper
 from wan.sampling.schedule import FEW_STEP_TABLE_SHIFT, Schedule, few_step_schedule
 from wan.sampling.scheduler_config import SchedulerSettings
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy, or a tensor with one number, as Python's; anything else as it is."""
+    alone = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0)
+    return value.item() if alone else value
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,8 @@ class SamplingRequest:
         grid: a name in `wan.sampling.schedule.GRIDS` of the sampler, for a number of steps.
         shift: shift of the grid, or of the table in which the sigmas of `timesteps` are looked up;
             the list itself is not shifted. Not allowed with `schedule`.
-        guidance_scale, guidance_scale_2: at least 1, which turns guidance off; the second is for
-            the low-noise expert.
+        guidance_scale, guidance_scale_2: 0 to 1 turns guidance off; the second is for the low-noise
+            expert.
         negative_prompt, image: whether there is one.
         num_frames: number of frames of the video.
         max_sequence_length: number of text tokens that the model reads. It attends to the padding
@@ -52,6 +61,16 @@ class SamplingRequest:
     max_sequence_length: int | None = None
     deterministic: bool | None = None
     allow_untrained: bool = False
+
+    def __post_init__(self) -> None:
+        """Numbers of NumPy and PyTorch become Python's."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name == "timesteps" and value is not None:
+                plain: Any = tuple(plain_number(one) for one in value)
+            else:
+                plain = plain_number(value)
+            object.__setattr__(self, item.name, plain)
 
 
 @dataclass(frozen=True)
@@ -141,8 +160,8 @@ def plan_sampling(config: PipelineConfig, request: SamplingRequest) -> SamplingP
         )
     for name in ("guidance_scale", "guidance_scale_2"):
         scale = getattr(request, name)
-        if scale is not None and not (scale >= 1 and math.isfinite(scale)):
-            raise WanError(f"{name}={scale}: must be at least 1 (1 turns guidance off)")
+        if scale is not None and not (scale >= 0 and math.isfinite(scale)):
+            raise WanError(f"{name}={scale}: must be at least 0 (0 to 1 turns guidance off)")
     if config.timesteps is None:
         plan = _plan_base(config, request)
     else:
@@ -165,22 +184,46 @@ def _other_text_length(config: PipelineConfig, request: SamplingRequest) -> list
 
 def _plan_base(config: PipelineConfig, request: SamplingRequest) -> SamplingPlan:
     defaults = config.defaults
-    scale, scale_2 = request.guidance_scale, request.guidance_scale_2
-    if scale is None:
-        scale = defaults.guidance_scale
-        scale_2 = defaults.guidance_scale_2 if scale_2 is None else scale_2
     scheduler = _scheduler(request, config.scheduler)
+    own: tuple[float, float | None] = (defaults.guidance_scale, defaults.guidance_scale_2)
+    if scheduler.sampler == "few_step":
+        # What makes few steps enough is a student's weights, merged as a LoRA or loaded in place of
+        # the model's own. They were distilled with guidance inside.
+        own = (1.0, None)
+    scale, scale_2 = _guidance(request, own)
     plan = SamplingPlan(
         scheduler,
         _schedule(request, scheduler, defaults.num_inference_steps),
-        guidance_scale=scale,
-        guidance_scale_2=scale if scale_2 is None else scale_2,
+        scale,
+        scale_2,
         spaced=request.timesteps is None and request.schedule is None,
         untrained=tuple(_other_text_length(config, request)),
     )
     if request.negative_prompt and not plan.guided:
-        raise WanError("negative_prompt has no effect without guidance: set guidance_scale above 1")
+        warnings.warn(f"{NEGATIVE_UNUSED}; it is left out", stacklevel=3)
     return plan
+
+
+NEGATIVE_UNUSED = "negative_prompt has no effect without guidance: set guidance_scale above 1"
+
+
+def _guidance(request: SamplingRequest, own: tuple[float, float | None]) -> tuple[float, float]:
+    """Guidance scales of both experts; 1 where guidance is off.
+
+    As in diffusers, a scale of 0 to 1 means off. Below 1, that of the low-noise expert is used as
+    a weight if the other one is on.
+
+    Args:
+        own: the model's, for a caller who gives none; None for the same as the first.
+    """
+    scale, scale_2 = request.guidance_scale, request.guidance_scale_2
+    if scale is None:
+        scale, own_2 = own
+        scale_2 = own_2 if scale_2 is None else scale_2
+    scale = max(scale, 1.0)
+    if scale_2 is None:
+        return scale, scale
+    return scale, max(scale_2, 1.0) if scale == 1 else scale_2
 
 
 def _plan_few_step(
@@ -205,17 +248,21 @@ def _plan_few_step(
     if request.grid is not None:
         untrained.append(f"grid={request.grid}")
     for name in ("guidance_scale", "guidance_scale_2"):
-        if getattr(request, name) not in (None, 1):
+        if (getattr(request, name) or 0) > 1:
             untrained.append(f"{name}={getattr(request, name)}")
     untrained += [name for name in ("negative_prompt", "image") if getattr(request, name)]
     untrained += _other_text_length(config, request)
     if untrained and not request.allow_untrained:
         listed = ", ".join(f"{t:g}" for t in trained)
+        why = (
+            f"this few-step model was trained for the {len(trained)} timesteps [{listed}] and "
+            f"{config.defaults.max_sequence_length} text tokens, without guidance, negative prompt "
+            "or image; leave it out, or set "
+        )
+        options = [_as_option(setting) for setting in untrained]
         raise WanError(
-            f"{', '.join(untrained)}: this few-step model was trained for the {len(trained)} "
-            f"timesteps [{listed}] and {config.defaults.max_sequence_length} text tokens, without "
-            "guidance, negative prompt or image; leave it out, or set allow_untrained=True to see "
-            "what happens"
+            f"{', '.join(untrained)}: {why}allow_untrained=True to see what happens",
+            f"{', '.join(options)}: {why}allow_untrained=true to see what happens",
         )
     own_steps = ("num_inference_steps=", "timesteps=", "schedule (", "scheduler=", "grid=")
     if any(name.startswith(own_steps) for name in untrained):
@@ -224,11 +271,19 @@ def _plan_few_step(
     else:
         spaced = False
         schedule = few_step_schedule(trained, scheduler.shift)
-    scale = 1.0 if request.guidance_scale is None else request.guidance_scale
-    scale_2 = scale if request.guidance_scale_2 is None else request.guidance_scale_2
+    scale, scale_2 = _guidance(request, (1.0, None))
     if request.negative_prompt and scale == scale_2 == 1:
-        raise WanError("negative_prompt has no effect without guidance: set guidance_scale above 1")
+        raise WanError(NEGATIVE_UNUSED)
     return SamplingPlan(scheduler, schedule, scale, scale_2, spaced, untrained=tuple(untrained))
+
+
+OPTION_NAMES = {"num_inference_steps": "steps", "grid": "sampler.grid"}
+
+
+def _as_option(setting: str) -> str:
+    """A setting "name=value" as the commands spell it."""
+    name, equals, value = setting.partition("=")
+    return f"{OPTION_NAMES.get(name, name)}{equals}{value}"
 
 
 def _scheduler(request: SamplingRequest, own: SchedulerSettings) -> SchedulerSettings:

@@ -5,38 +5,53 @@ re-noising step) continues its stream. So a video does not change with the batch
 device it runs on, or with the number of GPUs. Shapes: one sample is (C, T, H, W).
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from wan.errors import WanError
 
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
+DISTINCT_SEEDS = 2**32  # its CPU generator reads 32 bits of them
 
 
 def sample_generators(seed: int | Sequence[int], batch: int) -> list[torch.Generator]:
     """One seeded CPU generator per sample.
+
+    PyTorch's CPU generator reads the lower 32 bits of a seed. A larger seed is taken, with a
+    warning that names the smaller one of the same noise.
 
     Args:
         seed: sample j gets seed + j; or one seed for each sample.
         batch: number of samples B.
 
     Raises:
-        WanError: the number of seeds is not B, or a seed is not a whole number from 0
-            to 2**32 - 1 (PyTorch's CPU generator reads 32 bits: larger seeds would silently repeat
-            the videos of smaller ones).
+        WanError: the number of seeds is not B, or a seed is not a whole number from 0 to 2**64 - 1.
     """
-    given: list[Any] = [seed] if not isinstance(seed, list | tuple) else list(seed)
+    one = isinstance(seed, int | np.integer)
+    several = isinstance(seed, list | tuple | np.ndarray)
+    given: list[Any] = list(seed) if several else [seed]  # type: ignore[arg-type]
     for value in given:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
-            raise WanError(f"seed {value!r}: need a whole number from 0 to {MAX_SEED}")
-    seeds = [given[0] + j for j in range(batch)] if isinstance(seed, int) else given
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or not 0 <= value <= MAX_SEED:
+            raise WanError(
+                f"seed {value!r}: need a whole number from 0 to {MAX_SEED}, or -1 for a random one"
+            )
+    seeds = [int(given[0]) + j for j in range(batch)] if one else [int(one) for one in given]
     if len(seeds) != batch:
         raise WanError(f"{len(seeds)} seeds for {batch} videos: give one number, or one per video")
     if max(seeds, default=0) > MAX_SEED:
         raise WanError(f"seed {seed}: {batch} videos take seeds up to {max(seeds)} > {MAX_SEED}")
+    if large := [one for one in seeds if one >= DISTINCT_SEEDS]:
+        warnings.warn(
+            f"seed {large[0]}: PyTorch's CPU generator reads 32 bits of a seed; the noise is that "
+            f"of seed {large[0] % DISTINCT_SEEDS}",
+            stacklevel=2,
+        )
     return [torch.Generator("cpu").manual_seed(value) for value in seeds]
 
 
