@@ -608,6 +608,8 @@ def test_files_are_found_by_path_folder_and_weight_name(tmp_path):
         find_lora(folder, "c.safetensors")
     with pytest.raises(WanError, match="say nothing"):
         find_lora(path, "b.safetensors")
+    with pytest.raises(WanError, match="no such file or folder, and not a hub id"):
+        find_lora("loras/missing.safetensors")
     with pytest.raises(WanError, match="weight_name= must name"):
         find_lora("someone/some-lora", local_files_only=True)
     with pytest.raises(WanError, match="can't be fetched"):

@@ -33,6 +33,7 @@ from wan.lora.names import (
     read_name,
     target,
 )
+from wan.weights.hub import HUB_ID
 from wan.weights.names import grouped
 from wan.weights.safetensors_file import map_tensors, read_header
 
@@ -206,12 +207,20 @@ OPTIONS = {
 }
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name, and is not that of a LoRA file."""
+    return HUB_ID.fullmatch(name) is not None and not name.endswith(".safetensors")
+
+
 def lora_file(path: Path) -> Path:
     """The path of the LoRA file, from that path or from its folder."""
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"LoRA {path}: no such file or folder")
+        hint = f"; if it is on the hub, get it first: hf download {path}"
+        raise FileNotFoundError(
+            f"LoRA {path}: no such file or folder{hint if is_hub_id(str(path)) else ''}"
+        )
     for name in FOLDER_NAMES:
         if (path / name).is_file():
             return path / name

@@ -636,7 +636,7 @@ class WanPipeline(PipelineAdapters):
         timesteps, steps = plan.schedule.timesteps.tolist(), len(plan.schedule)
         slot = ExpertSlot(self.device, self.offload)
 
-        def bring(network: nn.Module) -> None:
+        def bring(network: Any) -> None:
             slot.close()
             self.adapters.write()  # what a callback has changed
             slot.bring(network)
