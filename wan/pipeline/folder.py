@@ -14,6 +14,7 @@ from torch import nn
 
 from wan.errors import WanError, check_names
 from wan.files import read_json
+from wan.lora.files import refuse_other_expert
 from wan.lora.merge import Merges, all_changes, merge_lists
 from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.models.dit import WanDiT
@@ -176,6 +177,8 @@ def load_modules(
     for part, several in merges.items():
         parameters = dict(build_on_meta(builders[part]).named_parameters())
         for merge in several:
+            if config.boundary_ratio is not None:
+                refuse_other_expert(merge.lora.path, merge.lora.expert, part)
             merge.check(parameters)
     modules = {}
     for done, part in enumerate(config.components):
