@@ -16,15 +16,16 @@ from test_lora import (
     write,
 )
 from test_offload import tokenizer_folder  # noqa: F401  (a fixture)
-from test_pipeline import PROMPT, SIZE, build
+from test_pipeline import PROMPT, SIZE, build, distance, seeded
 from torch import Tensor, nn
 
 from wan.errors import WanError
 from wan.lora.adapters import adapters_of
 from wan.lora.files import parse_lora
-from wan.lora.merge import fold_lora, merge_lora, read_lora
+from wan.lora.merge import LoRAMerge, fold_lora, merge_lora, read_lora
 from wan.lora.source import find_lora, only_lora
 from wan.pipeline.adapters import PipelineAdapters
+from wan.pipeline.pipeline import WanPipeline
 from wan.runtime.offload import streaming, visiting
 from wan.weights.quantize import quantize
 
@@ -261,6 +262,7 @@ def test_loading_unfuses_as_in_peft():
     assert mine.num_fused_loras == 0  # diffusers still counts it
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_the_scale_of_a_call_gives_diffusers_numbers_and_ends_with_it(scale):
     mine, reference = ours(), theirs()
@@ -467,6 +469,43 @@ def test_a_callback_may_change_adapters(tokenizer_folder, offload):  # noqa: F81
     assert not torch.equal(switched, latents(strong))
 
 
+def test_a_video_with_adapters_on_both_experts_equals_diffusers(tokenizer_folder, tmp_path):  # noqa: F811
+    """Strengths by expert, and a callback that lowers them while the video is made."""
+    diffusers = pytest.importorskip("diffusers")
+    build(tokenizer_folder, two_experts=True, shift=12.0).save_pretrained(tmp_path / "a14b")
+    reference = diffusers.WanPipeline.from_pretrained(tmp_path / "a14b", dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    mine = WanPipeline.from_pretrained(tmp_path / "a14b", dtype=torch.float32)
+    path = write(tmp_path / "a.safetensors", FILES["a"])
+    names = ["high", "low"]
+
+    def weaker(pipe, step, timestep, tensors):
+        if step in (1, 3):
+            pipe.set_adapters(names, [1.0, 0.5])
+        return tensors
+
+    settings = {
+        **SIZE,
+        "num_inference_steps": 5,
+        "guidance_scale": 4.0,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+        "callback_on_step_end": weaker,
+    }
+    latents = []
+    for pipe in (mine, reference):
+        pipe.load_lora_weights(str(path), adapter_name="high")
+        pipe.load_lora_weights(FILES["b"], adapter_name="low", load_into_transformer_2=True)
+        pipe.set_adapters(names, [{"transformer": 3.0}, 1.5])
+        latents.append(pipe(PROMPT, generator=seeded(), **settings).frames)
+        plain = settings | {"callback_on_step_end": None}
+        pipe.disable_lora()
+        latents.append(pipe(PROMPT, generator=seeded(), **plain).frames)
+    assert distance(latents[0], latents[2]) <= 1e-4
+    assert distance(latents[1], latents[3]) <= 1e-4
+    assert distance(latents[0], latents[1]) > 0.01
+
+
 @pytest.mark.parametrize("away", [visiting, streaming])
 def test_changes_while_weights_are_away_wait(away):
     network = tiny_dit()
@@ -557,6 +596,7 @@ def test_an_overflow_is_refused_by_safe_fusing():
         ),
         ([load("a"), call("fuse_lora"), call("fuse_lora")], "'a' is fused already"),
         ([call("fuse_lora")], "no active LoRA adapter"),
+        ([load("a"), call("disable_lora"), load("b")], "adapters are switched off; call enable"),
         ([load("a"), call("set_adapters", "a", {"unet": 1.0})], "unet are ignored"),
     ],
 )
@@ -591,6 +631,21 @@ def test_a_file_of_the_other_expert_is_refused_and_one_for_both_gives_each_its_h
         assert_same_bits(model.networks()[part], state_of(merged))
 
 
+def test_merging_while_loading_checks_the_expert_too(tokenizer_folder, tmp_path):  # noqa: F811
+    build(tokenizer_folder, two_experts=True).save_pretrained(tmp_path / "a14b")
+    low = LoRAMerge(parse_lora(file_of(BLOCKS, 7, front="transformer_2.")))
+    with pytest.raises(WanError, match="names say transformer_2"):
+        WanPipeline.from_pretrained(tmp_path / "a14b", loras={"transformer": low})
+    pipe = WanPipeline.from_pretrained(
+        tmp_path / "a14b", dtype=torch.float32, loras={"transformer_2": [low, low]}
+    )
+    plain = WanPipeline.from_pretrained(tmp_path / "a14b", dtype=torch.float32)
+    plain.load_lora_weights(file_of(BLOCKS, 7), "low", load_into_transformer_2=True)
+    plain.set_adapters("low", 2.0)
+    for name, value in state_of(pipe.transformer_2).items():
+        torch.testing.assert_close(plain.transformer_2.get_parameter(name), value)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -608,6 +663,8 @@ def test_files_are_found_by_path_folder_and_weight_name(tmp_path):
         find_lora(folder, "c.safetensors")
     with pytest.raises(WanError, match="say nothing"):
         find_lora(path, "b.safetensors")
+    with pytest.raises(WanError, match="no such file or folder, and not a hub id"):
+        find_lora("loras/missing.safetensors")
     with pytest.raises(WanError, match="weight_name= must name"):
         find_lora("someone/some-lora", local_files_only=True)
     with pytest.raises(WanError, match="can't be fetched"):

@@ -429,6 +429,7 @@ def weights_stay_unread(monkeypatch):
         (["prompt=x", "lora=missing.safetensors"], "base", ["missing.safetensors"]),
         (["prompt=x", "lora_2=y"], "base", ["lora_2=", "two experts"]),
         (["prompt=x", "lora=y,z:2"], "experts", ["LoRA y: no such file"]),
+        (["prompt=x", "lora=someone/style"], "base", ["hf download someone/style"]),
         (["prompt=x", "lora=y,"], "base", ["lora=y,", "an entry is empty"]),
         (["prompt=x", "lora_strength=0.5"], "base", ["lora_strength=0.5 without lora="]),
         pytest.param(

@@ -128,6 +128,12 @@ class Adapters:
         if not hotswap:
             self._strengths[name] = 1.0
             self.active = [name]
+        if not self.enabled:
+            warnings.warn(
+                f"LoRA adapter {name!r} has no effect yet: adapters are switched off; call "
+                "enable_lora()",
+                stacklevel=3,
+            )
         self.apply()
 
     def remove(self, names: Iterable[str]) -> None:

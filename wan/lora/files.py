@@ -33,6 +33,7 @@ from wan.lora.names import (
     read_name,
     target,
 )
+from wan.weights.hub import HUB_ID
 from wan.weights.names import grouped
 from wan.weights.safetensors_file import map_tensors, read_header
 
@@ -111,6 +112,7 @@ class LoRA:
     pairs: dict[str, LowRank]
     deltas: dict[str, FullDelta]
     attention: str | None = None  # sparse self-attention it was trained with; None: not recorded
+    expert: str | None = None  # of a two-expert model, if its names say it
     other_expert: bool = False  # the file has layers for the other expert too, not read here
 
     @property
@@ -192,7 +194,8 @@ def parse_lora(
             places[parameter.ours] = change
     about = describe(names, layout, peft_config)
     other = len(names) < num_names
-    return LoRA(path, about, len(tensors), pairs, deltas, metadata.get(ATTENTION), other)
+    trained = metadata.get(ATTENTION)
+    return LoRA(path, about, len(tensors), pairs, deltas, trained, label, other)
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -206,12 +209,20 @@ OPTIONS = {
 }
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name, and is not that of a LoRA file."""
+    return HUB_ID.fullmatch(name) is not None and not name.endswith(".safetensors")
+
+
 def lora_file(path: Path) -> Path:
     """The path of the LoRA file, from that path or from its folder."""
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"LoRA {path}: no such file or folder")
+        hint = f"; if it is on the hub, get it first: hf download {path}"
+        raise FileNotFoundError(
+            f"LoRA {path}: no such file or folder{hint if is_hub_id(str(path)) else ''}"
+        )
     for name in FOLDER_NAMES:
         if (path / name).is_file():
             return path / name
@@ -276,6 +287,20 @@ def is_whole(layout: str, text: str) -> bool:
     return name is not None and target(layout, name) is not None
 
 
+def refuse_other_expert(path: str, label: str | None, expert: str) -> None:
+    """Raise a WanError if a file's names say another expert than the one it is given for.
+
+    Args:
+        label: the expert that the names say; None fits both.
+    """
+    if label not in (None, expert):
+        assert label is not None
+        raise WanError(
+            f"LoRA {path}: its names say {label} ({NOISE[label]}), and it was given for "
+            f"{expert} ({NOISE[expert]}); give it for {label}, {OPTIONS[label]}"
+        )
+
+
 def one_expert(
     path: str, names: list[TensorName], expert: str | None
 ) -> tuple[list[TensorName], str | None]:
@@ -294,11 +319,8 @@ def one_expert(
     owners = [name.expert or (EXPERTS[0] if low_too else None) for name in names]
     if not set(EXPERTS) <= set(owners):
         label = next((owner for owner in owners if owner is not None), None)
-        if label is not None and expert is not None and label != expert:
-            raise WanError(
-                f"LoRA {path}: its names say {label} ({NOISE[label]}), and it was given for "
-                f"{expert} ({NOISE[expert]}); give it for {label}, {OPTIONS[label]}"
-            )
+        if expert is not None:
+            refuse_other_expert(path, label, expert)
         return names, label
     if expert is None:
         raise WanError(
@@ -312,7 +334,8 @@ def one_expert(
 # --- alpha ----------------------------------------------------------------------------------------
 
 PEFT_METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings
-MAX_REPETITIONS = 3
+MAX_REPETITIONS = 3  # in a key of alpha_pattern
+MAX_PATTERN = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -343,7 +366,7 @@ def read_peft_config(path: str, source: str, text: str, expert: str) -> PeftConf
     """
     try:
         entries = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise WanError(f"LoRA {path}: {source} is not valid JSON ({error})") from error
     if not isinstance(entries, dict):
         raise WanError(f"LoRA {path}: {source} must be a JSON object")
@@ -367,14 +390,16 @@ def module_pattern(path: str, source: str, key: str) -> re.Pattern[str]:
         WanError: the expression is refused, or is none.
     """
     simple = re.sub(r"\\.|\[[^\]]*\]", "x", key)
-    if re.search(r"\(\?|\)[*+?{]", simple) or len(re.findall(r"[*+?{]", simple)) > MAX_REPETITIONS:
+    repeats = len(re.findall(r"[*+?{]", simple))
+    if re.search(r"\(\?|\)[*+?{]", simple) or repeats > MAX_REPETITIONS or len(key) > MAX_PATTERN:
         raise WanError(
-            f"LoRA {path}: {source}: the key {key!r} of alpha_pattern is not read: it repeats a "
-            f"group, or repeats more than {MAX_REPETITIONS} times; write out the layers' names"
+            f"LoRA {path}: {source}: the key {key[:80]!r} of alpha_pattern is not read: it repeats "
+            f"a group, repeats more than {MAX_REPETITIONS} times, or has more than {MAX_PATTERN} "
+            "characters; write out the layers' names"
         )
     try:
         return re.compile(rf"(.*\.)?({key})")
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise WanError(
             f"LoRA {path}: {source}: the key {key!r} of alpha_pattern is not a regular expression "
             f"({error})"

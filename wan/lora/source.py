@@ -6,8 +6,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 
 from wan.errors import WanError
-from wan.lora.files import FOLDER_NAMES, lora_file
-from wan.weights.hub import HUB_ID
+from wan.lora.files import FOLDER_NAMES, is_hub_id, lora_file
 
 
 def find_lora(
@@ -44,7 +43,7 @@ def find_lora(
         folder = path / (subfolder or "")
         found = lora_file(folder if weight_name is None else folder / weight_name)
         return found
-    if not HUB_ID.fullmatch(str(name)):
+    if not is_hub_id(str(name)):
         raise WanError(f"LoRA {name}: no such file or folder, and not a hub id (owner/name)")
     hub: dict[str, Any] = {"revision": revision, "token": token}
     front = f"{subfolder.strip('/')}/" if subfolder else ""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from wan.errors import WanError, check_names
+from wan.lora.files import refuse_other_expert
 from wan.lora.merge import Merges, all_changes, merge_lists
 from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.models.tokenizer import Tokenizer
@@ -215,6 +216,8 @@ def load_modules(
     for part, several in merges.items():
         parameters = dict(build_on_meta(builders[part]).named_parameters())
         for merge in several:
+            if config.boundary_ratio is not None:
+                refuse_other_expert(merge.lora.path, merge.lora.expert, part)
             merge.check(parameters)
     modules = {}
     for done, part in enumerate(parts):

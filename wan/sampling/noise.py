@@ -62,25 +62,27 @@ def draw_noise(
 
     Args:
         shape: (C, T, H, W) of one sample.
-        generators: one CPU generator per sample; each is advanced.
+        generators: one per sample; each is advanced. One on a GPU draws there, so that its numbers
+            are those of other libraries; they depend on the hardware. Where all samples share it,
+            it draws them at once.
         frame_first: draw in the order (T, C, H, W), as FastVideo does, so that its seeds give its
             videos. False is the order of diffusers and of the official code.
 
     Returns:
         (B, C, T, H, W) float32 on the CPU.
-
-    Raises:
-        WanError: a generator is not on the CPU; its numbers would depend on the hardware.
     """
-    for generator in generators:
-        if generator.device.type != "cpu":
-            raise WanError(
-                f"generator on {generator.device}: its noise depends on the device; "
-                "use torch.Generator('cpu')"
-            )
     channels, frames, height, width = shape
     drawn = (frames, channels, height, width) if frame_first else (channels, frames, height, width)
-    noise = torch.stack(
-        [torch.randn(drawn, generator=g, dtype=torch.float32, device="cpu") for g in generators]
-    )
+    first = generators[0]
+    if first.device.type != "cpu" and all(one is first for one in generators):
+        noise = torch.randn(
+            (len(generators), *drawn), generator=first, device=first.device, dtype=torch.float32
+        ).cpu()
+    else:
+        noise = torch.stack(
+            [
+                torch.randn(drawn, generator=one, device=one.device, dtype=torch.float32).cpu()
+                for one in generators
+            ]
+        )
     return noise.transpose(1, 2).contiguous() if frame_first else noise
