@@ -110,6 +110,22 @@ class CudaGenerator:
     device = torch.device("cuda")
 
 
-def test_a_generator_of_another_device_is_refused():
-    with pytest.raises(WanError, match="depends on the device"):
-        draw_noise(SHAPE, [CudaGenerator()])
+def test_a_generator_of_another_device_draws_there_and_at_once_for_all_samples(monkeypatch):
+    """Numbers of a GPU depend on the shape of the draw: other libraries draw a batch at once."""
+
+    class OnDevice:
+        device = torch.device("meta")
+
+    draws = []
+
+    def noting(shape, **options):
+        draws.append((tuple(shape), options["device"].type, options["generator"]))
+        return torch.zeros(shape)
+
+    monkeypatch.setattr(torch, "randn", noting)
+    one, other = OnDevice(), OnDevice()
+    assert draw_noise((3, 2, 4, 4), [one, one]).shape == (2, 3, 2, 4, 4)
+    assert draws == [((2, 3, 2, 4, 4), "meta", one)]
+    draws.clear()
+    assert draw_noise((3, 2, 4, 4), [one, other]).shape == (2, 3, 2, 4, 4)
+    assert draws == [((3, 2, 4, 4), "meta", one), ((3, 2, 4, 4), "meta", other)]
