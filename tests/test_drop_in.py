@@ -13,6 +13,7 @@ from torch import nn
 import wan
 from wan import (
     AutoencoderKLWan,
+    DiffusionPipeline,
     UMT5EncoderModel,
     WanDMDPipeline,
     WanError,
@@ -406,6 +407,32 @@ def test_switches_without_effect_say_so(pipe):
         with pytest.raises(WanError):
             pipe.enable_group_offload("cpu", **options)
     assert pipe.offload == "none"
+
+
+def test_a_model_of_any_class_is_loaded_as_what_it_is(folder, tmp_path):
+    for name, kind in ((TEACHER, WanPipeline), ("builtin:miniature", WanDMDPipeline)):
+        loaded = DiffusionPipeline.from_pretrained(name, torch_dtype=torch.bfloat16, vae=None)
+        assert type(loaded) is kind
+        assert loaded.dtype == torch.bfloat16
+    part = folder / "transformer"
+    DiffusionPipeline.from_pretrained(folder, transformer=part, local_files_only=True)
+    with pytest.raises(WanError, match="unknown revison"):
+        DiffusionPipeline.from_pretrained(TEACHER, revison="main")
+
+
+def test_videos_are_processed_by_hand_as_diffusers_does(pipe, folder):
+    theirs = diffusers.WanPipeline.from_pretrained(folder)
+    assert pipe.vae_scale_factor_spatial == theirs.vae_scale_factor_spatial
+    assert pipe.vae_scale_factor_temporal == theirs.vae_scale_factor_temporal
+    video = torch.rand(2, 3, 2, 8, 8) * 2.2 - 1.1
+    for kind in ("np", "pt"):
+        expected = theirs.video_processor.postprocess_video(video, output_type=kind)
+        found = pipe.video_processor.postprocess_video(video, output_type=kind)
+        np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-6)
+    picture = Image.fromarray(np.arange(32 * 48 * 3).astype(np.uint8).reshape(32, 48, 3))
+    expected = theirs.video_processor.preprocess(picture, height=64, width=32)
+    found = pipe.video_processor.preprocess(picture, height=64, width=32)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 # --- networks alone -------------------------------------------------------------------------------

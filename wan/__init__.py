@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from wan.media.scripts import export_to_video, load_image
     from wan.pipeline.inputs import WanPipelineOutput
     from wan.pipeline.parts import AutoencoderKLWan, UMT5EncoderModel, WanTransformer3DModel
-    from wan.pipeline.pipeline import WanDMDPipeline, WanImageToVideoPipeline, WanPipeline
+    from wan.pipeline.pipeline import (
+        DiffusionPipeline,
+        WanDMDPipeline,
+        WanImageToVideoPipeline,
+        WanPipeline,
+    )
     from wan.sampling.schedulers import (
         DPMSolverMultistepScheduler,
         FlowMatchEulerDiscreteScheduler,
@@ -26,6 +31,7 @@ __version__ = "0.2.0"
 _HOME = {
     "AutoencoderKLWan": "wan.pipeline.parts",
     "DPMSolverMultistepScheduler": "wan.sampling.schedulers",
+    "DiffusionPipeline": "wan.pipeline.pipeline",
     "FlowMatchEulerDiscreteScheduler": "wan.sampling.schedulers",
     "UMT5EncoderModel": "wan.pipeline.parts",
     "UniPCMultistepScheduler": "wan.sampling.schedulers",
@@ -42,6 +48,7 @@ _HOME = {
 __all__ = [
     "AutoencoderKLWan",
     "DPMSolverMultistepScheduler",
+    "DiffusionPipeline",
     "FlowMatchEulerDiscreteScheduler",
     "UMT5EncoderModel",
     "UniPCMultistepScheduler",

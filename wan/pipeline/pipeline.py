@@ -23,6 +23,7 @@ from wan.errors import WanError, check_names
 from wan.models.attention import verified_attention
 from wan.pipeline.arguments import (
     FROM_MODEL,
+    FileArguments,
     FromModel,
     LoadingArguments,
     check_arguments,
@@ -175,7 +176,7 @@ class WanPipeline(PipelineSwitches):
                 other weights, where a config.json in that folder is used; or None to do without
                 that part. With another transformer, either pipeline class takes the rest from a
                 folder of the other class.
-            tokenizer: a loaded object, or None.
+            tokenizer: a loaded object, a folder, or None.
             scheduler: an object in place of the folder's, see `PipelineSwitches`.
             arguments: see `LoadingArguments`.
 
@@ -197,8 +198,6 @@ class WanPipeline(PipelineSwitches):
         }
         where = placement(arguments, list(parts))
         paths = {n: Path(part) for n, part in parts.items() if isinstance(part, str | Path)}
-        if "tokenizer" in paths:
-            raise WanError("tokenizer: give an object, wan.models.tokenizer.Tokenizer.from_folder")
         folder = cls._folder(name, paths, arguments)
         objects = {
             n: None if part is None else adopt_part(n, part)
@@ -211,8 +210,8 @@ class WanPipeline(PipelineSwitches):
         }  # type: ignore[literal-required]
         config = replace(config, **changes)
         config = fitted_config(config, {n: p for n, p in objects.items() if p is not None})
-        if "tokenizer" not in objects:
-            objects["tokenizer"] = folder.tokenizer if text_encoder is not None else None
+        if "tokenizer" not in objects:  # nothing else reads it
+            objects["tokenizer"] = None if text_encoder is None else folder.tokenizer
         attention = arguments.get("attention", "sdpa")
         modules = load_modules(
             folder,
@@ -544,6 +543,16 @@ class WanImageToVideoPipeline(WanPipeline):
         super().__init__(*args, **parts)
 
     @property
+    def image_encoder(self) -> None:
+        """None: TI2V models read the image with the VAE."""
+        return None
+
+    @image_encoder.setter
+    def image_encoder(self, encoder: Any) -> None:
+        if encoder is not None:
+            raise WanError("image_encoder: models with image keys (Wan2.1 I2V) are not supported")
+
+    @property
     def components(self) -> dict[str, Any]:
         """As in `WanPipeline`, with the two parts that TI2V models do not have."""
         return super().components | {"image_processor": None, "image_encoder": None}
@@ -586,3 +595,17 @@ WanImageToVideoPipeline.__call__.__signature__ = image_first(  # type: ignore[at
 
 
 PIPELINES: dict[str, type[WanPipeline]] = {BASE: WanPipeline, FEW_STEP: WanDMDPipeline}
+
+
+class DiffusionPipeline:
+    """Loads a model of any class: its model_index.json says which one it is."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **arguments: Any) -> WanPipeline:
+        """Load a model; arguments and errors as for `WanPipeline.from_pretrained`."""
+        parts = {n: arguments[n] for n in PARTS_IN_ORDER if n in arguments}
+        paths = {n: Path(part) for n, part in parts.items() if isinstance(part, str | Path)}
+        folder = WanPipeline._folder(name, paths, arguments)
+        read = {*paths, *FileArguments.__annotations__}  # what reading the folder has used
+        rest = {n: value for n, value in arguments.items() if n not in read}
+        return PIPELINES[folder.config.class_name].from_pretrained(folder, **rest)

@@ -13,11 +13,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wan.errors import WanError
+from wan.media.images import fit_image
 from wan.models.attention_config import AttentionConfig
+from wan.pipeline.inputs import check_output, finished_frames, image_pixels
 from wan.pipeline.stages import PipelineStages
 from wan.runtime.offload import resolve_device
 from wan.sampling.scheduler_config import CLASS_OF
 from wan.sampling.schedulers import SCHEDULERS
+
+
+class VideoProcessor:
+    """Images in and videos out, as scripts that call the stages by hand use it."""
+
+    def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
+        """Images in any accepted form as (B, 3, height, width) float32 in [-1, 1].
+
+        Args:
+            height, width: the new size; None keeps that of the image.
+        """
+        images = image if isinstance(image, list | tuple) else [image]
+        pixels = [image_pixels(one) for one in images]
+        height, width = height or pixels[0].shape[1], width or pixels[0].shape[2]
+        return torch.stack([fit_image(one, height, width) for one in pixels])
+
+    def postprocess_video(self, video: Tensor, output_type: str = "np") -> Any:
+        """Decoded videos (B, 3, F, H, W) in [-1, 1] as "np", "pt" or "pil"."""
+        check_output(output_type, (), None)
+        return finished_frames(video.float().cpu(), output_type, None)[0]
 
 
 class PipelineSwitches(PipelineStages):
@@ -96,6 +118,20 @@ class PipelineSwitches(PipelineStages):
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """A bar of tqdm; by default only where stderr is a terminal."""
         return tqdm(iterable, total=total, **{"disable": None, **self._progress_bar_config})
+
+    @property
+    def video_processor(self) -> VideoProcessor:
+        return VideoProcessor()
+
+    @property
+    def vae_scale_factor_spatial(self) -> int:
+        """Pixels per latent along height and width."""
+        return self.config.vae.spatial_stride
+
+    @property
+    def vae_scale_factor_temporal(self) -> int:
+        """Frames per latent after the first."""
+        return self.config.vae.temporal_stride
 
     # --- places -----------------------------------------------------------------------------------
 
