@@ -74,7 +74,13 @@ class ModelFolder:
         """
         overrides = dict(overrides or {})
         if parts := find_parts(path, overrides):
-            folder = cls(path, pipeline_of_parts(path, parts), parts, variant)
+            config = pipeline_of_parts(path, parts)
+            folder = cls(path, config, parts, variant)
+            warnings.warn(
+                f"{path}: nothing here says what the model is; it is taken for a base model with "
+                f"shift {config.shift:g}",
+                stacklevel=2,
+            )
         else:
             shared = shared_parts(path)
             config = read_pipeline_config(path, overrides, shared)
