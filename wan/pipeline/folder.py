@@ -86,9 +86,9 @@ class ModelFolder:
             config = read_pipeline_config(path, overrides, shared)
             folder = cls(path, config, folder_places(path, shared | overrides), variant)
         if variant is not None:
-            parts = folder.config.components
-            here = any(holds_weights(folder.part(part)) for part in parts)
-            if here and not any(folder.has_variant(part) for part in parts):
+            networks = folder.config.components
+            here = any(holds_weights(folder.part(part)) for part in networks)
+            if here and not any(folder.has_variant(part) for part in networks):
                 raise WanError(f"{path}: no part has weights of variant={variant}; leave it out")
         return folder
 
