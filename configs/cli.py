@@ -6,6 +6,7 @@ dataclass afterwards, so that commas, quotes, brackets, `${...}` and `null` in a
 text. A user's error prints one line on stderr and exits with code 2, before anything heavy loads.
 """
 
+import csv
 import difflib
 import itertools
 import re
@@ -65,6 +66,8 @@ FOREIGN_NAMES = {
     "save_file": "output_dir",
     "offload_model": "offload",
     "lora_path": "lora",
+    "lora_scale": "lora_strength",
+    "lora_weight": "lora_strength",
 }
 
 FLAGS = {
@@ -94,6 +97,7 @@ class Run(Generic[C]):
 
 
 Main = Callable[[Run[Any]], int | None]
+Text = str | list[str] | None  # the value of an option that is taken literally
 
 
 def run(main: Main, line: CommandLine, description: str) -> NoReturn:
@@ -165,7 +169,7 @@ def read_arguments(line: CommandLine, description: str, arguments: Sequence[str]
 
 def report(error: Exception) -> int:
     """Print an error on one line; returns the exit code."""
-    message = str(error)
+    message = error.on_command_line if isinstance(error, WanError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
     print("error: " + " ".join(message.split()), file=sys.stderr)
@@ -202,32 +206,56 @@ def _check_words(tokens: Sequence[str], line: CommandLine) -> None:
         advice = "options are written name=value; --help lists them"
         before = tokens[number - 1] if number else ""
         key, _, value = before.partition("=")
-        if key in (*line.text_keys, *line.path_keys):
+        if key in (*line.text_keys, *line.path_keys, *line.list_keys):
             advice = f'put quotes around a text with spaces: {key}="{value} {token} ..."'
         raise WanError(f"{token!r}: {advice}")
 
 
 def _take_texts(
     tokens: Sequence[str], line: CommandLine, sweep: bool
-) -> tuple[list[str], dict[str, str | None]]:
+) -> tuple[list[str], dict[str, Text]]:
     """Separate literal texts and paths: (arguments for Hydra, {option: value})."""
     known = option_names(line.schema)
     rest: list[str] = []
-    texts: dict[str, str | None] = {}
+    texts: dict[str, Text] = {}
     for token in tokens:
         key, equals, value = token.partition("=")
         key = key.lstrip("+")
-        is_path = key in line.path_keys and not (sweep and "," in value)
+        is_list = key in line.list_keys
+        is_path = (key in line.path_keys or is_list) and not (sweep and "," in value)
         if not equals or not (key in line.text_keys or is_path) or key not in known:
             rest.append(token)
             continue
-        if key in texts:
+        if key in texts and not is_list:
             raise WanError(f"{key}= is given twice")
         check_text(key, value)
         if is_path and not value:
             raise WanError(f"{key}= is empty: name a file or a folder, or leave it out")
-        texts[key] = None if is_path and value == "null" else value
+        if is_path and value == "null":
+            texts[key] = None
+        elif is_list:
+            texts[key] = [*(texts.get(key) or []), *split_list(key, value)]
+        else:
+            texts[key] = value
     return rest, texts
+
+
+def split_list(key: str, value: str) -> list[str]:
+    """The entries of `a,b` or `[a,b]`; one that holds a comma stands in quotes.
+
+    Raises:
+        WanError: an entry is empty.
+    """
+    inside = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    quote = "'" if inside.lstrip().startswith("'") else '"'
+    try:
+        entries = next(csv.reader([inside], skipinitialspace=True, quotechar=quote), [])
+    except csv.Error as error:
+        raise WanError(f"{key}={value!r}: cannot be read as a list ({error})") from error
+    entries = [entry.strip() for entry in entries]
+    if not entries or not all(entries):
+        raise WanError(f"{key}={value}: an entry is empty; write one file, or several as {key}=a,b")
+    return entries
 
 
 def _parse(token: str, line: CommandLine) -> Override:
@@ -296,7 +324,7 @@ def _compose_run(
     line: CommandLine,
     point: list[tuple[Override, str]],
     groups: Sequence[str],
-    texts: dict[str, str | None],
+    texts: dict[str, Text],
     title: str,
 ) -> Run[Any]:
     arguments: list[str] = []
@@ -308,6 +336,8 @@ def _compose_run(
             _check_preset(key, value)
             arguments.append(f"{key}={value}")
             continue
+        if key in line.list_keys and value != "null" and not value.startswith("["):
+            value = f"[{value}]"
         arguments.append(f"++{key}={value}")  # ++: the schema decides which names exist
         arguments += [f"++{other}=null" for other in clears.get(key, ())]
         given |= {key, *clears.get(key, ())}
@@ -366,7 +396,7 @@ def _suggest(key: str, known: Sequence[str]) -> str:
     return "--help lists all options"
 
 
-def _set_texts(config: Any, texts: Mapping[str, str | None]) -> Any:
+def _set_texts(config: Any, texts: Mapping[str, Text]) -> Any:
     """Put literal texts into the (nested) dataclass; its own checks run again."""
     for key, value in texts.items():
         parent, _, rest = key.partition(".")

@@ -36,6 +36,9 @@ class CommandLine:
         text_keys: options whose value is a text, which is always literal.
         path_keys: options whose value is a path: literal too, except that `null` means none and
             that a comma separates values in a sweep.
+        list_keys: options whose value is a list of paths, written a,b or [a,b] and literal too; an
+            option given several times adds to its list. In a sweep, a comma outside of brackets
+            separates values.
         shortcuts: short names for nested options.
         written: options that name an output file; two points of a sweep may not name the same.
     """
@@ -44,6 +47,7 @@ class CommandLine:
     config_name: str
     text_keys: tuple[str, ...] = ("prompt", "negative_prompt")
     path_keys: tuple[str, ...] = ()
+    list_keys: tuple[str, ...] = ()
     shortcuts: Mapping[str, Shortcut] = field(default_factory=dict)
     written: tuple[str, ...] = ()
 

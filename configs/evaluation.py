@@ -110,7 +110,8 @@ class EvaluateConfig(LoadingConfig, PartsConfig, RunConfig, CaptionSetConfig):
         free |= {*PARTS, "variant"}  # the digests of the weights say more
         if self.source == "renders":
             free |= {"checkpoint", "revision"}
-        loading = loading_key(self) if self.source == "model" else {}
+        loading: dict[str, Any] = loading_key(self) if self.source == "model" else {}
+        loading["sampler"] = self.sampler.key()
         return {name: value for name, value in asdict(self).items() if name not in free} | loading
 
 

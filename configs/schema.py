@@ -20,9 +20,12 @@ from wan.models.vae_config import CHUNK_LATENTS
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
+GRIDS = ("diffusers", "official", "uniform", "karras", "exponential", "beta")
 # How weights are loaded. A loaded model serves another command if all of these are equal.
 LOADING = ("dtype", "offload", "quantize", "compile")
-MAX_SEED = 2**32 - 1  # PyTorch's CPU generator reads 32 bits
+DISTINCT_SEEDS = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
+MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
+RANDOM_SEED = -1
 
 
 def option(
@@ -170,8 +173,20 @@ def check_ending(name: str, value: str | None, allowed: tuple[str, ...]) -> None
 
 
 def check_seed(name: str, value: int) -> None:
-    if not 0 <= value <= MAX_SEED:
-        raise WanError(f"{name}={value}: seeds go from 0 to {MAX_SEED} (2**32 - 1)")
+    """Refuse a seed that would repeat the numbers of a smaller one."""
+    if not 0 <= value < DISTINCT_SEEDS:
+        raise WanError(
+            f"{name}={value}: seeds go from 0 to {DISTINCT_SEEDS - 1} (2**32 - 1); the generator "
+            f"reads 32 bits, and the same numbers are those of {name}={value % DISTINCT_SEEDS}"
+        )
+
+
+def check_sample_seed(name: str, value: int) -> None:
+    """Refuse what is neither a seed of PyTorch nor -1, which draws one."""
+    if not RANDOM_SEED <= value <= MAX_SEED:
+        raise WanError(
+            f"{name}={value}: seeds go from 0 to {MAX_SEED} (2**64 - 1); -1 draws a random one"
+        )
 
 
 def check_device(name: str, value: str) -> None:
@@ -189,6 +204,11 @@ def check_filled(name: str, value: str) -> None:
         raise WanError(f"{name}= is empty: name a folder or a hub id")
 
 
+def check_lora(name: str, value: str) -> None:
+    if not value.strip():
+        raise WanError(f"{name}= has an empty entry: name LoRA files, as in {name}=a,b")
+
+
 def check_every_step(attention: AttentionConfig) -> None:
     """Refuse a choice of steps: training draws noise levels at random and has no steps."""
     if attention.steps != "all":
@@ -201,7 +221,7 @@ def check_every_step(attention: AttentionConfig) -> None:
 class SamplerConfig(Options):
     """The sampler, its steps and its noise levels. None takes the value of the model's folder."""
 
-    name: str | None = option(None, "unipc, euler or few_step")
+    name: str | None = option(None, "unipc, euler, dpm++ or few_step")
     steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=1000)
     timesteps: list[float] | None = field(
         default=None, metadata={"help": "in place of steps: an explicit list, e.g. [1000,757,522]"}
@@ -211,6 +231,12 @@ class SamplerConfig(Options):
         "moves the noise levels of `steps` towards high noise; 1 = not at all. A list of timesteps "
         "is not shifted",
     )
+    grid: str | None = option(
+        None,
+        "how `steps` are spaced: diffusers, official (Wan's own code), karras; euler also has "
+        "uniform, exponential, beta",
+        choices=GRIDS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,8 +245,20 @@ class SamplerConfig(Options):
                 f"steps={self.steps} and timesteps={self.timesteps} set the same thing: "
                 "give only one of them"
             )
+        if self.grid is not None and self.timesteps is not None:
+            raise WanError(
+                f"grid={self.grid} and timesteps={self.timesteps}: a grid is for a number of "
+                "steps; give steps= or leave the grid out"
+            )
         if self.timesteps is not None:
             check_timesteps(self.timesteps)
+
+    def key(self) -> dict[str, Any]:
+        """The settings that a stored result depends on; a grid only if one was chosen."""
+        return {name: value for name, value in vars(self).items() if (name, value) != NO_GRID}
+
+
+NO_GRID = ("grid", None)
 
 
 def check_timesteps(timesteps: list[float]) -> None:
@@ -323,13 +361,19 @@ class SampleConfig(LoadingConfig, PartsConfig):
         at_least=0,
         at_most=255,
     )
-    seed: int = seed_option(0, "a video depends on seed and settings, not on batch or device")
+    seed: int = option(
+        0,
+        "a video depends on seed and settings, not on batch or device; -1 draws one and says which",
+        check=check_sample_seed,
+    )
     num_videos: int = count(1, "videos per prompt, with seeds seed, seed+1, ...")
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
+    guidance_scale: float | None = option(
+        None, "weight of the prompt; 0 to 1 = no guidance", at_least=0
+    )
     guidance_scale_2: float | None = option(
-        None, "the same for the low-noise expert of models with two", at_least=1
+        None, "the same for the low-noise expert of models with two", at_least=0
     )
     deterministic: bool | None = option(None, "few_step: add predicted noise, not fresh noise")
     frame_first_noise: bool = option(False, "draw noise in FastVideo's order, for its seeds")
@@ -361,9 +405,16 @@ class SampleConfig(LoadingConfig, PartsConfig):
     )
     tile: int | None = count(None, "decode in tiles of this many latents: less memory, not exact")
     verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
-    lora: str | None = option(None, "a LoRA file to merge into the weights")
-    lora_2: str | None = option(None, "the LoRA for the low-noise expert of models with two")
-    lora_strength: float = option(1.0, "factor on the LoRA's difference; 1 as it was trained")
+    lora: list[str] | None = option(
+        None,
+        "LoRA files to merge into the weights, each with its strength if you like: a:0.8,b",
+        check=check_lora,
+    )
+    lora_2: list[str] | None = option(
+        None, "the same for the low-noise expert of models with two", check=check_lora
+    )
+    lora_strength: float = option(1.0, "factor on all LoRAs; 1 as they were trained")
+    lora_strength_2: float | None = option(None, "the same for lora_2; none: as lora_strength")
 
     output_dir: str = option("outputs", "made if missing; nothing in it is ever overwritten")
     save_latents: bool = option(
@@ -380,9 +431,10 @@ class SampleConfig(LoadingConfig, PartsConfig):
         colour = self.image_background
         if colour is not None and len(colour) != 3:
             raise WanError(f"image_background={colour}: need three numbers from 0 to 255")
-        check_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
-        if not math.isfinite(self.lora_strength):
-            raise WanError(f"lora_strength={self.lora_strength}: must be a number")
+        check_sample_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
+        for name in ("lora_strength", "lora_strength_2"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise WanError(f"{name}={getattr(self, name)}: must be a finite number")
 
 
 def check_text(key: str, text: str) -> None:

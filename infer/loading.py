@@ -1,8 +1,10 @@
 """Load the model that a command names, and keep it between the points of a sweep."""
 
+import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +15,7 @@ from tqdm import tqdm
 
 from configs.schema import LoadingConfig, PartsConfig, SampleConfig
 from wan.errors import WanError
-from wan.lora.files import LoRA, read_lora
+from wan.lora.files import read_lora
 from wan.lora.merge import LoRAMerge
 from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.pipeline.config import (
@@ -29,6 +31,8 @@ from wan.runtime.offload import resolve_device
 from wan.weights.digests import hash_files, verify_digests
 from wan.weights.hub import PATTERNS, resolve_model
 from wan.weights.names import census_line
+
+LoRAs = Mapping[str, Sequence[LoRAMerge]]  # network -> what is merged into it, in this order
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -80,6 +84,7 @@ def sampling(config: Any) -> dict[str, Any]:
         "num_inference_steps": config.sampler.steps,
         "timesteps": config.sampler.timesteps,
         "sampler": config.sampler.name,
+        "grid": config.sampler.grid,
         "shift": config.sampler.shift,
         "guidance_scale": config.guidance_scale,
         "allow_untrained": config.allow_untrained,
@@ -186,19 +191,18 @@ class LoadedModel:
         folder: ModelFolder,
         config: SampleConfig,
         attention: NetworkAttention,
-        loras: Mapping[str, LoRA],
+        loras: LoRAs,
     ) -> None:
         started = time.perf_counter()
         if config.verify:
             verify_files(folder.path, folder.places)
-        merges = {part: LoRAMerge(lora, config.lora_strength) for part, lora in loras.items()}
         bars = StageBars()
         try:
-            self.pipeline = load_pipeline(folder, config, attention, loras=merges, on_progress=bars)
+            self.pipeline = load_pipeline(folder, config, attention, loras=loras, on_progress=bars)
         finally:
             bars.close()
         self.folder = folder.path
-        self.merges = [f"{part}: {merge.report}" for part, merge in merges.items()]
+        self.merges = [f"{part}: {one.report}" for part, merges in loras.items() for one in merges]
         self.digests = WeightDigests(folder) if config.hash_weights else None
         self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
         self.seconds = time.perf_counter() - started
@@ -236,7 +240,7 @@ class ModelCache:
         folder: ModelFolder,
         config: SampleConfig,
         attention: NetworkAttention,
-        loras: Mapping[str, LoRA],
+        loras: LoRAs,
         device: torch.device,
     ) -> LoadedModel:
         """The model with these settings; it is loaded unless the last one had the same.
@@ -248,7 +252,8 @@ class ModelCache:
         key = (
             *(folder.path, *sorted(folder.places.items()), folder.variant),
             *(device, config.dtype, config.offload, config.compile, config.quantize),
-            *(config.lora, config.lora_2, config.lora_strength, config.hash_weights, config.verify),
+            *(config.lora, config.lora_2, config.lora_strength, config.lora_strength_2),
+            *(config.hash_weights, config.verify),
         )
         if self._model is None or key != self._key:
             self._model = None  # frees its memory before the next model is loaded
@@ -272,23 +277,43 @@ class ModelCache:
         )
 
 
-def read_loras(config: SampleConfig, model: PipelineConfig) -> dict[str, LoRA]:
-    """Read a command's LoRA files: network -> LoRA.
+STRENGTH = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
+
+
+def file_and_strength(entry: str) -> tuple[Path, float]:
+    """An entry of `lora=`: FILE, or FILE:STRENGTH. What is there under its whole name is a file."""
+    path = Path(entry).expanduser()
+    match = STRENGTH.fullmatch(entry)
+    if match is None or path.exists():
+        return path, 1.0
+    return Path(match[1]).expanduser(), float(match[2])
+
+
+def read_loras(config: SampleConfig, model: PipelineConfig) -> dict[str, list[LoRAMerge]]:
+    """Read a command's LoRA files: network -> the LoRAs with their strengths, in their order.
 
     Raises:
-        WanError: a file cannot be read, or the files do not match the number of experts.
+        WanError: a file cannot be read, or is for an expert that the model lacks.
     """
     two = model.boundary_ratio is not None
     if config.lora_2 is not None and not two:
-        raise WanError("lora_2=: for models with two experts; this one has one network")
-    if two and (config.lora is None) != (config.lora_2 is None):
-        raise WanError(
-            "lora= and lora_2=: this model has two experts (high noise, low noise); give a LoRA "
-            "for each, twice the same path if one file holds both"
-        )
-    names = {"transformer": config.lora, "transformer_2": config.lora_2}
-    return {
-        part: read_lora(Path(name).expanduser(), part if two else None)
-        for part, name in names.items()
-        if name is not None
+        raise WanError("lora_2=: for models with two experts; this one has one network: use lora=")
+    strength_2 = config.lora_strength_2
+    if strength_2 is None:
+        strength_2 = config.lora_strength
+    options = {
+        "transformer": (config.lora, config.lora_strength),
+        "transformer_2": (config.lora_2, strength_2),
     }
+    found: dict[str, list[LoRAMerge]] = {}
+    for part, (entries, factor) in options.items():
+        for path, strength in map(file_and_strength, entries or ()):
+            lora = read_lora(path, part if two else None)
+            if lora.other_expert and not (config.lora and config.lora_2):
+                warnings.warn(
+                    f"LoRA {path}: holds layers for both experts, and those for {part} alone are "
+                    "used; give it as lora= and as lora_2= to use all",
+                    stacklevel=2,
+                )
+            found.setdefault(part, []).append(LoRAMerge(lora, factor * strength))
+    return found

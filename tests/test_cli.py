@@ -17,7 +17,8 @@ from wan.errors import WanError
 SAMPLE = CommandLine(
     SampleConfig,
     "sample",
-    path_keys=("image", "output_dir", "lora"),
+    path_keys=("image", "output_dir"),
+    list_keys=("lora",),
     shortcuts={
         "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),
         "timesteps": Shortcut("sampler.timesteps", clears=("sampler.steps",)),
@@ -112,7 +113,33 @@ def test_paths_are_literal_and_null_means_none():
     config = one("output_dir=My (x), y=z ${oc.env:HOME}", "image=null", "lora=a[1].safetensors")
     assert config.config.output_dir == "My (x), y=z ${oc.env:HOME}"
     assert config.config.image is None
-    assert config.config.lora == "a[1].safetensors"
+    assert config.config.lora == ["a[1].safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "files"),
+    [
+        (["lora=a"], ["a"]),
+        (["lora=a,b"], ["a", "b"]),
+        (["lora=[a:0.8, b]"], ["a:0.8", "b"]),
+        (["lora=a:1e-1", "lora=b,c"], ["a:1e-1", "b", "c"]),
+        (["lora=My (x) = ${y}/a[1].safetensors"], ["My (x) = ${y}/a[1].safetensors"]),
+        (["lora='a, b':0.8,c"], ["a, b:0.8", "c"]),
+        (['lora=["a, b", "c"]'], ["a, b", "c"]),
+        (["lora=null"], None),
+    ],
+)
+def test_a_list_of_files_is_literal(tokens, files):
+    assert one(*tokens).config.lora == files
+
+
+def test_in_a_sweep_a_comma_separates_lists_of_files():
+    tokens = ["lora=null,a:0.8,[a:0.8,b],[c/d.safetensors]"]
+    runs = compose_runs(SAMPLE, tokens, sweep=True)
+    files = [None, ["a:0.8"], ["a:0.8", "b"], ["c/d.safetensors"]]
+    assert [run.config.lora for run in runs] == files
+    (same,) = compose_runs(SAMPLE, ["lora=[a,b]"], sweep=True)
+    assert same.config.lora == ["a", "b"]
 
 
 def test_paths_can_be_swept():
@@ -129,6 +156,8 @@ def test_paths_can_be_swept():
         (["red"], ["'red'", "name=value"]),
         (["prompt=a\udcff"], ["UTF-8"]),
         (["prompt=a", "prompt=b"], ["prompt= is given twice"]),
+        (["lora=a,,b"], ["lora=a,,b", "an entry is empty", "lora=a,b"]),
+        (["lora_path=a"], ["here it is called lora="]),
         (["prompt=a", "prompt_file=b"], ["only one"]),
         (["stps=3"], ["stps=", "did you mean steps="]),
         (["modle=mini"], ["did you mean model="]),
@@ -150,9 +179,9 @@ def test_paths_can_be_swept():
         (["timesteps=[nan]"], ["up to 1000"]),
         (["timesteps=[1000,0]"], ["above 0"]),
         (["timesteps=[a]"], ["timesteps", "must be a number"]),
-        (["seed=-1"], ["seed=-1", "from 0"]),
-        (["seed=4294967296"], ["2**32 - 1"]),
-        (["seed=4294967295", "num_videos=2"], ["seed + num_videos - 1"]),
+        (["seed=-2"], ["seed=-2", "from 0", "-1 draws a random one"]),
+        ([f"seed={2**64}"], ["2**64 - 1"]),
+        ([f"seed={2**64 - 1}", "num_videos=2"], ["seed + num_videos - 1"]),
         (["seed=abc"], ["seed=", "abc", "must be an integer"]),
         (["seed=1.5"], ["seed=", "1.5", "must be an integer"]),
         (["seed=1", "seed=2"], ["seed= is given twice"]),
@@ -160,7 +189,7 @@ def test_paths_can_be_swept():
         (["height={"], ["height=", "cannot read '{'"]),
         (["fps=0"], ["fps=0", "between 1 and 240"]),
         (["fps=nan"], ["fps=nan"]),
-        (["guidance_scale=0"], ["guidance_scale=0", "at least 1"]),
+        (["guidance_scale=-1"], ["guidance_scale=-1", "at least 0"]),
         (["guidance_scale=nan"], ["guidance_scale=nan"]),
         (["shift=0"], ["shift=0", "above 0"]),
         (["device=gpu"], ["device=gpu", "cuda"]),

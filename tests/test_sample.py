@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from configs.cli import INTERRUPTED, USER_ERROR, execute
 from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files, without_home
+from wan.lora import LoRAMerge, read_lora
 from wan.media.images import load_image
 from wan.media.video import read_video
 from wan.pipeline.pipeline import WanDMDPipeline, WanPipeline
@@ -112,10 +114,11 @@ def test_a_prompt_becomes_a_video_with_its_record(run, tmp_path, models):
 def test_the_header_tells_every_setting_and_its_source(run):
     _, _, err = run("prompt=x", "steps=2", "shift=3")
     lines = [line.split("  ") for line in err.splitlines()]
-    rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:23]}
+    rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:24]}
     assert rows["height"] == ("32", "checkpoint")
     assert rows["steps"] == ("2", "command line")
     assert rows["shift"] == ("3.0", "command line")
+    assert rows["grid"] == ("diffusers", "checkpoint")
     assert rows["tokens"] == ("48 (3 x 4 x 4)", "computed")
     assert rows["self-attention"] == ("100.0% of dense", "computed")
     assert "999 (1.0000)  750 (0.7504)" in err
@@ -193,6 +196,52 @@ def test_num_videos_counts_seeds_up(run, tmp_path):
     code, out, _ = run("prompt=x", "seed=3", "num_videos=2")
     assert code == 0
     assert [Path(line).stem[-3:] for line in out.splitlines()] == ["_s3", "_s4"]
+
+
+def test_a_random_seed_is_drawn_and_recorded(run, tmp_path):
+    lines = b'{"prompt": "a", "seed": -1}\n{"prompt": "b", "seed": -1}\n'
+    (tmp_path / "jobs.txt").write_bytes(lines)
+    code, out, err = run(f"prompt_file={tmp_path / 'jobs.txt'}")
+    seeds = [int(Path(line).stem.rpartition("_s")[2]) for line in out.splitlines()]
+    assert code == 0
+    assert len(set(seeds)) == 2
+    assert "random (seed=-1)" in err
+    record = json.loads(Path(out.splitlines()[0]).with_suffix(".json").read_text())
+    assert record["seed"] == record["settings"]["seed"]["value"] == seeds[0]
+    assert record["settings"]["seed"]["from"] == "random (seed=-1)"
+
+
+def test_a_seed_of_64_bits_makes_the_video_of_its_lower_32(run):
+    code, out, err = run("prompt=x", f"seed={2**40 + 624}", "save_latents=true")
+    large = load_file(Path(out.strip()).with_suffix(".latents.safetensors"))["latents"]
+    _, out, _ = run("prompt=x", "seed=624", "save_latents=true")
+    small = load_file(Path(out.strip()).with_suffix(".latents.safetensors"))["latents"]
+    assert code == 0
+    assert "warning: seed 1099511628400" in err
+    assert "that of seed 624" in err
+    assert torch.equal(large, small)
+
+
+def test_a_negative_prompt_without_guidance_is_noted(run, tmp_path):
+    code, _, err = run("prompt=x", "negative_prompt=y", "guidance_scale=0", model="base")
+    assert code == 0
+    assert "warning: negative_prompt has no effect" in err
+    record = only_record(tmp_path)
+    assert record["negative_prompt"] is None
+    assert record["settings"]["guidance_scale"]["value"] == 1
+
+
+def test_few_steps_of_a_base_model_drop_the_guidance_of_its_preset(run, tmp_path):
+    """A student as a LoRA on its base: the preset's guidance is for the base's own weights."""
+    code, _, err = run("model=wan22_ti2v_5b", "sampler=dmd3", "prompt=x", "dtype=float32",
+                       "height=32", "width=32", "num_frames=1")  # fmt: skip
+    assert code == 0, err
+    record = only_record(tmp_path)["settings"]
+    assert record["guidance_scale"] == {"value": 1.0, "from": "few_step"}
+    assert (record["negative_prompt"]["value"], record["negative_prompt"]["from"]) == (
+        None,
+        "no guidance",
+    )
 
 
 def test_a_sweep_loads_the_model_once(run, monkeypatch):
@@ -356,10 +405,9 @@ def weights_stay_unread(monkeypatch):
         (["prompt=x", "attention=spatial", "attention.tile=[1,2,2]"], "base", ["no option tile"]),
         (["prompt=x", "attention.layers=x"], "base", ["attention.layers", "0-2 5 8-"]),
         (["prompt=x", "guidance_scale_2=3"], "base", ["two experts"]),
-        (["prompt=x", "steps=4"], "student", ["trained for", "[1000, 757, 522]"]),
-        (["prompt=x", "guidance_scale=5"], "student", ["guidance_scale=5"]),
+        (["prompt=x", "steps=4"], "student", ["error: steps=4: ", "[1000, 757, 522]"]),
+        (["prompt=x", "guidance_scale=5"], "student", ["allow_untrained=true to see"]),
         (["prompt=x", "negative_prompt=y"], "student", ["negative_prompt"]),
-        (["prompt=x", "negative_prompt=y", "guidance_scale=1"], "base", ["no effect"]),
         (["prompt=x", "deterministic=true"], "base", ["deterministic", "adds no noise"]),
         (["prompt=x", "max_sequence_length=8"], "student", ["max_sequence_length=8", "16 text"]),
         (["prompt=x", "image={png}"], "experts", ["image", "TI2V"]),
@@ -380,7 +428,9 @@ def weights_stay_unread(monkeypatch):
         (["prompt=x", "output_dir="], "base", ["output_dir= is empty"]),
         (["prompt=x", "lora=missing.safetensors"], "base", ["missing.safetensors"]),
         (["prompt=x", "lora_2=y"], "base", ["lora_2=", "two experts"]),
-        (["prompt=x", "lora=y"], "experts", ["lora_2=", "two experts"]),
+        (["prompt=x", "lora=y,z:2"], "experts", ["LoRA y: no such file"]),
+        (["prompt=x", "lora=someone/style"], "base", ["hf download someone/style"]),
+        (["prompt=x", "lora=y,"], "base", ["lora=y,", "an entry is empty"]),
         (["prompt=x", "lora_strength=0.5"], "base", ["lora_strength=0.5 without lora="]),
         pytest.param(
             ["prompt=x", "device=cuda"],
@@ -483,6 +533,88 @@ def test_a_lora_is_merged_and_one_for_another_model_refused(run, tmp_path):
     code, _, err = run("prompt=x", f"lora={tmp_path / 'other.safetensors'}")
     assert code == USER_ERROR
     assert "other.safetensors" in err
+
+
+def style(path: Path, seed: int, front: str = "diffusion_model.") -> Path:
+    """A LoRA file for the tiny models."""
+    generator = torch.Generator().manual_seed(seed)
+    stem = f"{front}blocks.0.self_attn.q"
+    tensors = {
+        f"{stem}.lora_A.weight": torch.randn(2, 24, generator=generator),
+        f"{stem}.lora_B.weight": torch.randn(24, 2, generator=generator),
+    }
+    save_file(tensors, path)
+    return path
+
+
+def latents_of(run, *arguments, model: str = "base") -> tuple[str, dict]:
+    """sha256 of the latents that a command makes, and its record."""
+    code, out, err = run("prompt=x", "contact_sheet=false", *arguments, model=model)
+    assert code == 0, err
+    record = json.loads(Path(out.strip()).with_suffix(".json").read_text())
+    return record["latents_sha256"], record
+
+
+def test_several_loras_have_strengths_of_their_own(run, tmp_path, models):
+    a, b = style(tmp_path / "a.safetensors", 1), style(tmp_path / "b, too.safetensors", 2)
+    both, record = latents_of(run, f'lora=[{a}:0.5,"{b}":-2]', "lora_strength=0.5")
+    assert record["settings"]["lora"]["value"] == [f"{a}:0.5", f"{b}:-2"]
+    assert [line.split(" merged into ")[1] for line in record["lora"]] == [
+        "1 parameters at strength 0.25",
+        "1 parameters at strength -1",
+    ]
+    assert all(str(file) in line for file, line in zip((a, b), record["lora"], strict=True))
+    assert latents_of(run, f"lora={a}:0.25", f'lora="{b}":-1')[0] == both
+    assert latents_of(run, f"lora={a}:0.25")[0] != both
+    # The same from Python, merged while loading and as adapters.
+    call = {"seed": 0, "output_type": "latent"}
+    merges = [LoRAMerge(read_lora(a), 0.25), LoRAMerge(read_lora(b), -1.0)]
+    merged = WanPipeline.from_pretrained(
+        models / "base", dtype=torch.float32, loras={"transformer": merges}
+    )
+    adapted = WanPipeline.from_pretrained(models / "base", dtype=torch.float32)
+    adapted.load_lora_weights(a, adapter_name="a")
+    adapted.load_lora_weights(b, adapter_name="b")
+    adapted.set_adapters(["a", "b"], [0.25, -1.0])
+    for pipe in (merged, adapted):
+        x = pipe("x", **call).frames
+        assert hashlib.sha256(x.numpy().tobytes()).hexdigest() == both
+
+
+def test_each_expert_has_loras_and_a_strength_of_its_own(run, tmp_path, models):
+    a, b = style(tmp_path / "a.safetensors", 1), style(tmp_path / "b.safetensors", 2)
+    latents = partial(latents_of, run, "steps=6", model="experts")
+    high, record = latents(f"lora={a}")
+    assert [line.partition(":")[0] for line in record["lora"]] == ["transformer"]
+    low, record = latents(f"lora_2={b},{a}:0.1", "lora_strength_2=0.5")
+    assert [line.partition(":")[0] for line in record["lora"]] == ["transformer_2"] * 2
+    assert record["lora"][1].endswith("strength 0.05")
+    weighed, record = latents(f"lora={a}", f"lora_2={b}", "lora_strength=0.5")
+    assert [line.endswith("strength 0.5") for line in record["lora"]] == [True, True]
+    plain, _ = latents()
+    assert len({plain, high, low, weighed}) == 4
+
+
+def test_a_lora_for_one_expert_does_not_go_to_the_other(run, tmp_path):
+    low = style(tmp_path / "low.safetensors", 1, "diffusion_model.transformer_2.")
+    code, _, err = run("prompt=x", f"lora={low}", model="experts")
+    assert code == USER_ERROR
+    assert "names say transformer_2" in err
+    assert "as lora_2=" in err
+    both = tmp_path / "both.safetensors"
+    high = style(tmp_path / "high.safetensors", 2, "diffusion_model.transformer_1.")
+    save_file(load_file(low) | load_file(high), both)
+    _, _, err = run("prompt=x", f"lora={both}", model="experts")
+    assert "those for transformer alone are used" in err
+    _, _, err = run("prompt=x", f"lora={both}", f"lora_2={both}", model="experts")
+    assert "alone are used" not in err
+
+
+def test_a_strength_for_an_expert_without_a_lora_is_warned_of(run, tmp_path):
+    a = style(tmp_path / "a.safetensors", 1)
+    code, _, err = run("prompt=x", f"lora={a}", "lora_strength_2=0.5")
+    assert code == 0
+    assert "lora_strength_2=0.5 without lora_2=: it weighs nothing" in err
 
 
 # --- runs that end early or badly -----------------------------------------------------------------

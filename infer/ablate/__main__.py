@@ -160,7 +160,7 @@ def make_compared(runner: Runner, cell: Cell) -> None:
 
 def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str) -> str:
     """The key of one clip: all that its pixels depend on."""
-    how = asdict(setting) | loading_key(config)
+    how = asdict(setting) | {"sampler": setting.sampler.key()} | loading_key(config)
     for label in ("model", "attention_name"):
         del how[label]
     names = ("guidance_scale_2", "negative_prompt", "max_sequence_length", "height", "width")

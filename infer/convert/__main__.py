@@ -42,10 +42,9 @@ from wan.pipeline.config import (
     PipelineConfig,
     component_settings,
     model_index_json,
-    scheduler_json,
     shared_parts,
 )
-from wan.pipeline.folder import folder_places, part_builder, vae_levels
+from wan.pipeline.folder import folder_places, part_builder
 from wan.pipeline.known_models import CONFIG_METADATA, component_of, known_config
 from wan.pipeline.layouts import (
     EXPERT_FOLDERS,
@@ -55,6 +54,7 @@ from wan.pipeline.layouts import (
     pipeline_of_parts,
 )
 from wan.pipeline.model_index import is_used
+from wan.pipeline.parts import vae_levels
 from wan.pipeline.tokenizer_files import write_tokenizer
 from wan.weights.checkpoint import Checkpoint, open_checkpoint
 from wan.weights.hub import SHIPPED, builtin_folder
@@ -250,7 +250,7 @@ def write_official_index(pipeline: PipelineConfig, folder: Path) -> None:
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         index["tokenizer"] = ["transformers", "T5TokenizerFast"]  # the one that reads pieces
     write_json(folder / "model_index.json", index)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(pipeline.shift))
+    write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler.to_json())
 
 
 if __name__ == "__main__":

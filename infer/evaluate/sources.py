@@ -40,7 +40,7 @@ def reconstruct_truth(config: EvaluateConfig) -> VideoSource:
 
     @torch.inference_mode()
     def make(batch: Sequence[Example]) -> Tensor:
-        return vae.decode(vae.encode(truth(batch).to(device))).float().cpu()
+        return vae.decode_normalized(vae.encode_normalized(truth(batch).to(device))).float().cpu()
 
     return make
 

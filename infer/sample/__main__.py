@@ -5,6 +5,7 @@
     python -m infer.sample model=wan22_ti2v_5b image=cat.png prompt="it jumps" output_dir=cats
     python -m infer.sample prompt_file=prompts.txt num_videos=2
     python -m infer.sample -m steps=4,8,20 seed=0,1 prompt="a blue star"
+    python -m infer.sample lora=style.safetensors:0.8,motion.safetensors prompt="a blue star"
 
 The prompt is used exactly as typed; only your shell needs the quotes. An option with the value
 `none` below is off, or takes the value of the model's folder. Each video comes with a picture of
@@ -26,7 +27,8 @@ LINE = CommandLine(
     SampleConfig,
     "sample",
     text_keys=("prompt", "negative_prompt"),
-    path_keys=("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2", *PARTS),
+    path_keys=("prompt_file", "image", "checkpoint", "output_dir", *PARTS),
+    list_keys=("lora", "lora_2"),
     shortcuts={
         "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),
         "timesteps": Shortcut("sampler.timesteps", clears=("sampler.steps",)),

@@ -183,10 +183,10 @@ def make_video(session: Session, request: Request, seed: int) -> int:
     with Story(files, record, pipeline.device) as story, torch.no_grad():
         noise = pipeline.prepare_latents(
             1,
-            request.height,
-            request.width,
-            request.num_frames,
-            generators,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            generator=generators,
             frame_first=config.frame_first_noise,
         )
         record["noise_sha256"] = tensor_sha256(noise)
@@ -202,7 +202,7 @@ def make_video(session: Session, request: Request, seed: int) -> int:
             image, image_latents = request.first_frame(), None
             if image is not None:
                 with story.stage("encode_image", bars):
-                    image_latents = pipeline.encode_image(image, request.height, request.width)
+                    image_latents = pipeline.encode_frames([image], 1)
             with story.stage("denoise", bars):
                 kept.latents = pipeline.denoise(
                     request.plan,

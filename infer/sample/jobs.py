@@ -1,11 +1,19 @@
 """The jobs of a command: one from the command line, or one per line of a prompt file."""
 
 import json
+import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.schema import SampleConfig, SamplerConfig, check_prompt, check_text
+from configs.schema import (
+    DISTINCT_SEEDS,
+    RANDOM_SEED,
+    SampleConfig,
+    SamplerConfig,
+    check_prompt,
+    check_text,
+)
 from wan.errors import WanError
 from wan.files import read_text
 
@@ -55,19 +63,32 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
     if config.prompt_file is None:
         if config.prompt is None:
             raise WanError('no prompt: describe the video, e.g. prompt="a red circle"')
-        return [Job(config, sources)]
+        return [_with_seed(Job(config, sources))]
     path = Path(config.prompt_file).expanduser()
     jobs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             name = f"{path}, line {number}"
             try:
-                jobs.append(_line_job(line.strip(), config, sources, path.parent, name))
+                job = _line_job(line.strip(), config, sources, path.parent, name)
+                jobs.append(_with_seed(job))
             except WanError as error:
                 raise WanError(f"{name}: {error}") from error
     if not jobs:
         raise WanError(f"prompt_file={path}: no prompt in it; write one per line")
     return jobs
+
+
+def _with_seed(job: Job) -> Job:
+    """The job with a random seed if it asks for one; the record and the file's name say which."""
+    if job.config.seed != RANDOM_SEED:
+        return job
+    seed = secrets.randbelow(DISTINCT_SEEDS - job.config.num_videos)
+    return replace(
+        job,
+        config=replace(job.config, seed=seed),
+        sources={**job.sources, "seed": f"random (seed={RANDOM_SEED})"},
+    )
 
 
 def _line_job(

@@ -164,8 +164,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def without_home(path: str | Path) -> str:
-    """A path with the user's home folder written as ~."""
+def without_home(path: str | Path | list[str]) -> Any:
+    """A path, or each of several, with the user's home folder written as ~."""
+    if isinstance(path, list):
+        return [without_home(one) for one in path]
     home = str(Path.home())
     text = str(path)
     if text == home or text.startswith(home.rstrip("/") + "/"):

@@ -1,12 +1,9 @@
 """LoRA files of every common format, as changes to our parameters.
 
 A LoRA changes a weight W (out, in) by  strength * (alpha / r) * up @ down,  with down (r, in) and
-up (out, r); without an alpha, alpha / r is 1. Files differ in four things, each read on its own:
-
-- the prefix in front of a module's name (`transformer.`, `diffusion_model.`, `lora_unet_`, ...),
-- whose names follow: diffusers' or the official ones, with dots or (kohya) with underscores,
-- the suffix: lora_A/lora_B or lora_down/lora_up, and whole differences diff, diff_b, diff_m,
-- where alpha is: a tensor of its own, the file's metadata, or adapter_config.json beside it.
+up (out, r); without an alpha, alpha / r is 1. It may also hold whole differences of a parameter's
+shape. Names are read by `wan.lora.names`. Alpha is a tensor of its own, or stands in the file's
+metadata or in adapter_config.json beside it.
 
 Every tensor of a file must find its place here; one that does not is an error, never skipped.
 """
@@ -15,51 +12,34 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wan.errors import WanError
 from wan.files import read_text
-from wan.weights.keys import LAYOUTS, our_name, table
+from wan.lora.names import (
+    DIFF_ROLES,
+    EXPERTS,
+    LAYOUTS,
+    PAIR_ROLES,
+    Parameter,
+    TensorName,
+    best_layout,
+    read_name,
+    target,
+)
+from wan.weights.hub import HUB_ID
 from wan.weights.names import grouped
 from wan.weights.safetensors_file import map_tensors, read_header
 
 # Names a folder may use for its one LoRA file: diffusers', then peft's.
 FOLDER_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 ATTENTION = "trained_attention"  # in the metadata of our own files
-# Removed from the front of a name, repeatedly, until none matches.
-PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "pipe.dit.",
-    "transformer_2.",
-    "transformer.",
-)
-EXPERTS = ("transformer", "transformer_2")
-KOHYA_PREFIX = re.compile(r"^lora_unet_+")
-
-# What the end of a tensor's name says about its role. peft puts the adapter's name in the middle.
-ROLES = {
-    r"\.lora_A(?:\.(?!weight$)[^.]+)?\.weight": "down",
-    r"\.lora_B(?:\.(?!weight$)[^.]+)?\.weight": "up",
-    r"\.lora_B(?:\.(?!bias$)[^.]+)?\.bias": "up_bias",
-    r"\.lora_down\.weight": "down",
-    r"\.lora_up\.weight": "up",
-    r"\.alpha": "alpha",
-    r"\.diff": "diff",
-    r"\.diff_b": "diff_b",
-    r"\.diff_m": "diff_m",
-}
-SUFFIX = re.compile("|".join(f"(?P<s{i}>{pattern})$" for i, pattern in enumerate(ROLES)))
-ROLE_NAMES = tuple(ROLES.values())
-PAIR_ROLES = ("down", "up", "up_bias", "alpha")
 
 # Adapters that are not a sum of low-rank products: recognised, and refused by name.
 OTHER_METHODS = {
@@ -67,8 +47,10 @@ OTHER_METHODS = {
     "LoHa": re.compile(r"\.hada_[wt]\d"),
     "LoKr": re.compile(r"\.lokr_[wt]\d"),
     "LoCon with a Tucker core": re.compile(r"\.lora_mid(\.|$)"),
+    "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
+    "IA3": re.compile(r"\.on_input$"),
     "OFT": re.compile(r"\.(oft_|boft_)"),
-    "weight replacement": re.compile(r"\.(set_weight|reshape_weight)$"),
+    "weight replacement": re.compile(r"\.(set_weight|set_param|reshape_weight)$"),
 }
 # Starting points of peft that also change the base weights, so the pair alone is not the adapter.
 BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -120,7 +102,7 @@ class FullDelta:
         return self.scale * self.value.to(device, torch.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity
 class LoRA:
     """A LoRA file: changes by the names of our DiT's parameters (see wan/weights/keys.py)."""
 
@@ -130,6 +112,8 @@ class LoRA:
     pairs: dict[str, LowRank]
     deltas: dict[str, FullDelta]
     attention: str | None = None  # sparse self-attention it was trained with; None: not recorded
+    expert: str | None = None  # of a two-expert model, if its names say it
+    other_expert: bool = False  # the file has layers for the other expert too, not read here
 
     @property
     def names(self) -> list[str]:
@@ -141,32 +125,93 @@ def read_lora(path: str | Path, expert: str | None = None) -> LoRA:
     """Read a LoRA for Wan's DiT: a .safetensors file, or a folder that holds one.
 
     Args:
-        expert: which half of a file for both experts of a two-expert model ("transformer" is the
-            high-noise one, "transformer_2" the low-noise one). Not needed for other files.
+        expert: which network of a two-expert model it is for ("transformer" is the high-noise one,
+            "transformer_2" the low-noise one): of a file for both, that half is read. Not needed
+            for models with one network.
 
     Raises:
         FileNotFoundError: there is no such file.
-        WanError: the file is no safetensors file, no LoRA, or of another method such as DoRA; or it
-            has unknown names, half a pair, or an unusable alpha or tensor, all of them listed.
+        WanError: the file is no safetensors file, no LoRA, of the other expert, or of another
+            method such as DoRA; or it has unknown names, half a pair, or an unusable alpha or
+            tensor, all of them listed.
     """
     path = lora_file(Path(path))
     source = read_header(path)
-    tensors = map_tensors(source)
-    tensors, expert = one_expert(path, tensors, expert)
+    beside = path.with_name("adapter_config.json")
+    settings = None
+    if path.name == "adapter_model.safetensors" and beside.is_file():
+        settings = (str(beside), read_text(beside))
+    return parse_lora(map_tensors(source), source.metadata, str(path), expert, settings)
+
+
+def parse_lora(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    path: str = "state dict",
+    expert: str | None = None,
+    settings: tuple[str, str] | None = None,
+) -> LoRA:
+    """Read the tensors of a LoRA file by their names in the file.
+
+    Args:
+        metadata: the strings of the file's header.
+        path: what messages and reports call the file.
+        expert: see `read_lora`.
+        settings: the place and the JSON text of peft's settings, for files without them in their
+            metadata.
+
+    Raises:
+        WanError: see `read_lora`.
+    """
+    metadata = metadata or {}
     refuse_other_methods(path, tensors)
-    layers, unknown = group_by_module(tensors)
-    if not layers:
-        raise WanError(
-            f"LoRA {path}: no LoRA layers in its {len(tensors)} tensors ({grouped(tensors)}); "
-            "if it is a whole model, give it as the checkpoint"
-        )
-    layout = best_layout(layers)
-    peft_config = read_peft_config(path, source.metadata, expert)
-    lora = place(path, layers, unknown, layout, peft_config, len(tensors))
-    return replace(lora, attention=source.metadata.get(ATTENTION))
+    names, unknown = read_names(path, tensors)
+    num_names = len(names)
+    names, label = one_expert(path, names, expert)
+    if PEFT_METADATA in metadata:
+        settings = (f"its {PEFT_METADATA}", metadata[PEFT_METADATA])
+    peft_config = NO_PEFT_CONFIG
+    if settings is not None:
+        peft_config = read_peft_config(path, *settings, label or EXPERTS[0])
+    layout = best_layout(names)
+    layers: dict[str, Layer] = defaultdict(dict)
+    for name in names:
+        layer = layers[name.key]
+        if name.role in layer:
+            raise WanError(
+                f"LoRA {path}: two tensors for one place: {layer[name.role][0].text} and "
+                f"{name.text}; a file must hold one adapter"
+            )
+        layer[name.role] = (name, tensors[name.text])
+    check_layers(path, layers, unknown, layout)
+    pairs: dict[str, LowRank] = {}
+    deltas: dict[str, FullDelta] = {}
+    for layer in layers.values():
+        for parameter, change in layer_changes(layer, layout, peft_config):
+            places: dict[str, Any] = pairs if isinstance(change, LowRank) else deltas
+            if parameter.ours in places:
+                raise WanError(f"LoRA {path}: two changes of one kind for {parameter.released}")
+            places[parameter.ours] = change
+    about = describe(names, layout, peft_config)
+    other = len(names) < num_names
+    trained = metadata.get(ATTENTION)
+    return LoRA(path, about, len(tensors), pairs, deltas, trained, label, other)
 
 
 # --- the file -------------------------------------------------------------------------------------
+
+
+# For messages: what each expert is, and where a LoRA for it is given.
+NOISE = {"transformer": "high noise", "transformer_2": "low noise"}
+OPTIONS = {
+    "transformer": "as lora= (in Python, load_into_transformer_2=False)",
+    "transformer_2": "as lora_2= (in Python, load_into_transformer_2=True)",
+}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name, and is not that of a LoRA file."""
+    return HUB_ID.fullmatch(name) is not None and not name.endswith(".safetensors")
 
 
 def lora_file(path: Path) -> Path:
@@ -174,7 +219,10 @@ def lora_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"LoRA {path}: no such file or folder")
+        hint = f"; if it is on the hub, get it first: hf download {path}"
+        raise FileNotFoundError(
+            f"LoRA {path}: no such file or folder{hint if is_hub_id(str(path)) else ''}"
+        )
     for name in FOLDER_NAMES:
         if (path / name).is_file():
             return path / name
@@ -188,24 +236,7 @@ def lora_file(path: Path) -> Path:
     return found[0]
 
 
-def one_expert(
-    path: Path, tensors: dict[str, Tensor], expert: str | None
-) -> tuple[dict[str, Tensor], str]:
-    """The tensors of one expert where a file holds both, and which expert that is."""
-    if expert not in (None, *EXPERTS):
-        raise WanError(f"expert={expert!r}: must be one of {', '.join(EXPERTS)}")
-    owners = {name: e for name in tensors for e in EXPERTS if name.startswith(f"{e}.")}
-    if set(owners.values()) != set(EXPERTS):
-        return tensors, next(iter(owners.values()), EXPERTS[0])
-    if expert is None:
-        raise WanError(
-            f"LoRA {path}: holds layers for both experts; choose expert='transformer' "
-            "(high noise) or expert='transformer_2' (low noise)"
-        )
-    return {name: t for name, t in tensors.items() if owners.get(name, expert) == expert}, expert
-
-
-def refuse_other_methods(path: Path, names: Iterable[str]) -> None:
+def refuse_other_methods(path: str, names: Iterable[str]) -> None:
     for name in names:
         for method, pattern in OTHER_METHODS.items():
             if pattern.search(name):
@@ -218,120 +249,124 @@ def refuse_other_methods(path: Path, names: Iterable[str]) -> None:
 
 # --- names ----------------------------------------------------------------------------------------
 
-Layer = dict[str, tuple[str, Tensor]]  # role -> (name in the file, tensor)
+Layer = dict[str, tuple[TensorName, Tensor]]  # role -> (its name in the file, the tensor)
 
 
-def group_by_module(tensors: dict[str, Tensor]) -> tuple[dict[str, Layer], list[str]]:
-    """Tensors by module (prefix off, roles by suffix), and the names that have no known suffix.
+def read_names(path: str, texts: Iterable[str]) -> tuple[list[TensorName], list[str]]:
+    """The names of a file taken apart, and those whose suffix is unknown.
 
     Raises:
-        WanError: two tensors claim the same role of the same module.
+        WanError: no name is one of a LoRA.
     """
-    layers: dict[str, Layer] = defaultdict(dict)
-    unknown = []
-    for name, tensor in tensors.items():
-        match = SUFFIX.search(name)
-        if match is None or match.lastgroup is None:
-            unknown.append(name)
-            continue
-        role = ROLE_NAMES[int(match.lastgroup[1:])]
-        module = strip_prefixes(name[: match.start()])
-        if role in layers[module]:
-            raise WanError(
-                f"two tensors for one place: {layers[module][role][0]} and {name}; "
-                "a file must hold one adapter"
-            )
-        layers[module][role] = (name, tensor)
-    return dict(layers), unknown
+    names, unknown = [], []
+    for text in texts:
+        name = read_name(text)
+        if name is None:
+            unknown.append(text)
+        else:
+            names.append(name)
+    if names:
+        return names, unknown
+    problem = f"LoRA {path}: no LoRA layers in its {len(unknown)} tensors ({grouped(unknown)})"
+    if any("lora" in text.lower() for text in unknown):
+        raise WanError(
+            f"{problem}; they are of a form that is not known here: export the file with names "
+            "that end in lora_A.weight and lora_B.weight"
+        )
+    whole = any(is_whole(layout, text) for text in unknown for layout in LAYOUTS)
+    raise WanError(
+        f"{problem}; it is a whole model, not a change to one: give it as transformer="
+        if whole
+        else f"{problem}; it is no LoRA for Wan"
+    )
 
 
-def strip_prefixes(name: str) -> str:
-    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-        name = name[len(prefix) :]
-    return name
+def is_whole(layout: str, text: str) -> bool:
+    """Whether a name is a parameter's own: a suffix is added, as a difference of it would have."""
+    name = read_name(f"{text}.diff_param")
+    return name is not None and target(layout, name) is not None
 
 
-@cache
-def modules_by_underscores(layout: str) -> dict[str, str]:
-    """All modules of the DiT by their kohya spelling; `#` is the block number.
+def refuse_other_expert(path: str, label: str | None, expert: str) -> None:
+    """Raise a WanError if a file's names say another expert than the one it is given for.
 
-    Names like self_attn and k_img have underscores of their own, so a kohya name can't be split:
-    it can only be looked up.
+    Args:
+        label: the expert that the names say; None fits both.
     """
-    modules = {name.rpartition(".")[0] for name in table("transformer", layout).to_ours}
-    return {module.replace(".", "_"): module for module in modules}
+    if label not in (None, expert):
+        assert label is not None
+        raise WanError(
+            f"LoRA {path}: its names say {label} ({NOISE[label]}), and it was given for "
+            f"{expert} ({NOISE[expert]}); give it for {label}, {OPTIONS[label]}"
+        )
 
 
-def released_module(layout: str, module: str) -> str:
-    """A module's dotted name in a layout; a name that isn't kohya's is returned unchanged."""
-    if KOHYA_PREFIX.match(module) is None:
-        return module
-    bare = KOHYA_PREFIX.sub("", module)
-    number = re.match(r"blocks_(\d+)(?=_|$)", bare)
-    template = bare if number is None else "blocks_#" + bare[number.end() :]
-    found = modules_by_underscores(layout).get(template, module)
-    return found if number is None else found.replace("#", number[1])
+def one_expert(
+    path: str, names: list[TensorName], expert: str | None
+) -> tuple[list[TensorName], str | None]:
+    """The names of one expert where a file holds both, and the expert that these names say.
 
+    In a file that also has names of the low-noise expert, names without an expert are those of the
+    high-noise one.
 
-def target(layout: str, module: str, role: str) -> str | None:
-    """Our name of the parameter that a tensor in this role changes; None if there is none."""
-    leaf = {"diff_m": "modulation", "diff_b": "bias", "up_bias": "bias"}.get(role, "weight")
-    return our_name("transformer", layout, f"{released_module(layout, module)}.{leaf}")
-
-
-def best_layout(layers: dict[str, Layer]) -> str:
-    """The layout that knows most of the modules.
-
-    Layouts are never mixed, because `norm2` is another module in each.
+    Raises:
+        WanError: the file holds both and none is asked for, or it is of the other expert.
     """
-
-    def count(layout: str) -> int:
-        places = [(module, role) for module, layer in layers.items() for role in layer]
-        return sum(target(layout, module, role) is not None for module, role in places)
-
-    return max(LAYOUTS, key=count)
+    if expert not in (None, *EXPERTS):
+        raise WanError(f"expert={expert!r}: must be one of {', '.join(EXPERTS)}")
+    labels = {name.expert for name in names}
+    low_too = EXPERTS[1] in labels
+    owners = [name.expert or (EXPERTS[0] if low_too else None) for name in names]
+    if not set(EXPERTS) <= set(owners):
+        label = next((owner for owner in owners if owner is not None), None)
+        if expert is not None:
+            refuse_other_expert(path, label, expert)
+        return names, label
+    if expert is None:
+        raise WanError(
+            f"LoRA {path}: holds layers for both experts of a model with two; for such a model "
+            "choose expert='transformer' (high noise) or expert='transformer_2' (low noise)"
+        )
+    kept = [name for name, owner in zip(names, owners, strict=True) if owner == expert]
+    return kept, expert
 
 
 # --- alpha ----------------------------------------------------------------------------------------
 
+PEFT_METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings
+MAX_REPETITIONS = 3  # in a key of alpha_pattern
+MAX_PATTERN = 1000  # characters
 
-class PeftConfig(NamedTuple):
+
+@dataclass(frozen=True)
+class PeftConfig:
     """The settings of peft that decide the scale of a pair."""
 
-    alpha: float | None
-    alpha_pattern: dict[str, float]
-    use_rslora: bool
+    alpha: float | None = None
+    patterns: tuple[tuple[re.Pattern[str], float], ...] = ()  # the first that fits a module counts
+    use_rslora: bool = False
 
     def scale(self, module: str, rank: int) -> float:
-        alpha = self.alpha
-        for pattern, value in self.alpha_pattern.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-                break
+        """alpha / r of a module by its released name, with dots."""
+        fitting = (alpha for pattern, alpha in self.patterns if pattern.fullmatch(module))
+        alpha = next(fitting, self.alpha)
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-NO_PEFT_CONFIG = PeftConfig(None, {}, False)
+NO_PEFT_CONFIG = PeftConfig()
 
 
-def read_peft_config(path: Path, metadata: dict[str, str], expert: str) -> PeftConfig:
-    """peft's settings from diffusers' file metadata, or from adapter_config.json beside the file.
+def read_peft_config(path: str, source: str, text: str, expert: str) -> PeftConfig:
+    """peft's settings, from diffusers' file metadata or from adapter_config.json beside the file.
 
     Raises:
         WanError: not valid JSON, or a setting whose adapters are not a plain low-rank sum.
     """
-    beside = path.with_name("adapter_config.json")
-    if "lora_adapter_metadata" in metadata:
-        source, text = "its lora_adapter_metadata", metadata["lora_adapter_metadata"]
-    elif path.name == "adapter_model.safetensors" and beside.is_file():
-        source, text = str(beside), read_text(beside)
-    else:
-        return NO_PEFT_CONFIG
     try:
         entries = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise WanError(f"LoRA {path}: {source} is not valid JSON ({error})") from error
     if not isinstance(entries, dict):
         raise WanError(f"LoRA {path}: {source} must be a JSON object")
@@ -341,10 +376,37 @@ def read_peft_config(path: Path, metadata: dict[str, str], expert: str) -> PeftC
     values = [alpha, *pattern.values()] if isinstance(pattern, dict) else [pattern]
     if not all(value is None or is_number(value) for value in values):
         raise WanError(f"LoRA {path}: {source}: lora_alpha and alpha_pattern must hold numbers")
-    return PeftConfig(alpha, pattern, bool(entries.get("use_rslora")))
+    patterns = tuple((module_pattern(path, source, key), value) for key, value in pattern.items())
+    return PeftConfig(alpha, patterns, bool(entries.get("use_rslora")))
 
 
-def refuse_other_settings(path: Path, source: str, entries: dict[str, Any]) -> None:
+def module_pattern(path: str, source: str, key: str) -> re.Pattern[str]:
+    """A key of `alpha_pattern`: a regular expression for the end of a module's name, as in peft.
+
+    It comes from a file, so expressions that could take long are refused: groups that repeat, and
+    more than a few repetitions.
+
+    Raises:
+        WanError: the expression is refused, or is none.
+    """
+    simple = re.sub(r"\\.|\[[^\]]*\]", "x", key)
+    repeats = len(re.findall(r"[*+?{]", simple))
+    if re.search(r"\(\?|\)[*+?{]", simple) or repeats > MAX_REPETITIONS or len(key) > MAX_PATTERN:
+        raise WanError(
+            f"LoRA {path}: {source}: the key {key[:80]!r} of alpha_pattern is not read: it repeats "
+            f"a group, repeats more than {MAX_REPETITIONS} times, or has more than {MAX_PATTERN} "
+            "characters; write out the layers' names"
+        )
+    try:
+        return re.compile(rf"(.*\.)?({key})")
+    except (re.error, OverflowError) as error:
+        raise WanError(
+            f"LoRA {path}: {source}: the key {key!r} of alpha_pattern is not a regular expression "
+            f"({error})"
+        ) from error
+
+
+def refuse_other_settings(path: str, source: str, entries: dict[str, Any]) -> None:
     for setting in ("use_dora", "fan_in_fan_out", "layer_replication", "use_qalora"):
         if entries.get(setting):
             raise WanError(
@@ -363,85 +425,72 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# --- putting a file together ----------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
-def place(
-    path: Path,
-    layers: dict[str, Layer],
-    unknown: list[str],
-    layout: str,
-    peft_config: PeftConfig,
-    num_tensors: int,
-) -> LoRA:
-    """Assign every tensor to its parameter; one error lists all tensors without one."""
+def check_layers(
+    path: str, layers: Mapping[str, Layer], unknown: Iterable[str], layout: str
+) -> None:
+    """Raise one error that lists all tensors without a place, and all that cannot be used."""
     problems: dict[str, list[str]] = defaultdict(list)
-    for name in unknown:
-        problems["unknown kinds of tensors"].append(name)
-    for module, layer in layers.items():
-        for name, problem in layer_problems(layout, module, layer):
-            problems[problem].append(name)
+    for text in unknown:
+        problems["unknown kinds of tensors"].append(text)
+    for layer in layers.values():
+        for name, problem in layer_problems(layer, layout):
+            problems[problem].append(name.text)
     if problems:
-        listed = "; ".join(f"{what}: {grouped(names)}" for what, names in problems.items())
-        names = [name for listed_names in problems.values() for name in listed_names]
-        image = any(IMAGE_TO_VIDEO.search(name) for name in names)
+        listed = "; ".join(f"{what}: {grouped(texts)}" for what, texts in problems.items())
+        texts = [text for listed_texts in problems.values() for text in listed_texts]
+        image = any(IMAGE_TO_VIDEO.search(text) for text in texts)
         hint = "; image keys belong to Wan2.1 image-to-video models" if image else ""
         raise WanError(f"LoRA {path}: does not fit Wan, nothing was used: {listed}{hint}")
 
-    pairs: dict[str, LowRank] = {}
-    deltas: dict[str, FullDelta] = {}
-    for module, layer in layers.items():
-        dotted = released_module(layout, module)
-        changes = layer_changes(layer, dotted, peft_config)
-        for role, change in changes:
-            parameter = target(layout, module, role)
-            assert parameter is not None  # layer_problems has checked this
-            places: dict[str, Any] = pairs if isinstance(change, LowRank) else deltas
-            if parameter in places:
-                raise WanError(f"LoRA {path}: two changes of one kind for {dotted} ({parameter})")
-            places[parameter] = change
-    return LoRA(str(path), describe(layers, layout, peft_config), num_tensors, pairs, deltas)
 
-
-def layer_problems(layout: str, module: str, layer: Layer) -> Iterator[tuple[str, str]]:
+def layer_problems(layer: Layer, layout: str) -> Iterator[tuple[TensorName, str]]:
     """Yield (name in the file, what is wrong with it)."""
-    for role, (name, tensor) in layer.items():
-        if target(layout, module, role) is None:
+    for name, tensor in layer.values():
+        if target(layout, name) is None:
             yield name, "names that are none of Wan's"
-        elif problem := unusable(tensor, role):
+        elif problem := unusable(tensor, name.role):
             yield name, problem
     pair = [layer[role][0] for role in PAIR_ROLES if role in layer]
     if pair and not {"down", "up"} <= layer.keys():
         for name in pair:
             yield name, "half a pair"
-    elif pair and not is_pair(layer["down"][1], layer["up"][1]):
+    elif pair and not is_pair(layer):
         for name in pair:
             yield name, "pairs whose ranks differ"
 
 
-def is_pair(down: Tensor, up: Tensor) -> bool:
+def is_pair(layer: Layer) -> bool:
+    down, up = layer["down"][1], layer["up"][1]
     if down.ndim < 2 or up.ndim < 2 or down.numel() == 0:
+        return False
+    if "rank" in layer and layer["rank"][1].tolist() not in (len(down), [len(down)]):
         return False
     return up.shape[1] == down.shape[0] and up.shape[2:].numel() == 1
 
 
 def layer_changes(
-    layer: Layer, module: str, peft_config: PeftConfig
-) -> Iterator[tuple[str, LowRank | FullDelta]]:
-    """Yield (role, change) for every parameter that a layer changes."""
+    layer: Layer, layout: str, peft_config: PeftConfig
+) -> Iterator[tuple[Parameter, LowRank | FullDelta]]:
+    """Yield (parameter, change) for every parameter that a layer changes."""
+    places = {role: target(layout, name) for role, (name, _) in layer.items()}
     if "down" in layer:
+        place = places["down"]
+        assert place is not None  # check_layers has seen to it, here and below
         down, up = layer["down"][1], layer["up"][1]
         rank = down.shape[0]
         if "alpha" in layer:  # a layer's own alpha has priority over the file's
             scale = float(layer["alpha"][1].item()) / rank
         else:
-            scale = peft_config.scale(module, rank)
-        yield "down", LowRank(down, up, scale)
-        if "up_bias" in layer:
-            yield "up_bias", FullDelta(layer["up_bias"][1], scale)
-    for role in ("diff", "diff_b", "diff_m"):
-        if role in layer:
-            yield role, FullDelta(layer[role][1])
+            scale = peft_config.scale(place.released.removesuffix(".weight"), rank)
+        yield place, LowRank(down, up, scale)
+        if (bias := places.get("up_bias")) is not None:
+            yield bias, FullDelta(layer["up_bias"][1], scale)
+    for role in DIFF_ROLES:
+        if (parameter := places.get(role)) is not None:
+            yield parameter, FullDelta(layer[role][1])
 
 
 def unusable(tensor: Tensor, role: str) -> str | None:
@@ -449,6 +498,9 @@ def unusable(tensor: Tensor, role: str) -> str | None:
     if role == "alpha":
         if tensor.numel() != 1 or not is_number(tensor.item()) or tensor.item() == 0:
             return "alpha that is not one finite number other than 0"
+    elif role == "rank":
+        if tensor.numel() != 1:
+            return "rank that is not one number"
     elif not tensor.is_floating_point():
         return "not floating point"
     elif not bool(torch.isfinite(tensor.float()).all()):
@@ -456,19 +508,12 @@ def unusable(tensor: Tensor, role: str) -> str | None:
     return None
 
 
-def describe(layers: dict[str, Layer], layout: str, peft_config: PeftConfig) -> str:
-    """The format in words, for the report of a merge."""
-    names = [name for layer in layers.values() for name, _ in layer.values()]
-    parts = ["kohya names" if any(map(KOHYA_PREFIX.match, layers)) else f"{layout} names"]
-    for label, mark in (
-        ("lora_A/lora_B", ".lora_A."),
-        ("lora_down/lora_up", ".lora_down."),
-        ("full differences", ".diff"),
-    ):
-        if any(mark in name for name in names):
-            parts.append(label)
-    if any("alpha" in layer for layer in layers.values()):
-        parts.append("alpha per layer")
-    elif peft_config != NO_PEFT_CONFIG:
+def describe(names: Iterable[TensorName], layout: str, peft_config: PeftConfig) -> str:
+    """The format in words, for the report of a merge: what was read, in the order of its roles."""
+    names = sorted(names, key=lambda name: (*PAIR_ROLES, *DIFF_ROLES).index(name.role))
+    underscored = any("." not in n.module and "_" in n.module for n in names if n.role == "down")
+    parts = [f"{layout} names" + (" with underscores" if underscored else "")]
+    parts += [name.style for name in names if name.role != "rank"]
+    if peft_config != NO_PEFT_CONFIG and not any(name.role == "alpha" for name in names):
         parts.append("alpha from peft's settings")
-    return ", ".join(parts)
+    return ", ".join(dict.fromkeys(parts))

@@ -81,6 +81,8 @@ def merge_lora(module: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeRep
     """
     merge = LoRAMerge(lora, strength)
     refuse_quantized(module, "merge a LoRA before (from_pretrained does, given loras=)")
+    if getattr(getattr(module, "lora_adapters", None), "loras", None):
+        raise WanError("the network has LoRA adapters: call unload_lora_weights() before merging")
     parameters = dict(module.named_parameters())
     merge.check(parameters)
     unloaded = [name for name in lora.names if parameters[name].is_meta]
@@ -115,6 +117,8 @@ class LoRAMerge:
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         total = tensor
+        if self.strength == 0:
+            return tensor
         for change in changes_of(self.lora, name):
             delta = change.delta(tensor.device).reshape(tensor.shape)
             total = total.float() + self.strength * delta
@@ -132,6 +136,32 @@ class LoRAMerge:
         return MergeReport(
             lora.path, lora.format, self.strength, lora.num_tensors, ranks, tuple(lora.names)
         )
+
+
+Merges = Mapping[str, LoRAMerge | Sequence[LoRAMerge]]  # network -> what is merged into it
+
+
+def merge_lists(loras: Merges | None) -> dict[str, list[LoRAMerge]]:
+    """Network -> its merges as a list."""
+    return {
+        part: [merges] if isinstance(merges, LoRAMerge) else list(merges)
+        for part, merges in (loras or {}).items()
+    }
+
+
+def all_changes(merges: Sequence[LoRAMerge]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """`LoRAMerge.changes` of several LoRAs, one after the other.
+
+    A parameter that is read in float32, as `load_module` does, is rounded once at the end.
+    """
+    names = dict.fromkeys(name for merge in merges for name in merge.lora.names)
+    return {name: partial(merge_all, merges, name) for name in names}
+
+
+def merge_all(merges: Sequence[LoRAMerge], name: str, tensor: Tensor) -> Tensor:
+    for merge in merges:
+        tensor = merge(name, tensor)
+    return tensor
 
 
 def changes_of(lora: LoRA, name: str) -> list[LowRank | FullDelta]:
@@ -338,15 +368,29 @@ def save_lora(
     Raises:
         WanError: the module has no pairs, or a layer that other readers would not know.
     """
+    tensors = {
+        f"{FILE_PREFIXES['diffusers']}.{name}": tensor.to("cpu", dtype)
+        for name, tensor in lora_tensors(module).items()
+    }
+    return write_lora(path, tensors, metadata)
+
+
+def lora_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The trained pairs under diffusers' names; alpha / r is multiplied into lora_B.
+
+    Raises:
+        WanError: the module has no pairs, or a layer that other readers would not know.
+    """
     layers = lora_layers(module)
     if not layers:
         raise WanError("no LoRA to save: the model has no LoRA layers (see add_lora)")
     tensors: dict[str, Tensor] = {}
+    prefix = f"{FILE_PREFIXES['diffusers']}."
     for name, layer in layers.items():
         up = layer.lora_B.detach().float() * layer.scale
-        down = layer.lora_A.detach()
-        tensors |= pair_tensors(f"{name}.weight", down.to("cpu", dtype), up.to("cpu", dtype))
-    return write_lora(path, tensors, metadata)
+        pair = pair_tensors(f"{name}.weight", layer.lora_A.detach(), up)
+        tensors |= {key.removeprefix(prefix): tensor for key, tensor in pair.items()}
+    return tensors
 
 
 # The prefix of names in a LoRA file; readers tell the layouts apart by it.

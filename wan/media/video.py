@@ -74,7 +74,13 @@ def to_uint8(video: Tensor) -> Frames:
 
 
 def write_video(
-    path: str | Path, frames: Frames, fps: float, metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    frames: Frames,
+    fps: float,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    crf: int = CRF,
+    bitrate: int | None = None,
 ) -> VideoInfo:
     """Write H.264 in mp4, read it back, and only then give the file its final name.
 
@@ -87,6 +93,8 @@ def write_video(
         frames: (F, H, W, 3) uint8. 4:2:0 stores one colour for 2x2 pixels: H and W must be even.
         fps: frames per second; 23.976 and the like become their exact fraction (24000/1001).
         metadata: text fields, e.g. title and comment.
+        crf: x264's quality, from 0 (lossless) to 51.
+        bitrate: bits per second, in place of a quality.
 
     Raises:
         WanError: the shape, dtype, size or rate can't be written.
@@ -98,7 +106,7 @@ def write_video(
         raise WanError(f"{path}: the name of a video must end in .mp4")
     rate = frame_rate(fps)
     with written_beside(path) as beside:
-        _encode(beside, frames, rate, metadata or {})
+        _encode(beside, frames, rate, metadata or {}, crf, bitrate)
         info = _inspect(beside)
         expected = (*frames.shape[:3], float(rate))
         found = (info.decoded_frames, info.height, info.width, info.fps)
@@ -134,11 +142,21 @@ def _check_frames(frames: Frames) -> None:
         )
 
 
-def _encode(path: Path, frames: Frames, rate: Fraction, metadata: Mapping[str, str]) -> None:
+def _encode(
+    path: Path,
+    frames: Frames,
+    rate: Fraction,
+    metadata: Mapping[str, str],
+    crf: int,
+    bitrate: int | None,
+) -> None:
     # faststart puts the index in front, so that a browser can play a file that is still loading.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata.update(metadata)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
+        options = {"crf": str(crf)} if bitrate is None else {}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        if bitrate is not None:
+            stream.bit_rate = bitrate
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context

@@ -57,6 +57,7 @@ class Tokenizer:
         """Take the function from text to ids without </s>, and the number of ids in use."""
         self._encode = encode
         self.vocab_size = vocab_size
+        self.source: Path | None = None  # the folder or file it was read from
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
@@ -67,11 +68,14 @@ class Tokenizer:
         """
         folder = Path(path)
         if (folder / "tokenizer.json").is_file():
-            return cls._from_tokenizer_json(folder / "tokenizer.json")
-        if (folder / "spiece.model").is_file():
+            tokenizer = cls._from_tokenizer_json(folder / "tokenizer.json")
+        elif (folder / "spiece.model").is_file():
             path = folder / "spiece.model"
-            return cls.from_spiece(path.read_bytes(), _num_sentinels(folder), path)
-        raise WanError(f"{folder}: no tokenizer.json and no spiece.model in this folder")
+            tokenizer = cls.from_spiece(path.read_bytes(), _num_sentinels(folder), path)
+        else:
+            raise WanError(f"{folder}: no tokenizer.json and no spiece.model in this folder")
+        tokenizer.source = folder
+        return tokenizer
 
     @classmethod
     def _from_tokenizer_json(cls, path: Path) -> "Tokenizer":

@@ -197,6 +197,10 @@ class UMT5Encoder(nn.Module):
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode a batch of token ids; see `encode_ids`."""
+        return self.encode_ids(ids, mask)
+
+    def encode_ids(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode a batch of token ids.
 
         Args:
@@ -268,5 +272,5 @@ def encode_text(
                 "embeddings: take both from the same model"
             )
         ids = torch.tensor([tokens.ids], device=weight.device)  # (1, S)
-        context[row, : len(tokens.ids)] = encoder(ids)[0]
+        context[row, : len(tokens.ids)] = encoder.encode_ids(ids)[0]
     return context

@@ -3,7 +3,7 @@
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from wan.errors import WanError, check_names
-from wan.lora.merge import LoRAMerge
+from wan.lora.files import refuse_other_expert
+from wan.lora.merge import Merges, all_changes, merge_lists
 from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.models.tokenizer import Tokenizer
-from wan.models.vae import VAEConfig
+from wan.pipeline.arguments import Placement
 from wan.pipeline.config import (
     PipelineConfig,
     component_settings,
@@ -28,11 +29,17 @@ from wan.pipeline.config import (
 from wan.pipeline.inputs import OnProgress, report
 from wan.pipeline.known_models import PARTS
 from wan.pipeline.layouts import find_parts, pipeline_of_parts
+from wan.pipeline.parts import (
+    AutoencoderKLWan,
+    UMT5EncoderModel,
+    WanTransformer3DModel,
+    vae_levels,
+    weight_kind,
+)
 from wan.pipeline.tokenizer_files import is_tokenizer, read_tokenizer, write_tokenizer
 from wan.weights.checkpoint import Checkpoint, has_variant, holds_weights, open_checkpoint
-from wan.weights.keys import VAELevels
 from wan.weights.load import build_on_meta, load_module
-from wan.weights.save import save_component
+from wan.weights.save import same_weights, save_component
 
 QUANTIZED_PARTS = ("transformer", "transformer_2", "text_encoder")
 
@@ -125,16 +132,6 @@ def folder_places(path: Path, places: dict[str, Path]) -> dict[str, Path]:
     return places
 
 
-def weight_kind(part: str) -> str:
-    """The component name of a part: both experts are "transformer"."""
-    return "transformer" if part == "transformer_2" else part
-
-
-def vae_levels(config: VAEConfig) -> VAELevels:
-    """The settings that the key table of a VAE depends on."""
-    return VAELevels(config.is_residual, config.num_res_blocks)
-
-
 def part_builder(part: str, config: Any, **options: Any) -> Callable[[], Any]:
     """A function that makes a part's network.
 
@@ -179,60 +176,69 @@ def load_part(
 def module_builders(
     config: PipelineConfig, attention: AttentionChoice = "sdpa"
 ) -> dict[str, Callable[[], Any]]:
-    """Functions that make the networks of a pipeline, by part."""
-    transformer = part_builder("transformer", config.transformer, attention=attention)
+    """Functions that make the networks of a pipeline, by part, as scripts know them."""
+    transformer: Any = lambda: WanTransformer3DModel(config.transformer, attention)  # noqa: E731
     return {
         "transformer": transformer,
         "transformer_2": transformer,
-        "vae": part_builder("vae", config.vae),
-        "text_encoder": part_builder("text_encoder", config.text_encoder),
+        "vae": lambda: AutoencoderKLWan(config.vae),
+        "text_encoder": lambda: UMT5EncoderModel(config.text_encoder),
     }
 
 
 def load_modules(
     folder: ModelFolder,
     config: PipelineConfig,
+    where: Placement,
     *,
-    dtype: torch.dtype,
-    device: torch.device,
+    left_out: Collection[str],
     attention: NetworkAttention,
+    offload: str,
     quantize: str = "none",
-    loras: Mapping[str, LoRAMerge] | None = None,
+    loras: Merges | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Load every network of a pipeline, in evaluation mode, by part.
+    """Load the networks of a pipeline, in evaluation mode, by part.
 
     Args:
         config: the folder's settings, perhaps with another pipeline class.
+        where: the device that computes, and the dtypes.
+        left_out: parts that are not loaded.
         quantize: 8-bit weights for the parts in `QUANTIZED_PARTS`; see `wan.weights.quantize`.
-        loras: part -> the LoRA that is merged into it before it is quantised.
+        loras: part -> the LoRA, or several, that are merged into it before it is quantised.
 
     Raises:
         WanError: weights are missing, damaged or of another model; or a LoRA does not fit.
     """
-    loras = loras or {}
+    merges = merge_lists(loras)
+    parts = [part for part in config.components if part not in left_out]
     chosen = str(attention.config)
-    warn_of_attention(folder.path, config.defaults.attention, chosen)
-    for merge in loras.values():
+    if "transformer" in parts:
+        warn_of_attention(folder.path, config.defaults.attention, chosen)
+    for merge in (one for several in merges.values() for one in several):
         warn_of_attention(merge.lora.path, merge.lora.attention, chosen)
     builders = module_builders(config, attention)
-    check_names("loras", list(loras), [part for part in builders if part in config.components])
-    for part, merge in loras.items():
-        merge.check(dict(build_on_meta(builders[part]).named_parameters()))
+    check_names("loras", list(merges), [part for part in builders if part in parts])
+    for part, several in merges.items():
+        parameters = dict(build_on_meta(builders[part]).named_parameters())
+        for merge in several:
+            if config.boundary_ratio is not None:
+                refuse_other_expert(merge.lora.path, merge.lora.expert, part)
+            merge.check(parameters)
     modules = {}
-    for done, part in enumerate(config.components):
-        report(on_progress, "load", done, len(config.components))
+    for done, part in enumerate(parts):
+        report(on_progress, "load", done, len(parts))
         module = load_module(
             builders[part],
             folder.checkpoint(part),
             weight_kind(part),
-            dtype=dtype,
-            device=device,
+            dtype=where.dtype(part),
+            device=where.device if offload == "none" else torch.device("cpu"),
             quantize=quantize if part in QUANTIZED_PARTS else "none",
-            changes=loras[part].changes if part in loras else None,
+            changes=all_changes(merges.get(part, [])) or None,
         )
         modules[part] = module.eval()
-    report(on_progress, "load", len(config.components), len(config.components))
+    report(on_progress, "load", len(parts), len(parts))
     return modules
 
 
@@ -254,26 +260,74 @@ def warn_of_attention(path: Path | str, trained: str | None, chosen: str) -> Non
 def save_modules(
     folder: Path,
     config: PipelineConfig,
-    modules: Mapping[str, nn.Module],
-    tokenizer_folder: Path | None,
+    parts: Mapping[str, Any],
+    variant: str | None,
+    max_shard_bytes: int,
 ) -> None:
-    """Write the released layout into a temporary folder and rename it at the end.
+    """Write a model in the released layout; one that is in the folder already is replaced.
+
+    Everything is written into a temporary folder beside it first. The old model_index.json is
+    removed before the first file is replaced and the new one comes last, so that a folder that was
+    replaced halfway does not look like a model.
+
+    Args:
+        parts: the tokenizer, and every network of `config.components`.
+        variant: put into the names of the weight files.
 
     Raises:
-        WanError: the folder holds something already, or the tokenizer's files are unknown.
+        WanError: the tokenizer's files are unknown, or the files can't be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WanError(f"{folder}: exists already; choose a new folder")
-    if tokenizer_folder is None:
-        raise WanError("saving copies the tokenizer's files: give the pipeline tokenizer_folder")
     beside = folder.with_name(f".{folder.name}.tmp")
     if beside.exists():
         shutil.rmtree(beside)
     write_configs(config, beside)
-    write_tokenizer(tokenizer_folder, beside / "tokenizer")
-    for part, module in modules.items():
-        levels = vae_levels(config.vae) if part == "vae" else None
-        save_component(module.state_dict(), beside / part, weight_kind(part), vae_levels=levels)
-    if folder.exists():
-        folder.rmdir()
-    beside.rename(folder)
+    for part, network in parts.items():
+        write_part(beside / part, part, network, config, variant, max_shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").unlink(missing_ok=True)
+    for part in [*parts, "scheduler"]:
+        move_files(beside / part, folder / part)
+    move_files(beside, folder)
+
+
+def write_part(
+    folder: Path,
+    part: str,
+    given: Any,
+    config: PipelineConfig,
+    variant: str | None,
+    max_shard_bytes: int,
+) -> None:
+    """Write one part; those of other libraries know how to write themselves."""
+    given = getattr(given, "_orig_mod", given)  # what torch.compile has wrapped
+    if isinstance(given, Tokenizer):
+        if given.source is None:
+            raise WanError("saving copies the tokenizer's files: make it by Tokenizer.from_folder")
+        write_tokenizer(given.source, folder)
+    elif part == "tokenizer" or not isinstance(given, PARTS[weight_kind(part)][1]):
+        shutil.rmtree(folder, ignore_errors=True)  # its config.json is of this project's class
+        options = {"variant": variant} if isinstance(given, nn.Module) else {}
+        given.save_pretrained(folder, **options)
+    else:
+        save_component(
+            given.state_dict(),
+            folder,
+            weight_kind(part),
+            vae_levels=vae_levels(config.vae) if part == "vae" else None,
+            variant=variant,
+            max_shard_bytes=max_shard_bytes,
+        )
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move the files of a folder into another one, where older weights of their names go away."""
+    target.mkdir(parents=True, exist_ok=True)
+    files = [file for file in source.iterdir() if file.is_file()]
+    for file in files:
+        for old in same_weights(target, file.name):
+            old.unlink()
+    # An index comes last: a reader must not find it before its shards.
+    for file in sorted(files, key=lambda file: file.suffix == ".json"):
+        file.replace(target / file.name)
+    if not any(source.iterdir()):
+        source.rmdir()

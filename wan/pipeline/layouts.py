@@ -23,6 +23,7 @@ from wan.pipeline.config import TWO_EXPERTS, PipelineConfig, read_defaults
 from wan.pipeline.known_models import component_of, known_config
 from wan.pipeline.model_index import BASE
 from wan.pipeline.tokenizer_files import is_tokenizer
+from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.checkpoint import is_index, open_checkpoint
 from wan.weights.hub import hub_id
 from wan.weights.keys import detect_layout
@@ -122,7 +123,7 @@ def official_pipeline(
         expand_timesteps=per_token,
         # The official code samples text-to-video of Wan2.1 with 5; 3 is its value for videos from
         # an image in 480p.
-        shift=12.0 if num_experts == 2 else 5.0,
+        scheduler=SchedulerSettings(shift=12.0 if num_experts == 2 else 5.0),
         defaults=read_defaults(folder, vae, num_experts == 2),
     )
 

@@ -41,7 +41,9 @@ def read_tokenizer(place: Path) -> Tokenizer:
     if not place.is_file():
         return Tokenizer.from_folder(place)
     spiece, num_sentinels = tensor_of_file(place)
-    return Tokenizer.from_spiece(spiece, num_sentinels, place)
+    tokenizer = Tokenizer.from_spiece(spiece, num_sentinels, place)
+    tokenizer.source = place
+    return tokenizer
 
 
 def write_tokenizer(place: Path, folder: Path) -> None:

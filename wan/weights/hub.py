@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from wan.errors import WanError
 
@@ -26,6 +26,11 @@ CONFIGS = ("*.json", "*spiece.model")  # all but the weights: a few megabytes
 # The same weights again in another dtype, which nothing reads unless it is asked for.
 VARIANTS = ("*diffusion_pytorch_model.*.safetensors", "*/model.*.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
+# The address of one file, as the hub's pages show it, or the path that diffusers also takes.
+HUB_FILE = re.compile(
+    r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/]+/[^/]+)/(?:blob|resolve)/"
+    r"(?P<revision>[^/]+)/(?P<file>[^?#]+)"
+)
 
 
 def builtin_folder(name: str) -> Path | None:
@@ -112,6 +117,37 @@ def hub_id(folder: Path) -> str | None:
     if snapshots != "snapshots" or not repository.startswith("models--"):
         return None
     return repository.removeprefix("models--").replace("--", "/")
+
+
+def resolve_file(
+    path: str | Path, revision: str | None = None, offline: bool = False, **where: Any
+) -> Path:
+    """One file: a local one, or one on the hub by its address, downloaded if it is not cached.
+
+    Args:
+        path: a file, or https://huggingface.co/owner/name/blob/REVISION/FILE.
+        revision, offline, where: as for `resolve_model`; a revision in the address is used if
+            none is given.
+
+    Raises:
+        WanError: there is no such file, or it can't be fetched.
+    """
+    found = HUB_FILE.fullmatch(str(path))
+    if found is None:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise WanError(f"{path}: no such file; give one .safetensors file, or its hub address")
+        return file
+    repo, version = found["repo"], revision or found["revision"]
+    try:
+        return Path(
+            hf_hub_download(
+                repo, found["file"], revision=version, local_files_only=offline, **where
+            )
+        )
+    except (OSError, ValueError) as error:
+        patterns = (found["file"],)
+        raise WanError(unavailable(repo, version, offline, patterns, error)) from error
 
 
 def unavailable(
