@@ -13,6 +13,7 @@ import wan.files
 import wan.models.tokenizer
 import wan.pipeline.config
 import wan.pipeline.known_models
+import wan.pipeline.model_index
 from configs.cli import execute
 from infer.sample.__main__ import LINE, SampleCommand
 from wan.models.attention import NetworkAttention
@@ -20,6 +21,10 @@ from wan.pipeline.pipeline import WanDMDPipeline
 from wan.weights.hub import STUDENT, TEACHER
 
 ROOT = Path(__file__).parents[1]
+READERS = (  # the modules that parse JSON files of a model
+    *(wan.pipeline.config, wan.pipeline.known_models, wan.pipeline.model_index),
+    wan.models.tokenizer,
+)
 OPENED: list[str] | None = None  # files that Python opens, while a test looks
 
 
@@ -127,7 +132,7 @@ def test_a_model_with_shared_parts_is_read_once_too(tmp_path, counts):
         return parse(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (wan.pipeline.config, wan.pipeline.known_models, wan.models.tokenizer):
+        for module in READERS:
             patch.setattr(module, "read_json", noting)
         tokens = ["model=mini-teacher", "steps=1", "prompt=a star", f"output_dir={tmp_path}"]
         assert execute(SampleCommand(), LINE, "", tokens) == 0

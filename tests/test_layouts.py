@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from configs.cli import CommandLine, execute
 from configs.conversion import ConvertConfig
+from configs.evaluation import EvaluateConfig
 from infer.convert.__main__ import LINE
 from infer.convert.__main__ import main as convert
+from infer.evaluate.measure import draw_examples
+from infer.evaluate.sources import reconstruct_truth
+from infer.loading import digests_of
 from wan.errors import WanError
 from wan.files import read_json, write_json
 from wan.models.dit import WanDiT
@@ -33,6 +38,7 @@ from wan.pipeline.known_models import (
 from wan.pipeline.layouts import find_parts
 from wan.pipeline.pipeline import PIPELINES, WanPipeline
 from wan.weights.checkpoint import open_checkpoint
+from wan.weights.digests import sha256_file
 from wan.weights.hub import STUDENT, TEACHER
 from wan.weights.load import stored_tokenizer
 from wan.weights.save import save_component
@@ -189,7 +195,8 @@ def test_a_variant_is_read_where_a_part_has_it(tmp_path, teacher):
 
 
 def test_an_official_folder_loads(official, teacher):
-    pipeline = WanPipeline.from_pretrained(official, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="taken for a base model with shift 5"):
+        pipeline = WanPipeline.from_pretrained(official, dtype=torch.float32)
     assert_same(pipeline, teacher)
     assert pipeline.config.shift == 5.0
     assert pipeline.config.defaults.num_frames == 121  # those of the official code for TI2V
@@ -213,6 +220,16 @@ def test_where_an_official_folder_is_not_read_the_command_that_converts_it_is_na
         read_pipeline_config(official)
     command = str(e.value).split("python -m infer.convert ")[1].rstrip(")").split()
     assert f"source={official}" in command
+
+
+def test_an_official_repository_of_the_hub_names_the_other_one(tmp_path):
+    folder = tmp_path / "models--Wan-AI--Wan2.2-T2V-A14B" / "snapshots" / ("0" * 40)
+    (folder / "high_noise_model").mkdir(parents=True)
+    (folder / "high_noise_model" / "config.json").write_text('{"_class_name": "WanModel"}')
+    with pytest.raises(
+        WanError, match=r"Wan-AI/Wan2\.2-T2V-A14B-Diffusers has the one that is read"
+    ):
+        ModelFolder.read(folder)
 
 
 # --- ComfyUI's files ------------------------------------------------------------------------------
@@ -434,6 +451,24 @@ def test_the_commands_take_parts_and_record_them(comfyui, tmp_path):
     subprocess.run(again, capture_output=True, check=True)
     other = read_json(next((tmp_path / "b").glob("*.json")))
     assert other["latents_sha256"] == record["latents_sha256"]  # the same weights as its own
+
+
+def test_evaluation_takes_parts_and_other_layouts(comfyui):
+    file = find_parts(comfyui)["vae"]
+    own = EvaluateConfig(checkpoint=str(TEACHER))
+    config = replace(own, vae=str(file))
+    digests = digests_of(config)
+    assert digests["vae/wan2.2_vae.safetensors"] == sha256_file(file)
+    assert "vae/diffusion_pytorch_model.safetensors" not in digests
+    kept = "transformer/diffusion_pytorch_model.safetensors"
+    assert digests[kept] == digests_of(own)[kept]
+    assert config.question() == own.question()  # the digests tell them apart
+    assert file.name in {
+        Path(name).name for name in digests_of(replace(own, checkpoint=str(comfyui)))
+    }
+    other = replace(config, checkpoint=str(comfyui), vae=None, num_captions=2, source="vae")
+    example = draw_examples(other)[:1]
+    assert torch.equal(reconstruct_truth(config)(example), reconstruct_truth(other)(example))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,6 @@ from wan.pipeline.config import (
     DEFAULTS_FILE,
     PipelineConfig,
     component_settings,
-    is_used,
     model_index_json,
     shared_parts,
 )
@@ -54,6 +53,7 @@ from wan.pipeline.layouts import (
     official_folder,
     pipeline_of_parts,
 )
+from wan.pipeline.model_index import is_used
 from wan.pipeline.parts import vae_levels
 from wan.pipeline.tokenizer_files import write_tokenizer
 from wan.weights.checkpoint import Checkpoint, open_checkpoint

@@ -136,13 +136,13 @@ def refuse_other_networks(values: dict[str, Any]) -> None:
     model_type = values.get("model_type", "t2v")
     if any(name.startswith("vace_") for name in values) or model_type == "vace":
         raise WanError(f"this is a VACE transformer, with control blocks of its own; {supported}")
-    channels = [values.get(name) or values.get(old) for name, old in IN_AND_OUT]
-    for_image = None not in channels and channels[0] > channels[1]
-    for_image |= bool(values.get("image_dim") or values.get("added_kv_proj_dim"))
-    if for_image or model_type in ("i2v", "flf2v"):
+    into, out = (values.get(name) or values.get(old) or 0 for name, old in IN_AND_OUT)
+    what = f"{into} input and {out} output channels" if into > out > 0 else None
+    if values.get("image_dim") or values.get("added_kv_proj_dim") or model_type in ("i2v", "flf2v"):
+        what = "keys and values or input channels"
+    if what is not None:
         raise WanError(
-            "this is an image-to-video transformer, with keys and values or input channels for "
-            f"the image; {supported}"
+            f"this is an image-to-video transformer, with {what} for the image; {supported}"
         )
     if class_name not in ("WanTransformer3DModel", "WanModel") or model_type not in ("t2v", "ti2v"):
         raise WanError(

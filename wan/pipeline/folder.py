@@ -81,15 +81,21 @@ class ModelFolder:
         """
         overrides = dict(overrides or {})
         if parts := find_parts(path, overrides):
-            folder = cls(path, pipeline_of_parts(path, parts), parts, variant)
+            config = pipeline_of_parts(path, parts)
+            folder = cls(path, config, parts, variant)
+            warnings.warn(
+                f"{path}: nothing here says what the model is; it is taken for a base model with "
+                f"shift {config.shift:g}",
+                stacklevel=2,
+            )
         else:
             shared = shared_parts(path)
             config = read_pipeline_config(path, overrides, shared)
             folder = cls(path, config, folder_places(path, shared | overrides), variant)
         if variant is not None:
-            parts = folder.config.components
-            here = any(holds_weights(folder.part(part)) for part in parts)
-            if here and not any(folder.has_variant(part) for part in parts):
+            networks = folder.config.components
+            here = any(holds_weights(folder.part(part)) for part in networks)
+            if here and not any(folder.has_variant(part) for part in networks):
                 raise WanError(f"{path}: no part has weights of variant={variant}; leave it out")
         return folder
 

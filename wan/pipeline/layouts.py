@@ -19,11 +19,13 @@ from wan.errors import WanError
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
-from wan.pipeline.config import BASE, TWO_EXPERTS, PipelineConfig, read_defaults
+from wan.pipeline.config import TWO_EXPERTS, PipelineConfig, read_defaults
 from wan.pipeline.known_models import component_of, known_config
+from wan.pipeline.model_index import BASE
 from wan.pipeline.tokenizer_files import is_tokenizer
 from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.checkpoint import is_index, open_checkpoint
+from wan.weights.hub import hub_id
 from wan.weights.keys import detect_layout
 from wan.weights.safetensors_file import GGUF_SUFFIX, read_header
 
@@ -57,8 +59,8 @@ def find_parts(folder: Path, given: Mapping[str, Path] | None = None) -> dict[st
         WanError: a part is missing, is a pickle, or cannot be told from another.
     """
     given = dict(given or {})
-    if not folder.is_dir() or (folder / "model_index.json").is_file():
-        return {}
+    if not folder.is_dir() or (folder / "model_index.json").is_file() or hub_id(folder):
+        return {}  # of a repository, only what a released layout has is fetched
     if given.keys() >= COMFYUI_FOLDERS.keys():
         found = given
     elif is_official(folder):

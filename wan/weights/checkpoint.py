@@ -168,7 +168,10 @@ def nothing_found(path: Path, names: list[str]) -> str:
         return f"{path / gguf[0]}: not a safetensors file but {GGUF}"
     if "model_index.json" in names:
         return f"{path}: a whole pipeline; give one component, e.g. {path / 'transformer'}"
-    return f"{path}: no .safetensors file here (found: {', '.join(names[:8]) or 'nothing'})"
+    found = ", ".join(names[:8]) or "nothing"
+    cached = any(parent.name == "snapshots" for parent in path.absolute().parents)
+    hint = "; if the repository has them as variants only, name one as variant=" if cached else ""
+    return f"{path}: no .safetensors file here (found: {found}){hint}"
 
 
 def check_complete_set(path: Path, files: list[str]) -> None:

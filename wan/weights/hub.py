@@ -75,10 +75,16 @@ def resolve_model(
             raise WanError(f"{name} is a folder; revision={revision} is for models on the hub")
         return folder
     if folder.exists():
-        raise WanError(f"{name}: a file; give the folder that holds model_index.json")
+        raise WanError(
+            f"{name}: a file; give the folder that holds model_index.json, and a part's file as "
+            "transformer=, vae= or text_encoder="
+        )
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise WanError(f"{name}: no such folder, and not a hub id of the form owner/name")
-    where = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
+    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
+    options = {key: value for key, value in options.items() if value is not None}
+    if force_download:
+        options["force_download"] = True
 
     def fetch(allowed: Sequence[str], ignored: Sequence[str]) -> Path:
         try:
@@ -88,7 +94,7 @@ def resolve_model(
                 allow_patterns=list(allowed),
                 ignore_patterns=list(ignored) or None,
                 local_files_only=offline,
-                **{key: value for key, value in where.items() if value},
+                **options,
             )
         except (OSError, ValueError) as error:  # all of the hub's errors, and the network's
             raise WanError(unavailable(name, revision, offline, allowed, error)) from error
@@ -103,6 +109,14 @@ def resolve_model(
     if without:
         found = fetch([f"{part.name}/*.safetensors" for part in without], VARIANTS)
     return found
+
+
+def hub_id(folder: Path) -> str | None:
+    """The hub id of a snapshot in the hub's cache; None for any other folder."""
+    *_, repository, snapshots, _ = ("", "", *folder.absolute().parts)
+    if snapshots != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/")
 
 
 def resolve_file(
