@@ -45,7 +45,8 @@ def convolve(
     AVX-512, and that loop takes up to 60 times as long as float32: without AVX-512 the convolution
     is computed in float32, and its result is rounded to bfloat16.
     """
-    compiling = torch.compiler.is_compiling()  # the compiler cannot look at what follows
+    # First: the compiler cannot look at what follows.
+    on_cpu = not torch.compiler.is_compiling() and x.device.type == "cpu"
     if on_cpu and x.dtype == torch.bfloat16 and slow_in_bfloat16():
         wide = None if bias is None else bias.float()
         return convolve(x.float(), weight.float(), wide, stride, padding).bfloat16()
