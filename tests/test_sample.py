@@ -242,6 +242,18 @@ def test_few_steps_of_a_base_model_drop_the_guidance_of_its_preset(run, tmp_path
     )
 
 
+def test_compat_fastvideo_is_one_switch(run, tmp_path, models):
+    code, out, _ = run('prompt=  a  "red" circle', "compat=fastvideo", model="student")
+    record = only_record(tmp_path)["settings"]
+    assert code == 0
+    assert record["seed"] == {"value": 1024, "from": "compat=fastvideo"}
+    assert record["frame_first_noise"] == {"value": True, "from": "compat=fastvideo"}
+    latents = load_file(Path(out.strip()).with_suffix(".latents.safetensors"))["latents"]
+    pipe = WanDMDPipeline.from_pretrained(models / "student", dtype=torch.float32)
+    python = pipe('  a  "red" circle', compat="fastvideo", output_type="latent").frames
+    assert torch.equal(latents, python)
+
+
 def test_a_sweep_loads_the_model_once(run, monkeypatch):
     loads = []
 

@@ -1,6 +1,7 @@
 """Decide, check and explain every open setting of a job before the weights are loaded."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from infer.sample.record import without_home
 from wan.errors import WanError
 from wan.media.images import best_size, fit_image, load_image
 from wan.models.attention import NetworkAttention
+from wan.models.tokenizer import clean_prompt, strip_prompt
 from wan.pipeline.config import PipelineConfig
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 
@@ -34,7 +36,8 @@ SHOWN = (
         "image_background",
     ),
     *("max_sequence_length", "device", "dtype", "attention", "offload", "quantize", "compile"),
-    *("chunk_latents", "tile", "deterministic", "frame_first_noise", "allow_untrained"),
+    *("chunk_latents", "tile", "deterministic", "frame_first_noise", "compat"),
+    "allow_untrained",
     *("lora", "lora_2", "lora_strength"),
 )
 PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2")
@@ -69,6 +72,11 @@ class Request:
     @property
     def config(self) -> SampleConfig:
         return self.job.config
+
+    @property
+    def clean(self) -> Callable[[str], str]:
+        """Text as typed -> text as the tokenizer gets it."""
+        return strip_prompt if self.config.compat == "fastvideo" else clean_prompt
 
     @property
     def prompt(self) -> str:
@@ -199,6 +207,7 @@ def _decided(
         "deterministic": deterministic,
         "image_fit": config.image_fit if config.image else None,
         "frame_first_noise": config.frame_first_noise or None,
+        "compat": None if config.compat == "none" else config.compat,
         "allow_untrained": config.allow_untrained or None,
     }
 

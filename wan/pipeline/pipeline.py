@@ -21,7 +21,7 @@ from wan.errors import WanError, check_names
 from wan.lora.merge import LoRAMerge
 from wan.models.attention import AttentionChoice, verified_attention
 from wan.models.dit import WanDiT
-from wan.models.tokenizer import Tokenizer
+from wan.models.tokenizer import Tokenizer, clean_prompt, strip_prompt
 from wan.models.umt5 import UMT5Encoder, encode_text
 from wan.models.vae import WanVAE, decode_tiled
 from wan.models.vae_config import CHUNK_LATENTS
@@ -29,6 +29,8 @@ from wan.pipeline.callbacks import Interrupted, StepCallback, StepFunction, Step
 from wan.pipeline.config import BASE, FEW_STEP, PipelineConfig
 from wan.pipeline.folder import ModelFolder, load_modules, save_modules, warn_of_attention
 from wan.pipeline.inputs import (
+    COMPAT,
+    FASTVIDEO_SEED,
     Generators,
     ImageInput,
     OnProgress,
@@ -361,6 +363,7 @@ class WanPipeline:
         schedule: Schedule | None = None,
         deterministic: bool | None = None,
         frame_first_noise: bool = False,
+        compat: str = "none",
         allow_untrained: bool = False,
         on_progress: OnProgress | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
@@ -396,6 +399,9 @@ class WanPipeline:
             deterministic: few-step sampling adds predicted noise instead of fresh noise; None takes
                 what the student was trained with.
             frame_first_noise: draw noise in FastVideo's order; see `wan.sampling.noise.draw_noise`.
+            compat: "fastvideo" compares with FastVideo at the same seed: noise in its order, seed
+                1024 where none is given, prompts that are only stripped, and "pil" images rounded
+                down to 8 bits. States stay float32; FastVideo rounds them to bfloat16 at each step.
             allow_untrained: let a few-step student do what it was not trained for.
             on_progress: called as (stage, done, total), stages "encode", "denoise", "decode".
 
@@ -403,6 +409,11 @@ class WanPipeline:
             WanError: an argument is wrong; raised before anything is computed.
             FloatingPointError: latents became infinite or NaN; names the step.
         """
+        check_names("compat", [compat], COMPAT)
+        as_fastvideo = compat == "fastvideo"
+        frame_first_noise = frame_first_noise or as_fastvideo
+        if as_fastvideo and seed is None and generator is None:
+            seed = FASTVIDEO_SEED
         height, width, num_frames = self._size(height, width, num_frames, latents)
         if prompt_embeds is not None and prompt_embeds.ndim == 3:
             max_sequence_length = prompt_embeds.shape[1]
@@ -452,6 +463,7 @@ class WanPipeline:
                 negative_prompt_embeds,
                 max_sequence_length,
                 on_progress,
+                strip_prompt if as_fastvideo else clean_prompt,
             )
         image_latents = None
         if pixels is not None:
@@ -482,7 +494,7 @@ class WanPipeline:
             with self._timed("decode"):
                 video = self.decode_latents(x, on_progress)
             output.frames, output.nsfw_content_detected = finished_frames(
-                video, output_type, self.safety_checker
+                video, output_type, self.safety_checker, as_fastvideo
             )
         return output if return_dict else (output.frames,)
 
@@ -503,10 +515,12 @@ class WanPipeline:
         negative_prompt_embeds: Tensor | None = None,
         max_sequence_length: int | None = None,
         on_progress: OnProgress | None = None,
+        clean: Callable[[str], str] = clean_prompt,
     ) -> tuple[Tensor, Tensor | None]:
         """Encode texts to the DiT's context: two (B, S, text_dim), zero after the text's tokens.
 
-        The second is for the negative prompt, None without guidance. Encoded texts are cached.
+        The second is for the negative prompt, None without guidance. Encoded texts are cached. The
+        tokenizer gets `clean` of each text.
 
         Raises:
             WanError: a text and its embedding both given, or neither; counts that don't match.
@@ -527,11 +541,12 @@ class WanPipeline:
                 raise WanError(
                     f"embeddings {tuple(given.shape)} for {count} prompts: need (B, S, {text_dim})"
                 )
-        encoded = self._encode([*(prompts or []), *(negatives or [])], length, on_progress)
+        texts = [clean(text) for text in (*(prompts or []), *(negatives or []))]
+        encoded = self._encode(texts, length, on_progress)
 
         def context_of(texts: list[str] | None, given: Tensor | None) -> Tensor:
             if texts is not None:
-                given = torch.stack([encoded[text] for text in texts])
+                given = torch.stack([encoded[clean(text)] for text in texts])
             assert given is not None
             return given.to(self.device).repeat_interleave(num_videos_per_prompt, dim=0)
 
@@ -543,14 +558,14 @@ class WanPipeline:
     def _encode(
         self, texts: list[str], length: int, on_progress: OnProgress | None
     ) -> dict[str, Tensor]:
-        """The embedding (S, text_dim) of each text, on the CPU; from the cache if it is there."""
+        """The embedding (S, text_dim) of each clean text, on the CPU; from the cache if there."""
         known = self._prompt_cache
         missing = [text for text in dict.fromkeys(texts) if (text, length) not in known]
         if missing:
             with self._on_device(self.text_encoder):
                 for done, text in enumerate(missing):
                     report(on_progress, "encode", done, len(missing))
-                    context = encode_text(self.text_encoder, self.tokenizer, [text], length)
+                    context = encode_text(self.text_encoder, self.tokenizer, [text], length, str)
                     known[text, length] = context[0].cpu()
             report(on_progress, "encode", len(missing), len(missing))
         encoded = {text: known[text, length] for text in texts}
