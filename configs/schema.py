@@ -311,7 +311,11 @@ class SampleConfig(LoadingConfig):
     prompt: str | None = option(
         None, "what the video shows; any text, exactly as typed", check=check_prompt
     )
-    negative_prompt: str | None = option(None, "what it should not show; needs guidance")
+    negative_prompt: str | None = option(
+        None,
+        "what it should not show; needs guidance. Released base models have an official one; "
+        '"" for none',
+    )
     prompt_file: str | None = option(
         None, 'one job a line: a prompt, or JSON such as {"prompt": "..", "seed": 7, "width": 256}'
     )

@@ -16,7 +16,7 @@ from wan.errors import WanError
 from wan.media.images import best_size, fit_image, load_image
 from wan.models.attention import NetworkAttention
 from wan.models.tokenizer import clean_prompt, strip_prompt
-from wan.pipeline.config import PipelineConfig
+from wan.pipeline.config import OFFICIAL_NEGATIVE_PROMPT, PipelineConfig
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 
 MODEL = "checkpoint"  # as the source of a value: the model's own folder
@@ -159,6 +159,7 @@ def _resolve(
         config = replace(config, guidance_scale=None, guidance_scale_2=None)
         sources["guidance_scale"] = "few_step"
     shape = model.latent_shape(values["height"], values["width"], values["num_frames"])
+    config = with_official_negative(config, sources, model)
     limits = {name: values[name] for name in ("num_frames", "max_sequence_length")}
     asked = SamplingRequest(**sampling_options(config), **limits)
     typed = sources["negative_prompt"] in CHOSEN
@@ -184,6 +185,19 @@ def _resolve(
         settings=_settings(config, sources, values | decided, model),
         **values,
     )
+
+
+def with_official_negative(
+    config: SampleConfig, sources: dict[str, str], model: PipelineConfig
+) -> SampleConfig:
+    """The official negative prompt for a base model as released, if none is given.
+
+    The presets of these models have it too. From Python, as in diffusers, it is "".
+    """
+    if sources["negative_prompt"] != "default" or not model.released_base:
+        return config
+    sources["negative_prompt"] = "official code"
+    return replace(config, negative_prompt=OFFICIAL_NEGATIVE_PROMPT)
 
 
 def _decided(
