@@ -36,6 +36,7 @@ JOB_KEYS: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "timesteps": list,
     "shift": (int, float),
+    "grid": str,
 }
 
 
@@ -102,7 +103,7 @@ def _line_job(
 ) -> Job:
     values = _parse_line(line)
     given = {"sampler.name" if k == "sampler" else k: v for k, v in values.items()}
-    for key in ("steps", "timesteps", "shift"):
+    for key in ("steps", "timesteps", "shift", "grid"):
         if key in given:
             given[f"sampler.{key}"] = given.pop(key)
     sampler = _sampler(config.sampler, {k: v for k, v in given.items() if "." in k})
@@ -156,8 +157,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _sampler(base: SamplerConfig, given: dict[str, Any]) -> SamplerConfig:
-    """The command's sampler with a job's settings; steps and timesteps replace each other."""
+    """The command's sampler with a job's settings.
+
+    Steps and timesteps replace each other, and a grid goes with the name of its sampler.
+    """
     settings = {key.removeprefix("sampler."): value for key, value in given.items()}
+    if settings.get("name", base.name) != base.name or "timesteps" in settings:
+        settings.setdefault("grid", None)
     if "steps" in settings:
         settings.setdefault("timesteps", None)
     elif "timesteps" in settings:
