@@ -26,6 +26,7 @@ LOADING = ("dtype", "offload", "quantize", "compile")
 DISTINCT_SEEDS = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
 MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
 RANDOM_SEED = -1
+FASTVIDEO_SEED = 1024  # where its caller gives none
 
 
 def option(
@@ -347,7 +348,11 @@ class SampleConfig(LoadingConfig, PartsConfig):
     prompt: str | None = option(
         None, "what the video shows; any text, exactly as typed", check=check_prompt
     )
-    negative_prompt: str | None = option(None, "what it should not show; needs guidance")
+    negative_prompt: str | None = option(
+        None,
+        "what it should not show; needs guidance. Released base models have an official one; "
+        '"" for none',
+    )
     prompt_file: str | None = option(
         None, 'one job a line: a prompt, or JSON such as {"prompt": "..", "seed": 7, "width": 256}'
     )
@@ -377,6 +382,12 @@ class SampleConfig(LoadingConfig, PartsConfig):
     )
     deterministic: bool | None = option(None, "few_step: add predicted noise, not fresh noise")
     frame_first_noise: bool = option(False, "draw noise in FastVideo's order, for its seeds")
+    compat: str = option(
+        "none",
+        "fastvideo: its noise order, its seed 1024 unless one is given, prompts only stripped, "
+        "pixels rounded down to 8 bits; to compare the same seed side by side",
+        choices=("none", "fastvideo"),
+    )
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = count(
         None, "text tokens that are read, padding included; another number makes another video"

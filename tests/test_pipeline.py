@@ -283,6 +283,23 @@ def test_a_scheduler_that_cannot_be_followed_is_warned_of_and_kept(
     assert json.loads(again.read_text()) == content
 
 
+def test_compat_fastvideo_is_its_noise_seed_prompt_and_rounding(pipe):
+    """One switch for what has to be equal to compare the same seed side by side."""
+    odd = '  A  "red"   circle &amp; a square '
+    call = {"num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 32}
+    ours = pipe(odd, compat="fastvideo", output_type="pil", **call)
+    assert ours.seeds == [1024]
+    embeds, _ = pipe.encode_prompt(odd.strip(), None, False, clean=str)
+    assert not torch.equal(embeds, pipe.encode_prompt(odd, None, False)[0])
+    parts = {"prompt_embeds": embeds, "negative_prompt": "", "seed": 1024}
+    video = pipe(**parts, frame_first_noise=True, **call).frames[0]
+    frames = np.stack([np.asarray(frame) for frame in ours.frames[0]])
+    assert np.array_equal(frames, np.floor(video * np.float32(255)).astype(np.uint8))
+    assert pipe(PROMPT, compat="fastvideo", seed=3, **call).seeds == [3]
+    with pytest.raises(WanError, match="none, fastvideo"):
+        pipe(PROMPT, compat="comfyui")
+
+
 def test_two_experts_equal_diffusers(tokenizer_folder, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     build(tokenizer_folder, two_experts=True, scheduler=SHIFT_12).save_pretrained(tmp_path / "a14b")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,17 +22,22 @@ import infer.loading
 import infer.sample.generate
 import infer.sample.request
 import wan.weights.hub
-from configs.cli import INTERRUPTED, USER_ERROR, execute
+from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
 from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files, without_home
+from infer.sample.request import with_official_negative
 from wan.lora import LoRAMerge, read_lora
 from wan.media.images import load_image
 from wan.media.video import read_video
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Config
+from wan.models.vae_config import VAE_2_1, VAEConfig
+from wan.pipeline.config import PipelineConfig, read_pipeline_config
 from wan.pipeline.pipeline import WanDMDPipeline, WanPipeline
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.weights.digests import write_manifest
-from wan.weights.hub import STUDENT, TEACHER
+from wan.weights.hub import STUDENT, TEACHER, resolve_model
 
 PROMPT = 'a red circle, moving: ${right} (or "left")'
 
@@ -242,6 +248,49 @@ def test_few_steps_of_a_base_model_drop_the_guidance_of_its_preset(run, tmp_path
         None,
         "no guidance",
     )
+
+
+@pytest.mark.parametrize(
+    ("preset", "size"),
+    [
+        ("wan22_ti2v_5b", {}),
+        ("wan22_t2v_a14b", {"num_attention_heads": 40, "num_layers": 40}),
+        ("wan21_t2v_1_3b", {"num_attention_heads": 12, "num_layers": 30}),
+    ],
+)
+def test_a_released_base_model_has_the_official_negative_prompt(preset, size):
+    """From its folder alone as from its preset; a student and the miniature have none."""
+    channels = {"in_channels": 48, "out_channels": 48}
+    vae = VAEConfig()
+    if size:
+        channels = dict.fromkeys(channels, 16)
+        vae = VAE_2_1
+    model = PipelineConfig("WanPipeline", DiTConfig(**channels, **size), vae, UMT5Config())
+    (of_preset,) = compose_runs(LINE, [f"model={preset}", "prompt=x"])
+    (plain,) = compose_runs(LINE, ["checkpoint=folder", "prompt=x"])
+    sources = dict(plain.sources)
+    found = with_official_negative(plain.config, sources, model)
+    assert found.negative_prompt == of_preset.config.negative_prompt
+    assert sources["negative_prompt"] == "official code"
+    (none,) = compose_runs(LINE, ["checkpoint=folder", "prompt=x", "negative_prompt="])
+    assert with_official_negative(none.config, dict(none.sources), model).negative_prompt == ""
+    student = replace(model, class_name="WanDMDPipeline", timesteps=(1000, 757, 522))
+    small = read_pipeline_config(resolve_model(TEACHER))
+    for other in (student, small):
+        config = with_official_negative(plain.config, dict(plain.sources), other)
+        assert config.negative_prompt is None
+
+
+def test_compat_fastvideo_is_one_switch(run, tmp_path, models):
+    code, out, _ = run('prompt=  a  "red" circle', "compat=fastvideo", model="student")
+    record = only_record(tmp_path)["settings"]
+    assert code == 0
+    assert record["seed"] == {"value": 1024, "from": "compat=fastvideo"}
+    assert record["frame_first_noise"] == {"value": True, "from": "compat=fastvideo"}
+    latents = load_file(Path(out.strip()).with_suffix(".latents.safetensors"))["latents"]
+    pipe = WanDMDPipeline.from_pretrained(models / "student", dtype=torch.float32)
+    python = pipe('  a  "red" circle', compat="fastvideo", output_type="latent").frames
+    assert torch.equal(latents, python)
 
 
 def test_a_sweep_loads_the_model_once(run, monkeypatch):

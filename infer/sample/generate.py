@@ -36,7 +36,6 @@ from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_reques
 from wan.errors import WanError
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
-from wan.models.tokenizer import clean_prompt
 from wan.pipeline.callbacks import StepFunction
 from wan.pipeline.folder import ModelFolder
 from wan.pipeline.memory import GIB, MemoryEstimate, check_fits, estimate_memory, size
@@ -146,7 +145,7 @@ def memory_request(
     def num_tokens(request: Request) -> int:
         texts = (request.prompt, request.config.negative_prompt or "")
         limit = request.max_sequence_length
-        return max(len(folder.tokenizer(clean_prompt(text), limit).ids) for text in texts)
+        return max(len(folder.tokenizer(request.clean(text), limit).ids) for text in texts)
 
     config = largest.config
     return MemoryRequest(
@@ -198,6 +197,7 @@ def make_video(session: Session, request: Request, seed: int) -> int:
                     request.plan.guided,
                     max_sequence_length=request.max_sequence_length,
                     on_progress=bars,
+                    clean=request.clean,
                 )
             image, image_latents = request.first_frame(), None
             if image is not None:
@@ -266,7 +266,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
     config, files, record = request.config, story.files, story.record
     if not is_finite(video):
         raise BadResultError("the decoded video is not finite")
-    frames = to_uint8(video)
+    frames = to_uint8(video, truncate=config.compat == "fastvideo")
     if (problem := flaw(frames)) is not None:
         raise BadResultError(f"the video shows nothing: {problem}")
     with story.stage("write"):
@@ -294,7 +294,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
 def first_record(session: Session, request: Request, seed: int) -> dict[str, Any]:
     """The record of a video with everything that is known before the first step."""
     model, schedule = session.model, request.plan.schedule
-    prompt = model.pipeline.tokenizer(clean_prompt(request.prompt), request.max_sequence_length)
+    prompt = model.pipeline.tokenizer(request.clean(request.prompt), request.max_sequence_length)
     settings = {
         name: {"value": value, "from": source} for name, (value, source) in request.settings.items()
     }

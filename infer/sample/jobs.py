@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.schema import (
     DISTINCT_SEEDS,
+    FASTVIDEO_SEED,
     RANDOM_SEED,
     SampleConfig,
     SamplerConfig,
@@ -35,6 +36,7 @@ JOB_KEYS: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "timesteps": list,
     "shift": (int, float),
+    "grid": str,
 }
 
 
@@ -63,7 +65,7 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
     if config.prompt_file is None:
         if config.prompt is None:
             raise WanError('no prompt: describe the video, e.g. prompt="a red circle"')
-        return [_with_seed(Job(config, sources))]
+        return [_settled(Job(config, sources))]
     path = Path(config.prompt_file).expanduser()
     jobs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -71,7 +73,7 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
             name = f"{path}, line {number}"
             try:
                 job = _line_job(line.strip(), config, sources, path.parent, name)
-                jobs.append(_with_seed(job))
+                jobs.append(_settled(job))
             except WanError as error:
                 raise WanError(f"{name}: {error}") from error
     if not jobs:
@@ -79,16 +81,21 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
     return jobs
 
 
-def _with_seed(job: Job) -> Job:
-    """The job with a random seed if it asks for one; the record and the file's name say which."""
-    if job.config.seed != RANDOM_SEED:
-        return job
-    seed = secrets.randbelow(DISTINCT_SEEDS - job.config.num_videos)
-    return replace(
-        job,
-        config=replace(job.config, seed=seed),
-        sources={**job.sources, "seed": f"random (seed={RANDOM_SEED})"},
-    )
+def _settled(job: Job) -> Job:
+    """The job with what `compat` stands for, and with a random seed if it asks for one."""
+    sources = dict(job.sources)
+    changes: dict[str, Any] = {}
+    if job.config.compat == "fastvideo":
+        source = "compat=fastvideo"
+        if not job.config.frame_first_noise:
+            changes["frame_first_noise"], sources["frame_first_noise"] = True, source
+        if sources["seed"] == "default":
+            changes["seed"], sources["seed"] = FASTVIDEO_SEED, source
+    if job.config.seed == RANDOM_SEED:
+        # The record and the file's name say which.
+        changes["seed"] = secrets.randbelow(DISTINCT_SEEDS - job.config.num_videos)
+        sources["seed"] = f"random (seed={RANDOM_SEED})"
+    return replace(job, config=replace(job.config, **changes), sources=sources)
 
 
 def _line_job(
@@ -96,7 +103,7 @@ def _line_job(
 ) -> Job:
     values = _parse_line(line)
     given = {"sampler.name" if k == "sampler" else k: v for k, v in values.items()}
-    for key in ("steps", "timesteps", "shift"):
+    for key in ("steps", "timesteps", "shift", "grid"):
         if key in given:
             given[f"sampler.{key}"] = given.pop(key)
     sampler = _sampler(config.sampler, {k: v for k, v in given.items() if "." in k})
@@ -150,8 +157,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _sampler(base: SamplerConfig, given: dict[str, Any]) -> SamplerConfig:
-    """The command's sampler with a job's settings; steps and timesteps replace each other."""
+    """The command's sampler with a job's settings.
+
+    Steps and timesteps replace each other, and a grid goes with the name of its sampler.
+    """
     settings = {key.removeprefix("sampler."): value for key, value in given.items()}
+    if settings.get("name", base.name) != base.name or "timesteps" in settings:
+        settings.setdefault("grid", None)
     if "steps" in settings:
         settings.setdefault("timesteps", None)
     elif "timesteps" in settings:

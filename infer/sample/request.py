@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from infer.sample.record import without_home
 from wan.errors import WanError
 from wan.media.images import best_size, fit_image, load_image
 from wan.models.attention import NetworkAttention
-from wan.pipeline.config import PipelineConfig
+from wan.models.tokenizer import clean_prompt, strip_prompt
+from wan.pipeline.config import OFFICIAL_NEGATIVE_PROMPT, PipelineConfig
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 
 MODEL = "checkpoint"  # as the source of a value: the model's own folder
@@ -30,7 +32,8 @@ SHOWN = (
     *("guidance_scale", "guidance_scale_2", "negative_prompt"),
     *("image", "image_fit", "image_background"),
     *("max_sequence_length", "device", "dtype", "attention", "offload", "quantize", "compile"),
-    *("chunk_latents", "tile", "deterministic", "frame_first_noise", "allow_untrained"),
+    *("chunk_latents", "tile", "deterministic", "frame_first_noise", "compat"),
+    "allow_untrained",
     *("lora", "lora_2", "lora_strength", "lora_strength_2"),
 )
 PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2", *PARTS)
@@ -65,6 +68,11 @@ class Request:
     @property
     def config(self) -> SampleConfig:
         return self.job.config
+
+    @property
+    def clean(self) -> Callable[[str], str]:
+        """Text as typed -> text as the tokenizer gets it."""
+        return strip_prompt if self.config.compat == "fastvideo" else clean_prompt
 
     @property
     def prompt(self) -> str:
@@ -143,6 +151,7 @@ def _resolve(
         config = replace(config, guidance_scale=None, guidance_scale_2=None)
         sources["guidance_scale"] = "few_step"
     shape = model.latent_shape(values["height"], values["width"], values["num_frames"])
+    config = with_official_negative(config, sources, model)
     limits = {name: values[name] for name in ("num_frames", "max_sequence_length")}
     asked = SamplingRequest(**sampling_options(config), **limits)
     typed = sources["negative_prompt"] in CHOSEN
@@ -185,6 +194,19 @@ def check_strengths(config: SampleConfig) -> None:
         )
 
 
+def with_official_negative(
+    config: SampleConfig, sources: dict[str, str], model: PipelineConfig
+) -> SampleConfig:
+    """The official negative prompt for a base model as released, if none is given.
+
+    The presets of these models have it too. From Python, as in diffusers, it is "".
+    """
+    if sources["negative_prompt"] != "default" or not model.released_base:
+        return config
+    sources["negative_prompt"] = "official code"
+    return replace(config, negative_prompt=OFFICIAL_NEGATIVE_PROMPT)
+
+
 def _decided(
     config: SampleConfig, model: PipelineConfig, plan: SamplingPlan, device: str, dtype: str
 ) -> dict[str, Any]:
@@ -207,6 +229,7 @@ def _decided(
         "deterministic": deterministic,
         "image_fit": config.image_fit if config.image else None,
         "frame_first_noise": config.frame_first_noise or None,
+        "compat": None if config.compat == "none" else config.compat,
         "allow_untrained": config.allow_untrained or None,
     }
 

@@ -78,8 +78,9 @@ class DiTConfig:
         if "dim" in values:
             values = official_to_released_names(values)
         fixed = {name: values.pop(name, value) for name, value in FIXED_SETTINGS.items()}
-        for name, value in FIXED_SETTINGS.items():
-            if fixed[name] != value:
+        fixed["window_size"] = values.pop("window_size", None)
+        for name, value in (FIXED_SETTINGS | {"window_size": None}).items():
+            if fixed[name] != value and fixed[name] not in SPELLINGS.get(name, ()):
                 raise WanError(
                     f"transformer config.json: {name}={fixed[name]!r}, only {value!r} is supported"
                 )
@@ -107,6 +108,13 @@ FIXED_SETTINGS: dict[str, Any] = {
     "image_dim": None,
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
+}
+
+# The same settings as official files spell them, where they do: there, normed queries and keys are
+# True, and -1 is an attention window without an end.
+SPELLINGS: dict[str, tuple[Any, ...]] = {
+    "qk_norm": (True,),
+    "window_size": ([-1, -1], (-1, -1)),
 }
 
 OFFICIAL_NAMES = {

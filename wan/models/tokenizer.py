@@ -37,6 +37,11 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def strip_prompt(text: str) -> str:
+    """Text as FastVideo feeds it to the tokenizer: without white space at its ends."""
+    return text.strip()
+
+
 @dataclass(frozen=True)
 class TokenizedPrompt:
     """Ids of one prompt, </s> included, and whether the prompt was cut."""

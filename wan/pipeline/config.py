@@ -42,6 +42,16 @@ from wan.weights.digests import list_files
 DEFAULTS_FILE = "sampling_defaults.json"
 SHARED_FILE = "shared_parts.json"
 CARD = "README.md"
+# Heads, layers and latent channels of the released base models: TI2V-5B, A14B and 14B, 1.3B.
+RELEASED_SIZES = ((24, 30, 48), (40, 40, 16), (12, 30, 16))
+# What the official code takes where its caller gives none. Source: Wan2.2 `shared_config.py`.
+OFFICIAL_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，"
+    "整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
 LIBRARIES = {  # component -> [library, class] in model_index.json
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLWan"],
@@ -116,6 +126,13 @@ class PipelineConfig:
             raise WanError(f"{self.class_name} with timesteps={self.timesteps}: only students")
         if self.timesteps is not None:
             few_step_schedule(self.timesteps)  # refuses a list that is no schedule
+
+    @property
+    def released_base(self) -> bool:
+        """Whether this is a base model of a released size, and not a student or a small one."""
+        dit = self.transformer
+        size = (dit.num_attention_heads, dit.num_layers, dit.in_channels)
+        return self.timesteps is None and size in RELEASED_SIZES
 
     @property
     def shift(self) -> float:

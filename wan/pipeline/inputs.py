@@ -19,6 +19,8 @@ from wan.pipeline.plan import SamplingPlan
 from wan.sampling.noise import DISTINCT_SEEDS, sample_generators
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+COMPAT = ("none", "fastvideo")
+FASTVIDEO_SEED = 1024  # where its caller gives none
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 ImageInput = Image.Image | Tensor | NDArray[Any] | str | Path
@@ -210,7 +212,10 @@ def check_output(
 
 
 def finished_frames(
-    video: Tensor, output_type: str, safety_checker: Callable[[Tensor], bool] | None
+    video: Tensor,
+    output_type: str,
+    safety_checker: Callable[[Tensor], bool] | None,
+    truncate: bool = False,
 ) -> tuple[Any, list[bool] | None]:
     """Convert a video to `output_type`; also return the safety checker's results, if any.
 
@@ -219,6 +224,7 @@ def finished_frames(
         output_type: "pt", "np" or "pil".
         safety_checker: called with the (F, 3, H, W) frames of each video; if it returns True, the
             video becomes black.
+        truncate: "pil" rounds down to 8 bits, as FastVideo does, not to the nearest.
     """
     frames = (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)  # (B, F, 3, H, W)
     flags = None
@@ -230,5 +236,6 @@ def finished_frames(
     array = frames.permute(0, 1, 3, 4, 2).contiguous().numpy()  # (B, F, H, W, 3)
     if output_type == "np":
         return array, flags
-    pixels = (array * 255).round().astype(np.uint8)
+    levels = array * 255
+    pixels = (levels if truncate else levels.round()).astype(np.uint8)
     return [[Image.fromarray(frame) for frame in one] for one in pixels], flags

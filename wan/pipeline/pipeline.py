@@ -21,6 +21,7 @@ from torch import Tensor
 
 from wan.errors import WanError, check_names
 from wan.models.attention import verified_attention
+from wan.models.tokenizer import clean_prompt, strip_prompt
 from wan.pipeline.arguments import (
     FROM_MODEL,
     FileArguments,
@@ -35,6 +36,8 @@ from wan.pipeline.config import BASE, FEW_STEP, PipelineConfig
 from wan.pipeline.folder import ModelFolder, load_modules, save_modules
 from wan.pipeline.inputs import (
     CALLBACK_TENSORS,
+    COMPAT,
+    FASTVIDEO_SEED,
     Generators,
     ImageInput,
     OnProgress,
@@ -363,6 +366,7 @@ class WanPipeline(PipelineSwitches):
         schedule: Schedule | None = None,
         deterministic: bool | None = None,
         frame_first_noise: bool = False,
+        compat: str = "none",
         allow_untrained: bool = False,
         on_progress: OnProgress | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
@@ -402,6 +406,9 @@ class WanPipeline(PipelineSwitches):
             deterministic: few-step sampling adds predicted noise instead of fresh noise; None takes
                 what the student was trained with.
             frame_first_noise: draw noise in FastVideo's order; see `wan.sampling.noise.draw_noise`.
+            compat: "fastvideo" compares with FastVideo at the same seed: noise in its order, seed
+                1024 where none is given, prompts that are only stripped, and "pil" images rounded
+                down to 8 bits. States stay float32; FastVideo rounds them to bfloat16 at each step.
             allow_untrained: let a few-step student do what it was not trained for.
             on_progress: called as (stage, done, total), stages "encode", "denoise", "decode".
 
@@ -409,6 +416,11 @@ class WanPipeline(PipelineSwitches):
             WanError: an argument is wrong; raised before anything is computed.
             FloatingPointError: latents became infinite or NaN; names the step.
         """
+        check_names("compat", [compat], COMPAT)
+        as_fastvideo = compat == "fastvideo"
+        frame_first_noise = frame_first_noise or as_fastvideo
+        if as_fastvideo and seed is None and generator is None:
+            seed = FASTVIDEO_SEED
         height, width, num_frames = self._size(height, width, num_frames, latents)
         if prompt_embeds is not None and prompt_embeds.ndim == 3:
             max_sequence_length = prompt_embeds.shape[1]
@@ -472,6 +484,7 @@ class WanPipeline(PipelineSwitches):
                 prompt_embeds,
                 negative_prompt_embeds,
                 max_sequence_length,
+                clean=strip_prompt if as_fastvideo else clean_prompt,
                 on_progress=on_progress,
             )
         image_latents = None
@@ -505,7 +518,7 @@ class WanPipeline(PipelineSwitches):
             with self._timed("decode"):
                 video = self.decode_latents(x, on_progress)
             output.frames, output.nsfw_content_detected = finished_frames(
-                video, output_type, self.safety_checker
+                video, output_type, self.safety_checker, as_fastvideo
             )
         return output if return_dict else output.to_tuple()
 

@@ -286,6 +286,8 @@ class PipelineStages(PipelineAdapters):
         max_sequence_length: int | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        clean: Callable[[str], str] = clean_prompt,
         on_progress: OnProgress | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Encode texts to the DiT's context: two (B, S, text_dim), zero after the text's tokens.
@@ -296,6 +298,7 @@ class PipelineStages(PipelineAdapters):
         Args:
             max_sequence_length: S; None is the number that the model was trained with.
             device, dtype: of the result; None is the pipeline's device and the encoder's dtype.
+            clean: text as typed -> text as the tokenizer gets it.
 
         Raises:
             WanError: a text and its embedding both given, or neither; counts that don't match.
@@ -316,11 +319,12 @@ class PipelineStages(PipelineAdapters):
                 raise WanError(
                     f"embeddings {tuple(given.shape)} for {count} prompts: need (B, S, {text_dim})"
                 )
-        encoded = self._encode([*(prompts or []), *(negatives or [])], length, on_progress)
+        texts = [clean(text) for text in (*(prompts or []), *(negatives or []))]
+        encoded = self._encode(texts, length, on_progress)
 
         def context_of(texts: list[str] | None, given: Tensor | None) -> Tensor:
             if texts is not None:
-                given = torch.stack([encoded[text] for text in texts])
+                given = torch.stack([encoded[clean(text)] for text in texts])
             assert given is not None
             placed = given.to(device=self.device if device is None else device, dtype=dtype)
             return placed.repeat_interleave(num_videos_per_prompt, dim=0)
@@ -333,7 +337,7 @@ class PipelineStages(PipelineAdapters):
     def _encode(
         self, texts: list[str], length: int, on_progress: OnProgress | None
     ) -> dict[str, Tensor]:
-        """The embedding (S, text_dim) of each text, on the CPU; from the cache if it is there."""
+        """The embedding (S, text_dim) of each clean text, on the CPU; from the cache if there."""
         if not texts:
             return {}
         encoder, tokenizer = self.part("text_encoder"), self.part("tokenizer")
@@ -558,16 +562,15 @@ class PipelineStages(PipelineAdapters):
 def context_of_text(
     encoder: Any, tokenizer: Any, text: str, length: int, device: torch.device
 ) -> Tensor:
-    """The context (S, text_dim) of one text, by this project's classes or transformers'."""
+    """The context (S, text_dim) of one clean text, by our classes or by transformers'."""
     if isinstance(encoder, UMT5Encoder) and isinstance(tokenizer, Tokenizer):
-        return encode_text(encoder, tokenizer, [text], length)[0]
-    cleaned = clean_prompt(text)
+        return encode_text(encoder, tokenizer, [text], length, str)[0]
     if isinstance(tokenizer, Tokenizer):
-        ids = torch.tensor([tokenizer(cleaned, length).ids])
+        ids = torch.tensor([tokenizer(text, length).ids])
         mask = torch.ones_like(ids)
     else:
         tokens = tokenizer(
-            [cleaned],
+            [text],
             padding="max_length",
             max_length=length,
             truncation=True,
