@@ -595,7 +595,7 @@ def test_an_overflow_is_refused_by_safe_fusing():
             "'a' has no effect in layers where b is fused",
         ),
         ([load("a"), call("fuse_lora"), call("fuse_lora")], "'a' is fused already"),
-        ([call("fuse_lora")], "no active LoRA adapter"),
+        ([call("fuse_lora")], "no LoRA adapter to fuse"),
         ([load("a"), call("disable_lora"), load("b")], "adapters are switched off; call enable"),
         ([load("a"), call("set_adapters", "a", {"unet": 1.0})], "unet are ignored"),
     ],

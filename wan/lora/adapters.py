@@ -203,7 +203,7 @@ class Adapters:
         self._check(names)
         check_strength("lora_scale", scale)
         if not names:
-            warnings.warn("fuse_lora: there is no active LoRA adapter to fuse", stacklevel=3)
+            warnings.warn("fuse_lora: no LoRA adapter to fuse in this network", stacklevel=3)
         before = dict(self.fused)
         for name in names:
             if name in self.fused:
@@ -336,10 +336,10 @@ class Adapters:
         original = self._originals.get(name, parameter.detach()).to(parameter.device)
         if not terms:
             return original
-        total = original.float()
+        total = original.to(torch.float32, copy=True)
         for lora, factor in terms:
             for change in changes_of(lora, name):
-                total = total + factor * change.delta(total.device).reshape(total.shape)
+                total += change.delta(total.device).mul_(factor).reshape(total.shape)
         return total.to(parameter.dtype)
 
     def _fits(self, name: str, terms: Terms) -> bool:

@@ -78,10 +78,10 @@ class LowRank:
         return len(shape) >= 2 and self.shape == (shape[0], shape[1:].numel())
 
     def delta(self, device: torch.device | str = "cpu") -> Tensor:
-        """scale * up @ down in float32, with the shape (out, in)."""
+        """scale * up @ down in float32, with the shape (out, in); a new tensor."""
         up = self.up.to(device, torch.float32).flatten(1)
         down = self.down.to(device, torch.float32).flatten(1)
-        return self.scale * (up @ down)
+        return (up @ down).mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class FullDelta:
         return self.value.shape == shape
 
     def delta(self, device: torch.device | str = "cpu") -> Tensor:
+        """scale * value in float32; a new tensor."""
         return self.scale * self.value.to(device, torch.float32)
 
 
