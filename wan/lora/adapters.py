@@ -21,7 +21,6 @@ import numbers
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -92,7 +91,8 @@ class Adapters:
         As in peft, fused adapters are taken out of the weights by it, with a warning.
 
         Args:
-            hotswap: put it in the place of the adapter of that name, at its strength.
+            hotswap: put it in the place of the adapter of that name, at strength 1; the same
+                adapters stay active.
 
         Raises:
             WanError: the name is taken (or, with `hotswap`, is not); the LoRA does not fit the
@@ -125,8 +125,8 @@ class Adapters:
                 stacklevel=3,
             )
             self.unfuse()
+        self._strengths[name] = 1.0
         if not hotswap:
-            self._strengths[name] = 1.0
             self.active = [name]
         if not self.enabled:
             warnings.warn(
@@ -228,15 +228,7 @@ class Adapters:
 
         Adapters work from any device, since the weights hold their changes.
         """
-        lora = self.loras[name]
-        pairs = {
-            key: replace(pair, down=pair.down.to(device), up=pair.up.to(device))
-            for key, pair in lora.pairs.items()
-        }
-        deltas = {
-            key: replace(delta, value=delta.value.to(device)) for key, delta in lora.deltas.items()
-        }
-        self.loras[name] = replace(lora, pairs=pairs, deltas=deltas)
+        self.loras[name] = self.loras[name].copied(device)
         self.apply()
 
     # --- calls ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,16 @@ class LoRA:
     def names(self) -> list[str]:
         """The parameters that it changes."""
         return sorted({*self.pairs, *self.deltas})
+
+    def copied(self, device: torch.device | str = "cpu") -> "LoRA":
+        """With tensors of its own, which neither their file nor their owner can change."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, copy=True)
+
+        pairs = {n: replace(p, down=copy(p.down), up=copy(p.up)) for n, p in self.pairs.items()}
+        deltas = {n: replace(d, value=copy(d.value)) for n, d in self.deltas.items()}
+        return replace(self, pairs=pairs, deltas=deltas)
 
 
 def read_lora(path: str | Path, expert: str | None = None) -> LoRA:
