@@ -704,10 +704,27 @@ def test_files_are_found_by_path_folder_and_weight_name(tmp_path):
         find_lora(path, "b.safetensors")
     with pytest.raises(WanError, match="no such file or folder, and not a hub id"):
         find_lora("loras/missing.safetensors")
-    with pytest.raises(WanError, match="weight_name= must name"):
-        find_lora("someone/some-lora", local_files_only=True)
     with pytest.raises(WanError, match="can't be fetched"):
         find_lora("someone/some-lora", "a.safetensors", local_files_only=True, cache_dir=tmp_path)
+
+
+def test_a_repository_in_the_hubs_cache_is_found_without_the_network(tmp_path):
+    repository = tmp_path / "models--someone--style"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    folder = repository / "snapshots" / commit / "wan"
+    folder.mkdir(parents=True)
+    path = write(folder / "style.safetensors", FILES["a"])
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    assert find_lora("someone/style", "style.safetensors", "wan", **options) == path
+    assert find_lora("someone/style", "wan/style.safetensors", **options) == path
+    assert find_lora("someone/style", subfolder="wan", **options) == path
+    with pytest.raises(WanError, match="exactly one"):
+        find_lora("someone/style", **options)
+    model = ours()
+    model.load_lora_weights("someone/style", weight_name="wan/style.safetensors", **options)
+    assert model.get_active_adapters() == ["default_0"]
 
 
 @pytest.mark.parametrize(
