@@ -61,6 +61,7 @@ FILES = {
     "a": file_of(BLOCKS, 100),
     "b": file_of(BLOCKS[:5], 200, rank=2),
     "c": file_of(BLOCKS[3:], 300),
+    "d": file_of(BLOCKS, 400),
 }
 
 
@@ -93,10 +94,15 @@ def run_diffusers(network: nn.Module, scale: float = 1.0) -> Tensor:
     return network(latents, timestep, context, return_dict=False, **options)[0]
 
 
+def tensors_of(name: str) -> dict[str, Tensor]:
+    """Copies, since peft keeps the tensors that it is given and swaps their values."""
+    return {key: tensor.clone() for key, tensor in FILES[name].items()}
+
+
 def load(name: str, second: bool = False, **options):
     def step(pipe):
         into = {"load_into_transformer_2": True} if second else {}
-        pipe.load_lora_weights(dict(FILES[name]), adapter_name=name, **into, **options)
+        pipe.load_lora_weights(tensors_of(name), **({"adapter_name": name} | into | options))
 
     return step
 
@@ -109,8 +115,8 @@ SCRIPTS = {
     "one": [load("a")],
     "the last one loaded is the active one": [load("a"), load("b")],
     "default names": [
-        lambda pipe: pipe.load_lora_weights(dict(FILES["a"])),
-        lambda pipe: pipe.load_lora_weights(dict(FILES["b"])),
+        lambda pipe: pipe.load_lora_weights(tensors_of("a")),
+        lambda pipe: pipe.load_lora_weights(tensors_of("b")),
         call("set_adapters", ["default_0", "default_1"], [0.5, None]),
     ],
     "two with strengths": [load("a"), load("b"), call("set_adapters", ["a", "b"], [0.3, -0.7])],
@@ -186,6 +192,17 @@ SCRIPTS = {
         call("fuse_lora"),
         call("unload_lora_weights"),
         call("unfuse_lora"),
+    ],
+    "fused and off": [load("a"), call("fuse_lora"), call("disable_lora")],
+    "fused, off and on": [load("a"), call("fuse_lora"), call("disable_lora"), call("enable_lora")],
+    "another in its place": [
+        load("a"),
+        load("d", adapter_name="a", hotswap=True),
+    ],
+    "another in its place, weighed": [
+        load("a"),
+        call("set_adapters", ["a"], [0.5]),
+        load("d", adapter_name="a", hotswap=True),
     ],
     "fused and deleted": [load("a"), call("fuse_lora"), call("delete_adapters", "a")],
 }
@@ -376,17 +393,39 @@ def test_weights_are_written_in_place_and_originals_let_go():
     assert not adapters._originals
 
 
-def test_a_hotswapped_adapter_keeps_its_name_and_strength():
-    model, other = ours(), ours()
-    model.load_lora_weights(FILES["a"], "x")
-    model.set_adapters("x", 0.5)
-    model.load_lora_weights(FILES["b"], "x", hotswap=True)
-    other.load_lora_weights(FILES["b"], "x")
-    other.set_adapters("x", 0.5)
-    (mine,), (expected,) = model.networks().values(), other.networks().values()
-    assert_same_bits(mine, state_of(expected))
+def test_tensors_that_change_after_loading_change_no_adapter():
+    model, expected = ours(), ours()
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors_of("a").items()}
+    model.load_lora_weights(tensors, "a")
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.zero_()
+    load("a")(expected)
+    for one in (model, expected):
+        one.set_adapters("a", 0.5)
+    assert_same_bits(model.networks()["transformer"], state_of(expected.networks()["transformer"]))
+
+
+def test_a_file_that_is_cut_after_loading_changes_no_adapter(tmp_path):
+    path = write(tmp_path / "a.safetensors", FILES["a"])
+    model, expected = ours(), ours()
+    model.load_lora_weights(path, "a")
+    with path.open("r+b") as file:  # a mapped file would kill the process here
+        file.truncate(1000)
+    load("a")(expected)
+    for one in (model, expected):
+        one.set_adapters("a", 0.5)
+    assert_same_bits(model.networks()["transformer"], state_of(expected.networks()["transformer"]))
+
+
+def test_only_an_adapter_that_is_there_can_be_hotswapped():
+    model = ours()
+    load("a")(model)
     with pytest.raises(WanError, match="unknown y"):
         model.load_lora_weights(FILES["b"], "y", hotswap=True)
+    model.fuse_lora()
+    with pytest.raises(WanError, match="unfuse_lora"):
+        model.load_lora_weights(FILES["b"], "a", hotswap=True)
 
 
 def test_adapters_go_with_their_network():
@@ -495,7 +534,7 @@ def test_a_video_with_adapters_on_both_experts_equals_diffusers(tokenizer_folder
     latents = []
     for pipe in (mine, reference):
         pipe.load_lora_weights(str(path), adapter_name="high")
-        pipe.load_lora_weights(FILES["b"], adapter_name="low", load_into_transformer_2=True)
+        pipe.load_lora_weights(tensors_of("b"), adapter_name="low", load_into_transformer_2=True)
         pipe.set_adapters(names, [{"transformer": 3.0}, 1.5])
         latents.append(pipe(PROMPT, generator=seeded(), **settings).frames)
         plain = settings | {"callback_on_step_end": None}
@@ -595,7 +634,7 @@ def test_an_overflow_is_refused_by_safe_fusing():
             "'a' has no effect in layers where b is fused",
         ),
         ([load("a"), call("fuse_lora"), call("fuse_lora")], "'a' is fused already"),
-        ([call("fuse_lora")], "no active LoRA adapter"),
+        ([call("fuse_lora")], "no LoRA adapter to fuse"),
         ([load("a"), call("disable_lora"), load("b")], "adapters are switched off; call enable"),
         ([load("a"), call("set_adapters", "a", {"unet": 1.0})], "unet are ignored"),
     ],
@@ -665,10 +704,27 @@ def test_files_are_found_by_path_folder_and_weight_name(tmp_path):
         find_lora(path, "b.safetensors")
     with pytest.raises(WanError, match="no such file or folder, and not a hub id"):
         find_lora("loras/missing.safetensors")
-    with pytest.raises(WanError, match="weight_name= must name"):
-        find_lora("someone/some-lora", local_files_only=True)
     with pytest.raises(WanError, match="can't be fetched"):
         find_lora("someone/some-lora", "a.safetensors", local_files_only=True, cache_dir=tmp_path)
+
+
+def test_a_repository_in_the_hubs_cache_is_found_without_the_network(tmp_path):
+    repository = tmp_path / "models--someone--style"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    folder = repository / "snapshots" / commit / "wan"
+    folder.mkdir(parents=True)
+    path = write(folder / "style.safetensors", FILES["a"])
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    assert find_lora("someone/style", "style.safetensors", "wan", **options) == path
+    assert find_lora("someone/style", "wan/style.safetensors", **options) == path
+    assert find_lora("someone/style", subfolder="wan", **options) == path
+    with pytest.raises(WanError, match="exactly one"):
+        find_lora("someone/style", **options)
+    model = ours()
+    model.load_lora_weights("someone/style", weight_name="wan/style.safetensors", **options)
+    assert model.get_active_adapters() == ["default_0"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ import numbers
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -92,7 +91,8 @@ class Adapters:
         As in peft, fused adapters are taken out of the weights by it, with a warning.
 
         Args:
-            hotswap: put it in the place of the adapter of that name, at its strength.
+            hotswap: put it in the place of the adapter of that name, at strength 1; the same
+                adapters stay active.
 
         Raises:
             WanError: the name is taken (or, with `hotswap`, is not); the LoRA does not fit the
@@ -125,8 +125,8 @@ class Adapters:
                 stacklevel=3,
             )
             self.unfuse()
+        self._strengths[name] = 1.0
         if not hotswap:
-            self._strengths[name] = 1.0
             self.active = [name]
         if not self.enabled:
             warnings.warn(
@@ -203,7 +203,7 @@ class Adapters:
         self._check(names)
         check_strength("lora_scale", scale)
         if not names:
-            warnings.warn("fuse_lora: there is no active LoRA adapter to fuse", stacklevel=3)
+            warnings.warn("fuse_lora: no LoRA adapter to fuse in this network", stacklevel=3)
         before = dict(self.fused)
         for name in names:
             if name in self.fused:
@@ -228,15 +228,7 @@ class Adapters:
 
         Adapters work from any device, since the weights hold their changes.
         """
-        lora = self.loras[name]
-        pairs = {
-            key: replace(pair, down=pair.down.to(device), up=pair.up.to(device))
-            for key, pair in lora.pairs.items()
-        }
-        deltas = {
-            key: replace(delta, value=delta.value.to(device)) for key, delta in lora.deltas.items()
-        }
-        self.loras[name] = replace(lora, pairs=pairs, deltas=deltas)
+        self.loras[name] = self.loras[name].copied(device)
         self.apply()
 
     # --- calls ------------------------------------------------------------------------------------
@@ -336,10 +328,10 @@ class Adapters:
         original = self._originals.get(name, parameter.detach()).to(parameter.device)
         if not terms:
             return original
-        total = original.float()
+        total = original.to(torch.float32, copy=True)
         for lora, factor in terms:
             for change in changes_of(lora, name):
-                total = total + factor * change.delta(total.device).reshape(total.shape)
+                total += change.delta(total.device).mul_(factor).reshape(total.shape)
         return total.to(parameter.dtype)
 
     def _fits(self, name: str, terms: Terms) -> bool:

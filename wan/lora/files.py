@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,10 @@ class LowRank:
         return len(shape) >= 2 and self.shape == (shape[0], shape[1:].numel())
 
     def delta(self, device: torch.device | str = "cpu") -> Tensor:
-        """scale * up @ down in float32, with the shape (out, in)."""
+        """scale * up @ down in float32, with the shape (out, in); a new tensor."""
         up = self.up.to(device, torch.float32).flatten(1)
         down = self.down.to(device, torch.float32).flatten(1)
-        return self.scale * (up @ down)
+        return (up @ down).mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class FullDelta:
         return self.value.shape == shape
 
     def delta(self, device: torch.device | str = "cpu") -> Tensor:
+        """scale * value in float32; a new tensor."""
         return self.scale * self.value.to(device, torch.float32)
 
 
@@ -119,6 +120,16 @@ class LoRA:
     def names(self) -> list[str]:
         """The parameters that it changes."""
         return sorted({*self.pairs, *self.deltas})
+
+    def copied(self, device: torch.device | str = "cpu") -> "LoRA":
+        """With tensors of its own, which neither their file nor their owner can change."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, copy=True)
+
+        pairs = {n: replace(p, down=copy(p.down), up=copy(p.up)) for n, p in self.pairs.items()}
+        deltas = {n: replace(d, value=copy(d.value)) for n, d in self.deltas.items()}
+        return replace(self, pairs=pairs, deltas=deltas)
 
 
 def read_lora(path: str | Path, expert: str | None = None) -> LoRA:

@@ -1,9 +1,9 @@
 """Find a LoRA file: by its path, in a folder, or in a repository on the Hugging Face hub."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
 from wan.errors import WanError
 from wan.lora.files import FOLDER_NAMES, is_hub_id, lora_file
@@ -41,29 +41,30 @@ def find_lora(
         return path
     if path.is_dir():
         folder = path / (subfolder or "")
-        found = lora_file(folder if weight_name is None else folder / weight_name)
-        return found
+        return lora_file(folder if weight_name is None else folder / weight_name)
     if not is_hub_id(str(name)):
         raise WanError(f"LoRA {name}: no such file or folder, and not a hub id (owner/name)")
-    hub: dict[str, Any] = {"revision": revision, "token": token}
     front = f"{subfolder.strip('/')}/" if subfolder else ""
-    download = hub | {
+    hub: dict[str, Any] = {
+        "revision": revision,
         "cache_dir": cache_dir,
+        "token": token,
         "local_files_only": local_files_only,
         "force_download": force_download,
     }
     try:
+        if weight_name is None and (local_files_only or constants.HF_HUB_OFFLINE):
+            return lora_file(Path(snapshot_download(str(name), **hub)) / front)
         if weight_name is None:
-            if local_files_only:
-                raise WanError(f"LoRA {name}: without the network, weight_name= must name its file")
-            files = HfApi().list_repo_files(str(name), **hub)
+            files = HfApi().list_repo_files(str(name), revision=revision, token=token)
             weight_name = only_lora(str(name), [f for f in files if f.startswith(front)], front)
-        found = Path(hf_hub_download(str(name), front + weight_name, **download))
+        place = PurePosixPath(front + weight_name)
+        found = Path(hf_hub_download(str(name), str(place), **hub))
         if found.name == FOLDER_NAMES[1]:  # peft keeps alpha in a file beside it
-            hf_hub_download(str(name), f"{front}adapter_config.json", **download)
+            hf_hub_download(str(name), str(place.with_name("adapter_config.json")), **hub)
+    except WanError:
+        raise
     except (OSError, ValueError) as error:  # all of the hub's errors, and the network's
-        if isinstance(error, WanError):
-            raise
         reason = str(error).strip().splitlines() or [""]
         raise WanError(
             f"LoRA {name}: no such file or folder, and it can't be fetched from the hub "

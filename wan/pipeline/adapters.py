@@ -64,7 +64,8 @@ class PipelineAdapters:
             pretrained_model_name_or_path_or_dict: a file, a folder, a hub id, or the tensors of a
                 LoRA file by their names. Of a file for both experts one half is read.
             adapter_name: a name for it; None gives default_0, default_1 and so on.
-            hotswap: put it in the place of the adapter of that name.
+            hotswap: put it in the place of the adapter of that name, at strength 1; the same
+                adapters stay active.
             load_into_transformer_2: load it into the low-noise expert.
             weight_name, subfolder: the file in the folder or repository.
             revision, cache_dir, token, local_files_only, force_download: for the hub.
@@ -106,7 +107,7 @@ class PipelineAdapters:
         attention = getattr(networks[part], "attention", None)
         if attention is not None:
             warn_of_attention(lora.path, lora.attention, str(attention.config))
-        adapters.add(adapter_name, lora, hotswap)
+        adapters.add(adapter_name, lora.copied(), hotswap)
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters; the weights are as they were, with the fused ones in them."""
