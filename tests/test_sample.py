@@ -713,7 +713,7 @@ def test_a_result_that_shows_nothing_is_a_failure(run, tmp_path, monkeypatch, vi
 
 def test_latents_that_blow_up_are_a_failure_that_names_the_step(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "wan.pipeline.pipeline.Denoiser.__call__",
+        "wan.pipeline.stages.Denoiser.__call__",
         lambda self, x, t: x * (float("nan") if t < 950 else 1),
     )
     code, _, err = run("prompt=x")
