@@ -162,9 +162,10 @@ def _resolve(
     config = with_official_negative(config, sources, model)
     limits = {name: values[name] for name in ("num_frames", "max_sequence_length")}
     asked = SamplingRequest(**sampling_options(config), **limits)
-    typed = sources["negative_prompt"] in CHOSEN
-    if not typed and not plan_sampling(model, replace(asked, negative_prompt=False)).guided:
-        asked = replace(asked, negative_prompt=False)  # a preset's, which nothing would read
+    if asked.negative_prompt and sources["negative_prompt"] not in CHOSEN:
+        # A preset's, which is dropped below if nothing reads it.
+        unread = plan_sampling(model, replace(asked, negative_prompt=False))
+        asked = replace(asked, negative_prompt=unread.guided)
     plan = plan_sampling(model, asked)
     if config.negative_prompt and not plan.guided:
         sources["negative_prompt"] = "no guidance"
