@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from configs.cli import CommandLine, execute
 from configs.conversion import ConvertConfig
 from infer.convert.__main__ import main
-from infer.convert.releases import VAE_CONFIGS, config_of_shapes, official_transformer_config
+from infer.convert.releases import (
+    VAE_CONFIGS,
+    config_of_shapes,
+    official_pipeline,
+    official_transformer_config,
+)
 from infer.parity.models import write_part
 from wan.errors import WanError
 from wan.files import write_json
@@ -22,6 +27,7 @@ from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import read_pipeline_config
+from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import write_tensors
@@ -223,6 +229,16 @@ def save_release(folder: Path, experts: int = 1, per_token: bool = True) -> None
     if experts == 1:
         index["transformer_2"] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def test_text_to_video_of_wan21_has_shift_5():
+    """The official code takes 3 for image to video at 480p only."""
+    configs = {
+        "transformer": DiTConfig(in_channels=16, out_channels=16).to_json(),
+        "vae": VAE_CONFIGS[0],
+        "text_encoder": UMT5Config().to_json(),
+    }
+    assert official_pipeline(configs, num_experts=1).scheduler == SchedulerSettings(shift=5.0)
 
 
 @pytest.mark.parametrize(("experts", "per_token"), [(1, True), (2, False)])

@@ -378,6 +378,9 @@ def test_without_a_seed_one_is_drawn_and_told(pipe):
     output = pipe(PROMPT, num_inference_steps=1)
     again = pipe(PROMPT, num_inference_steps=1)
     assert output.seeds != again.seeds
+    (random,) = pipe(PROMPT, seed=-1, num_inference_steps=1).seeds
+    assert 0 <= random < 2**32
+    assert random not in (*output.seeds, *again.seeds)
     repeated = pipe(PROMPT, seed=output.seeds[0], num_inference_steps=1)
     assert np.array_equal(repeated.frames, output.frames)
 
