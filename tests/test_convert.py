@@ -23,6 +23,8 @@ from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import read_pipeline_config
 from wan.pipeline.known_models import VAE_CONFIGS, config_of_shapes
+from wan.pipeline.layouts import official_pipeline
+from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import write_tensors
@@ -224,6 +226,16 @@ def save_release(folder: Path, experts: int = 1, per_token: bool = True) -> None
     if experts == 1:
         index["transformer_2"] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def test_text_to_video_of_wan21_has_shift_5():
+    """The official code takes 3 for image to video at 480p only."""
+    configs = {
+        "transformer": DiTConfig(in_channels=16, out_channels=16).to_json(),
+        "vae": VAE_CONFIGS[0],
+        "text_encoder": UMT5Config().to_json(),
+    }
+    assert official_pipeline(configs, num_experts=1).scheduler == SchedulerSettings(shift=5.0)
 
 
 @pytest.mark.parametrize(("experts", "per_token"), [(1, True), (2, False)])

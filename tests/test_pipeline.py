@@ -381,6 +381,9 @@ def test_without_seed_and_generator_the_global_generator_draws(pipe):
     again = pipe(PROMPT, num_inference_steps=1)
     assert output.seeds is None
     assert not np.array_equal(output.frames, again.frames)
+    randoms = [pipe(PROMPT, seed=-1, num_inference_steps=1).seeds for _ in range(2)]
+    assert randoms[0] != randoms[1]
+    assert all(0 <= seed < 2**32 for (seed,) in randoms)
     repeated = pipe(PROMPT, seed=1, num_inference_steps=1)
     assert np.array_equal(repeated.frames, output.frames)
 

@@ -37,6 +37,7 @@ from wan.pipeline.config import (
 from wan.pipeline.folder import load_part
 from wan.pipeline.parts import vae_levels, weight_kind
 from wan.pipeline.pipeline import WanPipeline
+from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.hub import SHIPPED, resolve_model
 from wan.weights.keys import VAELevels
 from wan.weights.save import save_component
@@ -239,7 +240,7 @@ def write_release(
         TEXT,
         boundary_ratio=0.875 if two_experts else None,
         expand_timesteps=not two_experts,
-        shift=12.0 if two_experts else 5.0,
+        scheduler=SchedulerSettings(shift=12.0 if two_experts else 5.0),
         defaults=SamplingDefaults(max_sequence_length=128),
     )
     generator = torch.Generator().manual_seed(0)

@@ -117,8 +117,11 @@ class SchedulerSettings:
         if self.fields:
             finite = {k: v for k, v in self.fields.items() if not _is_infinite(v)}
             return finite | {"_class_name": self.class_name}
-        head = {"_class_name": self.class_name, "_diffusers_version": "0.35.0"}
-        head["num_train_timesteps"] = NUM_TIMESTEPS
+        head: dict[str, Any] = {
+            "_class_name": self.class_name,
+            "_diffusers_version": "0.35.0",
+            "num_train_timesteps": NUM_TIMESTEPS,
+        }
         if self.sampler == "euler":
             return head | {"shift": self.shift}
         common = {
@@ -329,7 +332,7 @@ def read_scheduler_or_default(fields: Mapping[str, Any], where: str) -> Schedule
     try:
         return read_scheduler(fields, where)
     except WanError as error:
-        shifts = [fields.get(key) for key in ("flow_shift", "shift")]
+        shifts: list[Any] = [fields.get(key) for key in ("flow_shift", "shift")]
         shift = next((float(s) for s in shifts if _is_shift(s)), DEFAULT_SHIFT)
         warnings.warn(
             f"{error}. The scheduler of this folder is not used: videos are sampled by UniPC with "
