@@ -94,6 +94,7 @@ def changed(
         base.steps if steps is None else steps,
         base.timesteps if steps is None else None,
         base.shift if shift is None else shift,
+        base.grid if name in (None, base.name) else None,
     )
 
 

@@ -169,7 +169,7 @@ def read_arguments(line: CommandLine, description: str, arguments: Sequence[str]
 
 def report(error: Exception) -> int:
     """Print an error on one line; returns the exit code."""
-    message = str(error)
+    message = error.on_command_line if isinstance(error, WanError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
     print("error: " + " ".join(message.split()), file=sys.stderr)

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 
-from configs.schema import DTYPES, Options, option, positive
+from configs.schema import DTYPES, PARTS, PartsConfig, option, positive
 from wan.errors import WanError
 
 
 @dataclass
-class ConvertConfig(Options):
+class ConvertConfig(PartsConfig):
     """`python -m infer.convert`."""
 
     source: str = option(
-        "", "a component (file, index, folder), a whole release folder, mini or mini-teacher"
+        "",
+        "a component (file, index, folder), a whole release folder, ComfyUI's models, mini or "
+        "mini-teacher",
     )
     output: str = option("", "a folder to make, not there or empty; for a LoRA a .safetensors file")
     layout: str = option("", "diffusers, official or prefixed")
@@ -44,11 +46,14 @@ class ConvertConfig(Options):
         This is not in `__post_init__`, because literal paths are filled in after it.
         """
         needed = ("layout",) if self.base is None else ("rank",)
-        for name in ("source", "output", *needed):
+        whole = {"transformer", "vae", "text_encoder"} <= self.parts.keys()
+        source = () if self.base is None and whole else ("source",)
+        for name in (*source, "output", *needed):
             if getattr(self, name) in (None, ""):
                 raise WanError(f"{name}= is missing; --help shows how to call this command")
         lora = ("rank", "diffs", "device")
-        idle = lora if self.base is None else ("layout", "config", "round_all", "shard_gb")
+        other = ("layout", "config", "round_all", "shard_gb", *PARTS)
+        idle = lora if self.base is None else other
         for name in idle:
             if getattr(self, name) != getattr(ConvertConfig, name):
                 task = "only with base=, for a LoRA" if self.base is None else "not for a LoRA"

@@ -7,9 +7,11 @@ from typing import Any
 from omegaconf import MISSING
 
 from configs.schema import (
+    PARTS,
     PICTURES,
     LoadingConfig,
     Options,
+    PartsConfig,
     SamplerConfig,
     check_choice,
     check_ending,
@@ -66,7 +68,7 @@ class RunConfig(Options):
 
 
 @dataclass
-class EvaluateConfig(LoadingConfig, RunConfig, CaptionSetConfig):
+class EvaluateConfig(LoadingConfig, PartsConfig, RunConfig, CaptionSetConfig):
     """`python -m infer.evaluate`: how often clips of the miniature's world match their captions.
 
     What is None here and in the preset is taken from the checkpoint's own folder.
@@ -105,9 +107,11 @@ class EvaluateConfig(LoadingConfig, RunConfig, CaptionSetConfig):
     def question(self) -> dict[str, Any]:
         """The settings that numbers depend on."""
         free = {"batch_size", "output", "sheet", "offload", "quantize", "compile"}
+        free |= {*PARTS, "variant"}  # the digests of the weights say more
         if self.source == "renders":
             free |= {"checkpoint", "revision"}
-        loading = loading_key(self) if self.source == "model" else {}
+        loading: dict[str, Any] = loading_key(self) if self.source == "model" else {}
+        loading["sampler"] = self.sampler.key()
         return {name: value for name, value in asdict(self).items() if name not in free} | loading
 
 
@@ -205,4 +209,5 @@ class StudyConfig(LoadingConfig):
             num_captions=max(2, round(setting.share * chosen.num_captions)),
             checkpoint=setting.checkpoint if own_model else self.checkpoint,
             revision=None if own_model else self.revision,
+            variant=None if own_model else self.variant,
         )

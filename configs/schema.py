@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -19,9 +20,13 @@ from wan.models.vae_config import CHUNK_LATENTS
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
+GRIDS = ("diffusers", "official", "uniform", "karras", "exponential", "beta")
 # How weights are loaded. A loaded model serves another command if all of these are equal.
 LOADING = ("dtype", "offload", "quantize", "compile")
-MAX_SEED = 2**32 - 1  # PyTorch's CPU generator reads 32 bits
+DISTINCT_SEEDS = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
+MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
+RANDOM_SEED = -1
+FASTVIDEO_SEED = 1024  # where its caller gives none
 
 
 def option(
@@ -169,8 +174,20 @@ def check_ending(name: str, value: str | None, allowed: tuple[str, ...]) -> None
 
 
 def check_seed(name: str, value: int) -> None:
-    if not 0 <= value <= MAX_SEED:
-        raise WanError(f"{name}={value}: seeds go from 0 to {MAX_SEED} (2**32 - 1)")
+    """Refuse a seed that would repeat the numbers of a smaller one."""
+    if not 0 <= value < DISTINCT_SEEDS:
+        raise WanError(
+            f"{name}={value}: seeds go from 0 to {DISTINCT_SEEDS - 1} (2**32 - 1); the generator "
+            f"reads 32 bits, and the same numbers are those of {name}={value % DISTINCT_SEEDS}"
+        )
+
+
+def check_sample_seed(name: str, value: int) -> None:
+    """Refuse what is neither a seed of PyTorch nor -1, which draws one."""
+    if not RANDOM_SEED <= value <= MAX_SEED:
+        raise WanError(
+            f"{name}={value}: seeds go from 0 to {MAX_SEED} (2**64 - 1); -1 draws a random one"
+        )
 
 
 def check_device(name: str, value: str) -> None:
@@ -205,7 +222,7 @@ def check_every_step(attention: AttentionConfig) -> None:
 class SamplerConfig(Options):
     """The sampler, its steps and its noise levels. None takes the value of the model's folder."""
 
-    name: str | None = option(None, "unipc, euler or few_step")
+    name: str | None = option(None, "unipc, euler, dpm++ or few_step")
     steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=1000)
     timesteps: list[float] | None = field(
         default=None, metadata={"help": "in place of steps: an explicit list, e.g. [1000,757,522]"}
@@ -215,6 +232,12 @@ class SamplerConfig(Options):
         "moves the noise levels of `steps` towards high noise; 1 = not at all. A list of timesteps "
         "is not shifted",
     )
+    grid: str | None = option(
+        None,
+        "how `steps` are spaced: diffusers, official (Wan's own code), karras; euler also has "
+        "uniform, exponential, beta",
+        choices=GRIDS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,8 +246,20 @@ class SamplerConfig(Options):
                 f"steps={self.steps} and timesteps={self.timesteps} set the same thing: "
                 "give only one of them"
             )
+        if self.grid is not None and self.timesteps is not None:
+            raise WanError(
+                f"grid={self.grid} and timesteps={self.timesteps}: a grid is for a number of "
+                "steps; give steps= or leave the grid out"
+            )
         if self.timesteps is not None:
             check_timesteps(self.timesteps)
+
+    def key(self) -> dict[str, Any]:
+        """The settings that a stored result depends on; a grid only if one was chosen."""
+        return {name: value for name, value in vars(self).items() if (name, value) != NO_GRID}
+
+
+NO_GRID = ("grid", None)
 
 
 def check_timesteps(timesteps: list[float]) -> None:
@@ -245,6 +280,7 @@ class LoadingConfig(Options):
         MISSING, "a folder or a hub id (owner/name), in place of the preset's", check=check_filled
     )
     revision: str | None = option(None, "commit, branch or tag on the hub")
+    variant: str | None = option(None, "weights of that variant where a part has it, as in fp16")
     device: str = option(
         "auto",
         "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N",
@@ -272,8 +308,38 @@ class LoadingConfig(Options):
     )
 
 
+PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
+
+
+@dataclass(kw_only=True)
+class PartsConfig(Options):
+    """Parts of a model that come from elsewhere: files as other tools write them, or folders."""
+
+    transformer: str | None = option(None, "another file or folder for the transformer's weights")
+    transformer_2: str | None = option(
+        None, "the same for the low-noise expert of models with two; transformer= is then the other"
+    )
+    vae: str | None = option(None, "another file or folder for the autoencoder's weights")
+    text_encoder: str | None = option(None, "another file or folder for the text encoder's weights")
+    tokenizer: str | None = option(None, "another folder for the tokenizer")
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        """The parts that are given: part -> file or folder.
+
+        Raises:
+            WanError: one does not exist.
+        """
+        given = {name: getattr(self, name) for name in PARTS}
+        found = {n: Path(place).expanduser() for n, place in given.items() if place is not None}
+        for name, place in found.items():
+            if not place.exists():
+                raise WanError(f"{name}={given[name]}: no such file or folder")
+        return found
+
+
 @dataclass
-class SampleConfig(LoadingConfig):
+class SampleConfig(LoadingConfig, PartsConfig):
     """`python -m infer.sample`: a prompt in, a video out.
 
     Options that are None here and in the preset take the value of the checkpoint's folder.
@@ -282,7 +348,11 @@ class SampleConfig(LoadingConfig):
     prompt: str | None = option(
         None, "what the video shows; any text, exactly as typed", check=check_prompt
     )
-    negative_prompt: str | None = option(None, "what it should not show; needs guidance")
+    negative_prompt: str | None = option(
+        None,
+        "what it should not show; needs guidance. Released base models have an official one; "
+        '"" for none',
+    )
     prompt_file: str | None = option(
         None, 'one job a line: a prompt, or JSON such as {"prompt": "..", "seed": 7, "width": 256}'
     )
@@ -296,16 +366,28 @@ class SampleConfig(LoadingConfig):
         at_least=0,
         at_most=255,
     )
-    seed: int = seed_option(0, "a video depends on seed and settings, not on batch or device")
+    seed: int = option(
+        0,
+        "a video depends on seed and settings, not on batch or device; -1 draws one and says which",
+        check=check_sample_seed,
+    )
     num_videos: int = count(1, "videos per prompt, with seeds seed, seed+1, ...")
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float | None = option(None, "weight of the prompt; 1 = no guidance", at_least=1)
+    guidance_scale: float | None = option(
+        None, "weight of the prompt; 0 to 1 = no guidance", at_least=0
+    )
     guidance_scale_2: float | None = option(
-        None, "the same for the low-noise expert of models with two", at_least=1
+        None, "the same for the low-noise expert of models with two", at_least=0
     )
     deterministic: bool | None = option(None, "few_step: add predicted noise, not fresh noise")
     frame_first_noise: bool = option(False, "draw noise in FastVideo's order, for its seeds")
+    compat: str = option(
+        "none",
+        "fastvideo: its noise order, its seed 1024 unless one is given, prompts only stripped, "
+        "pixels rounded down to 8 bits; to compare the same seed side by side",
+        choices=("none", "fastvideo"),
+    )
     allow_untrained: bool = option(False, "let a few-step student do what it was not trained for")
     max_sequence_length: int | None = count(
         None, "text tokens that are read, padding included; another number makes another video"
@@ -360,7 +442,7 @@ class SampleConfig(LoadingConfig):
         colour = self.image_background
         if colour is not None and len(colour) != 3:
             raise WanError(f"image_background={colour}: need three numbers from 0 to 255")
-        check_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
+        check_sample_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
         for name in ("lora_strength", "lora_strength_2"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise WanError(f"{name}={getattr(self, name)}: must be a finite number")

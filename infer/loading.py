@@ -13,18 +13,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from configs.schema import LoadingConfig, SampleConfig
+from configs.schema import LoadingConfig, PartsConfig, SampleConfig
 from wan.errors import WanError
 from wan.lora.files import read_lora
 from wan.lora.merge import LoRAMerge
 from wan.lora.names import EXPERTS
 from wan.models.attention import AttentionChoice, NetworkAttention
-from wan.pipeline.config import PipelineConfig, model_files, parts_from_elsewhere
+from wan.pipeline.config import (
+    PipelineConfig,
+    model_files,
+    parts_from_elsewhere,
+    shared_parts,
+)
 from wan.pipeline.folder import ModelFolder
+from wan.pipeline.layouts import find_parts
 from wan.pipeline.pipeline import PIPELINES, WanPipeline
 from wan.runtime.offload import resolve_device
 from wan.weights.digests import hash_files, verify_digests
-from wan.weights.hub import resolve_model
+from wan.weights.hub import PATTERNS, resolve_model
 from wan.weights.names import census_line
 
 LoRAs = Mapping[str, Sequence[LoRAMerge]]  # network -> what is merged into it, in this order
@@ -39,7 +45,38 @@ def torch_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def folder_of(config: LoadingConfig) -> Path:
     """The folder of the model that a command's settings name, downloaded if it is missing."""
-    return resolve_model(config.checkpoint, config.revision)
+    return resolve_model(config.checkpoint, config.revision, variant=config.variant)
+
+
+def model_folder(config: LoadingConfig, patterns: Sequence[str] = PATTERNS) -> ModelFolder:
+    """The model that a command's settings name, with the parts that they take from elsewhere.
+
+    Args:
+        patterns: which files are fetched from the hub; `wan.weights.hub.CONFIGS` is all but the
+            weights.
+
+    Raises:
+        WanError: see `ModelFolder.read`; or a part does not exist.
+    """
+    where = (config.checkpoint, config.revision)
+    path = resolve_model(*where, patterns=patterns, variant=config.variant)
+    return ModelFolder.read(path, parts_of(config), config.variant)
+
+
+def parts_of(config: LoadingConfig) -> dict[str, Path]:
+    """The parts that a command takes from elsewhere; not every command can."""
+    return config.parts if isinstance(config, PartsConfig) else {}
+
+
+def digests_of(config: LoadingConfig) -> dict[str, str]:
+    """`weight_digests` of the model that a command's settings name."""
+    return weight_digests(folder_of(config), places_of(config))
+
+
+def places_of(config: LoadingConfig) -> dict[str, Path]:
+    """Where the parts are that a command's model does not have in folders of their names."""
+    given = parts_of(config)
+    return find_parts(folder_of(config), given) or given
 
 
 def sampling(config: Any) -> dict[str, Any]:
@@ -48,6 +85,7 @@ def sampling(config: Any) -> dict[str, Any]:
         "num_inference_steps": config.sampler.steps,
         "timesteps": config.sampler.timesteps,
         "sampler": config.sampler.name,
+        "grid": config.sampler.grid,
         "shift": config.sampler.shift,
         "guidance_scale": config.guidance_scale,
         "allow_untrained": config.allow_untrained,
@@ -75,13 +113,16 @@ def load_pipeline(
     )
 
 
-def weight_digests(folder: Path) -> dict[str, str]:
+def weight_digests(folder: Path, places: Mapping[str, Path] | None = None) -> dict[str, str]:
     """sha256 of every file in `model_files`, hashed again only if its size or time changed.
+
+    Args:
+        places: part -> where it is, for parts that are not in the model's folder.
 
     Raises:
         WanError: there is nothing to hash.
     """
-    files = model_files(folder)
+    files = model_files(folder, shared_parts(folder) | dict(places or {}))
     if not files:
         raise WanError(f"{folder}: no such folder, or an empty one")
     states = {name: path.stat() for name, path in files.items()}
@@ -155,7 +196,7 @@ class LoadedModel:
     ) -> None:
         started = time.perf_counter()
         if config.verify:
-            verify_files(folder.path)
+            verify_files(folder.path, folder.places)
         bars = StageBars()
         try:
             self.pipeline = load_pipeline(folder, config, attention, loras=loras, on_progress=bars)
@@ -172,15 +213,18 @@ class LoadedModel:
         return "\n".join([*lines, *self.merges])
 
 
-def verify_files(folder: Path) -> None:
+def verify_files(folder: Path, places: Mapping[str, Path] | None = None) -> None:
     """Compare all files of a model with their published digests, and print their number.
+
+    Args:
+        places: part -> where it is, if that is not below the folder.
 
     Raises:
         WanError: a file is missing, changed or not listed.
     """
     # The manifest of a part in another folder lies in the folder above the part.
-    places = [folder, *(place.parent for place in parts_from_elsewhere(folder).values())]
-    distinct = dict.fromkeys(place.resolve() for place in places)
+    elsewhere = parts_from_elsewhere(folder, places).values()
+    distinct = dict.fromkeys(place.resolve() for place in [folder, *(p.parent for p in elsewhere)])
     number = sum(verify_digests(place) for place in distinct)
     print(f"{number} files match their sha256", file=sys.stderr)
 
@@ -207,7 +251,8 @@ class ModelCache:
             loras: from `read_loras`.
         """
         key = (
-            *(folder.path, device, config.dtype, config.offload, config.compile, config.quantize),
+            *(folder.path, *sorted(folder.places.items()), folder.variant),
+            *(device, config.dtype, config.offload, config.compile, config.quantize),
             *(config.lora, config.lora_2, config.lora_strength, config.lora_strength_2),
             *(config.hash_weights, config.verify),
         )

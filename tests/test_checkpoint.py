@@ -37,9 +37,9 @@ def folder(tmp_path):
     return folder
 
 
-def refused(path: Path, *words: str) -> None:
+def refused(path: Path, *words: str, variant: str | None = None) -> None:
     with pytest.raises(WanError) as caught:
-        open_checkpoint(path)
+        open_checkpoint(path, variant)
     assert str(path) in str(caught.value)
     for word in words:
         assert word in str(caught.value)
@@ -69,10 +69,64 @@ def test_nothing_to_open(tmp_path):
     refused(tmp_path, "pytorch_model.bin", "weights_only=True")
 
 
-def test_several_checkpoints_in_one_folder(folder):
+def test_the_released_name_without_a_variant_is_taken_with_a_note(folder):
     write_tensors(folder / f"{STEM}.fp16.safetensors", {"a.weight": torch.ones(2)})
-    refused(folder, "several checkpoints", f"{STEM}.fp16*.safetensors", "give the file or index")
-    assert len(open_checkpoint(folder / INDEX).tensors) == 3
+    with pytest.warns(UserWarning, match=rf"{STEM} is taken, not {STEM}\.fp16\*.*variant=fp16"):
+        assert len(open_checkpoint(folder).tensors) == 3
+    write_tensors(folder / "merged.safetensors", {"b.weight": torch.ones(2)})
+    with pytest.warns(UserWarning, match=r"merged\*\.safetensors"):
+        assert len(open_checkpoint(folder).tensors) == 3
+    assert list(open_checkpoint(folder, "fp16").tensors) == ["a.weight"]
+    refused(folder, "no weights of variant=bf16", STEM, variant="bf16")
+
+
+def test_several_checkpoints_of_which_none_has_a_released_name(tmp_path):
+    for name in ("ema", "ema.fp16", "merged"):
+        write_tensors(tmp_path / f"{name}.safetensors", {"a.weight": torch.ones(2)})
+    refused(tmp_path, "several checkpoints", "merged*.safetensors", "give the file or index")
+    (tmp_path / "merged.safetensors").unlink()
+    with pytest.warns(UserWarning, match="ema is taken"):
+        open_checkpoint(tmp_path)
+    write_tensors(tmp_path / "model.safetensors", {"a.weight": torch.ones(2)})
+    write_tensors(tmp_path / f"{STEM}.safetensors", {"a.weight": torch.ones(2)})
+    refused(tmp_path, "several checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("shards", "index"),
+    [
+        (f"{STEM}.fp16-0000{{}}-of-00002.safetensors", f"{STEM}.safetensors.index.fp16.json"),
+        (f"{STEM}-0000{{}}-of-00002.fp16.safetensors", f"{STEM}.safetensors.fp16.index.json"),
+    ],
+)
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards_of_a_variant_beside_those_without(folder, shards, index, with_index):
+    names = [shards.format(number) for number in (1, 2)]
+    for name, tensor in zip(names, "ab", strict=True):
+        write_tensors(folder / name, {f"{tensor}.weight": torch.ones(2)})
+    found = open_checkpoint(folder, "fp16").tensors
+    if with_index:
+        listed = {name: tensor.file.path.name for name, tensor in found.items()}
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+        found = open_checkpoint(folder, "fp16").tensors
+    assert {tensor.file.path.name for tensor in found.values()} == set(names)
+    with pytest.warns(UserWarning, match="variant=fp16"):
+        assert len(open_checkpoint(folder).tensors) == 3
+    (folder / names[0]).unlink()
+    refused(folder, names[0], variant="fp16")
+
+
+def test_variants_are_those_that_diffusers_writes(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 8, "num_layers": 2}
+    network = diffusers.WanTransformer3DModel(**sizes, text_dim=8, freq_dim=8, cross_attn_norm=True)
+    for shard in ("10GB", "4KB"):
+        network.save_pretrained(tmp_path / shard)
+        network.save_pretrained(tmp_path / shard, variant="fp16", max_shard_size=shard)
+        found = open_checkpoint(tmp_path / shard, "fp16")
+        assert set(found.tensors) == set(network.state_dict())
+        assert all(".fp16" in file.path.name for file in found.files)
+        assert (len(found.files) > 1) == (shard == "4KB")
 
 
 @pytest.mark.parametrize(

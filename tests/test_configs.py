@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import configs
+from configs import schema
 from configs.cli import compose_runs
 from configs.command_line import CommandLine, Shortcut, preset_names
 from configs.distillation import DistillConfig
@@ -23,6 +24,8 @@ from wan.errors import WanError
 from wan.pipeline.pipeline import COMPILE
 from wan.runtime.offload import OFFLOAD
 from wan.sampling import noise
+from wan.sampling.samplers import SAMPLERS
+from wan.sampling.schedule import GRIDS
 from wan.weights.quantize import QUANTIZE
 
 LINE = CommandLine(
@@ -48,7 +51,8 @@ def test_model_presets_compose(model):
 @pytest.mark.parametrize("sampler", preset_names("sampler"))
 def test_sampler_presets_compose(sampler):
     config = settings(f"sampler={sampler}")
-    assert config.sampler.name in (None, "unipc", "euler", "few_step")
+    assert config.sampler.name in (None, *SAMPLERS)
+    assert config.sampler.grid in (None, *GRIDS.get(config.sampler.name, ()))
 
 
 @pytest.mark.parametrize("group", ["model", "sampler"])
@@ -103,6 +107,7 @@ def test_sampler_takes_at_most_one_of_steps_and_timesteps():
 
 def test_seeds_and_choices_are_those_of_the_model():
     assert MAX_SEED == noise.MAX_SEED
+    assert set(schema.GRIDS) == set().union(*GRIDS.values())
     choices = {item.name: item.metadata["choices"] for item in fields(LoadingConfig)}
     assert choices["offload"] == OFFLOAD
     assert choices["quantize"] == QUANTIZE

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from configs.cli import CommandLine, execute
 from configs.conversion import ConvertConfig
 from infer.convert.__main__ import main
-from infer.convert.releases import VAE_CONFIGS, config_of_shapes, official_transformer_config
+from infer.convert.releases import official_transformer_config
 from infer.parity.models import write_part
 from wan.errors import WanError
 from wan.files import write_json
@@ -22,6 +22,7 @@ from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import read_pipeline_config
+from wan.pipeline.known_models import VAE_CONFIGS, config_of_shapes
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import write_tensors

@@ -352,6 +352,10 @@ def test_config_reads_both_released_forms():
     assert DiTConfig.from_json(OFFICIAL_5B) == DiTConfig()
     written = json.loads(json.dumps(TINY.to_json()))
     assert DiTConfig.from_json(written) == TINY
+    # What the official code's __init__ takes, spelled out.
+    spelled = {"qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1], "text_dim": 4096}
+    assert DiTConfig.from_json(OFFICIAL_5B | spelled) == DiTConfig()
+    assert DiTConfig.from_json(written | {"qk_norm": True, "window_size": None}) == TINY
 
 
 @pytest.mark.parametrize(
@@ -362,6 +366,8 @@ def test_config_reads_both_released_forms():
         ({"_class_name": "WanVACETransformer3DModel"}, "WanVACETransformer3DModel"),
         ({"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel"),
         ({"qk_norm": "rms_norm"}, "qk_norm='rms_norm'"),
+        ({"qk_norm": False}, "qk_norm=False"),
+        ({"window_size": [8, 8]}, r"window_size=\[8, 8\]"),
         ({"cross_attn_norm": False}, "cross_attn_norm=False"),
         ({"attention_type": "sparse"}, "unknown settings attention_type"),
         ({"patch_size": [1, 2]}, "patch_size"),

@@ -1,6 +1,9 @@
 """Models by name: folders first, then the hub's cache; never a silent guess."""
 
+from pathlib import Path
+
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 import wan.weights.hub
 from wan.errors import WanError
@@ -57,6 +60,64 @@ def test_offline_finds_what_the_cache_has(tmp_path, monkeypatch):
         lambda name, **kw: real(name, cache_dir=tmp_path, **kw),
     )
     assert resolve_model("owner/name", offline=True).samefile(snapshot)
+
+
+def test_the_hub_library_gets_the_arguments_that_were_given(monkeypatch):
+    asked = {}
+
+    def record(name, **options):
+        asked.update(options)
+        return "found"
+
+    monkeypatch.setattr(wan.weights.hub, "snapshot_download", record)
+    given = {"cache_dir": "here", "token": "secret", "force_download": True}
+    resolve_model("owner/name", "main", True, **given)
+    assert asked.items() >= {**given, "revision": "main", "local_files_only": True}.items()
+    asked.clear()
+    resolve_model("owner/name")
+    assert not set(given) & set(asked)
+
+
+REPOSITORY = (
+    "model_index.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "transformer/diffusion_pytorch_model.bf16.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model-00001-of-00001.safetensors",
+    "text_encoder/model.fp16-00001-of-00001.safetensors",
+    "text_encoder/model.safetensors.index.json",
+    "text_encoder/model.safetensors.index.fp16.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
+
+
+@pytest.mark.parametrize(
+    ("variant", "weights"),
+    [
+        (None, {"diffusion_pytorch_model", "model-00001-of-00001"}),
+        ("fp16", {"diffusion_pytorch_model.fp16", "model.fp16-00001-of-00001"}),
+    ],
+)
+def test_only_the_weights_that_are_read_are_fetched(tmp_path, monkeypatch, variant, weights):
+    def download(name, allow_patterns, ignore_patterns, **_):
+        for file in filter_repo_objects(
+            REPOSITORY, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_text("")
+        return str(tmp_path)
+
+    monkeypatch.setattr(wan.weights.hub, "snapshot_download", download)
+    assert resolve_model("owner/name", variant=variant) == tmp_path
+    fetched = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.safetensors")}
+    vae = "vae/diffusion_pytorch_model.safetensors"  # has no variant
+    assert vae in fetched
+    assert {Path(name).stem for name in fetched - {vae}} == weights
+    assert len(fetched) == 3
+    assert (tmp_path / "text_encoder/model.safetensors.index.json").is_file()
 
 
 def test_a_network_failure_is_one_clear_error_and_only_weights_are_asked_for(monkeypatch):

@@ -185,7 +185,7 @@ FOREIGN = {
     "Animate": ["face_adapter.fuser_blocks.0.linear1_kv.weight", "pose_patch_embedding.weight"],
     "speech-to-video": ["audio_injector.injector.0.q.weight"],
     "camera- or control": ["control_adapter.conv.weight"],
-    "quantised": ["blocks.0.self_attn.q.scale_weight", "scaled_fp8"],
+    "quantised": ["blocks.0.self_attn.q.qweight", "blocks.0.ffn.0.weight_scale_2"],
     "whole pipeline": ["first_stage_model.encoder.conv1.weight"],
     "training state": ["optimizer.state.0.exp_avg"],
 }

@@ -222,14 +222,6 @@ for compute in stages(32, 32, 9).values():
 print(json.dumps([{name: peak(compute) for name, compute in stages(*size).items()}
                   for size in sizes]))
 """
-# Without AVX-512, PyTorch unfolds the inputs of convolutions in bfloat16: 50 times as slow, and ten
-# times the memory of the tensors, which the estimate does not know.
-SLOW_BFLOAT16 = pytest.param(
-    torch.bfloat16,
-    marks=pytest.mark.skipif(
-        torch.backends.cpu.get_cpu_capability() != "AVX512", reason="bfloat16 convolutions are slow"
-    ),
-)
 SIZES = ((256, 384, 17), (512, 512, 17))
 # Weights of the encoder and what it needs beside them are a few times the miniature's.
 LONG_TEXT = {"vocab_size": 600, "d_model": 512, "d_ff": 1024, "num_layers": 2, "num_heads": 16}
@@ -263,7 +255,7 @@ def predicted_and_measured(dtype) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the margin was measured there")
-@pytest.mark.parametrize("dtype", [torch.float32, SLOW_BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_stage_takes_more_of_the_process_than_was_estimated(dtype):
     """Resident memory beside the weights: below the estimate, and not by more than its margin."""
     libraries = 3 * 2**20  # what they may keep for themselves

@@ -1,5 +1,6 @@
 """Noise belongs to a seed: not to a batch, a device or a step order."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,7 +82,7 @@ def test_a_list_of_seeds_names_each_sample():
     assert torch.equal(noise[1:], draw_noise(SHAPE, sample_generators(9, 1)))
 
 
-@pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, 2**63, 2**64, 1.5, "abc", True, [1, "x"]])
+@pytest.mark.parametrize("seed", [-1, -2, MAX_SEED + 1, 2**70, 1.5, "abc", True, [1, "x"]])
 def test_illegal_seeds_are_refused(seed):
     with pytest.raises(WanError, match=r"whole number from 0|one per video"):
         sample_generators(seed, 2 if isinstance(seed, list) else 1)
@@ -94,12 +95,37 @@ def test_seeds_that_run_past_the_end_and_wrong_counts_are_refused():
         sample_generators([1, 2, 3], 2)
 
 
+@pytest.mark.parametrize("seed", [2**32, 2**40 + 624, 2**63 + 5, MAX_SEED])
+def test_a_seed_of_64_bits_is_taken_and_its_equal_named(seed):
+    with pytest.warns(UserWarning, match=f"the noise is that of seed {seed % 2**32}$"):
+        (large,) = sample_generators(seed, 1)
+    assert large.initial_seed() == seed
+    same = sample_generators(np.int64(seed % 2**32), 1)
+    assert torch.equal(draw_noise(SHAPE, [large]), draw_noise(SHAPE, same))
+
+
 class CudaGenerator:
     """Stands in for torch.Generator('cuda') where there is no GPU."""
 
     device = torch.device("cuda")
 
 
-def test_a_generator_of_another_device_is_refused():
-    with pytest.raises(WanError, match="depends on the device"):
-        draw_noise(SHAPE, [CudaGenerator()])
+def test_a_generator_of_another_device_draws_there_and_at_once_for_all_samples(monkeypatch):
+    """Numbers of a GPU depend on the shape of the draw: other libraries draw a batch at once."""
+
+    class OnDevice:
+        device = torch.device("meta")
+
+    draws = []
+
+    def noting(shape, **options):
+        draws.append((tuple(shape), options["device"].type, options["generator"]))
+        return torch.zeros(shape)
+
+    monkeypatch.setattr(torch, "randn", noting)
+    one, other = OnDevice(), OnDevice()
+    assert draw_noise((3, 2, 4, 4), [one, one]).shape == (2, 3, 2, 4, 4)
+    assert draws == [((2, 3, 2, 4, 4), "meta", one)]
+    draws.clear()
+    assert draw_noise((3, 2, 4, 4), [one, other]).shape == (2, 3, 2, 4, 4)
+    assert draws == [((3, 2, 4, 4), "meta", one), ((3, 2, 4, 4), "meta", other)]

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from test_pipeline import DIT, PROMPT, TEXT, build, random_weights, write_tokenizer
+from test_pipeline import DIT, PROMPT, SHIFT_12, TEXT, build, random_weights, write_tokenizer
 
 from wan.errors import WanError
 from wan.models.dit import WanDiT
@@ -109,9 +109,9 @@ def test_on_another_device_are_two_blocks_and_what_is_not_in_blocks():
 
 @pytest.mark.parametrize("offload", ["stage", "block"])
 def test_offloading_changes_no_video(tokenizer_folder, offload):
-    pipeline = build(tokenizer_folder, two_experts=True, shift=12.0)
+    pipeline = build(tokenizer_folder, two_experts=True, scheduler=SHIFT_12)
     expected = pipeline(PROMPT, seed=3).frames
-    offloaded = build(tokenizer_folder, two_experts=True, shift=12.0)
+    offloaded = build(tokenizer_folder, two_experts=True, scheduler=SHIFT_12)
     offloaded.offload = offload
     assert np.array_equal(offloaded(PROMPT, seed=3).frames, expected)
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,17 +22,22 @@ import infer.loading
 import infer.sample.generate
 import infer.sample.request
 import wan.weights.hub
-from configs.cli import INTERRUPTED, USER_ERROR, execute
+from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
 from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files, without_home
+from infer.sample.request import with_official_negative
 from wan.lora import LoRAMerge, read_lora
 from wan.media.images import load_image
 from wan.media.video import read_video
+from wan.models.dit_config import DiTConfig
+from wan.models.umt5 import UMT5Config
+from wan.models.vae_config import VAE_2_1, VAEConfig
+from wan.pipeline.config import PipelineConfig, read_pipeline_config
 from wan.pipeline.pipeline import WanDMDPipeline, WanPipeline
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.weights.digests import write_manifest
-from wan.weights.hub import STUDENT, TEACHER
+from wan.weights.hub import STUDENT, TEACHER, resolve_model
 
 PROMPT = 'a red circle, moving: ${right} (or "left")'
 
@@ -114,10 +120,11 @@ def test_a_prompt_becomes_a_video_with_its_record(run, tmp_path, models):
 def test_the_header_tells_every_setting_and_its_source(run):
     _, _, err = run("prompt=x", "steps=2", "shift=3")
     lines = [line.split("  ") for line in err.splitlines()]
-    rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:23]}
+    rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:24]}
     assert rows["height"] == ("32", "checkpoint")
     assert rows["steps"] == ("2", "command line")
     assert rows["shift"] == ("3.0", "command line")
+    assert rows["grid"] == ("diffusers", "checkpoint")
     assert rows["tokens"] == ("48 (3 x 4 x 4)", "computed")
     assert rows["self-attention"] == ("100.0% of dense", "computed")
     assert "999 (1.0000)  750 (0.7504)" in err
@@ -195,6 +202,95 @@ def test_num_videos_counts_seeds_up(run, tmp_path):
     code, out, _ = run("prompt=x", "seed=3", "num_videos=2")
     assert code == 0
     assert [Path(line).stem[-3:] for line in out.splitlines()] == ["_s3", "_s4"]
+
+
+def test_a_random_seed_is_drawn_and_recorded(run, tmp_path):
+    lines = b'{"prompt": "a", "seed": -1}\n{"prompt": "b", "seed": -1}\n'
+    (tmp_path / "jobs.txt").write_bytes(lines)
+    code, out, err = run(f"prompt_file={tmp_path / 'jobs.txt'}")
+    seeds = [int(Path(line).stem.rpartition("_s")[2]) for line in out.splitlines()]
+    assert code == 0
+    assert len(set(seeds)) == 2
+    assert "random (seed=-1)" in err
+    record = json.loads(Path(out.splitlines()[0]).with_suffix(".json").read_text())
+    assert record["seed"] == record["settings"]["seed"]["value"] == seeds[0]
+    assert record["settings"]["seed"]["from"] == "random (seed=-1)"
+
+
+def test_a_seed_of_64_bits_makes_the_video_of_its_lower_32(run):
+    code, out, err = run("prompt=x", f"seed={2**40 + 624}", "save_latents=true")
+    large = load_file(Path(out.strip()).with_suffix(".latents.safetensors"))["latents"]
+    _, out, _ = run("prompt=x", "seed=624", "save_latents=true")
+    small = load_file(Path(out.strip()).with_suffix(".latents.safetensors"))["latents"]
+    assert code == 0
+    assert "warning: seed 1099511628400" in err
+    assert "that of seed 624" in err
+    assert torch.equal(large, small)
+
+
+def test_a_negative_prompt_without_guidance_is_noted(run, tmp_path):
+    code, _, err = run("prompt=x", "negative_prompt=y", "guidance_scale=0", model="base")
+    assert code == 0
+    assert "warning: negative_prompt has no effect" in err
+    record = only_record(tmp_path)
+    assert record["negative_prompt"] is None
+    assert record["settings"]["guidance_scale"]["value"] == 1
+
+
+def test_few_steps_of_a_base_model_drop_the_guidance_of_its_preset(run, tmp_path):
+    """A student as a LoRA on its base: the preset's guidance is for the base's own weights."""
+    code, _, err = run("model=wan22_ti2v_5b", "sampler=dmd3", "prompt=x", "dtype=float32",
+                       "height=32", "width=32", "num_frames=1")  # fmt: skip
+    assert code == 0, err
+    record = only_record(tmp_path)["settings"]
+    assert record["guidance_scale"] == {"value": 1.0, "from": "few_step"}
+    assert (record["negative_prompt"]["value"], record["negative_prompt"]["from"]) == (
+        None,
+        "no guidance",
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "size"),
+    [
+        ("wan22_ti2v_5b", {}),
+        ("wan22_t2v_a14b", {"num_attention_heads": 40, "num_layers": 40}),
+        ("wan21_t2v_1_3b", {"num_attention_heads": 12, "num_layers": 30}),
+    ],
+)
+def test_a_released_base_model_has_the_official_negative_prompt(preset, size):
+    """From its folder alone as from its preset; a student and the miniature have none."""
+    channels = {"in_channels": 48, "out_channels": 48}
+    vae = VAEConfig()
+    if size:
+        channels = dict.fromkeys(channels, 16)
+        vae = VAE_2_1
+    model = PipelineConfig("WanPipeline", DiTConfig(**channels, **size), vae, UMT5Config())
+    (of_preset,) = compose_runs(LINE, [f"model={preset}", "prompt=x"])
+    (plain,) = compose_runs(LINE, ["checkpoint=folder", "prompt=x"])
+    sources = dict(plain.sources)
+    found = with_official_negative(plain.config, sources, model)
+    assert found.negative_prompt == of_preset.config.negative_prompt
+    assert sources["negative_prompt"] == "official code"
+    (none,) = compose_runs(LINE, ["checkpoint=folder", "prompt=x", "negative_prompt="])
+    assert with_official_negative(none.config, dict(none.sources), model).negative_prompt == ""
+    student = replace(model, class_name="WanDMDPipeline", timesteps=(1000, 757, 522))
+    small = read_pipeline_config(resolve_model(TEACHER))
+    for other in (student, small):
+        config = with_official_negative(plain.config, dict(plain.sources), other)
+        assert config.negative_prompt is None
+
+
+def test_compat_fastvideo_is_one_switch(run, tmp_path, models):
+    code, out, _ = run('prompt=  a  "red" circle', "compat=fastvideo", model="student")
+    record = only_record(tmp_path)["settings"]
+    assert code == 0
+    assert record["seed"] == {"value": 1024, "from": "compat=fastvideo"}
+    assert record["frame_first_noise"] == {"value": True, "from": "compat=fastvideo"}
+    latents = load_file(Path(out.strip()).with_suffix(".latents.safetensors"))["latents"]
+    pipe = WanDMDPipeline.from_pretrained(models / "student", dtype=torch.float32)
+    python = pipe('  a  "red" circle', compat="fastvideo", output_type="latent").frames
+    assert torch.equal(latents, python)
 
 
 def test_a_sweep_loads_the_model_once(run, monkeypatch):
@@ -358,10 +454,9 @@ def weights_stay_unread(monkeypatch):
         (["prompt=x", "attention=spatial", "attention.tile=[1,2,2]"], "base", ["no option tile"]),
         (["prompt=x", "attention.layers=x"], "base", ["attention.layers", "0-2 5 8-"]),
         (["prompt=x", "guidance_scale_2=3"], "base", ["two experts"]),
-        (["prompt=x", "steps=4"], "student", ["trained for", "[1000, 757, 522]"]),
-        (["prompt=x", "guidance_scale=5"], "student", ["guidance_scale=5"]),
+        (["prompt=x", "steps=4"], "student", ["error: steps=4: ", "[1000, 757, 522]"]),
+        (["prompt=x", "guidance_scale=5"], "student", ["allow_untrained=true to see"]),
         (["prompt=x", "negative_prompt=y"], "student", ["negative_prompt"]),
-        (["prompt=x", "negative_prompt=y", "guidance_scale=1"], "base", ["no effect"]),
         (["prompt=x", "deterministic=true"], "base", ["deterministic", "adds no noise"]),
         (["prompt=x", "max_sequence_length=8"], "student", ["max_sequence_length=8", "16 text"]),
         (["prompt=x", "image={png}"], "experts", ["image", "TI2V"]),
@@ -414,7 +509,7 @@ def test_requests_that_cannot_work(run, tmp_path, weights_stay_unread, tokens, m
 def test_weights_are_fetched_for_requests_that_can_work_alone(run, models, monkeypatch):
     asked = []
 
-    def fetch(name, revision, allow_patterns, local_files_only):
+    def fetch(name, allow_patterns, **_):
         asked.append("*.safetensors" in allow_patterns)
         return str(models / "student")
 

@@ -1,5 +1,7 @@
 """Noise levels and timesteps, against published numbers and against diffusers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from wan.errors import WanError
 from wan.sampling.schedule import (
     Schedule,
+    beta_quantile,
     euler_schedule,
     few_step_schedule,
     shift_sigmas,
@@ -48,6 +51,40 @@ def test_official_unipc_grid_differs_from_diffusers_as_measured():
     assert official.timesteps[-2:].tolist() == [172, 92]
     assert int((ours.timesteps != official.timesteps).sum()) == 27
     assert (ours.sigmas - official.sigmas).abs().max().item() == pytest.approx(4.3e-3, abs=5e-5)
+
+
+# The official code's own numbers, computed from its formulas: 0.999 in float32, then the shift.
+@pytest.mark.parametrize(
+    ("steps", "shift", "timesteps"),
+    [
+        (4, 1.0, [999, 749, 499, 249]),
+        (9, 1.0, [999, 888, 777, 666, 555, 444, 333, 222, 111]),
+        (3, 5.0, [999, 908, 713]),
+    ],
+)
+def test_official_grid_starts_at_0_999_in_float32(steps, shift, timesteps):
+    """In float64 it would start below: 9 steps at shift 1 gave 665 for 666."""
+    assert unipc_schedule(steps, shift, "official").timesteps.tolist() == timesteps
+
+
+@pytest.mark.parametrize("a", [0.6, 1.0, 2.0])
+def test_beta_quantiles_are_those_of_the_distribution(a):
+    """Against the share below the quantile, by the midpoint rule in u = x^a."""
+    for p in (0.05, 0.25, 0.5):
+        edges = np.linspace(0, beta_quantile(p, a) ** a, 100_001)
+        u = (edges[1:] + edges[:-1]) / 2
+        density = (1 - u ** (1 / a)) ** (a - 1) * math.gamma(2 * a) / math.gamma(a) ** 2 / a
+        assert density.sum() * edges[1] == pytest.approx(p, abs=1e-9)
+        assert beta_quantile(1 - p, a) == pytest.approx(1 - beta_quantile(p, a), abs=1e-12)
+    assert (beta_quantile(0, a), beta_quantile(1, a)) == (0, 1)
+
+
+def test_respaced_grids_keep_their_ends():
+    plain = euler_schedule(9, 3.0, "diffusers")
+    for grid in ("karras", "exponential", "beta"):
+        schedule = euler_schedule(9, 3.0, grid)
+        torch.testing.assert_close(schedule.sigmas[[0, -2]], plain.sigmas[[0, -2]])
+        assert not torch.equal(schedule.sigmas, plain.sigmas)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
@@ -150,8 +187,8 @@ def test_timesteps_that_share_a_table_entry_are_refused():
 
 
 def test_an_unknown_grid_and_a_bad_schedule_are_refused():
-    with pytest.raises(WanError, match="diffusers, official"):
-        unipc_schedule(4, 5.0, grid="karras")
+    with pytest.raises(WanError, match="diffusers, official, karras"):
+        unipc_schedule(4, 5.0, grid="beta")
     with pytest.raises(WanError, match=r"\(S \+ 1,\)"):
         Schedule(torch.ones(3), torch.tensor([1.0, 0.5, 0.0]), "by hand")
     with pytest.raises(WanError, match="<= 1 down to 0"):

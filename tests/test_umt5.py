@@ -1,15 +1,19 @@
 """UMT5: against transformers' UMT5EncoderModel, and what encode_text promises."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wan.errors import WanError
 from wan.models.tokenizer import EOS_ID, Tokenizer
 from wan.models.umt5 import UMT5Config, UMT5Encoder, encode_text, relative_position_buckets
+from wan.weights.checkpoint import open_checkpoint
+from wan.weights.load import load_module
 
 TINY = UMT5Config(vocab_size=97, d_model=48, d_kv=8, d_ff=80, num_layers=3, num_heads=4)
 
@@ -207,3 +211,21 @@ def test_attention_is_sharp_enough_to_tell_orders_apart():
     encoder = tiny_encoder()
     forward, backward = encoder(torch.tensor([[5, 6, 7]])), encoder(torch.tensor([[7, 6, 5]]))
     assert math.sqrt(float((forward[0, 0] - backward[0, 2]).pow(2).mean())) > 1e-3
+
+
+@pytest.mark.parametrize("names", [("shared",), ("encoder.embed_tokens",), None], ids=str)
+def test_the_embedding_that_transformers_reads_is_the_one_that_is_loaded(tmp_path, names):
+    """transformers 5.0 saves untied embeddings under two names; the encoder reads one of them."""
+    config = transformers.UMT5Config(**TINY.to_json())
+    transformers.UMT5EncoderModel(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    both = {f"{name}.weight" for name in ("shared", "encoder.embed_tokens")}
+    rows = {name: torch.randn(TINY.vocab_size, TINY.d_model) for name in sorted(both)}
+    kept = {n: t for n, t in rows.items() if names is None or n.removesuffix(".weight") in names}
+    kept |= {n: t for n, t in tensors.items() if n not in both}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs = transformers.UMT5EncoderModel.from_pretrained(tmp_path).encoder.embed_tokens.weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they differ
+        ours = load_module(lambda: UMT5Encoder(TINY), open_checkpoint(tmp_path), "text_encoder")
+    assert torch.equal(ours.token_embedding.weight, theirs)

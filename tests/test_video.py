@@ -172,3 +172,11 @@ def test_flaws_are_black_and_constant_videos_only():
     dark = np.zeros((3, 64, 64, 3), np.uint8)
     dark[:, 30:32, 30:32, 0] = 200
     assert flaw(dark) is None  # a small object in the dark
+
+
+def test_truncation_is_that_of_fastvideo():
+    """x / 2 + 0.5, times 255, rounded down; values on a level stay there."""
+    video = torch.linspace(-1.2, 1.2, 3 * 2 * 4 * 4).view(3, 2, 4, 4)
+    expected = ((video / 2 + 0.5).clamp(0, 1) * 255).byte().permute(1, 2, 3, 0).numpy()
+    assert np.array_equal(to_uint8(video, truncate=True), expected)
+    assert (to_uint8(video) != expected).any()

@@ -353,7 +353,7 @@ def text_key(index: dict[str, Any], text: str) -> str:
 def encode_float16(vae: WanVAE, video: Tensor, chunk: int | None = None) -> Tensor:
     """Normalised latents; `chunk` frames at a time keep memory small for large clips."""
     device = vae.quant_conv.weight.device
-    return vae.encode(video.to(device), chunk).half().cpu()
+    return vae.encode_normalized(video.to(device), chunk).half().cpu()
 
 
 def digest(vae: WanVAE, what: list) -> str:

@@ -49,6 +49,7 @@ from wan.sampling.flow import add_noise, velocity_target
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import sample_euler
 from wan.sampling.schedule import NUM_TIMESTEPS, euler_schedule
+from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import resolve_model
 from wan.weights.load import load_module
@@ -77,7 +78,7 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
         vae=VAEConfig.from_json(parts["vae"]),
         text_encoder=UMT5Config.from_json(parts["text_encoder"]),
         expand_timesteps=config.first_frame_share > 0,
-        shift=config.shift,
+        scheduler=SchedulerSettings(shift=config.shift),
         defaults=override_defaults(SamplingDefaults(), config.sampling, "sampling"),
     )
 
@@ -166,7 +167,7 @@ def validate(
         guidance, bfloat16 = config.validation_guidance, config.bfloat16
         velocity = sampler_velocity(dit, condition, null, guidance, bfloat16)
         x = draw_noise(shape, sample_generators(numbers, len(numbers))).to(texts.device)
-        return vae.decode(sample_euler(velocity, x, schedule), None).float()
+        return vae.decode_normalized(sample_euler(velocity, x, schedule), None).float()
 
     videos = ranks.spread(sample, range(len(captions)), chunk=32)
     return read_clips(videos, captions, "val")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from train.parallel import ALONE, Ranks
 from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend, open_to_read
 from wan.sampling.noise import draw_noise, sample_generators
-from wan.sampling.samplers import build_sampler
+from wan.sampling.samplers import build_stepper, sample
 from wan.sampling.schedule import NUM_TIMESTEPS, Schedule, euler_schedule, shift_sigmas
 
 NAME = "trajectories"
@@ -97,7 +97,7 @@ def sample_trajectories(
         for seed, text in enumerate(captions, NOISE_SEED)
     ]
 
-    def sample(numbers: list[int]) -> Tensor:
+    def states_of(numbers: list[int]) -> Tensor:
         seeds = [NOISE_SEED + i for i in numbers]
         x = draw_noise(shape, sample_generators(seeds, len(numbers))).to(ranks.device)
         found = [x] * (schedule.sigmas[0].item() in levels)
@@ -106,7 +106,8 @@ def sample_trajectories(
             if sigma == 0 or any(abs(sigma - level) < 1e-6 for level in levels):
                 found.append(x)
 
-        build_sampler(SAMPLER)(teacher([captions[i] for i in numbers]), x, schedule, keep)
+        velocity = teacher([captions[i] for i in numbers])
+        sample(velocity, x, build_stepper(SAMPLER, schedule), keep)
         return torch.stack(found, dim=1).half()  # (B, K + 1, C, T, H, W)
 
     with ExitStack() as stack:
@@ -124,7 +125,7 @@ def sample_trajectories(
         per_file = at_once * -(-PER_FILE // at_once)
         for start in range(0, len(missing), per_file):
             numbers = missing[start : start + per_file]
-            paths = ranks.spread(sample, numbers, chunk)
+            paths = ranks.spread(states_of, numbers, chunk)
             with ranks.together():
                 if ranks.is_main:
                     tensors = dict(zip((keys[i] for i in numbers), paths.unbind(), strict=True))

@@ -27,7 +27,7 @@ from wan.errors import WanError
 from wan.files import read_json, write_json
 from wan.miniature.world import render, sample_scene, scene_rng
 from wan.models.vae import StreamCache, VAEConfig, WanVAE
-from wan.pipeline.folder import vae_levels
+from wan.pipeline.parts import vae_levels
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.load import load_state
 
@@ -142,7 +142,9 @@ def psnr(mse: float) -> float:
 def measure(vae: WanVAE, clips: Tensor) -> dict[str, float]:
     """PSNR of whole-clip reconstructions, over all pixels and over the objects' pixels."""
     with torch.autocast("cpu", torch.bfloat16):
-        video = torch.cat([vae.decode(vae.encode(clip[None]), None) for clip in clips]).float()
+        video = torch.cat(
+            [vae.decode_normalized(vae.encode_normalized(clip[None]), None) for clip in clips]
+        ).float()
     error = (video - clips).square()
     mask = foreground_mask(clips).expand_as(error)
     return {

@@ -144,7 +144,7 @@ def panel_numbers(
 @torch.no_grad()
 def decode(vae: WanVAE, latents: Tensor) -> Samples:
     """Videos of latents, one at a time, on the CPU."""
-    videos = torch.cat([vae.decode(z[None]).float().cpu() for z in latents])
+    videos = torch.cat([vae.decode_normalized(z[None]).float().cpu() for z in latents])
     return Samples(latents.cpu(), videos)
 
 

@@ -10,20 +10,58 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wan.errors import WanError
+    from wan.media.scripts import export_to_video, load_image
     from wan.pipeline.inputs import WanPipelineOutput
-    from wan.pipeline.pipeline import WanDMDPipeline, WanPipeline
-
-__all__ = ["WanDMDPipeline", "WanError", "WanPipeline", "WanPipelineOutput", "__version__"]
+    from wan.pipeline.parts import AutoencoderKLWan, UMT5EncoderModel, WanTransformer3DModel
+    from wan.pipeline.pipeline import (
+        DiffusionPipeline,
+        WanDMDPipeline,
+        WanImageToVideoPipeline,
+        WanPipeline,
+    )
+    from wan.sampling.schedulers import (
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
 
 __version__ = "0.2.0"
 
 # public name -> the module that defines it
 _HOME = {
+    "AutoencoderKLWan": "wan.pipeline.parts",
+    "DPMSolverMultistepScheduler": "wan.sampling.schedulers",
+    "DiffusionPipeline": "wan.pipeline.pipeline",
+    "FlowMatchEulerDiscreteScheduler": "wan.sampling.schedulers",
+    "UMT5EncoderModel": "wan.pipeline.parts",
+    "UniPCMultistepScheduler": "wan.sampling.schedulers",
     "WanDMDPipeline": "wan.pipeline.pipeline",
     "WanError": "wan.errors",
+    "WanImageToVideoPipeline": "wan.pipeline.pipeline",
     "WanPipeline": "wan.pipeline.pipeline",
     "WanPipelineOutput": "wan.pipeline.inputs",
+    "WanTransformer3DModel": "wan.pipeline.parts",
+    "export_to_video": "wan.media.scripts",
+    "load_image": "wan.media.scripts",
 }
+
+__all__ = [
+    "AutoencoderKLWan",
+    "DPMSolverMultistepScheduler",
+    "DiffusionPipeline",
+    "FlowMatchEulerDiscreteScheduler",
+    "UMT5EncoderModel",
+    "UniPCMultistepScheduler",
+    "WanDMDPipeline",
+    "WanError",
+    "WanImageToVideoPipeline",
+    "WanPipeline",
+    "WanPipelineOutput",
+    "WanTransformer3DModel",
+    "__version__",
+    "export_to_video",
+    "load_image",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,7 @@ from infer.evaluate.queue import (
 )
 from infer.evaluate.store import StoredClips, machine
 from infer.evaluate.video_distance import flicker, psnr, ssim
-from infer.loading import folder_of, sampling, weight_digests
+from infer.loading import digests_of, sampling
 from infer.machine import writable_folder
 from wan.errors import WanError
 from wan.files import read_text, write_json
@@ -160,12 +160,12 @@ def make_compared(runner: Runner, cell: Cell) -> None:
 
 def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str) -> str:
     """The key of one clip: all that its pixels depend on."""
-    how = asdict(setting) | loading_key(config)
+    how = asdict(setting) | {"sampler": setting.sampler.key()} | loading_key(config)
     for label in ("model", "attention_name"):
         del how[label]
     names = ("guidance_scale_2", "negative_prompt", "max_sequence_length", "height", "width")
     rest = [getattr(config, name) for name in (*names, "num_frames")]
-    weights = weight_digests(folder_of(config.evaluation(setting)))
+    weights = digests_of(config.evaluation(setting))
     return result_key([FORMAT, how, rest, made_on(config), seed, prompt, weights])
 
 

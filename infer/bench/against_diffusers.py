@@ -108,7 +108,7 @@ def encode(sides: Sides, config: BenchConfig) -> tuple[Task, Run, Run]:
         return (theirs.encode(cast).latent_dist.mode().float() - mean) / std
 
     task = vae_task(sides, size, encode_work(ours.config, *size))
-    return task, lambda: ours.encode(video), run_theirs
+    return task, lambda: ours.encode_normalized(video), run_theirs
 
 
 def decode(sides: Sides, config: BenchConfig) -> tuple[Task, Run, Run]:
@@ -122,7 +122,7 @@ def decode(sides: Sides, config: BenchConfig) -> tuple[Task, Run, Run]:
         return theirs.decode((latents * std + mean).to(sides.dtype), return_dict=False)[0]
 
     task = vae_task(sides, (frames, height, width), decode_work(ours.config, *shape[1:]))
-    return task, lambda: ours.decode(latents), run_theirs
+    return task, lambda: ours.decode_normalized(latents), run_theirs
 
 
 def dit(sides: Sides, config: BenchConfig) -> tuple[Task, Run, Run]:
@@ -281,5 +281,5 @@ def clips(sides: Sides, device: torch.device, config: BenchConfig) -> tuple[Tens
     def theirs(model: Any, where: torch.device, dtype: torch.dtype) -> Tensor:
         return model.decode((latents * std + mean).to(where, dtype), return_dict=False)[0]
 
-    found = ours.decode(latents.to(device)).float().cpu()
+    found = ours.decode_normalized(latents.to(device)).float().cpu()
     return found, *references(sides, "vae", device, theirs)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from configs.cli import Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
 from configs.evaluation import EvaluateConfig
+from configs.schema import PARTS
 from infer.evaluate.measure import (
     Result,
     draw_examples,
@@ -43,7 +44,7 @@ LINE = CommandLine(
     EvaluateConfig,
     "evaluate",
     text_keys=("negative_prompt",),
-    path_keys=("checkpoint", "output", "sheet"),
+    path_keys=("checkpoint", "output", "sheet", *PARTS),
     shortcuts={
         "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),
         "timesteps": Shortcut("sampler.timesteps", clears=("sampler.steps",)),

@@ -17,7 +17,7 @@ from configs.evaluation import EvaluateConfig
 from configs.schema import LOADING
 from infer.evaluate.measure import Example, VideoSource
 from infer.evaluate.sources import SOURCES, generate, open_pipeline
-from infer.loading import folder_of, sampling, weight_digests
+from infer.loading import digests_of, folder_of, sampling
 from wan.errors import WanError
 from wan.files import read_json
 from wan.models.attention_config import AttentionConfig
@@ -42,7 +42,7 @@ class LastPipeline:
     def get(self, config: EvaluateConfig) -> WanPipeline:
         """The model that a config names, with the attention that it names."""
         loading = {name: getattr(config, name) for name in LOADING}
-        weights = tuple(weight_digests(folder_of(config)).items())
+        weights = tuple(digests_of(config).items())
         key = (folder_of(config), weights, config.device, loading)
         if self._pipeline is None or key != self._key:
             self._pipeline = None  # before the next one needs the room
@@ -163,7 +163,7 @@ def conclude(report: str | None, failed: Sequence[str], what: str, folder: Path)
 
 def weights_of(config: EvaluateConfig) -> dict[str, str] | None:
     """Digests of the model that makes the clips; None where the world itself shows them."""
-    return None if config.source == "renders" else weight_digests(folder_of(config))
+    return None if config.source == "renders" else digests_of(config)
 
 
 def question_key(

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from configs.evaluation import EvaluateConfig
 from infer.evaluate.measure import Example, VideoSource
-from infer.loading import folder_of, load_pipeline, sampling
+from infer.loading import folder_of, load_pipeline, model_folder, places_of, sampling
 from wan.miniature.world import render
-from wan.pipeline.folder import ModelFolder, load_part
+from wan.pipeline.folder import load_part
 from wan.pipeline.pipeline import WanPipeline, WanPipelineOutput
 from wan.runtime.offload import resolve_device
 
@@ -19,7 +19,7 @@ from wan.runtime.offload import resolve_device
 
 def open_pipeline(config: EvaluateConfig) -> WanPipeline:
     """The model of an evaluation."""
-    return load_pipeline(ModelFolder.read(folder_of(config)), config, config.attention)
+    return load_pipeline(model_folder(config), config, config.attention)
 
 
 def render_truth(config: EvaluateConfig) -> VideoSource:
@@ -35,12 +35,12 @@ def render_truth(config: EvaluateConfig) -> VideoSource:
 def reconstruct_truth(config: EvaluateConfig) -> VideoSource:
     """The true scenes, encoded and decoded; only the checkpoint's vae/ folder is needed."""
     device = resolve_device(config.device)
-    vae = load_part(folder_of(config), "vae", device=device)
+    vae = load_part(folder_of(config), "vae", overrides=places_of(config), device=device)
     truth = render_truth(config)
 
     @torch.inference_mode()
     def make(batch: Sequence[Example]) -> Tensor:
-        return vae.decode(vae.encode(truth(batch).to(device))).float().cpu()
+        return vae.decode_normalized(vae.encode_normalized(truth(batch).to(device))).float().cpu()
 
     return make
 

@@ -34,7 +34,8 @@ from wan.pipeline.config import (
     part_folder,
     read_pipeline_config,
 )
-from wan.pipeline.folder import load_part, vae_levels, weight_kind
+from wan.pipeline.folder import load_part
+from wan.pipeline.parts import vae_levels, weight_kind
 from wan.pipeline.pipeline import WanPipeline
 from wan.weights.hub import SHIPPED, resolve_model
 from wan.weights.keys import VAELevels
@@ -243,9 +244,8 @@ def write_release(
     )
     generator = torch.Generator().manual_seed(0)
     pipeline = WanPipeline(
-        config,
+        config=config,
         tokenizer=Tokenizer.from_folder(tokenizer_folder),
-        tokenizer_folder=tokenizer_folder,
         text_encoder=randomise(UMT5Encoder(TEXT), generator),
         transformer=randomise(WanDiT(transformer), generator),
         transformer_2=randomise(WanDiT(transformer), generator) if two_experts else None,

@@ -38,7 +38,7 @@ from wan.models.dit import WanDiT
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import encode_text
 from wan.pipeline.config import part_folder
-from wan.pipeline.folder import weight_kind
+from wan.pipeline.parts import weight_kind
 from wan.pipeline.pipeline import WanPipeline
 
 NETWORK_TOLERANCE = 2e-6
@@ -283,8 +283,12 @@ def autoencoder(sides: Sides) -> list[Row]:
 
     rows = []
     for what, run_ours, run_theirs in (
-        ("encode", lambda vae: vae.encode(video, chunk_frames=config.temporal_stride), encode),
-        ("decode", lambda vae: vae.decode(latents, chunk_latents=1).float(), decode),
+        (
+            "encode",
+            lambda vae: vae.encode_normalized(video, chunk_frames=config.temporal_stride),
+            encode,
+        ),
+        ("decode", lambda vae: vae.decode_normalized(latents, chunk_latents=1).float(), decode),
     ):
         rows += trace_rows(sides, "vae", ours, f"{sides.name} {what}", run_ours, run_theirs)
     return rows

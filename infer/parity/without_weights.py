@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infer.convert.releases import VAE_2_2
 from infer.parity.models import reference
 from infer.parity.tolerance import Row, compare, count_differences
 from wan.models.dit import WanDiT, timestep_sinusoid
@@ -15,7 +14,8 @@ from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import WanVAE
 from wan.models.vae_config import VAE_2_1
-from wan.pipeline.folder import vae_levels
+from wan.pipeline.known_models import VAE_2_2
+from wan.pipeline.parts import vae_levels
 from wan.sampling.samplers import sample_euler, sample_few_step, sample_unipc
 from wan.sampling.schedule import euler_schedule, few_step_schedule, unipc_schedule
 from wan.weights.keys import ALIASES, our_name

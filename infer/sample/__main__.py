@@ -20,14 +20,14 @@ from typing import Any
 
 from configs.cli import INTERRUPTED, Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
-from configs.schema import SampleConfig
+from configs.schema import PARTS, SampleConfig
 from infer.sample.jobs import read_jobs
 
 LINE = CommandLine(
     SampleConfig,
     "sample",
     text_keys=("prompt", "negative_prompt"),
-    path_keys=("prompt_file", "image", "checkpoint", "output_dir"),
+    path_keys=("prompt_file", "image", "checkpoint", "output_dir", *PARTS),
     list_keys=("lora", "lora_2"),
     shortcuts={
         "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from configs.cli import Run
-from configs.schema import SampleConfig
-from infer.loading import LoadedModel, ModelCache, StageBars, read_loras, torch_dtype
+from configs.schema import PARTS, SampleConfig
+from infer.loading import (
+    LoadedModel,
+    ModelCache,
+    StageBars,
+    model_folder,
+    read_loras,
+    torch_dtype,
+)
 from infer.machine import environment, writable_folder
 from infer.sample.jobs import Job
 from infer.sample.record import (
@@ -29,7 +36,6 @@ from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_reques
 from wan.errors import WanError
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
-from wan.models.tokenizer import clean_prompt
 from wan.pipeline.callbacks import StepFunction
 from wan.pipeline.folder import ModelFolder
 from wan.pipeline.memory import GIB, MemoryEstimate, check_fits, estimate_memory, size
@@ -79,7 +85,7 @@ def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Sess
     output = writable_folder(config.output_dir)
     device = resolve_device(config.device)
     dtype = torch_dtype(config.dtype, device)
-    folder = ModelFolder.read(resolve_model(config.checkpoint, config.revision, patterns=CONFIGS))
+    folder = model_folder(config, CONFIGS)
     attention = verified_attention(config.attention, folder.config.transformer, device, dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     requests = [
@@ -90,9 +96,10 @@ def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Sess
     if len(requests) > 1:
         print(f"the first of {len(requests)} jobs; every video has a record", file=sys.stderr)
     memory = check_memory(requests, folder, attention, device, dtype, models)
-    path = resolve_model(config.checkpoint, config.revision)  # now with the weights
-    if path != folder.path:  # the branch on the hub has changed in between
-        folder = ModelFolder.read(path)
+    # Now with the weights; the branch on the hub may have changed in between.
+    path = resolve_model(config.checkpoint, config.revision, variant=config.variant)
+    if path != folder.path or config.variant is not None:
+        folder = model_folder(config)
     try:
         model = models.get(folder, config, attention, loras, device)
     except torch.OutOfMemoryError as error:
@@ -138,7 +145,7 @@ def memory_request(
     def num_tokens(request: Request) -> int:
         texts = (request.prompt, request.config.negative_prompt or "")
         limit = request.max_sequence_length
-        return max(len(folder.tokenizer(clean_prompt(text), limit).ids) for text in texts)
+        return max(len(folder.tokenizer(request.clean(text), limit).ids) for text in texts)
 
     config = largest.config
     return MemoryRequest(
@@ -175,10 +182,10 @@ def make_video(session: Session, request: Request, seed: int) -> int:
     with Story(files, record, pipeline.device) as story, torch.no_grad():
         noise = pipeline.prepare_latents(
             1,
-            request.height,
-            request.width,
-            request.num_frames,
-            generators,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            generator=generators,
             frame_first=config.frame_first_noise,
         )
         record["noise_sha256"] = tensor_sha256(noise)
@@ -190,11 +197,12 @@ def make_video(session: Session, request: Request, seed: int) -> int:
                     request.plan.guided,
                     max_sequence_length=request.max_sequence_length,
                     on_progress=bars,
+                    clean=request.clean,
                 )
             image, image_latents = request.first_frame(), None
             if image is not None:
                 with story.stage("encode_image", bars):
-                    image_latents = pipeline.encode_image(image, request.height, request.width)
+                    image_latents = pipeline.encode_frames([image], 1)
             with story.stage("denoise", bars):
                 kept.latents = pipeline.denoise(
                     request.plan,
@@ -258,7 +266,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
     config, files, record = request.config, story.files, story.record
     if not is_finite(video):
         raise BadResultError("the decoded video is not finite")
-    frames = to_uint8(video)
+    frames = to_uint8(video, truncate=config.compat == "fastvideo")
     if (problem := flaw(frames)) is not None:
         raise BadResultError(f"the video shows nothing: {problem}")
     with story.stage("write"):
@@ -286,7 +294,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
 def first_record(session: Session, request: Request, seed: int) -> dict[str, Any]:
     """The record of a video with everything that is known before the first step."""
     model, schedule = session.model, request.plan.schedule
-    prompt = model.pipeline.tokenizer(clean_prompt(request.prompt), request.max_sequence_length)
+    prompt = model.pipeline.tokenizer(request.clean(request.prompt), request.max_sequence_length)
     settings = {
         name: {"value": value, "from": source} for name, (value, source) in request.settings.items()
     }
@@ -341,7 +349,8 @@ def public_config(config: SampleConfig) -> dict[str, Any]:
 def _metadata(request: Request, seed: int) -> dict[str, str]:
     """Text fields of the mp4: enough to make the video again with the same model."""
     values = {name: value for name, (value, _) in request.settings.items() if value is not None}
-    for private in ("image", "lora", "lora_2"):  # paths reveal facts about the user's machine
+    # Paths reveal facts about the user's machine.
+    for private in ("image", "lora", "lora_2", *PARTS):
         values.pop(private, None)
     values |= {"seed": seed, "num_videos": 1, "prompt": request.prompt}
     return {

@@ -1,11 +1,20 @@
 """The jobs of a command: one from the command line, or one per line of a prompt file."""
 
 import json
+import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.schema import SampleConfig, SamplerConfig, check_prompt, check_text
+from configs.schema import (
+    DISTINCT_SEEDS,
+    FASTVIDEO_SEED,
+    RANDOM_SEED,
+    SampleConfig,
+    SamplerConfig,
+    check_prompt,
+    check_text,
+)
 from wan.errors import WanError
 from wan.files import read_text
 
@@ -27,6 +36,7 @@ JOB_KEYS: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "timesteps": list,
     "shift": (int, float),
+    "grid": str,
 }
 
 
@@ -55,14 +65,15 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
     if config.prompt_file is None:
         if config.prompt is None:
             raise WanError('no prompt: describe the video, e.g. prompt="a red circle"')
-        return [Job(config, sources)]
+        return [_settled(Job(config, sources))]
     path = Path(config.prompt_file).expanduser()
     jobs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             name = f"{path}, line {number}"
             try:
-                jobs.append(_line_job(line.strip(), config, sources, path.parent, name))
+                job = _line_job(line.strip(), config, sources, path.parent, name)
+                jobs.append(_settled(job))
             except WanError as error:
                 raise WanError(f"{name}: {error}") from error
     if not jobs:
@@ -70,12 +81,29 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> list[Job]:
     return jobs
 
 
+def _settled(job: Job) -> Job:
+    """The job with what `compat` stands for, and with a random seed if it asks for one."""
+    sources = dict(job.sources)
+    changes: dict[str, Any] = {}
+    if job.config.compat == "fastvideo":
+        source = "compat=fastvideo"
+        if not job.config.frame_first_noise:
+            changes["frame_first_noise"], sources["frame_first_noise"] = True, source
+        if sources["seed"] == "default":
+            changes["seed"], sources["seed"] = FASTVIDEO_SEED, source
+    if job.config.seed == RANDOM_SEED:
+        # The record and the file's name say which.
+        changes["seed"] = secrets.randbelow(DISTINCT_SEEDS - job.config.num_videos)
+        sources["seed"] = f"random (seed={RANDOM_SEED})"
+    return replace(job, config=replace(job.config, **changes), sources=sources)
+
+
 def _line_job(
     line: str, config: SampleConfig, sources: dict[str, str], folder: Path, name: str
 ) -> Job:
     values = _parse_line(line)
     given = {"sampler.name" if k == "sampler" else k: v for k, v in values.items()}
-    for key in ("steps", "timesteps", "shift"):
+    for key in ("steps", "timesteps", "shift", "grid"):
         if key in given:
             given[f"sampler.{key}"] = given.pop(key)
     sampler = _sampler(config.sampler, {k: v for k, v in given.items() if "." in k})
@@ -129,8 +157,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _sampler(base: SamplerConfig, given: dict[str, Any]) -> SamplerConfig:
-    """The command's sampler with a job's settings; steps and timesteps replace each other."""
+    """The command's sampler with a job's settings.
+
+    Steps and timesteps replace each other, and a grid goes with the name of its sampler.
+    """
     settings = {key.removeprefix("sampler."): value for key, value in given.items()}
+    if settings.get("name", base.name) != base.name or "timesteps" in settings:
+        settings.setdefault("grid", None)
     if "steps" in settings:
         settings.setdefault("timesteps", None)
     elif "timesteps" in settings:

@@ -2,20 +2,22 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from configs.schema import SampleConfig
+from configs.schema import PARTS, SampleConfig
 from infer.loading import sampling
 from infer.sample.jobs import PROMPT_FILE, Job
 from infer.sample.record import without_home
 from wan.errors import WanError
 from wan.media.images import best_size, fit_image, load_image
 from wan.models.attention import NetworkAttention
-from wan.pipeline.config import PipelineConfig
+from wan.models.tokenizer import clean_prompt, strip_prompt
+from wan.pipeline.config import OFFICIAL_NEGATIVE_PROMPT, PipelineConfig
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 
 MODEL = "checkpoint"  # as the source of a value: the model's own folder
@@ -24,14 +26,17 @@ CHOSEN = ("command line", PROMPT_FILE)  # sources that the user typed
 FROM_MODEL = ("height", "width", "num_frames", "fps", "max_sequence_length")
 # Options that the printed header and the record list, in this order.
 SHOWN = (
-    *("checkpoint", "revision", "height", "width", "num_frames", "fps", "seed", "num_videos"),
-    *("sampler.name", "sampler.steps", "sampler.timesteps", "sampler.shift", "guidance_scale"),
-    *("guidance_scale_2", "negative_prompt", "image", "image_fit", "image_background"),
+    *("checkpoint", "revision", "variant", *PARTS, "height", "width", "num_frames", "fps"),
+    *("seed", "num_videos"),
+    *("sampler.name", "sampler.steps", "sampler.timesteps", "sampler.grid", "sampler.shift"),
+    *("guidance_scale", "guidance_scale_2", "negative_prompt"),
+    *("image", "image_fit", "image_background"),
     *("max_sequence_length", "device", "dtype", "attention", "offload", "quantize", "compile"),
-    *("chunk_latents", "tile", "deterministic", "frame_first_noise", "allow_untrained"),
+    *("chunk_latents", "tile", "deterministic", "frame_first_noise", "compat"),
+    "allow_untrained",
     *("lora", "lora_2", "lora_strength", "lora_strength_2"),
 )
-PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2")
+PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2", *PARTS)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ class Request:
     @property
     def config(self) -> SampleConfig:
         return self.job.config
+
+    @property
+    def clean(self) -> Callable[[str], str]:
+        """Text as typed -> text as the tokenizer gets it."""
+        return strip_prompt if self.config.compat == "fastvideo" else clean_prompt
 
     @property
     def prompt(self) -> str:
@@ -109,7 +119,7 @@ def resolve_request(
     except WanError as error:
         if not job.name:
             raise
-        raise WanError(f"{job.name}: {error}") from error
+        raise error.about(job.name) from error
 
 
 def _resolve(
@@ -135,23 +145,36 @@ def _resolve(
             size = best_size(image.shape[1], image.shape[2], area, multiple)
             values["height"], values["width"] = size
             sources["height"] = sources["width"] = "image's proportions"
+    few_steps_of_base = model.timesteps is None and config.sampler.name == "few_step"
+    if few_steps_of_base and sources["guidance_scale"] not in (*CHOSEN, "default"):
+        # A preset's is for the base model's own weights, not for a student's merged into them.
+        config = replace(config, guidance_scale=None, guidance_scale_2=None)
+        sources["guidance_scale"] = "few_step"
     shape = model.latent_shape(values["height"], values["width"], values["num_frames"])
-    config = _drop_unused_negative(config, sources, model)
+    config = with_official_negative(config, sources, model)
     limits = {name: values[name] for name in ("num_frames", "max_sequence_length")}
-    plan = plan_sampling(model, SamplingRequest(**sampling_options(config), **limits))
+    asked = SamplingRequest(**sampling_options(config), **limits)
+    typed = sources["negative_prompt"] in CHOSEN
+    if not typed and not plan_sampling(model, replace(asked, negative_prompt=False)).guided:
+        asked = replace(asked, negative_prompt=False)  # a preset's, which nothing would read
+    plan = plan_sampling(model, asked)
+    if config.negative_prompt and not plan.guided:
+        sources["negative_prompt"] = "no guidance"
+        config = replace(config, negative_prompt=None)
     # Refuses a choice of steps that treats equal timesteps differently.
     attention.exact_timesteps(plan.schedule.timesteps.tolist())
     if image is not None:  # refuses an image that cannot be fitted
         fit_image(image, values["height"], values["width"], config.image_fit)
     sources["attention"] = sources["attention.name"]
     grid = model.transformer.token_grid(shape[1:])
+    decided = _decided(config, model, plan, device, dtype)
     return Request(
         job=replace(job, config=config),
         plan=plan,
         latent_shape=shape,
         grid=grid,
         attention_density=attention.density(grid, len(plan.schedule)),
-        settings=_settings(config, sources, values | _decided(config, model, plan, device, dtype)),
+        settings=_settings(config, sources, values | decided, model),
         **values,
     )
 
@@ -171,6 +194,19 @@ def check_strengths(config: SampleConfig) -> None:
         )
 
 
+def with_official_negative(
+    config: SampleConfig, sources: dict[str, str], model: PipelineConfig
+) -> SampleConfig:
+    """The official negative prompt for a base model as released, if none is given.
+
+    The presets of these models have it too. From Python, as in diffusers, it is "".
+    """
+    if sources["negative_prompt"] != "default" or not model.released_base:
+        return config
+    sources["negative_prompt"] = "official code"
+    return replace(config, negative_prompt=OFFICIAL_NEGATIVE_PROMPT)
+
+
 def _decided(
     config: SampleConfig, model: PipelineConfig, plan: SamplingPlan, device: str, dtype: str
 ) -> dict[str, Any]:
@@ -181,6 +217,7 @@ def _decided(
     return {
         "sampler.name": plan.sampler,
         "sampler.steps": len(plan.schedule),
+        "sampler.grid": plan.grid,
         "sampler.shift": plan.shift,
         "guidance_scale": plan.guidance_scale,
         "guidance_scale_2": plan.guidance_scale_2 if model.boundary_ratio else None,
@@ -192,6 +229,7 @@ def _decided(
         "deterministic": deterministic,
         "image_fit": config.image_fit if config.image else None,
         "frame_first_noise": config.frame_first_noise or None,
+        "compat": None if config.compat == "none" else config.compat,
         "allow_untrained": config.allow_untrained or None,
     }
 
@@ -206,26 +244,11 @@ def sampling_options(config: SampleConfig) -> dict[str, Any]:
     }
 
 
-def _drop_unused_negative(
-    config: SampleConfig, sources: dict[str, str], model: PipelineConfig
-) -> SampleConfig:
-    """Drop a preset's negative prompt where guidance is off, since nothing would read it.
-
-    A negative prompt that the user typed is kept here and refused later.
-    """
-    scale, scale_2 = config.guidance_scale, config.guidance_scale_2
-    if scale is None and model.timesteps is None:  # students have no guidance of their own
-        scale = model.defaults.guidance_scale
-        scale_2 = scale_2 or model.defaults.guidance_scale_2
-    scales = (scale or 1, scale_2 or scale or 1)
-    if sources["negative_prompt"] in CHOSEN or scales != (1, 1):
-        return config
-    sources["negative_prompt"] = "no guidance"
-    return replace(config, negative_prompt=None)
-
-
 def _settings(
-    config: SampleConfig, sources: dict[str, str], decided: dict[str, Any]
+    config: SampleConfig,
+    sources: dict[str, str],
+    decided: dict[str, Any],
+    model: PipelineConfig,
 ) -> dict[str, tuple[Any, str]]:
     """Each option in SHOWN -> (the value that is used, its source)."""
     settings: dict[str, tuple[Any, str]] = {}
@@ -234,11 +257,26 @@ def _settings(
         asked = getattr(config if nested == name else config.sampler, nested)
         value, source = decided.get(name, asked), sources[name]
         if asked is None and value is not None and source == "default":
-            source = MODEL
+            source = _source_of_default(name, model, decided)
         settings[name] = (without_home(value) if name in PATH_OPTIONS and value else value, source)
     if config.sampler.timesteps is not None:
         settings["sampler.steps"] = (settings["sampler.steps"][0], sources["sampler.timesteps"])
     return settings
+
+
+def _source_of_default(name: str, model: PipelineConfig, decided: dict[str, Any]) -> str:
+    """Where the value of an option comes from that nobody gave: the model's files, or the code.
+
+    Sampler, grid and shift are the folder's if its scheduler could be read and is the one used; a
+    student's are what it was trained with.
+    """
+    if name == "guidance_scale" and model.timesteps is None:
+        return "few_step" if decided["sampler.name"] == "few_step" else MODEL
+    if name not in ("sampler.name", "sampler.grid", "sampler.shift") or model.timesteps is not None:
+        return MODEL
+    own = model.scheduler
+    same = own.followed and decided["sampler.name"] == own.sampler
+    return MODEL if same or (name == "sampler.shift" and own.followed) else "default"
 
 
 def describe(request: Request, folder: Path) -> str:

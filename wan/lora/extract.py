@@ -22,6 +22,7 @@ from wan.weights.keys import released_name
 from wan.weights.load import match_names
 from wan.weights.names import grouped
 from wan.weights.safetensors_file import read_bytes
+from wan.weights.scaled import read_scale, restored
 
 # The suffix of a whole difference in a LoRA file, by the last part of the official name. The names
 # of diffusers have no form for modulation tables.
@@ -186,4 +187,6 @@ def read_stored(stored: StoredTensor) -> Tensor:
     tensor = torch.empty(stored.entry.shape, dtype=stored.entry.dtype)
     with stored.file.open() as file:
         read_bytes(file, tensor, stored.entry.start)
-    return tensor
+    if stored.scale is None:
+        return tensor
+    return restored(tensor, read_scale(stored.scale), torch.float32)

@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def load_image(path: str | Path, background: Sequence[int] | None = None) -> Ten
         raise FileNotFoundError(f"image {path}: no such file")
     if not path.is_file():
         raise WanError(f"image {path}: not a file; give one image file")
-    return _to_tensor(_decode(path), background, name=f"image {path}")
+    return _to_tensor(decode_image(path, f"image {path}"), background, name=f"image {path}")
 
 
 def image_to_tensor(
@@ -72,26 +73,26 @@ def image_to_tensor(
     return _to_tensor(ImageOps.exif_transpose(image), background, name)
 
 
-def _decode(path: Path) -> Image.Image:
+def decode_image(file: Path | IO[bytes], name: str) -> Image.Image:
     """Decode a file to an upright image; Pillow's errors become WanErrors."""
     try:
         with warnings.catch_warnings():
             # Pillow only warns above its own limit; ours is lower and raises an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                _check_still(image, f"image {path}")
+            with Image.open(file, formats=FORMATS) as image:
+                _check_still(image, name)
                 return ImageOps.exif_transpose(image)
     except WanError:
         raise
     except Image.DecompressionBombError as error:
-        raise WanError(f"image {path}: {_too_large('more pixels than any photo')}") from error
+        raise WanError(f"{name}: {_too_large('more pixels than any photo')}") from error
     except Image.UnidentifiedImageError as error:
         raise WanError(
-            f"image {path}: not an image of a known format ({', '.join(FORMATS)}); "
+            f"{name}: not an image of a known format ({', '.join(FORMATS)}); "
             "convert it to PNG or JPEG"
         ) from error
     except _DECODE_ERRORS as error:
-        raise WanError(f"image {path}: damaged or unreadable ({error})") from error
+        raise WanError(f"{name}: damaged or unreadable ({error})") from error
 
 
 def _check_still(image: Image.Image, name: str) -> None:
@@ -105,11 +106,11 @@ def _check_still(image: Image.Image, name: str) -> None:
 
 
 def _to_tensor(image: Image.Image, background: Sequence[int] | None, name: str) -> Tensor:
-    pixels = torch.from_numpy(np.array(_to_rgb(image, background, name)))  # (H, W, 3) uint8
+    pixels = torch.from_numpy(np.array(picture_to_rgb(image, background, name)))  # (H, W, 3) uint8
     return pixels.permute(2, 0, 1).float() / 255 * 2 - 1  # (3, H, W)
 
 
-def _to_rgb(image: Image.Image, background: Sequence[int] | None, name: str) -> Image.Image:
+def picture_to_rgb(image: Image.Image, background: Sequence[int] | None, name: str) -> Image.Image:
     """Convert an image to 8-bit RGB, or refuse a mode whose meaning would be a guess."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return _flatten(image.convert("RGBA"), background, name)

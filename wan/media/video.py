@@ -54,8 +54,11 @@ def is_finite(values: Tensor) -> bool:
     return all(math.isfinite(bound.item()) for bound in values.aminmax())
 
 
-def to_uint8(video: Tensor) -> Frames:
+def to_uint8(video: Tensor, truncate: bool = False) -> Frames:
     """(3, F, H, W) float in [-1, 1] -> (F, H, W, 3) uint8, rounded to the nearest.
+
+    Args:
+        truncate: round down instead, as FastVideo does; half a level darker on average.
 
     Raises:
         WanError: a wrong shape, or values that are not finite. Values outside are clamped.
@@ -68,13 +71,23 @@ def to_uint8(video: Tensor) -> Frames:
     frames = np.empty((*video.shape[1:], 3), dtype=np.uint8)
     for i in range(0, len(frames), FRAMES_AT_ONCE):  # all at once would need three copies
         part = video[:, i : i + FRAMES_AT_ONCE]
-        levels = part.float().clamp(-1, 1).add_(1).mul_(127.5).round_()  # clamp has made a copy
+        levels = part.float().clamp(-1, 1)  # a copy
+        if truncate:
+            levels = levels.div_(2).add_(0.5).mul_(255).floor_()
+        else:
+            levels = levels.add_(1).mul_(127.5).round_()
         frames[i : i + FRAMES_AT_ONCE] = levels.byte().permute(1, 2, 3, 0).cpu().numpy()
     return frames
 
 
 def write_video(
-    path: str | Path, frames: Frames, fps: float, metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    frames: Frames,
+    fps: float,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    crf: int = CRF,
+    bitrate: int | None = None,
 ) -> VideoInfo:
     """Write H.264 in mp4, read it back, and only then give the file its final name.
 
@@ -87,6 +100,8 @@ def write_video(
         frames: (F, H, W, 3) uint8. 4:2:0 stores one colour for 2x2 pixels: H and W must be even.
         fps: frames per second; 23.976 and the like become their exact fraction (24000/1001).
         metadata: text fields, e.g. title and comment.
+        crf: x264's quality, from 0 (lossless) to 51.
+        bitrate: bits per second, in place of a quality.
 
     Raises:
         WanError: the shape, dtype, size or rate can't be written.
@@ -98,7 +113,7 @@ def write_video(
         raise WanError(f"{path}: the name of a video must end in .mp4")
     rate = frame_rate(fps)
     with written_beside(path) as beside:
-        _encode(beside, frames, rate, metadata or {})
+        _encode(beside, frames, rate, metadata or {}, crf, bitrate)
         info = _inspect(beside)
         expected = (*frames.shape[:3], float(rate))
         found = (info.decoded_frames, info.height, info.width, info.fps)
@@ -134,11 +149,21 @@ def _check_frames(frames: Frames) -> None:
         )
 
 
-def _encode(path: Path, frames: Frames, rate: Fraction, metadata: Mapping[str, str]) -> None:
+def _encode(
+    path: Path,
+    frames: Frames,
+    rate: Fraction,
+    metadata: Mapping[str, str],
+    crf: int,
+    bitrate: int | None,
+) -> None:
     # faststart puts the index in front, so that a browser can play a file that is still loading.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata.update(metadata)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
+        options = {"crf": str(crf)} if bitrate is None else {}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        if bitrate is not None:
+            stream.bit_rate = bitrate
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context

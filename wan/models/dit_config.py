@@ -78,8 +78,9 @@ class DiTConfig:
         if "dim" in values:
             values = official_to_released_names(values)
         fixed = {name: values.pop(name, value) for name, value in FIXED_SETTINGS.items()}
-        for name, value in FIXED_SETTINGS.items():
-            if fixed[name] != value:
+        fixed["window_size"] = values.pop("window_size", None)
+        for name, value in (FIXED_SETTINGS | {"window_size": None}).items():
+            if fixed[name] != value and fixed[name] not in SPELLINGS.get(name, ()):
                 raise WanError(
                     f"transformer config.json: {name}={fixed[name]!r}, only {value!r} is supported"
                 )
@@ -109,6 +110,13 @@ FIXED_SETTINGS: dict[str, Any] = {
     "pos_embed_seq_len": None,
 }
 
+# The same settings as official files spell them, where they do: there, normed queries and keys are
+# True, and -1 is an attention window without an end.
+SPELLINGS: dict[str, tuple[Any, ...]] = {
+    "qk_norm": (True,),
+    "window_size": ([-1, -1], (-1, -1)),
+}
+
 OFFICIAL_NAMES = {
     "in_dim": "in_channels",
     "out_dim": "out_channels",
@@ -122,6 +130,9 @@ OFFICIAL_NAMES = {
 }
 
 
+IN_AND_OUT = (("in_channels", "in_dim"), ("out_channels", "out_dim"))
+
+
 def refuse_other_networks(values: dict[str, Any]) -> None:
     """Refuse the config.json of a related network that is not supported.
 
@@ -133,10 +144,13 @@ def refuse_other_networks(values: dict[str, Any]) -> None:
     model_type = values.get("model_type", "t2v")
     if any(name.startswith("vace_") for name in values) or model_type == "vace":
         raise WanError(f"this is a VACE transformer, with control blocks of its own; {supported}")
+    into, out = (values.get(name) or values.get(old) or 0 for name, old in IN_AND_OUT)
+    what = f"{into} input and {out} output channels" if into > out > 0 else None
     if values.get("image_dim") or values.get("added_kv_proj_dim") or model_type in ("i2v", "flf2v"):
+        what = "keys and values or input channels"
+    if what is not None:
         raise WanError(
-            "this is an image-to-video transformer, with keys and values or input channels for "
-            f"the image; {supported}"
+            f"this is an image-to-video transformer, with {what} for the image; {supported}"
         )
     if class_name not in ("WanTransformer3DModel", "WanModel") or model_type not in ("t2v", "ti2v"):
         raise WanError(

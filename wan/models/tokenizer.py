@@ -37,6 +37,11 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def strip_prompt(text: str) -> str:
+    """Text as FastVideo feeds it to the tokenizer: without white space at its ends."""
+    return text.strip()
+
+
 @dataclass(frozen=True)
 class TokenizedPrompt:
     """Ids of one prompt, </s> included, and whether the prompt was cut."""
@@ -57,6 +62,7 @@ class Tokenizer:
         """Take the function from text to ids without </s>, and the number of ids in use."""
         self._encode = encode
         self.vocab_size = vocab_size
+        self.source: Path | None = None  # the folder or file it was read from
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
@@ -67,10 +73,14 @@ class Tokenizer:
         """
         folder = Path(path)
         if (folder / "tokenizer.json").is_file():
-            return cls._from_tokenizer_json(folder / "tokenizer.json")
-        if (folder / "spiece.model").is_file():
-            return cls._from_spiece(folder / "spiece.model", _num_sentinels(folder))
-        raise WanError(f"{folder}: no tokenizer.json and no spiece.model in this folder")
+            tokenizer = cls._from_tokenizer_json(folder / "tokenizer.json")
+        elif (folder / "spiece.model").is_file():
+            path = folder / "spiece.model"
+            tokenizer = cls.from_spiece(path.read_bytes(), _num_sentinels(folder), path)
+        else:
+            raise WanError(f"{folder}: no tokenizer.json and no spiece.model in this folder")
+        tokenizer.source = folder
+        return tokenizer
 
     @classmethod
     def _from_tokenizer_json(cls, path: Path) -> "Tokenizer":
@@ -93,10 +103,20 @@ class Tokenizer:
         )
 
     @classmethod
-    def _from_spiece(cls, path: Path, num_sentinels: int) -> "Tokenizer":
+    def from_spiece(cls, spiece: bytes, num_sentinels: int, path: Path) -> "Tokenizer":
+        """Take a SentencePiece model.
+
+        Args:
+            spiece: the bytes of a spiece.model.
+            num_sentinels: how many <extra_id_N> follow its pieces.
+            path: where they were read, for messages.
+
+        Raises:
+            WanError: it is damaged, or breaks the layout of the ids.
+        """
         model = sentencepiece.SentencePieceProcessor()
         try:
-            model.LoadFromSerializedProto(path.read_bytes())
+            model.LoadFromSerializedProto(spiece)
         except (RuntimeError, OSError) as error:
             raise WanError(f"{path}: not a SentencePiece model ({error})") from error
         _check_specials(path, [model.PieceToId(piece) for piece in SPECIALS])

@@ -115,6 +115,21 @@ def tokenizer_json_from_spiece(path: str | Path, num_sentinels: int) -> dict[str
     }
 
 
+def num_pieces(spiece: bytes, path: Path) -> int:
+    """The number of pieces of a SentencePiece model, special ones included.
+
+    Args:
+        path: where it was read, for messages.
+
+    Raises:
+        WanError: it is damaged.
+    """
+    try:
+        return sum(number == 1 for number, _ in _fields(spiece))
+    except (IndexError, ValueError) as error:
+        raise WanError(f"{path}: not a SentencePiece model, or damaged ({error})") from error
+
+
 def _read_spiece(path: Path) -> tuple[list[tuple[str, float]], int, str, bool]:
     """Pieces with scores, model type, normalisation table (base64) and byte fallback of a model.
 

@@ -197,6 +197,10 @@ class UMT5Encoder(nn.Module):
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode a batch of token ids; see `encode_ids`."""
+        return self.encode_ids(ids, mask)
+
+    def encode_ids(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode a batch of token ids.
 
         Args:
@@ -233,11 +237,15 @@ def pad_ids(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()  # the encoder is frozen in every use; a graph through it would fill the memory
 def encode_text(
-    encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: list[str], max_length: int = 512
+    encoder: UMT5Encoder,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_length: int = 512,
+    clean: Callable[[str], str] = clean_prompt,
 ) -> Tensor:
     """Encode prompts to the DiT's context: (B, max_length, D), zero after each prompt's tokens.
 
-    Prompts are cleaned (`clean_prompt`), then encoded one at a time, without padding. This gives
+    Prompts are cleaned, then encoded one at a time, without padding. This gives
     the same result as padding and masking with less work, and a prompt's embedding is bit for bit
     the same in any batch. A prompt that is too long is cut, with a warning.
 
@@ -246,6 +254,7 @@ def encode_text(
         tokenizer: the one the encoder was trained with.
         prompts: B texts as typed; "" is the unconditional context.
         max_length: number of text tokens of the context, the final </s> included.
+        clean: text as typed -> text as the tokenizer gets it.
 
     Raises:
         WanError: an id has no embedding, so the tokenizer belongs to another encoder.
@@ -255,7 +264,7 @@ def encode_text(
         len(prompts), max_length, weight.shape[1], dtype=weight.dtype, device=weight.device
     )
     for row, prompt in enumerate(prompts):
-        tokens = tokenizer(clean_prompt(prompt), max_length)
+        tokens = tokenizer(clean(prompt), max_length)
         if tokens.truncated:
             warnings.warn(
                 f"the prompt has {tokens.num_tokens_before_truncation} tokens, the model reads the "
@@ -268,5 +277,5 @@ def encode_text(
                 "embeddings: take both from the same model"
             )
         ids = torch.tensor([tokens.ids], device=weight.device)  # (1, S)
-        context[row, : len(tokens.ids)] = encoder(ids)[0]
+        context[row, : len(tokens.ids)] = encoder.encode_ids(ids)[0]
     return context

@@ -100,8 +100,13 @@ class WanVAE(nn.Module):
     """Video (B, 3, F, H, W) in [-1, 1] <-> normalised latents (B, z, T, h, w).
 
     Computes in the dtype of its weights, norm statistics in float32. Latents are the posterior
-    mean. `encode` normalises them per channel with `latents_mean` and `latents_std`, in float32,
-    and `decode` undoes it.
+    mean. `encode_normalized` normalises them per channel with `latents_mean` and `latents_std`, in
+    float32, and `decode_normalized` undoes it.
+
+    Attributes:
+        tile: for pipelines: latents per side of the tiles that they decode (`decode_tiled`); None
+            decodes whole frames.
+        tile_overlap: latents that neighbouring tiles share.
     """
 
     # Encoding an image in bfloat16 visibly changes the video made from it; decoding is robust.
@@ -114,6 +119,8 @@ class WanVAE(nn.Module):
         self.quant_conv = causal_conv(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = causal_conv(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+        self.tile: int | None = None
+        self.tile_overlap = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +133,7 @@ class WanVAE(nn.Module):
         as_tensor = [torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (mean, std)]
         return as_tensor[0], as_tensor[1]
 
-    def encode(self, video: Tensor, chunk_frames: int | None = 4) -> Tensor:
+    def encode_normalized(self, video: Tensor, chunk_frames: int | None = 4) -> Tensor:
         """Normalised latents (B, z, T, h, w) of a clip, float32.
 
         Args:
@@ -155,7 +162,9 @@ class WanVAE(nn.Module):
             cache.first = False
         return self.quant_conv(torch.cat(moments, dim=2), cache)
 
-    def decode(self, latents: Tensor, chunk_latents: int | None = CHUNK_LATENTS) -> Tensor:
+    def decode_normalized(
+        self, latents: Tensor, chunk_latents: int | None = CHUNK_LATENTS
+    ) -> Tensor:
         """Video (B, 3, F, H, W) in [-1, 1], in the dtype of the weights.
 
         Args:
@@ -168,7 +177,7 @@ class WanVAE(nn.Module):
     def decode_stream(
         self, latents: Tensor, chunk_latents: int | None = CHUNK_LATENTS
     ) -> Iterator[Tensor]:
-        """Like `decode`, but yields (B, 3, f, H, W) as soon as each chunk is ready."""
+        """Like `decode_normalized`, but yields (B, 3, f, H, W) as soon as each chunk is ready."""
         z_dim = self.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z_dim or 0 in latents.shape:
             raise WanError(f"latents {tuple(latents.shape)}: need (B, {z_dim}, T, h, w), none 0")
@@ -176,6 +185,10 @@ class WanVAE(nn.Module):
             raise WanError(f"chunk_latents={chunk_latents}: must be at least 1")
         mean, std = self.latent_statistics(latents.device)
         z = (latents.float() * std + mean).to(self.post_quant_conv.weight.dtype)
+        yield from self.decode_chunks(z, chunk_latents)
+
+    def decode_chunks(self, z: Tensor, chunk_latents: int | None) -> Iterator[Tensor]:
+        """Like `decode_stream`, for latents that are not normalised, in the weights' dtype."""
         cache = StreamCache(keep=chunk_latents is not None)
         for chunk in split_stream(z, chunk_latents):
             yield self.decode_chunk(chunk, cache).clamp(-1, 1)
@@ -220,7 +233,7 @@ def decode_tiled(
 
     Every tile sees zeros beyond its border and attends within itself, so seams can show; use it
     only where the whole frame does not fit. Tiles of `tile` latents advance by `tile` - `overlap`.
-    They are added up in float32; the result has the dtype of `WanVAE.decode`.
+    They are added up in float32; the result has the dtype of `WanVAE.decode_normalized`.
     """
     if not 0 <= overlap < tile:
         raise WanError(f"tile={tile}, overlap={overlap}: need 0 <= overlap < tile")
@@ -231,7 +244,7 @@ def decode_tiled(
     for top in tile_starts(height, tile, overlap):
         for left in tile_starts(width, tile, overlap):
             part = latents[..., top : top + tile, left : left + tile]
-            pixels = vae.decode(part, chunk_latents)
+            pixels = vae.decode_normalized(part, chunk_latents)
             ramp = blend_ramp(pixels.shape[-2], overlap * stride).unsqueeze(1) * blend_ramp(
                 pixels.shape[-1], overlap * stride
             )

@@ -129,6 +129,15 @@ class VAEConfig:
         """Frames per latent after the first."""
         return 2 ** sum(self.temperal_downsample)
 
+    # The names of the two strides in the released config.json.
+    @property
+    def scale_factor_spatial(self) -> int:
+        return self.spatial_stride
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        return self.temporal_stride
+
     def latent_frames(self, num_frames: int) -> int:
         """Latent frames T of a clip of `num_frames` = stride * (T - 1) + 1 frames."""
         stride = self.temporal_stride

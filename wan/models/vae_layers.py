@@ -41,11 +41,17 @@ def convolve(
     """A 2-D or 3-D convolution that uses oneDNN wherever it is faster.
 
     In float32 on CPUs, PyTorch uses oneDNN only for batches and large inputs (C T H > 20480). Its
-    own loop for all others takes 4 to 10 times as long with 3-D kernels.
+    own loop for all others takes 4 to 10 times as long with 3-D kernels. In bfloat16 oneDNN needs
+    AVX-512, and that loop takes up to 60 times as long as float32: without AVX-512 the convolution
+    is computed in float32, and its result is rounded to bfloat16.
     """
+    # First: the compiler cannot look at what follows.
+    on_cpu = not torch.compiler.is_compiling() and x.device.type == "cpu"
+    if on_cpu and x.dtype == torch.bfloat16 and slow_in_bfloat16():
+        wide = None if bias is None else bias.float()
+        return convolve(x.float(), weight.float(), wide, stride, padding).bfloat16()
     onednn = (
-        not torch.compiler.is_compiling()  # first: the compiler cannot look at what follows
-        and x.device.type == "cpu"
+        on_cpu
         and x.dtype == weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
@@ -56,6 +62,11 @@ def convolve(
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1)
     function = F.conv3d if weight.ndim == 5 else F.conv2d
     return function(x, weight, bias, stride, padding)
+
+
+def slow_in_bfloat16() -> bool:
+    """Whether this CPU has no fast convolution in bfloat16."""
+    return torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def convolve_layer(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

@@ -30,10 +30,12 @@ class StepHook:
     """The `StepFunction` of a pipeline call: runs the callback, reports progress, may stop.
 
     Attributes:
-        pipeline: handed to the callback; sampling stops once its `interrupt` is true.
+        pipeline: handed to the callback, which may change the guidance of the next steps
+            (`_guidance_scale`) and stop sampling (`interrupt`).
         steps: number of steps of the whole run.
         callback: the caller's function, in the form that diffusers defined.
         names: names from `CALLBACK_TENSORS`, the tensors that the callback receives.
+        bar: counts the steps, if there is one.
     """
 
     pipeline: Any
@@ -41,6 +43,7 @@ class StepHook:
     callback: StepCallback | None
     names: Sequence[str]
     on_progress: OnProgress | None
+    bar: Any = None
 
     def __call__(self, denoiser: Denoiser, i: int, timestep: float, x: Tensor) -> Tensor | None:
         """Called after step i; returns the latents that replace x, or None to keep x.
@@ -51,6 +54,8 @@ class StepHook:
         replaced = None
         if self.callback is not None:
             replaced = self._call_back(self.callback, denoiser, i, timestep, x)
+        if self.bar is not None:
+            self.bar.update()
         report(self.on_progress, "denoise", i + 1, self.steps)
         if self.pipeline.interrupt:
             raise Interrupted(x if replaced is None else replaced)
@@ -68,6 +73,8 @@ class StepHook:
         # Whole timesteps become int64, the dtype that callbacks written for diffusers expect.
         t = torch.tensor(int(timestep) if timestep == int(timestep) else timestep)
         shown = {name: tensors[name] for name in self.names}
+        self.pipeline._current_timestep = t
+        guidance = self.pipeline.guidance_scale, self.pipeline.guidance_scale_2
         changed = callback(self.pipeline, i, t, shown) or {}
         check_names("the callback's return", list(changed), CALLBACK_TENSORS)
         if "prompt_embeds" in changed or "negative_prompt_embeds" in changed:
@@ -75,6 +82,8 @@ class StepHook:
                 changed.get("prompt_embeds", denoiser.context),
                 changed.get("negative_prompt_embeds", denoiser.negative_context),
             )
+        if guidance != (self.pipeline.guidance_scale, self.pipeline.guidance_scale_2):
+            denoiser.set_guidance(self.pipeline.guidance_scale, self.pipeline.guidance_scale_2)
         if self.pipeline.adapters.pending:  # the callback changed LoRA adapters
             denoiser.reload()
         return changed.get("latents")

@@ -1,7 +1,7 @@
 """The settings files of a released folder, read before any weight is.
 
     model_index.json                    pipeline class, boundary_ratio, expand_timesteps
-    scheduler/scheduler_config.json     the shift
+    scheduler/scheduler_config.json     the sampler and its noise levels
     transformer/ [transformer_2/] vae/ text_encoder/     config.json each, and weights
     tokenizer/
     sampling_defaults.json              this project's own, optional: `SamplingDefaults`
@@ -12,7 +12,7 @@ list of the released students is used.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,37 @@ from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
+from wan.pipeline.known_models import (
+    config_of_shapes,
+    known_config,
+    read_settings,
+    shapes_of,
+    shapes_with,
+)
+from wan.pipeline.model_index import BASE as BASE  # imported from here by others
+from wan.pipeline.model_index import FEW_STEP, PIPELINE_CLASSES, read_index
 from wan.sampling.schedule import FEW_STEP_TIMESTEPS, few_step_schedule
+from wan.sampling.scheduler_config import (
+    SchedulerSettings,
+    read_scheduler,
+    read_scheduler_or_default,
+)
+from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import list_files
 
-BASE, FEW_STEP = PIPELINE_CLASSES = ("WanPipeline", "WanDMDPipeline")
 DEFAULTS_FILE = "sampling_defaults.json"
 SHARED_FILE = "shared_parts.json"
 CARD = "README.md"
-DEFAULT_SHIFT = 5.0
+# Heads, layers and latent channels of the released base models: TI2V-5B, A14B and 14B, 1.3B.
+RELEASED_SIZES = ((24, 30, 48), (40, 40, 16), (12, 30, 16))
+# What the official code takes where its caller gives none. Source: Wan2.2 `shared_config.py`.
+OFFICIAL_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，"
+    "整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
 LIBRARIES = {  # component -> [library, class] in model_index.json
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLWan"],
@@ -64,7 +87,9 @@ class PipelineConfig:
         boundary_ratio: noise level where two experts hand over; None for one network.
         expand_timesteps: the network was trained with a timestep per token, so that a clean first
             frame can be given.
-        shift: moves the schedule towards high noise; see `wan.sampling.schedule.shift_sigmas`.
+        scheduler: sampler and noise levels of a base model; a student uses them only where
+            `own_scheduler` says that they were replaced.
+        own_scheduler: what the model came with, if `scheduler` was replaced; None if not.
         timesteps: the list a student was trained on; None for a base model.
     """
 
@@ -74,7 +99,8 @@ class PipelineConfig:
     text_encoder: UMT5Config
     boundary_ratio: float | None = None
     expand_timesteps: bool = False
-    shift: float = DEFAULT_SHIFT
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    own_scheduler: SchedulerSettings | None = None
     timesteps: tuple[float, ...] | None = None
     defaults: SamplingDefaults = SamplingDefaults()
 
@@ -94,12 +120,40 @@ class PipelineConfig:
                 f"the transformer reads text of width {dit.text_dim}, the text encoder gives "
                 f"{self.text_encoder.d_model}: they are of different models"
             )
-        if self.boundary_ratio is not None and not 0 < self.boundary_ratio < 1:
-            raise WanError(f"boundary_ratio={self.boundary_ratio}: must lie between 0 and 1")
+        if self.boundary_ratio is not None and not 0 < self.boundary_ratio <= 1:
+            raise WanError(f"boundary_ratio={self.boundary_ratio}: must lie in (0, 1]")
         if (self.class_name == FEW_STEP) != (self.timesteps is not None):
             raise WanError(f"{self.class_name} with timesteps={self.timesteps}: only students")
         if self.timesteps is not None:
             few_step_schedule(self.timesteps)  # refuses a list that is no schedule
+
+    @property
+    def released_base(self) -> bool:
+        """Whether this is a base model of a released size, and not a student or a small one."""
+        dit = self.transformer
+        size = (dit.num_attention_heads, dit.num_layers, dit.in_channels)
+        return self.timesteps is None and size in RELEASED_SIZES
+
+    @property
+    def shift(self) -> float:
+        """How far the scheduler's grid is moved towards high noise."""
+        return self.scheduler.shift
+
+    def with_scheduler(self, scheduler: Any) -> "PipelineConfig":
+        """The same model, sampled by another scheduler.
+
+        Args:
+            scheduler: one of `wan.sampling.schedulers` or of diffusers, or a configuration; see
+                `wan.sampling.scheduler_config.read_scheduler`.
+
+        Raises:
+            WanError: it cannot be followed; says why.
+        """
+        given = read_scheduler(scheduler)
+        own = self.own_scheduler or self.scheduler
+        if given == own:
+            return replace(self, scheduler=own, own_scheduler=None)
+        return replace(self, scheduler=given, own_scheduler=own)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -153,16 +207,17 @@ def read_pipeline_config(
 
     Args:
         folder: holds model_index.json.
-        overrides: component -> another folder for it; a config.json in that folder is used.
+        overrides: component -> another folder or file for it; see `component_settings`.
         shared: what `shared_parts` returned for this folder, if it was called already.
 
     Raises:
-        WanError: a file is missing or damaged, the class is unknown, or parts don't fit together.
+        WanError: a file is missing or damaged, the class is unknown, a part is quantised, or parts
+            don't fit together.
     """
     index = read_index(folder)
     shared = shared_parts(folder) if shared is None else shared
     configs = {
-        name: read_json(component_config(folder, name, overrides or {}, shared))
+        name: component_settings(folder, name, overrides or {}, shared)
         for name in ("transformer", "vae", "text_encoder")
     }
     boundary = index.get("boundary_ratio")
@@ -183,28 +238,38 @@ def read_pipeline_config(
         text_encoder=UMT5Config.from_json(configs["text_encoder"]),
         boundary_ratio=boundary,
         expand_timesteps=bool(index.get("expand_timesteps", False)),
-        shift=read_shift(folder),
+        scheduler=folder_scheduler(folder),
         timesteps=timesteps,
         defaults=read_defaults(folder, vae, boundary is not None),
     )
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read model_index.json and check that its `_class_name` is supported."""
-    path = folder / "model_index.json"
-    if not path.is_file():
-        config = folder / "config.json"
-        hint = ""
-        if config.is_file() and read_json(config).get("_class_name") == "WanModel":
-            hint = " (this is the official layout: python -m infer.convert writes the other one)"
-        raise WanError(f"{folder}: no model_index.json; give the top folder of a model{hint}")
-    index = read_json(path)
-    if index.get("_class_name") not in PIPELINE_CLASSES:
-        raise WanError(
-            f"{path}: pipeline class {index.get('_class_name')!r} is not supported; known are "
-            f"{', '.join(PIPELINE_CLASSES)}"
-        )
-    return index
+def component_settings(
+    folder: Path,
+    component: str,
+    overrides: Mapping[str, Path],
+    shared: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """The settings of a component; arguments as in `read_pipeline_config`.
+
+    Weights from elsewhere have the settings of the config.json in their folder. Without one, they
+    have those of the model's folder if their shapes agree, else those of `known_config`.
+
+    Raises:
+        WanError: there is no config.json, or the weights are quantised.
+    """
+    own = overrides.get(component)
+    if own is None or (own.is_dir() and (own / "config.json").is_file()):
+        return read_settings(component_config(folder, component, overrides, shared))
+    checkpoint = open_checkpoint(own)
+    shapes = shapes_of(component, checkpoint)
+    try:
+        values = read_settings(component_config(folder, component, {}, shared))
+    except WanError:  # the folder lacks this part
+        return known_config(component, checkpoint)
+    if shapes_with(component, values) != shapes:
+        values = config_of_shapes(component, shapes) or values  # loading says what does not fit
+    return values
 
 
 def component_config(
@@ -255,28 +320,36 @@ def parts_from_elsewhere(folder: Path, shared: Mapping[str, Path] | None = None)
 def model_files(folder: Path, shared: Mapping[str, Path] | None = None) -> dict[str, Path]:
     """Every file that a model's videos may depend on, by its path in the released layout.
 
-    Parts in other folders are included, the model's card is not.
+    Parts in other places are included, and what they replace is not. The model's card is neither.
     """
-    files = list_files(folder)
-    for part, place in parts_from_elsewhere(folder, shared).items():
+    elsewhere = parts_from_elsewhere(folder, shared)
+    # A folder of another layout may hold more than its parts.
+    own = list_files(folder) if (folder / "model_index.json").is_file() or not elsewhere else {}
+    files = {name: path for name, path in own.items() if name.split("/")[0] not in elsewhere}
+    for part, place in elsewhere.items():
         files |= {f"{part}/{name}": path for name, path in list_files(place).items()}
     return {name: path for name, path in files.items() if name != CARD}
 
 
-def read_shift(folder: Path) -> float:
-    """The shift of the released scheduler: UniPC calls it flow_shift, flow-match Euler shift."""
+def folder_scheduler(folder: Path) -> SchedulerSettings:
+    """What a model's scheduler_config.json says; warns if it cannot be followed."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise WanError(f"{path} is missing: the model's folder is not complete")
-    settings = read_json(path)
-    shift = settings.get("flow_shift", settings.get("shift"))
-    if not isinstance(shift, int | float):
-        raise WanError(f"{path}: neither flow_shift nor shift is a number; one is needed")
-    return float(shift)
+    return read_scheduler_or_default(read_json(path), str(path))
 
 
 def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
-    """The folder's own defaults; those of the official code for values it does not set.
+    """The folder's own defaults; those of the official code for values it does not set."""
+    defaults = model_defaults(vae, two_experts)
+    path = folder / DEFAULTS_FILE
+    if not path.is_file():
+        return defaults
+    return override_defaults(defaults, read_json(path), str(path))
+
+
+def model_defaults(vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
+    """The defaults of the official code for a model of this kind.
 
     Source: Wan2.2 `wan/configs`. A VAE with spatial stride 16 marks TI2V-5B; diffusers runs the
     other models at 832x480.
@@ -288,10 +361,7 @@ def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDe
         defaults = replace(
             defaults, num_inference_steps=40, guidance_scale=4.0, guidance_scale_2=3.0
         )
-    path = folder / DEFAULTS_FILE
-    if not path.is_file():
-        return defaults
-    return override_defaults(defaults, read_json(path), str(path))
+    return defaults
 
 
 def override_defaults(
@@ -315,6 +385,7 @@ def model_index_json(config: PipelineConfig) -> dict[str, Any]:
         "boundary_ratio": config.boundary_ratio,
         "expand_timesteps": config.expand_timesteps,
         **LIBRARIES,
+        "scheduler": ["diffusers", config.scheduler.class_name],
         "transformer_2": LIBRARIES["transformer"] if config.boundary_ratio else [None, None],
     }
     # Written only where needed, because other readers take a list for a [library, class] pair.
@@ -323,32 +394,12 @@ def model_index_json(config: PipelineConfig) -> dict[str, Any]:
     return index
 
 
-def scheduler_json(shift: float) -> dict[str, Any]:
-    """The released scheduler_config.json, which makes diffusers sample as `unipc` does."""
-    return {
-        "_class_name": "UniPCMultistepScheduler",
-        "_diffusers_version": "0.35.0",
-        "num_train_timesteps": 1000,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": shift,
-        "solver_order": 2,
-        "solver_type": "bh2",
-        "predict_x0": True,
-        "lower_order_final": True,
-        "disable_corrector": [],
-        "solver_p": None,
-        "final_sigmas_type": "zero",
-        "timestep_spacing": "linspace",
-    }
-
-
 def write_configs(config: PipelineConfig, folder: Path) -> None:
     """Write model_index.json, the sampling defaults, the scheduler's and every part's settings."""
     transformers = TWO_EXPERTS if config.boundary_ratio is not None else TWO_EXPERTS[:1]
     objects = {
         "model_index.json": model_index_json(config),
-        "scheduler/scheduler_config.json": scheduler_json(config.shift),
+        "scheduler/scheduler_config.json": config.scheduler.to_json(),
         DEFAULTS_FILE: asdict(config.defaults),
         "vae/config.json": config.vae.to_json(),
         "text_encoder/config.json": config.text_encoder.to_json(),

@@ -1,24 +1,29 @@
 """Check the arguments of a pipeline's call; bring arguments and results to one form."""
 
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from wan.errors import WanError, check_names
 from wan.media.images import fit_image, image_to_tensor, load_image
 from wan.pipeline.plan import SamplingPlan
-from wan.sampling.noise import MAX_SEED, sample_generators
+from wan.sampling.noise import DISTINCT_SEEDS, sample_generators
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+COMPAT = ("none", "fastvideo")
+FASTVIDEO_SEED = 1024  # where its caller gives none
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
-ImageInput = Image.Image | Tensor | str | Path
+ImageInput = Image.Image | Tensor | NDArray[Any] | str | Path
 Generators = torch.Generator | Sequence[torch.Generator]
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -31,14 +36,31 @@ class WanPipelineOutput:
         frames: "np" (B, F, H, W, 3) and "pt" (B, F, 3, H, W) float32 in [0, 1]; "pil" a list of
             lists of images; "latent" (B, C, T, h, w) float32, normalised.
         plan: the sampler, schedule and guidance that were used.
-        seeds: seed of each video; None if the caller gave generators.
+        seeds: seed of each video; None if the caller gave generators, or neither.
         nsfw_content_detected: per video, if there is a safety checker: True means made black.
+
+    `output[0]`, `output["frames"]` and `output.frames` are the same.
     """
 
     frames: Any
     plan: SamplingPlan
     seeds: list[int] | None = None
     nsfw_content_detected: list[bool] | None = None
+
+    def to_tuple(self) -> tuple[Any]:
+        """The frames alone, as a call with return_dict=False returns them."""
+        return (self.frames,)
+
+    def keys(self) -> tuple[str]:
+        """The names that `output[name]` takes."""
+        return ("frames",)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(f"{key}: an output of a pipeline has frames")
+        return self.frames
 
 
 def report(on_progress: OnProgress | None, stage: str, done: int, total: int) -> None:
@@ -87,7 +109,8 @@ def noise_streams(
     """One generator per video, and the seeds if they are known.
 
     All videos draw in turn from a single generator, which gives the same numbers as one draw for
-    the whole batch. Without seed and generator, PyTorch's global generator draws a seed.
+    the whole batch. Without seed and generator it is PyTorch's global generator, which
+    `torch.manual_seed` seeds; with seed -1 that generator draws a seed.
     """
     if generator is not None:
         if seed is not None:
@@ -98,32 +121,82 @@ def noise_streams(
             raise WanError(f"{len(generators)} generators for {batch} videos: one, or one each")
         return generators, None
     if seed is None:
-        seed = int(torch.randint(MAX_SEED - batch, ()))
+        return [torch.default_generator] * batch, None
+    if np.ndim(seed) == 0 and seed == -1:
+        seed = int(torch.randint(DISTINCT_SEEDS - 1 - batch, ()))
     streams = sample_generators(seed, batch)
     return streams, [stream.initial_seed() for stream in streams]
 
 
-def first_frames(image: Any, height: int, width: int, count: int) -> list[Tensor]:
+def first_frames(
+    image: Any, height: int, width: int, count: int, fit: str = "resize"
+) -> list[Tensor]:
     """One image, or one for each of `count`, as (3, height, width) float32 in [-1, 1].
+
+    Args:
+        fit: how an image of another shape becomes a frame, see `wan.media.images.fit_image`.
 
     Raises:
         WanError: not an image, or another number of images.
     """
-    images = list(image) if isinstance(image, list | tuple) else [image]
+    is_batch = isinstance(image, Tensor | np.ndarray) and image.ndim == 4
+    images = list(image) if is_batch or isinstance(image, list | tuple) else [image]
     if len(images) not in (1, count):
         raise WanError(f"{len(images)} images for {count} prompts: give one, or one per prompt")
-    return [fit_image(image_pixels(one), height, width) for one in images]
+    return [fit_image(image_pixels(one), height, width, fit) for one in images]
 
 
 def image_pixels(image: Any) -> Tensor:
-    """An image in any accepted form as (3, H, W) float in [-1, 1]."""
+    """An image in any accepted form as (3, H, W) float in [-1, 1].
+
+    Args:
+        image: a picture of Pillow's, a path, an array (H, W, 3) or a tensor (3, H, W). Arrays and
+            tensors hold numbers in [0, 1], or 0 to 255 if they are uint8. If one is negative, they
+            are taken to be in [-1, 1], with a warning.
+    """
     if isinstance(image, str | Path):
         return load_image(image)
     if isinstance(image, Image.Image):
         return image_to_tensor(image)
-    if isinstance(image, Tensor):
-        return image
-    raise WanError(f"image of type {type(image).__name__}: need a PIL image, a tensor or a path")
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3:
+            raise WanError(f"image of shape {image.shape}: an array must be (H, W, 3)")
+        image = torch.from_numpy(image).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise WanError(
+            f"image of type {type(image).__name__}: need a PIL image, an array, a tensor or a path"
+        )
+    if image.dtype == torch.uint8:
+        return image.float() / 127.5 - 1
+    if bool((image < 0).any()):
+        warnings.warn(
+            "the image has negative values and is taken to be in [-1, 1]; give values in [0, 1]",
+            stacklevel=2,
+        )
+        return image.float()
+    return image.float() * 2 - 1
+
+
+def video_count(num_videos_per_prompt: Any) -> int:
+    """The number of videos of each prompt; None is 1."""
+    count = 1 if num_videos_per_prompt is None else num_videos_per_prompt
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        raise WanError(f"num_videos_per_prompt={count}: need at least 1, whole")
+    return int(count)
+
+
+def lora_scale(attention_kwargs: Mapping[str, Any] | None) -> float:
+    """The factor on all LoRA adapters, the only entry of `attention_kwargs` that has a meaning."""
+    given = dict(attention_kwargs or {})
+    scale = given.pop("scale", 1.0)
+    if given:
+        raise WanError(
+            f"attention_kwargs has {', '.join(given)}: only scale is known, a factor on the "
+            "strength of LoRA adapters; set_attention chooses an attention"
+        )
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise WanError(f"attention_kwargs: scale={scale!r} must be a finite number")
+    return float(scale)
 
 
 def check_output(
@@ -139,7 +212,10 @@ def check_output(
 
 
 def finished_frames(
-    video: Tensor, output_type: str, safety_checker: Callable[[Tensor], bool] | None
+    video: Tensor,
+    output_type: str,
+    safety_checker: Callable[[Tensor], bool] | None,
+    truncate: bool = False,
 ) -> tuple[Any, list[bool] | None]:
     """Convert a video to `output_type`; also return the safety checker's results, if any.
 
@@ -148,6 +224,7 @@ def finished_frames(
         output_type: "pt", "np" or "pil".
         safety_checker: called with the (F, 3, H, W) frames of each video; if it returns True, the
             video becomes black.
+        truncate: "pil" rounds down to 8 bits, as FastVideo does, not to the nearest.
     """
     frames = (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)  # (B, F, 3, H, W)
     flags = None
@@ -159,5 +236,6 @@ def finished_frames(
     array = frames.permute(0, 1, 3, 4, 2).contiguous().numpy()  # (B, F, H, W, 3)
     if output_type == "np":
         return array, flags
-    pixels = (array * 255).round().astype(np.uint8)
+    levels = array * 255
+    pixels = (levels if truncate else levels.round()).astype(np.uint8)
     return [[Image.fromarray(frame) for frame in one] for one in pixels], flags

@@ -36,7 +36,7 @@ from wan.runtime.costs import count_parameters
 from wan.runtime.memory_meter import FusedAttention, LiveBytes, peak_bytes
 from wan.runtime.offload import has_blocks
 from wan.sampling.denoiser import guide
-from wan.sampling.samplers import build_sampler
+from wan.sampling.samplers import sample
 from wan.sampling.schedule import Schedule
 from wan.weights.load import GROUP_BYTES, build_on_meta, target_dtype
 from wan.weights.quantize import is_quantized_weight, quantize_layers
@@ -292,11 +292,11 @@ def denoise_bytes(request: MemoryRequest) -> int:
                 unconditional = torch.empty(shape, device=META)
                 return guide(conditional, unconditional, 2.0)  # the scale changes no size
 
-            options: dict[str, Any] = {}
-            if plan.sampler == "few_step":
-                options["renoise"] = lambda i: torch.empty(shape, device=META)
             noise = torch.empty(shape, device=META)
-            build_sampler(plan.sampler)(velocity, noise, schedule, **options)
+            stepper = replace(plan, schedule=schedule).stepper(
+                lambda i: torch.empty(shape, device=META)
+            )
+            sample(velocity, noise, stepper)
     return texts + keys_values * request.dtype.itemsize + memory.peak
 
 
@@ -307,7 +307,7 @@ def image_bytes(request: MemoryRequest) -> int:
     height, width = (n * stride for n in request.latent_shape[2:])
 
     def encode() -> Tensor:
-        return vae.encode(torch.empty(1, 3, 1, height, width, device=META))
+        return vae.encode_normalized(torch.empty(1, 3, 1, height, width, device=META))
 
     with FusedAttention():
         return peak_bytes(encode)

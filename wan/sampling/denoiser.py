@@ -250,6 +250,31 @@ class Denoiser:
         self.negative_context = negative_context
         self._prepared.clear()
 
+    def set_guidance(self, scale: float, scale_2: float) -> None:
+        """Use other guidance scales from the next step on; up to 1 turns guidance off.
+
+        Args:
+            scale, scale_2: for the high-noise (or only) expert, and for the low-noise one.
+
+        Raises:
+            WanError: guidance is turned on, and there is no negative context.
+        """
+        low_is_active = self._active is not None and self._active is self.low_noise
+        self.high_noise = self._with_scale(self.high_noise, scale)
+        if self.low_noise is not None:
+            self.low_noise = self._with_scale(self.low_noise, scale_2)
+        if self._active is not None:  # the same network goes on: its weights stay where they are
+            self._active = self.low_noise if low_is_active else self.high_noise
+
+    def _with_scale(self, expert: Expert, scale: float) -> Expert:
+        scale = scale if scale > 1 else 1.0
+        if scale != 1 and self.negative_context is None:
+            raise WanError(
+                f"guidance_scale={scale:g} from this step on: the call began without guidance, so "
+                "no negative prompt was encoded; begin with a guidance_scale above 1"
+            )
+        return replace(expert, guidance_scale=scale)
+
     def reload(self) -> None:
         """The networks' weights have changed: begin the next step as at a switch of experts."""
         self._prepared.clear()

@@ -6,7 +6,7 @@ S below is the number of steps.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 from wan.errors import WanError
 
 NUM_TIMESTEPS = 1000  # the network's clock: timestep = 1000 * sigma
-UNIPC_GRIDS = ("diffusers", "official")
 FEW_STEP_TIMESTEPS = (1000, 757, 522)  # what the released three-step students were trained on
 FEW_STEP_TABLE_SHIFT = 8.0
 
@@ -69,36 +68,197 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def euler_schedule(steps: int, shift: float) -> Schedule:
-    """A uniform grid from 1 to 0, shifted once; fractional timesteps.
+def euler_schedule(
+    steps: int | None,
+    shift: float,
+    grid: str = "uniform",
+    sigmas: Sequence[float] | None = None,
+) -> Schedule:
+    """The grid of flow-match Euler, with fractional timesteps.
 
-    diffusers' FlowMatchEuler gives the same schedule from the unshifted grid. With its defaults it
-    shifts twice, which is not reproduced here.
+    Args:
+        steps: 1 to 1000; None with `sigmas`.
+        shift: see `shift_sigmas`.
+        grid: "uniform" runs evenly from 1 towards 0 and is shifted once, as diffusers does with
+            sigmas that the caller gives. "diffusers" is what its pipelines do with a number of
+            steps: the ends of the table 1, 0.999, .. 0.001 are shifted, even numbers between them
+            shifted again. "karras" (arXiv:2206.00364, eq. 5, rho 7), "exponential" and "beta"
+            (arXiv:2407.12173, alpha = beta = 0.6) respace the latter between its ends.
+        sigmas: falling numbers in (0, 1] to shift, in place of the evenly spaced ones.
     """
-    sigmas = shift_sigmas(_grid(1.0, 0.0, steps), shift)
-    timesteps = sigmas * NUM_TIMESTEPS
-    return _schedule(timesteps, sigmas, f"{steps} Euler steps, uniform in sigma, shift {shift:g}")
+    check_grid("euler", grid)
+    levels = given_sigmas(sigmas)
+    if levels is not None:
+        steps = len(levels)
+    elif grid == "uniform":
+        levels = _grid(1.0, 0.0, steps)
+    else:
+        # float32, as the table's own numbers are; the grid itself is float64.
+        table_ends = shift_sigmas(torch.tensor([1, 1 / NUM_TIMESTEPS]), shift).tolist()
+        first, last = (end * NUM_TIMESTEPS for end in table_ends)
+        levels = torch.from_numpy(np.linspace(first, last, _check_steps(steps)) / NUM_TIMESTEPS)
+    levels = shift_sigmas(levels, shift)
+    if grid in RESPACED:
+        high, low = levels[0].item(), levels[-1].item()
+        levels = RESPACED[grid](high, low, len(levels))
+    # The network's timestep is computed from the float32 sigma where diffusers does so.
+    timesteps = (levels if grid == "uniform" else levels.float()) * NUM_TIMESTEPS
+    spacing = {"uniform": "uniform in sigma", "diffusers": "diffusers grid (shifted twice)"}
+    words = spacing.get(grid, f"{grid} grid")
+    return _schedule(timesteps, levels, f"{steps} Euler steps, {words}, shift {shift:g}")
 
 
-def unipc_schedule(steps: int, shift: float, grid: str = "diffusers") -> Schedule:
+def unipc_schedule(
+    steps: int | None,
+    shift: float,
+    grid: str = "diffusers",
+    sigmas: Sequence[float] | None = None,
+    ends: tuple[float, float] | None = None,
+) -> Schedule:
     """The grid of UniPC for Wan, with timesteps cut down to integers.
 
     Args:
-        steps: 1 to 1000.
+        steps: 1 to 1000; None with `sigmas`.
         shift: see `shift_sigmas`.
         grid: before the shift, "diffusers" runs from 1 towards 0.001 and starts at 1 - 1e-6 so that
-            log(1 - sigma) is finite; "official" runs from 0.999 towards 0. They differ as much as
-            two different samplers do: sigmas by up to 4e-3 (50 steps, shift 5).
+            log(1 - sigma) is finite; "official" runs from 0.999, in float32, towards 0. They differ
+            as much as two different samplers do: sigmas by up to 4e-3 (50 steps, shift 5). "karras"
+            spaces s = sigma / (1 - sigma) between `ends` (arXiv:2206.00364, eq. 5, rho 7) and is
+            not shifted; diffusers computes it so.
+        sigmas: falling numbers in (0, 1] to shift, in place of the evenly spaced ones.
+        ends: highest and lowest s of the grid "karras"; None for `vp_ends`.
     """
-    if grid not in UNIPC_GRIDS:
-        raise WanError(f"UniPC grid {grid!r}: choose one of {', '.join(UNIPC_GRIDS)}")
-    if grid == "official":
-        sigmas = shift_sigmas(_grid(1 - 1 / NUM_TIMESTEPS, 0.0, steps), shift)
+    check_grid("unipc", grid)
+    levels = given_sigmas(sigmas)
+    if grid == "karras":
+        spaced = karras_sigmas(*(ends or vp_ends()), _check_steps(len(levels or ()) or steps))
+        levels = spaced / (spaced + 1)
+    elif levels is not None:
+        levels = _below_one(shift_sigmas(levels, shift))
+    elif grid == "official":
+        start = float(np.float32(1 - 1 / NUM_TIMESTEPS))
+        levels = shift_sigmas(_grid(start, 0.0, steps), shift)
     else:
-        sigmas = shift_sigmas(_grid(1.0, 1 / NUM_TIMESTEPS, steps), shift)
-        sigmas[0] -= 1e-6
-    timesteps = (sigmas * NUM_TIMESTEPS).long()
-    return _schedule(timesteps, sigmas, f"{steps} UniPC steps, {grid} grid, shift {shift:g}")
+        levels = _below_one(shift_sigmas(_grid(1.0, 1 / NUM_TIMESTEPS, steps), shift))
+    timesteps = (levels * NUM_TIMESTEPS).long()
+    moved = "" if grid == "karras" else f", shift {shift:g}"
+    return _schedule(timesteps, levels, f"{len(levels)} UniPC steps, {grid} grid{moved}")
+
+
+def dpm_schedule(
+    steps: int | None,
+    shift: float,
+    grid: str = "diffusers",
+    sigmas: Sequence[float] | None = None,
+) -> Schedule:
+    """The grid of DPM-Solver++ for Wan, with timesteps cut down to integers.
+
+    Args:
+        steps: 1 to 1000; None with `sigmas`.
+        shift: see `shift_sigmas`.
+        grid: before the shift, "diffusers" runs from 0.999 towards 0, "official" from 1 towards 0.
+        sigmas: falling numbers in (0, 1] to shift, in place of the evenly spaced ones.
+    """
+    check_grid("dpm++", grid)
+    levels = given_sigmas(sigmas)
+    if levels is None and grid == "official":
+        levels = _grid(1.0, 0.0, steps)
+    elif levels is None:  # as 1 minus an even grid from below: an ulp can move a timestep
+        rising = 1 - np.linspace(1, 1 / NUM_TIMESTEPS, _check_steps(steps) + 1)
+        levels = torch.from_numpy(rising[:0:-1].copy())
+    levels = shift_sigmas(levels, shift)
+    timesteps = (levels * NUM_TIMESTEPS).long()
+    words = f"{len(levels)} DPM-Solver++ steps, {grid} grid, shift {shift:g}"
+    return _schedule(timesteps, levels, words)
+
+
+# The grids of each sampler, the usual one first.
+GRIDS: dict[str, tuple[str, ...]] = {
+    "unipc": ("diffusers", "official", "karras"),
+    "euler": ("uniform", "diffusers", "karras", "exponential", "beta"),
+    "dpm++": ("diffusers", "official"),
+    "few_step": ("uniform",),
+}
+
+
+def check_grid(sampler: str, grid: str) -> None:
+    """Refuse a grid that a sampler does not have."""
+    if grid not in GRIDS[sampler]:
+        raise WanError(
+            f"grid {grid!r} of sampler {sampler}: choose one of {', '.join(GRIDS[sampler])}"
+        )
+
+
+def vp_ends(
+    beta_start: float = 0.0001, beta_end: float = 0.02, scaled: bool = False
+) -> tuple[float, float]:
+    """Highest and lowest sqrt((1 - a) / a) of a variance-preserving diffusion with 1000 betas.
+
+    Args:
+        beta_start, beta_end: the first and the last beta.
+        scaled: the betas' square roots are evenly spaced, not the betas.
+    """
+    power = 0.5 if scaled else 1
+    betas = torch.linspace(beta_start**power, beta_end**power, NUM_TIMESTEPS) ** (1 / power)
+    a = (1 - betas).cumprod(0)
+    levels = ((1 - a) / a) ** 0.5
+    return levels[-1].item(), levels[0].item()
+
+
+def karras_sigmas(high: float, low: float, steps: int) -> Tensor:
+    """(S,) float64 numbers from high to low, even in the 7th root.
+
+    Source: arXiv:2206.00364, eq. 5.
+    """
+    first, last = high ** (1 / 7), low ** (1 / 7)
+    return torch.from_numpy((first + np.linspace(0, 1, steps) * (last - first)) ** 7)
+
+
+def exponential_sigmas(high: float, low: float, steps: int) -> Tensor:
+    """(S,) float64 numbers from high to low, even in the logarithm."""
+    return torch.from_numpy(np.exp(np.linspace(math.log(high), math.log(low), steps)))
+
+
+def beta_sigmas(high: float, low: float, steps: int) -> Tensor:
+    """(S,) float64 numbers from high to low: quantiles of Beta(0.6, 0.6), dense at both ends.
+
+    Source: arXiv:2407.12173.
+    """
+    places = [beta_quantile(1 - p, 0.6) for p in np.linspace(0, 1, steps)]
+    return torch.tensor([low + place * (high - low) for place in places], dtype=torch.float64)
+
+
+RESPACED: dict[str, Callable[[float, float, int], Tensor]] = {
+    "karras": karras_sigmas,
+    "exponential": exponential_sigmas,
+    "beta": beta_sigmas,
+}
+
+
+def beta_quantile(p: float, a: float) -> float:
+    """The x in [0, 1] below which a share p of the Beta(a, a) distribution lies, to 1e-15.
+
+    Bisection on the distribution function, the power series of which converges at x <= 1/2
+    (DLMF 8.17.7): I_x(a, a) = x^a / (a B(a, a)) * 2F1(a, 1 - a; a + 1; x).
+    """
+    if p > 0.5:
+        return 1 - beta_quantile(1 - p, a)
+    scale = math.exp(math.lgamma(2 * a) - 2 * math.lgamma(a)) / a
+
+    def share_below(x: float) -> float:
+        term, total = 1.0, 1.0
+        for n in range(200):
+            term *= (a + n) * (1 - a + n) / ((a + 1 + n) * (n + 1)) * x
+            total += term
+            if term < 1e-17 * total:
+                break
+        return scale * x**a * total
+
+    low, high = 0.0, 0.5
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share_below(middle) < p else (low, middle)
+    return (low + high) / 2 if p > 0 else 0.0
 
 
 def few_step_schedule(
@@ -145,12 +305,40 @@ def few_step_schedule(
     return _schedule(wanted, sigmas, words)
 
 
-def _grid(first: float, last: float, steps: int) -> Tensor:
-    """`steps` evenly spaced float64 numbers from `first` towards `last`, which is left out."""
+def given_sigmas(sigmas: Sequence[float] | None) -> Tensor | None:
+    """A caller's noise levels as (S,) float64; None if there are none.
+
+    Raises:
+        WanError: they are not falling numbers in (0, 1].
+    """
+    if sigmas is None:
+        return None
+    levels = torch.tensor([float(s) for s in sigmas], dtype=torch.float64)
+    if len(levels) == 0 or bool((levels.diff() >= 0).any()) or not 0 < levels[-1] <= levels[0] <= 1:
+        raise WanError(
+            f"sigmas {levels.tolist()}: need falling numbers above 0 and up to 1; the last step to "
+            "0 is added"
+        )
+    return levels
+
+
+def _below_one(levels: Tensor) -> Tensor:
+    """The same noise levels, the first one 1e-6 lower if it is 1."""
+    if abs(levels[0].item() - 1) < 1e-6:
+        levels[0] -= 1e-6
+    return levels
+
+
+def _check_steps(steps: int | None) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= NUM_TIMESTEPS:
         raise WanError(f"steps={steps!r}: need a whole number from 1 to {NUM_TIMESTEPS}")
+    return steps
+
+
+def _grid(first: float, last: float, steps: int | None) -> Tensor:
+    """`steps` evenly spaced float64 numbers from `first` towards `last`, which is left out."""
     # numpy's linspace, because the references use it: an ulp can move a truncated timestep.
-    return torch.from_numpy(np.linspace(first, last, steps + 1)[:-1].copy())
+    return torch.from_numpy(np.linspace(first, last, _check_steps(steps) + 1)[:-1].copy())
 
 
 def _schedule(timesteps: Tensor, sigmas: Tensor, description: str) -> Schedule:

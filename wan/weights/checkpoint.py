@@ -3,6 +3,10 @@
 Opening one reads every header and compares the index with the shards, so that missing, repeated or
 misplaced tensors are reported before memory is allocated. No tensor is read.
 
+Beside the weights there may be other ones of the same network: a variant in another dtype, named as
+in `model.fp16.safetensors`, or a copy under a name of its own. The released name without a variant
+is the one that is opened.
+
 A shard may be a symlink only to a file in its own folder or in the blob store of the hub cache that
 the folder belongs to: any other target was not part of the download.
 """
@@ -16,6 +20,8 @@ from torch import Tensor
 
 from wan.errors import WanError
 from wan.weights.safetensors_file import (
+    GGUF,
+    GGUF_SUFFIX,
     PICKLE_SUFFIXES,
     SafetensorsFile,
     TensorEntry,
@@ -27,7 +33,14 @@ from wan.weights.safetensors_file import (
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX_BYTES = 16 << 20
-SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+# A variant's name stands before the shard's number; older files have it behind.
+SHARD_NAME = re.compile(
+    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.[\w-]+)?\.safetensors"
+)
+INDEX_NAME = re.compile(
+    r"(?P<stem>.+)\.safetensors(?P<old>\.[\w-]+)?\.index(?P<variant>\.[\w-]+)?\.json"
+)
+RELEASED_STEMS = ("diffusion_pytorch_model", "model")  # of networks, of text encoders
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")  # no folder, no drive
 
 
@@ -38,6 +51,7 @@ class StoredTensor:
     name: str  # in the file
     file: SafetensorsFile
     entry: TensorEntry
+    scale: "StoredTensor | None" = None  # what its numbers are multiplied with
 
 
 @dataclass(frozen=True)
@@ -58,8 +72,11 @@ class Checkpoint:
         return {name: tensor for file in self.files for name, tensor in map_tensors(file).items()}
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
     """Open a .safetensors file, an index, or a folder that holds one checkpoint.
+
+    Args:
+        variant: for a folder: the weights of that variant, such as "fp16".
 
     Raises:
         WanError: there is no checkpoint, or several, or only pickles, or the files contradict each
@@ -67,41 +84,94 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        if path.name.endswith(INDEX_SUFFIX):
+        if is_index(path.name):
             return open_index(path)
         if not path.exists() and not path.is_symlink():
             raise WanError(f"{path}: no such file or folder")
         return combine(path, [read_header(path)])
     names = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
-    families = {family(name) for name in names if name.endswith((".safetensors", INDEX_SUFFIX))}
-    if not families:
-        raise WanError(nothing_found(path, names))
-    if len(families) > 1:
-        found = ", ".join(sorted(f"{stem}*.safetensors" for stem in families))
-        raise WanError(f"{path}: holds several checkpoints ({found}): give the file or index")
-    (stem,) = families
-    if f"{stem}{INDEX_SUFFIX}" in names:
-        return open_index(path / f"{stem}{INDEX_SUFFIX}")
-    files = [name for name in names if name.endswith(".safetensors")]
-    check_complete_set(path, files)
-    for name in files:
+    stem = choose_family(path, names, variant)
+    names = [name for name in names if is_weights(name) and family(name) == stem]
+    if index := [name for name in names if is_index(name)]:
+        return open_index(path / index[0])
+    check_complete_set(path, names)
+    for name in names:
         check_inside(path, name)
-    return combine(path, [read_header(path / name) for name in files])
+    return combine(path, [read_header(path / name) for name in names])
+
+
+def is_index(name: str) -> bool:
+    """True for the name of an index of shards."""
+    return INDEX_NAME.fullmatch(name) is not None
+
+
+def is_weights(name: str) -> bool:
+    """True for the name of a safetensors file, or of an index of such."""
+    return name.endswith(".safetensors") or is_index(name)
 
 
 def family(name: str) -> str:
-    """The stem that the names of an index and its shards share."""
-    match = SHARD_NAME.fullmatch(name)
-    return match["stem"] if match else name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
+    """The stem that the names of an index and its shards share, a variant's name included."""
+    if match := SHARD_NAME.fullmatch(name):
+        return match["stem"] + (match["variant"] or "")
+    if match := INDEX_NAME.fullmatch(name):
+        return match["stem"] + (match["variant"] or match["old"] or "")
+    return name.removesuffix(".safetensors")
+
+
+def holds_weights(place: Path) -> bool:
+    """Whether a folder holds safetensors files, or a file is one."""
+    return place.is_file() or (place.is_dir() and any(is_weights(f.name) for f in place.iterdir()))
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether a folder holds weights of a variant."""
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    return any(is_weights(name) and family(name).endswith(f".{variant}") for name in names)
+
+
+def choose_family(path: Path, names: list[str], variant: str | None) -> str:
+    """The weights that are meant, of all in a folder: their stem.
+
+    Raises:
+        WanError: there are none, or several of which none has the released name.
+    """
+    stems = sorted({family(name) for name in names if is_weights(name)})
+    if not stems:
+        raise WanError(nothing_found(path, names))
+    found = ", ".join(f"{stem}*.safetensors" for stem in stems)
+    if variant is not None:
+        wanted = [stem for stem in stems if stem.endswith(f".{variant}")]
+        if not wanted:
+            raise WanError(f"{path}: no weights of variant={variant} here, only {found}")
+    else:
+        wanted = [s for s in stems if not any(s.startswith(f"{other}.") for other in stems)]
+    of_plain = {stem.removesuffix(f".{variant}"): stem for stem in wanted}
+    released = [of_plain[stem] for stem in RELEASED_STEMS if stem in of_plain]
+    chosen = released if released else wanted
+    if len(chosen) > 1:
+        raise WanError(f"{path}: holds several checkpoints ({found}): give the file or index")
+    (stem,) = chosen
+    others = [f"{other}*.safetensors" for other in stems if other != stem]
+    if others and variant is None:
+        variants = [other.removeprefix(f"{stem}.") for other in stems if f"{stem}." in other]
+        hint = f"; variant={variants[0]} takes the other" if variants else ""
+        warnings.warn(f"{path}: {stem} is taken, not {', '.join(others)}{hint}", stacklevel=3)
+    return stem
 
 
 def nothing_found(path: Path, names: list[str]) -> str:
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         return refuse_pickle(path / pickles[0])
+    if gguf := [name for name in names if name.endswith(GGUF_SUFFIX)]:
+        return f"{path / gguf[0]}: not a safetensors file but {GGUF}"
     if "model_index.json" in names:
         return f"{path}: a whole pipeline; give one component, e.g. {path / 'transformer'}"
-    return f"{path}: no .safetensors file here (found: {', '.join(names[:8]) or 'nothing'})"
+    found = ", ".join(names[:8]) or "nothing"
+    cached = any(parent.name == "snapshots" for parent in path.absolute().parents)
+    hint = "; if the repository has them as variants only, name one as variant=" if cached else ""
+    return f"{path}: no .safetensors file here (found: {found}){hint}"
 
 
 def check_complete_set(path: Path, files: list[str]) -> None:
@@ -116,10 +186,11 @@ def check_complete_set(path: Path, files: list[str]) -> None:
     present = {int(match["number"]) for match in shards if match is not None}
     missing = sorted(set(range(1, count + 1)) - present)
     if missing:
-        stem = family(files[0])
+        first = next(match for match in shards if match is not None)
+        stem, end = first["stem"], f"-of-{count:05d}{first['variant'] or ''}.safetensors"
         raise WanError(
             f"{path}: missing "
-            + ", ".join(f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in missing[:8])
+            + ", ".join(f"{stem}-{i:05d}{end}" for i in missing[:8])
             + f" ({len(missing)} of {count} shards): fetch them again"
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from wan.errors import WanError
 from wan.files import write_text
+from wan.weights.checkpoint import family, is_index, is_weights
 
 MANIFEST = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -34,7 +35,16 @@ def hash_files(paths: Iterable[Path], threads: int | None = None) -> dict[Path, 
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """Every file below a folder by its path with slashes, without manifest and hidden files."""
+    """Every file below a folder by its path with slashes, without manifest and hidden files.
+
+    A file stands for itself, an index for its shards too.
+    """
+    if is_index(folder.name):
+        stem = family(folder.name)
+        beside = sorted(path for path in folder.parent.iterdir() if is_weights(path.name))
+        return {path.name: path for path in beside if family(path.name) == stem}
+    if folder.is_file():
+        return {folder.name: folder}
     found = {}
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

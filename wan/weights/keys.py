@@ -27,13 +27,29 @@ LAYOUTS = ("diffusers", "official")
 PREFIXES = (
     "model.diffusion_model.",
     "diffusion_model.",
+    "diffusion.model.",
     "_orig_mod.",
     "_fsdp_wrapped_module.",
     "module.",
     "model.",
+    "transformer.",
+    "pipe.dit.",
+    "dit.",
+    "text_encoder.",
 )
+# The same wrappers around single blocks: segments inside a name, of which no parameter has one.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+# Tensors that stand beside a weight `x.weight` as `x.SEGMENT` and are no parameters.
+WEIGHT_SCALES = ("scale_weight", "weight_scale")  # its numbers are multiplied with it
+INPUT_SCALES = ("scale_input", "input_scale")  # for products in 8 bits, which are not made here
+FORMAT = "comfy_quant"  # JSON that names how the weight is stored
+# Tensors of a whole file: the mark of ComfyUI's scaled files, and the tokenizer of a text encoder.
+SCALED_MARK, SPIECE = "scaled_fp8", "spiece_model"
+BESIDE = (*WEIGHT_SCALES, *INPUT_SCALES, FORMAT, SCALED_MARK, SPIECE)
 
 # Second names that files may carry for a tensor: (component, layout) -> {second name: first name}.
+# Where both are there, the second one is what the network reads.
 ALIASES = {("text_encoder", "diffusers"): {"encoder.embed_tokens.weight": "shared.weight"}}
 
 Row = tuple[str, str, str]  # ours, diffusers, official
@@ -264,8 +280,9 @@ def detect_layout(component: str, names: Collection[str]) -> KeyLayout:
     Raises:
         WanError: it is another kind of checkpoint or component; the message names it.
     """
+    names = [name for name in names if not stands_beside(name)]
     prefix = common_prefix(names)
-    bare = [name[len(prefix) :] for name in names]
+    bare = [bare_name(name, prefix) for name in names]
     refuse_foreign(component, bare)
     found = {c: best_layout(c, bare) for c in COMPONENTS}
     likeliest = max(COMPONENTS, key=lambda c: (found[c].num_known, c == component))
@@ -286,6 +303,16 @@ def common_prefix(names: Collection[str]) -> str:
             break
         prefix += step
     return prefix
+
+
+def bare_name(name: str, prefix: str) -> str:
+    """A name without the common prefix and the wrappers inside it."""
+    return ".".join(s for s in name.removeprefix(prefix).split(".") if s not in WRAPPERS)
+
+
+def stands_beside(name: str) -> bool:
+    """True for a tensor that is no parameter but belongs to a weight or to the file."""
+    return name.rpartition(".")[2] in BESIDE
 
 
 class Match(NamedTuple):
@@ -344,6 +371,7 @@ class Foreign(NamedTuple):
         )
 
 
+PLAIN_WEIGHTS = "the float32, bfloat16 or float16 weights, or fp8 ones with a scale per weight"
 ANYWHERE = (
     Foreign(
         "a LoRA",
@@ -354,10 +382,10 @@ ANYWHERE = (
     ),
     Foreign(
         "a quantised checkpoint",
-        "use the float32, bfloat16 or float16 weights",
+        f"use {PLAIN_WEIGHTS}",
         segments=(
-            *("scaled_fp8", "scale_weight", "scale_input", "weight_scale", "weight_scale_2"),
-            *("input_scale", "weight_packed", "qweight", "qzeros", "SCB", "absmax", "quant_map"),
+            *("weight_scale_2", "weight_scale_inv", "weight_packed", "qweight", "qzeros", "g_idx"),
+            *("wscales", "SCB", "absmax", "quant_map", "quant_state", "_data", "block_scale"),
         ),
     ),
     Foreign(

@@ -1,8 +1,9 @@
 """Checkpoints -> our modules: the strict load.
 
 Loading is strict both ways: every parameter is in the files and every tensor in the files is a
-parameter of the right shape, or one error lists all that don't fit. The module is built on the meta
-device and filled as tensors are read, so peak memory stays near the weights that are kept.
+parameter of the right shape, or stands beside one (see `wan.weights.scaled`); one error lists all
+that don't fit. The module is built on the meta device and filled as tensors are read, so peak
+memory stays near the weights that are kept.
 """
 
 import os
@@ -18,13 +19,24 @@ from torch.overrides import TorchFunctionMode
 
 from wan.errors import WanError
 from wan.weights.checkpoint import Checkpoint, StoredTensor
-from wan.weights.keys import ALIASES, KeyLayout, detect_layout, our_name, released_name
+from wan.weights.keys import (
+    ALIASES,
+    PLAIN_WEIGHTS,
+    SPIECE,
+    KeyLayout,
+    bare_name,
+    detect_layout,
+    our_name,
+    released_name,
+    stands_beside,
+)
 from wan.weights.names import describe, grouped
 from wan.weights.quantize import check_quantize, quantize_layers, quantize_state
 from wan.weights.safetensors_file import map_tensors
+from wan.weights.scaled import FP8, plain_dtype, read_scale, read_small, restored, with_scales
 from wan.weights.tensor_reader import read_tensors
 
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8.values())
 
 # Bytes of unquantised weights that are in memory at a time while a model is quantised.
 GROUP_BYTES = 256 << 20
@@ -66,8 +78,9 @@ def load_module(
     Args:
         build: makes the module, e.g. `lambda: WanDiT(config)`; it is called on the meta device.
         component: one of `wan.weights.keys.COMPONENTS`.
-        dtype: dtype of the weights; None keeps the stored dtypes. Parameters whose names match a
-            pattern in the class's `FLOAT32_PARAMETERS` get at least float32.
+        dtype: dtype of the weights; None keeps the stored dtypes, but for 8-bit numbers, which
+            become bfloat16. Parameters whose names match a pattern in the class's
+            `FLOAT32_PARAMETERS` get at least float32.
         threads: number of threads that read; None takes the number of cores, at most 8.
         check_finite: refuse NaN and infinity while the tensors pass by, and warn of zero matrices.
         share_mapping: let tensors that need no conversion be views of the mapped file (on the CPU),
@@ -92,7 +105,7 @@ def load_module(
     changes = changes or {}
     # A parameter that is changed is read in at least float32, and rounded once afterwards.
     reads = targets | {
-        name: torch.promote_types(names.stored[name].entry.dtype, torch.float32)
+        name: torch.promote_types(plain_dtype(names.stored[name].entry.dtype), torch.float32)
         for name in wanted
         if name in changes
     }
@@ -162,6 +175,22 @@ def warn_of_zeros(checkpoint: Checkpoint, zero: list[StoredTensor]) -> None:
 def load_state(checkpoint: Checkpoint, component: str) -> dict[str, Tensor]:
     """Every tensor under our name, as views of the mapped files in the stored dtype.
 
+    A weight with a scale is their product, in the dtype of `plain_dtype`, and no view.
+
+    Raises:
+        WanError: a name does not belong to this component.
+    """
+    state, scales = stored_state(checkpoint, component)
+    for name, scale in scales.items():
+        state[name] = restored(state[name], scale, plain_dtype(state[name].dtype))
+    return state
+
+
+def stored_state(
+    checkpoint: Checkpoint, component: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every tensor as a view, as it is stored, and the scales of those that have one.
+
     Raises:
         WanError: a name does not belong to this component.
     """
@@ -171,7 +200,17 @@ def load_state(checkpoint: Checkpoint, component: str) -> dict[str, Tensor]:
             f"{checkpoint.path}: {len(names.unexpected)} unexpected: {grouped(names.unexpected)}"
         )
     mapped = checkpoint.map()
-    return {ours: mapped[tensor.name] for ours, tensor in names.stored.items()}
+    state = {ours: mapped[tensor.name] for ours, tensor in names.stored.items()}
+    scales = {n: read_scale(t.scale) for n, t in names.stored.items() if t.scale is not None}
+    return state, scales
+
+
+def stored_tokenizer(checkpoint: Checkpoint) -> bytes | None:
+    """The SentencePiece model that ComfyUI's text encoders carry as a tensor of bytes."""
+    for name, tensor in checkpoint.tensors.items():
+        if name.rpartition(".")[2] == SPIECE and tensor.entry.dtype in (torch.uint8, torch.int8):
+            return read_small(tensor).numpy().tobytes()
+    return None
 
 
 @dataclass(frozen=True)
@@ -190,33 +229,46 @@ def match_names(checkpoint: Checkpoint, component: str) -> MatchedNames:
     except WanError as error:
         raise WanError(f"{checkpoint.path}: {error}") from error
     aliases = ALIASES.get((component, layout.layout), {})
-    stored, unexpected = {}, []
-    for name, tensor in checkpoint.tensors.items():
-        bare = name.removeprefix(layout.prefix)
-        first = aliases.get(bare)
-        if first is not None:
-            if layout.prefix + first in checkpoint.tensors:
-                check_same(checkpoint, name, layout.prefix + first)
-                continue
-            bare = first
+    beside = {name: t for name, t in checkpoint.tensors.items() if stands_beside(name)}
+    tensors = {name: t for name, t in checkpoint.tensors.items() if name not in beside}
+    tensors, unexpected = with_scales(tensors, beside)
+    if component != "text_encoder":
+        unexpected += [name for name in beside if name.rpartition(".")[2] == SPIECE]
+    by_name: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if by_name.setdefault(bare_name(name, layout.prefix), tensor) is not tensor:
+            unexpected.append(name)  # a second tensor of that name, but for a wrapper's segment
+    for second, first in aliases.items():
+        if second in by_name:
+            if first in by_name:
+                warn_of_difference(checkpoint, by_name[second], by_name[first])
+            by_name[first] = by_name.pop(second)
+    stored = {}
+    for bare, tensor in by_name.items():
         ours = our_name(component, layout.layout, bare, layout.vae_levels)
         if ours is None:
-            unexpected.append(name)
+            unexpected.append(tensor.name)
         else:
             stored[ours] = tensor
     return MatchedNames(layout, stored, unexpected)
 
 
-def check_same(checkpoint: Checkpoint, alias: str, name: str) -> None:
-    """Refuse two stored copies of one parameter that differ."""
-    both = [checkpoint.tensors[key] for key in (alias, name)]
-    if both[0].entry.dtype != both[1].entry.dtype or both[0].entry.shape != both[1].entry.shape:
-        equal = False
-    else:
-        views = [map_tensors(t.file)[t.name] for t in both]
-        equal = torch.equal(views[0], views[1])
+def warn_of_difference(checkpoint: Checkpoint, used: StoredTensor, other: StoredTensor) -> None:
+    """Warn if two stored copies of one parameter differ; the network reads one of them.
+
+    transformers 5.0 saves the embedding of a text encoder under both of its names.
+    """
+    views = [map_tensors(t.file)[t.name] for t in (used, other)]
+    equal = used.entry.shape == other.entry.shape and all(
+        torch.equal(*(part.float() for part in parts))
+        for parts in zip(*(view.split(4096) for view in views), strict=True)
+    )
     if not equal:
-        raise WanError(f"{checkpoint.path}: {alias} and {name} are one parameter but differ")
+        warnings.warn(
+            f"{checkpoint.path}: {used.name} and {other.name} differ; {used.name} is taken, which "
+            "is what the encoder reads",
+            stacklevel=3,
+        )
 
 
 def check_fit(
@@ -257,16 +309,16 @@ def check_fit(
         )
     if not problems:
         return
-    raise WanError(
-        f"{checkpoint.path}: {hint}{'; '.join(problems)}. Weights and config.json must come from "
-        "the same release"
-    )
+    remedy = "Weights and config.json must come from the same release"
+    if not (missing or unexpected or shapes):
+        remedy = f"Use {PLAIN_WEIGHTS}"
+    raise WanError(f"{checkpoint.path}: {hint}{'; '.join(problems)}. {remedy}")
 
 
 def target_dtype(
     name: str, stored: torch.dtype, dtype: torch.dtype | None, float32: tuple[str, ...]
 ) -> torch.dtype:
-    wanted = stored if dtype is None else dtype
+    wanted = plain_dtype(stored) if dtype is None else dtype
     if wanted.itemsize < 4 and any(re.search(pattern, name) for pattern in float32):
         return torch.float32
     return wanted

@@ -47,6 +47,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# The format's other dtypes, all of quantised files: their numbers mean nothing without more.
+BLOCK_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -105,6 +107,8 @@ def read_header(path: Path) -> SafetensorsFile:
     path = Path(path)
     if path.suffix in PICKLE_SUFFIXES:
         raise WanError(refuse_pickle(path))
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        raise WanError(f"{path}: not a safetensors file but {GGUF}")
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -159,6 +163,11 @@ CUT_SHORT = "cut short, probably an interrupted download; fetch it again"
 
 
 PICKLE = "a pickle (.pt, .pth, .bin)"
+GGUF_SUFFIX = ".gguf"
+GGUF = (
+    "a GGUF file (quantised); use the float32, bfloat16 or float16 safetensors release, or one in "
+    "fp8; quantize=int8 makes it small as it is loaded"
+)
 
 
 def sniff(start: bytes) -> str | None:
@@ -173,7 +182,7 @@ def sniff(start: bytes) -> str | None:
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer: fetch the file behind it with `git lfs pull` or `hf download`"
     if start.startswith(b"GGUF"):
-        return "a GGUF file (quantised); use the float32, bfloat16 or float16 safetensors release"
+        return GGUF
     if start.startswith(b"\x1f\x8b"):
         return "a gzip archive: unpack it first"
     if text.startswith((b"{", b"[")):
@@ -236,6 +245,11 @@ def parse_entry(path: Path, name: str, value: Any, body: int) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise WanError(f"{path}: tensor {name} needs dtype, shape and data_offsets; {REFETCH}")
     if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
+        if value["dtype"] in BLOCK_DTYPES:
+            raise WanError(
+                f"{path}: a quantised checkpoint, tensor {name} has dtype {value['dtype']}; use "
+                "the float32, bfloat16 or float16 weights"
+            )
         raise WanError(
             f"{path}: tensor {name} has dtype {value['dtype']!r}; readable: {', '.join(DTYPES)}"
         )

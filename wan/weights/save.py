@@ -1,8 +1,10 @@
 """Our modules -> checkpoints in a released layout, in shards that are written atomically."""
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from wan.files import write_json
 from wan.weights.checkpoint import INDEX_SUFFIX, family
 from wan.weights.keys import VAELevels, released_name
 from wan.weights.safetensors_file import write_tensors
+from wan.weights.scaled import plain_dtype, restored
 
 
 def save_component(
@@ -23,8 +26,10 @@ def save_component(
     vae_levels: VAELevels | None = None,
     prefix: str = "",
     dtypes: Mapping[str, torch.dtype] | None = None,
+    scales: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
+    variant: str | None = None,
 ) -> list[Path]:
     """Write a state dict with our names as a component in a released layout.
 
@@ -35,7 +40,10 @@ def save_component(
     Args:
         vae_levels: for a VAE, the settings that its names depend on.
         prefix: put in front of every released name, as in repacked files.
-        dtypes: our name -> dtype to convert to, shard by shard. None changes no bits.
+        dtypes: our name -> dtype to convert to, shard by shard. None changes no bits of a tensor
+            without a scale.
+        scales: our name -> the scale of an 8-bit weight, which is restored shard by shard.
+        variant: put into the names of the files, as in `<name>.fp16.safetensors`.
     Returns:
         The weight files, and the index if there are several.
     Raises:
@@ -43,12 +51,15 @@ def save_component(
             to write.
     """
     folder = Path(folder)
+    scales = scales or {}
     released = {n: prefix + released_name(component, layout, n, vae_levels) for n in state}
-    wanted = {released[n]: t.dtype if dtypes is None else dtypes[n] for n, t in state.items()}
+    kept = {n: plain_dtype(t.dtype) if n in scales else t.dtype for n, t in state.items()}
+    wanted = {released[n]: dtype for n, dtype in (dtypes or kept).items()}
     named = {released[n]: t for n, t in state.items()}
-    stem = file_stem(component, layout, vae_levels)
+    factors = {released[n]: scale for n, scale in scales.items()}
+    stem = file_stem(component, layout, vae_levels) + ("" if variant is None else f".{variant}")
     try:
-        return write_shards(named, wanted, folder, stem, max_shard_bytes, metadata or {})
+        return write_shards(named, wanted, factors, folder, stem, max_shard_bytes, metadata or {})
     except OSError as error:
         raise WanError(f"{folder}: can't be written: {error.strerror or error}") from error
 
@@ -56,6 +67,7 @@ def save_component(
 def write_shards(
     named: Mapping[str, Tensor],
     wanted: Mapping[str, torch.dtype],
+    scales: Mapping[str, Tensor],
     folder: Path,
     stem: str,
     max_shard_bytes: int,
@@ -77,16 +89,80 @@ def write_shards(
     for name, shard in zip(names, shards, strict=True):
         write_tensors(
             folder / name,
-            {n: tensor.to(wanted[n]) for n, tensor in shard.items()},  # no copy if unchanged
+            # No copy of what does not change.
+            {n: restored(tensor, scales.get(n), wanted[n]) for n, tensor in shard.items()},
             {"format": "pt", **metadata},
         )
     written = [folder / name for name in names]
     if len(shards) > 1:
         weight_map = {t: name for name, s in zip(names, shards, strict=True) for t in s}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        written.append(folder / f"{stem}{INDEX_SUFFIX}")
+        written.append(folder / index_name(stem))
         write_json(written[-1], index)
     return written
+
+
+def index_name(stem: str) -> str:
+    """The index of shards: the variant stands at its end, as diffusers and transformers write."""
+    plain, dot, variant = stem.partition(".")
+    return f"{plain}{INDEX_SUFFIX.removesuffix('.json')}{dot}{variant}.json"
+
+
+def same_weights(folder: Path, name: str) -> list[Path]:
+    """The files in a folder that hold the same weights as the file of that name: all shards."""
+    if not name.endswith((".safetensors", ".json")) or name == "config.json":
+        return []
+    return [
+        file for file in folder.iterdir() if file.is_file() and family(file.name) == family(name)
+    ]
+
+
+def replace_component(
+    state: Mapping[str, Tensor],
+    folder: Path,
+    component: str,
+    config: Mapping[str, Any],
+    **options: Any,
+) -> None:
+    """Write config.json and weights into a folder; older weights of their names go away first.
+
+    Args:
+        options: further arguments of `save_component`.
+
+    Raises:
+        WanError: see `save_component`.
+    """
+    beside = folder.with_name(f".{folder.name}.tmp")
+    if beside.exists():
+        shutil.rmtree(beside)
+    written = save_component(state, beside, component, **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in written:
+        for old in same_weights(folder, file.name):
+            old.unlink()
+    for file in written:  # the index, if there is one, comes last
+        file.replace(folder / file.name)
+    beside.rmdir()
+    write_json(folder / "config.json", config)
+
+
+def size_in_bytes(size: int | str) -> int:
+    """A number of bytes from a number or a text such as "5GB" or "200MB" (decimal units).
+
+    Raises:
+        WanError: neither.
+    """
+    match = (
+        re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B", size, re.IGNORECASE)
+        if isinstance(size, str)
+        else None
+    )
+    if match is not None:
+        unit = 1024 if match[3] else 1000
+        size = int(match[1]) * unit ** " KMGT".index(match[2].upper() or " ")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise WanError(f"max_shard_size={size!r}: need a number of bytes, or a text such as 5GB")
+    return size
 
 
 def file_stem(component: str, layout: str, vae_levels: VAELevels | None) -> str:

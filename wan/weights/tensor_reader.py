@@ -3,6 +3,8 @@
 A tensor that is needed on the CPU in its stored dtype can be a view of the mapped file. Any other
 is read, checked, converted and copied in pieces, through a buffer of fixed size per thread. Beside
 the tensors themselves only these buffers need memory, however large a tensor or shard is.
+
+A tensor with a scale is multiplied with it once it is whole.
 """
 
 import threading
@@ -19,6 +21,7 @@ from torch import Tensor
 from wan.errors import WanError
 from wan.weights.checkpoint import StoredTensor
 from wan.weights.safetensors_file import map_tensors, read_bytes
+from wan.weights.scaled import FP8, read_scale, scale_in_place
 
 CHUNK_BYTES = 32 << 20
 
@@ -58,6 +61,7 @@ def read_tensors(
         for name, tensor in stored.items():
             path, entry = tensor.file.path, tensor.entry
             shared = share_mapping and device.type == "cpu" and dtypes[name] == entry.dtype
+            shared &= tensor.scale is None
             if shared:
                 if path not in mapped:
                     mapped[path] = map_tensors(tensor.file)
@@ -76,6 +80,9 @@ def read_tensors(
         # Every file is read from front to back.
         pieces.sort(key=lambda piece: (piece.stored.file.path, piece.offset))
         zero = fill(pieces, device, threads, check_finite)
+    for name, tensor in stored.items():
+        if tensor.scale is not None:
+            scale_in_place(state[name], read_scale(tensor.scale))
     return state, zero
 
 
@@ -94,11 +101,14 @@ def fill(pieces: list[Piece], device: torch.device, threads: int, check_finite: 
                     scratch.buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pin)
                 source = scratch.buffer[: source.numel() * dtype.itemsize].view(dtype)
             read_bytes(piece.file, source, piece.offset)
-        zero = check_finite and is_zero(piece, source)
+        # 8-bit numbers have no minimum and maximum of their own; as wider ones they are the same.
+        narrow = source.dtype in FP8.values()
+        zero = check_finite and not narrow and is_zero(piece, source)
         if source is not piece.target:
             piece.target.copy_(source)
-            if check_finite and piece.target.dtype == torch.float16:
-                is_zero(piece, piece.target)  # float16 may overflow in the conversion
+            if check_finite and (narrow or piece.target.dtype == torch.float16):
+                # float16 may overflow in the conversion
+                zero = is_zero(piece, piece.target) and (zero or narrow)
         return zero
 
     with ThreadPoolExecutor(threads) as pool:
@@ -117,7 +127,8 @@ def is_zero(piece: Piece, values: Tensor) -> bool:
     """
     low, high = (bound.item() for bound in torch.aminmax(values))
     if low != low or low == float("-inf") or high == float("inf"):
-        overflow = values.dtype == torch.float16 != piece.stored.entry.dtype
+        stored = piece.stored.entry.dtype
+        overflow = values.dtype == torch.float16 != stored and stored not in FP8.values()
         remedy = "too large for float16: load as bfloat16" if overflow else "the file is damaged"
         raise WanError(
             f"{piece.stored.file.path}: tensor {piece.stored.name} is not finite "

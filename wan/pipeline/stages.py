@@ -1,0 +1,621 @@
+"""The stages of a pipeline, each usable alone: encode text, encode an image, denoise, decode.
+
+`PipelineStages` holds the parts and where they compute. `wan.pipeline.pipeline` puts the stages
+together in one call, `wan.pipeline.switches` gives its settings diffusers' names.
+
+B videos, C T h w latent sizes, F frames, H W pixels, S text tokens.
+"""
+
+import difflib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from wan.errors import WanError, check_names
+from wan.models.attention import AttentionChoice, verified_attention
+from wan.models.dit import WanDiT
+from wan.models.tokenizer import Tokenizer, clean_prompt
+from wan.models.umt5 import UMT5Encoder, encode_text
+from wan.models.vae import decode_tiled
+from wan.models.vae_config import CHUNK_LATENTS
+from wan.pipeline.adapters import PipelineAdapters
+from wan.pipeline.arguments import known_dtype
+from wan.pipeline.callbacks import Interrupted, StepFunction
+from wan.pipeline.config import PipelineConfig
+from wan.pipeline.folder import warn_of_attention
+from wan.pipeline.inputs import (
+    Generators,
+    ImageInput,
+    OnProgress,
+    first_frames,
+    negative_list,
+    noise_streams,
+    prompt_count,
+    prompt_list,
+    report,
+)
+from wan.pipeline.parts import adopt_part, fitted_config
+from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
+from wan.runtime.offload import OFFLOAD, ExpertSlot, at_work, has_blocks, pin, resolve_device
+from wan.sampling.denoiser import Denoiser, Expert
+from wan.sampling.noise import draw_noise
+from wan.sampling.samplers import sample
+from wan.sampling.schedule import NUM_TIMESTEPS
+from wan.weights.load import target_dtype
+from wan.weights.quantize import QuantizedLinear
+
+MAX_CACHED_PROMPTS = 64
+COMPILE = ("none", "dit", "all")
+PARTS_IN_ORDER = ("tokenizer", "text_encoder", "vae", "transformer", "transformer_2")
+
+P = TypeVar("P", bound="PipelineStages")
+
+
+class Part:
+    """A part of a pipeline as an attribute: it can be read, replaced, and set to None."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, pipeline: Any, owner: type | None = None) -> Any:
+        return self if pipeline is None else pipeline._parts[self.name]
+
+    def __set__(self, pipeline: Any, value: Any) -> None:
+        pipeline.set_part(self.name, value)
+
+
+class PipelineStages(PipelineAdapters):
+    """The parts of a pipeline, and the stages that they compute.
+
+    A part that no later call needs may be None: a pipeline with the text encoder alone encodes
+    prompts, one without it takes `prompt_embeds`.
+
+    Attributes:
+        tokenizer, text_encoder, vae, transformer, transformer_2: the parts; each may be replaced.
+        device: device that computes.
+        offload: "none"; "stage": a module is copied to the device for its stage only; "block":
+            at most two blocks of a transformer or text encoder are on the device at a time (see
+            `wan.runtime.offload`). Results do not change.
+        compile: "dit": the blocks of the transformers are compiled; "all": the VAE's decoder too.
+        chunk_latents: latent frames that are decoded at a time, one more in the first chunk. Fewer
+            need less memory; results change by the rounding of sums only.
+        last_timings: seconds per stage of the last call: encode_text, encode_image, denoise,
+            decode.
+    """
+
+    tokenizer = Part()
+    text_encoder = Part()
+    vae = Part()
+    transformer = Part()
+    transformer_2 = Part()
+
+    config: PipelineConfig
+    device: torch.device
+    offload: str
+    compile: str
+    chunk_latents: int
+    last_timings: dict[str, float]
+    _parts: dict[str, Any]
+    _prompt_cache: dict[tuple[str, int], Tensor]
+    _prompt_source: Any
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        parts: Mapping[str, Any],
+        device: str | torch.device,
+        offload: str = "none",
+        compile: str = "none",
+    ) -> None:
+        check_names("offload", [offload], OFFLOAD)
+        check_names("compile", [compile], COMPILE)
+        self.config = config
+        self.offload = offload
+        self.compile = compile
+        self.chunk_latents = CHUNK_LATENTS
+        self.last_timings = {}
+        self._prompt_cache = {}
+        self._prompt_source = None
+        self._parts = {
+            name: None if parts.get(name) is None else adopt_part(name, parts[name])
+            for name in PARTS_IN_ORDER
+        }
+        self.to(device)
+        self._compile(compile)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse attributes that a pipeline does not have, such as a misspelt part."""
+        if not hasattr(type(self), name) and name not in known_attributes(type(self)):
+            public = sorted(n for n in known_attributes(type(self)) if not n.startswith("_"))
+            near = difflib.get_close_matches(name, [*public, *PARTS_IN_ORDER, "scheduler"], 1)
+            meant = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(public)}"
+            raise WanError(f"{type(self).__name__} has no attribute {name}{meant}")
+        super().__setattr__(name, value)
+
+    # --- parts and places -------------------------------------------------------------------------
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks that are there, by the names of their folders."""
+        order = ("transformer", "transformer_2", "vae", "text_encoder")
+        return {name: self._parts[name] for name in order if self._parts[name] is not None}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The transformers that are there, by the names of their folders."""
+        return {n: module for n, module in self.modules.items() if n.startswith("transformer")}
+
+    def set_part(self, name: str, value: Any) -> None:
+        """Replace a part, or take it away with None.
+
+        Raises:
+            WanError: an object of another kind, or one whose sizes do not fit the other parts.
+        """
+        if value is not None:
+            value = adopt_part(name, value)
+            self.config = fitted_config(self.config, {name: value})
+        self._parts[name] = value
+        if isinstance(value, nn.Module):
+            self._place(value)
+
+    def part(self, name: str) -> Any:
+        """A part that a stage needs.
+
+        Raises:
+            WanError: it is None.
+        """
+        if self._parts[name] is None:
+            remedy = {
+                "text_encoder": "give prompt_embeds (and negative_prompt_embeds for guidance)",
+                "tokenizer": "give prompt_embeds (and negative_prompt_embeds for guidance)",
+                "vae": 'call with output_type="latent", and without an image',
+                "transformer_2": "set boundary_ratio to None for a model of one network",
+            }.get(name, "load the pipeline with it")
+            raise WanError(f"this pipeline has {name}=None: {remedy}")
+        return self._parts[name]
+
+    def to(self: P, *target: Any, device: Any = None, dtype: torch.dtype | None = None) -> P:
+        """Compute on another device, or in another dtype, from now on.
+
+        The weights move unless they are offloaded. In bfloat16, parameters that a network's
+        `FLOAT32_PARAMETERS` names stay float32.
+
+        Args:
+            target: a device, a dtype, or both.
+
+        Raises:
+            WanError: no such device, or a dtype other than float32 and bfloat16.
+        """
+        for one in target:
+            if isinstance(one, torch.dtype):
+                dtype = one
+            else:
+                device = one
+        if device is not None:
+            self.device = resolve_device(device)
+        if dtype is not None:
+            known_dtype(dtype, self.device)
+        for module in self.modules.values():
+            if dtype is not None:
+                cast_weights(module, dtype)
+            self._place(module)
+        return self
+
+    def _place(self, module: nn.Module) -> None:
+        """Bring a network's weights to where `offload` keeps them."""
+        module.to(self.device if self.offload == "none" else "cpu")
+        if self.offload == "block" and self.device.type == "cuda" and has_blocks(module):
+            pin(module)
+
+    def _compile(self, what: str) -> None:
+        """Compile blocks one by one: all share the compiled code, and offload runs between them."""
+        if what == "none":
+            return
+        for network in self.networks().values():
+            for block in cast(WanDiT, network).blocks:
+                block.compile(dynamic=False)
+        if what == "all":
+            self.part("vae").decoder.compile(dynamic=False)
+
+    def set_offload(self, offload: str) -> None:
+        """Use another kind of CPU offload from the next call on; see the class.
+
+        Raises:
+            WanError: the kind is unknown.
+        """
+        check_names("offload", [offload], OFFLOAD)
+        self.offload = offload
+        self.to(self.device)
+
+    def set_attention(self, attention: AttentionChoice) -> None:
+        """Use another attention from the next call on.
+
+        Args:
+            attention: a name ("sdpa", "cudnn", "spatial", ..), an `AttentionConfig` (of
+                `wan.models.attention_config`) with options, layers and steps, a function
+                (q, k, v, bias=None), or the result of `wan.models.attention.verified_attention`.
+
+        Raises:
+            WanError: the choice is unknown or does not fit the model, or this device lacks the
+                kernel or gets wrong results from it.
+        """
+        networks = self.networks()
+        dtype = self._first_network().patch_embedding.weight.dtype
+        chosen = verified_attention(attention, self.config.transformer, self.device, dtype)
+        if all(cast(Any, network).attention == chosen for network in networks.values()):
+            return
+        warn_of_attention("this model", self.config.defaults.attention, str(chosen.config))
+        if self.compile != "none":
+            torch.compiler.reset()  # PyTorch stops compiling a block after 8 variants of it
+        for network in networks.values():
+            cast(Any, network).set_attention(chosen)
+
+    @property
+    def tile(self) -> int | None:
+        """Latents per side of the tiles that are decoded, or None for whole frames.
+
+        Tiles need less memory and are not exact: see `wan.models.vae.decode_tiled`.
+        """
+        return None if self.vae is None else self.vae.tile
+
+    @tile.setter
+    def tile(self, tile: int | None) -> None:
+        vae = self.part("vae")
+        vae.tile = tile
+        vae.tile_overlap = 0 if tile is None else tile // 4
+
+    def plan(self, **request: Any) -> SamplingPlan:
+        """Sampler, schedule and guidance of a call; arguments as for `SamplingRequest`."""
+        return plan_sampling(self.config, SamplingRequest(**request))
+
+    # --- the stages ------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        clean: Callable[[str], str] = clean_prompt,
+        on_progress: OnProgress | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode texts to the DiT's context: two (B, S, text_dim), zero after the text's tokens.
+
+        The second is for the negative prompt, None without guidance. Encoded texts are cached until
+        the text encoder or the tokenizer changes.
+
+        Args:
+            max_sequence_length: S; None is the number that the model was trained with.
+            device, dtype: of the result; None is the pipeline's device and the encoder's dtype.
+            clean: text as typed -> text as the tokenizer gets it.
+
+        Raises:
+            WanError: a text and its embedding both given, or neither; counts that don't match.
+        """
+        length = max_sequence_length
+        if length is None:
+            length = self.config.defaults.max_sequence_length
+        prompts = prompt_list(prompt, prompt_embeds)
+        count = prompt_count(prompts, prompt_embeds)
+        negatives = None
+        if do_classifier_free_guidance:
+            negatives = negative_list(negative_prompt, negative_prompt_embeds, count)
+        for given in (prompt_embeds, negative_prompt_embeds):
+            text_dim = self.config.transformer.text_dim
+            if given is not None and (
+                given.ndim != 3 or len(given) != count or given.shape[-1] != text_dim
+            ):
+                raise WanError(
+                    f"embeddings {tuple(given.shape)} for {count} prompts: need (B, S, {text_dim})"
+                )
+        texts = [clean(text) for text in (*(prompts or []), *(negatives or []))]
+        encoded = self._encode(texts, length, on_progress)
+
+        def context_of(texts: list[str] | None, given: Tensor | None) -> Tensor:
+            if texts is not None:
+                given = torch.stack([encoded[clean(text)] for text in texts])
+            assert given is not None
+            placed = given.to(device=self.device if device is None else device, dtype=dtype)
+            return placed.repeat_interleave(num_videos_per_prompt, dim=0)
+
+        context = context_of(prompts, prompt_embeds)
+        if not do_classifier_free_guidance:
+            return context, None
+        return context, context_of(negatives, negative_prompt_embeds)
+
+    def _encode(
+        self, texts: list[str], length: int, on_progress: OnProgress | None
+    ) -> dict[str, Tensor]:
+        """The embedding (S, text_dim) of each clean text, on the CPU; from the cache if there."""
+        if not texts:
+            return {}
+        encoder, tokenizer = self.part("text_encoder"), self.part("tokenizer")
+        known = self._prompt_cache
+        source = (tokenizer, weights_state(encoder))
+        if source != self._prompt_source:
+            known.clear()
+            self._prompt_source = source
+        missing = [text for text in dict.fromkeys(texts) if (text, length) not in known]
+        if missing:
+            with self._on_device(encoder):
+                for done, text in enumerate(missing):
+                    report(on_progress, "encode", done, len(missing))
+                    context = context_of_text(encoder, tokenizer, text, length, self.device)
+                    known[text, length] = context.cpu()
+            report(on_progress, "encode", len(missing), len(missing))
+        encoded = {text: known[text, length] for text in texts}
+        for oldest in list(known)[: max(0, len(known) - MAX_CACHED_PROMPTS)]:
+            del known[oldest]
+        return encoded
+
+    @torch.no_grad()
+    def encode_image(
+        self, image: ImageInput | list[ImageInput], height: int, width: int, count: int = 1
+    ) -> Tensor:
+        """Normalised latents of `count` first frames: (count, C, 1, h, w) float32 on the device.
+
+        Raises:
+            WanError: not an image, or neither one nor `count` of them.
+        """
+        return self.encode_frames(first_frames(image, height, width, count), count)
+
+    def encode_frames(self, pixels: Sequence[Tensor], count: int) -> Tensor:
+        """`encode_image` for frames (3, H, W) in [-1, 1] that have the video's size already."""
+        vae = self.part("vae")
+        with self._on_device(vae):
+            latents = [vae.encode_normalized(p[None, :, None].to(self.device)) for p in pixels]
+        return torch.cat(latents).expand(count, -1, -1, -1, -1)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        *,
+        frame_first: bool = False,
+    ) -> Tensor:
+        """The noise to start from: (B, C, T, h, w).
+
+        Args:
+            num_channels_latents: C; None is that of the VAE.
+            dtype, device: of the result; None is float32 on the pipeline's device.
+            generator: a generator, or one per video; None is PyTorch's global one.
+            latents: used instead of drawn noise.
+            frame_first: see `wan.sampling.noise.draw_noise`.
+
+        Raises:
+            WanError: the size is illegal, or the latents have another shape.
+        """
+        shape = self.config.latent_shape(height, width, num_frames)
+        if num_channels_latents not in (None, shape[0]):
+            raise WanError(f"num_channels_latents={num_channels_latents}: this VAE has {shape[0]}")
+        if latents is None:
+            generators, _ = noise_streams(None, generator, batch_size)
+            latents = draw_noise(shape, generators, frame_first)
+        if tuple(latents.shape) != (batch_size, *shape):
+            raise WanError(
+                f"latents {tuple(latents.shape)}: {batch_size} videos of {num_frames} frames at "
+                f"{height}x{width} need {(batch_size, *shape)}"
+            )
+        place = self.device if device is None else device
+        return latents.to(device=place, dtype=torch.float32 if dtype is None else dtype)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        plan: SamplingPlan,
+        x: Tensor,
+        context: Tensor,
+        negative: Tensor | None = None,
+        image_latents: Tensor | None = None,
+        *,
+        renoise: Callable[[int], Tensor] | None = None,
+        on_step: StepFunction | None = None,
+    ) -> Tensor:
+        """Noise to normalised latents: (B, C, T, h, w) float32 -> the same.
+
+        Args:
+            plan: sampler, schedule and guidance, from `plan`.
+            x: the start, from `prepare_latents`.
+            context, negative: (B, S, text_dim) each, from `encode_prompt`; the second only with
+                guidance.
+            image_latents: (B, C, 1, h, w), a clean first frame from `encode_image`.
+            renoise: step -> fresh noise, shaped like x; for few-step sampling.
+            on_step: called after every step, see `StepFunction`.
+
+        Raises:
+            FloatingPointError: latents became infinite or NaN; names the step.
+        """
+        timesteps, steps = plan.schedule.timesteps.tolist(), len(plan.schedule)
+        slot = ExpertSlot(self.device, self.offload)
+
+        def bring(network: Any) -> None:
+            slot.close()
+            self.adapters.write()  # what a callback has changed
+            slot.bring(network)
+
+        high_noise, low_noise, boundary = self._experts(plan, timesteps)
+        denoiser = Denoiser(
+            high_noise,
+            context,
+            negative,
+            low_noise,
+            boundary,
+            image_latents,
+            bring,
+            self._first_network().attention.exact_timesteps(timesteps),
+        )
+
+        def after_step(i: int, timestep: float, sigma: float, x: Tensor) -> Tensor | None:
+            if not bool(x.isfinite().all()):
+                raise FloatingPointError(
+                    f"latents are not finite after step {i + 1} of {steps} (timestep {timestep:g})"
+                )
+            return None if on_step is None else on_step(denoiser, i, timestep, x)
+
+        with closing(slot):
+            try:
+                x = sample(denoiser, x, plan.stepper(renoise), after_step)
+            except Interrupted as stopped:
+                x = stopped.latents
+        return denoiser.impose_image(x)
+
+    def _experts(
+        self, plan: SamplingPlan, timesteps: list[float]
+    ) -> tuple[Expert, Expert | None, float | None]:
+        """The networks that a schedule visits, the first one first, and where they hand over."""
+        boundary = self.config.boundary_ratio
+        high = boundary is None or max(timesteps) >= boundary * NUM_TIMESTEPS
+        low = boundary is not None and min(timesteps) < boundary * NUM_TIMESTEPS
+        experts = []
+        if high:
+            experts.append(Expert(self.part("transformer"), plan.guidance_scale))
+        if low:
+            experts.append(Expert(self.part("transformer_2"), plan.guidance_scale_2))
+        return (*experts, boundary) if len(experts) == 2 else (experts[0], None, None)
+
+    def _first_network(self) -> Any:
+        """The transformer, or the only one of two experts that is there."""
+        networks = self.networks()
+        return next(iter(networks.values())) if networks else self.part("transformer")
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, on_progress: OnProgress | None = None) -> Tensor:
+        """Normalised latents (B, C, T, h, w) -> video (B, 3, F, H, W) in [-1, 1], on the CPU."""
+        total = len(latents) * latents.shape[2]
+        vae = self.part("vae")
+        config, done = vae.config, 0
+        frames, height, width = latents.shape[2:]
+        stride = config.spatial_stride
+        num_frames = (frames - 1) * config.temporal_stride + 1
+        video = torch.empty(len(latents), 3, num_frames, height * stride, width * stride)
+        report(on_progress, "decode", 0, total)
+        with self._on_device(vae):
+            for one, room in zip(latents.to(self.device).split(1), video.split(1), strict=True):
+                start = 0
+                for chunk in self._decoded(one):
+                    count = chunk.shape[2]
+                    room[:, :, start : start + count] = chunk  # float32 from here on
+                    start += count
+                    done += -(-count // config.temporal_stride)
+                    report(on_progress, "decode", done, total)
+        return video
+
+    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the frames of one video by chunks; with tiles, all frames at once."""
+        vae = self.part("vae")
+        if vae.tile is None:
+            yield from vae.decode_stream(latents, self.chunk_latents)
+        else:
+            yield decode_tiled(vae, latents, vae.tile, vae.tile_overlap, self.chunk_latents)
+
+    # --- helpers ----------------------------------------------------------------------------------
+
+    def _size(
+        self, height: int | None, width: int | None, num_frames: int | None, latents: Tensor | None
+    ) -> tuple[int, int, int]:
+        """Height, width and number of frames: the caller's, else the latents', else the default."""
+        defaults, vae = self.config.defaults, self.config.vae
+        fallback = (defaults.height, defaults.width, defaults.num_frames)
+        if latents is not None and latents.ndim == 5:
+            frames, h, w = latents.shape[2:]
+            stride = vae.spatial_stride
+            fallback = (h * stride, w * stride, (frames - 1) * vae.temporal_stride + 1)
+        size = (
+            fallback[0] if height is None else height,
+            fallback[1] if width is None else width,
+            fallback[2] if num_frames is None else num_frames,
+        )
+        self.config.latent_shape(*size)
+        return size
+
+    def _on_device(self, module: nn.Module) -> AbstractContextManager[None]:
+        return at_work(module, self.device, self.offload)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Time a stage; GPU work that was only queued counts too."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.last_timings[name] = time.perf_counter() - start
+
+
+def context_of_text(
+    encoder: Any, tokenizer: Any, text: str, length: int, device: torch.device
+) -> Tensor:
+    """The context (S, text_dim) of one clean text, by our classes or by transformers'."""
+    if isinstance(encoder, UMT5Encoder) and isinstance(tokenizer, Tokenizer):
+        return encode_text(encoder, tokenizer, [text], length, str)[0]
+    if isinstance(tokenizer, Tokenizer):
+        ids = torch.tensor([tokenizer(text, length).ids])
+        mask = torch.ones_like(ids)
+    else:
+        tokens = tokenizer(
+            [text],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids, mask = tokens.input_ids, tokens.attention_mask
+    used = int(mask.sum())
+    states = encoder(ids.to(device), mask.to(device))[0][0]  # (S, text_dim)
+    context = states.new_zeros(length, states.shape[-1])
+    context[:used] = states[:used]
+    return context
+
+
+@cache
+def known_attributes(kind: type) -> frozenset[str]:
+    """The attributes that the classes of a pipeline declare."""
+    return frozenset(name for one in kind.__mro__ for name in vars(one).get("__annotations__", {}))
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert weights in place; those that must stay float32 and 8-bit ones are left."""
+    network: Any = getattr(module, "_orig_mod", module)
+    if not hasattr(network, "FLOAT32_PARAMETERS"):
+        module.to(dtype)
+        return
+    for prefix, owner in network.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if isinstance(owner, QuantizedLinear) and name != "bias":
+                continue
+            whole = f"{prefix}.{name}" if prefix else name
+            wanted = target_dtype(whole, parameter.dtype, dtype, network.FLOAT32_PARAMETERS)
+            parameter.data = parameter.data.to(wanted)
+
+
+def weights_state(module: nn.Module) -> tuple[Any, ...]:
+    """A value that changes when a network's weights are replaced or changed in place.
+
+    It holds the version that PyTorch counts up at changes in place, and a sample of the values,
+    which also shows changes through `.data`.
+    """
+    state: list[Any] = []
+    for parameter in module.parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 16)][:17].double().sum().item()
+        state.append((id(parameter), parameter._version, parameter.dtype, sample))
+    return tuple(state)
