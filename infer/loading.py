@@ -17,6 +17,7 @@ from configs.schema import LoadingConfig, PartsConfig, SampleConfig
 from wan.errors import WanError
 from wan.lora.files import read_lora
 from wan.lora.merge import LoRAMerge
+from wan.lora.names import EXPERTS
 from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.pipeline.config import (
     PipelineConfig,
@@ -305,15 +306,21 @@ def read_loras(config: SampleConfig, model: PipelineConfig) -> dict[str, list[Lo
         "transformer": (config.lora, config.lora_strength),
         "transformer_2": (config.lora_2, strength_2),
     }
-    found: dict[str, list[LoRAMerge]] = {}
-    for part, (entries, factor) in options.items():
-        for path, strength in map(file_and_strength, entries or ()):
-            lora = read_lora(path, part if two else None)
-            if lora.other_expert and not (config.lora and config.lora_2):
+    found = {
+        part: [
+            LoRAMerge(read_lora(path, part if two else None), factor * strength)
+            for path, strength in map(file_and_strength, entries)
+        ]
+        for part, (entries, factor) in options.items()
+        if entries
+    }
+    used = {part: [merge.lora.path for merge in merges] for part, merges in found.items()}
+    for part, merges in found.items():
+        for lora in (merge.lora for merge in merges):
+            if lora.other_expert and any(lora.path not in used.get(one, ()) for one in EXPERTS):
                 warnings.warn(
-                    f"LoRA {path}: holds layers for both experts, and those for {part} alone are "
-                    "used; give it as lora= and as lora_2= to use all",
+                    f"LoRA {lora.path}: holds layers for both experts, and those for {part} alone "
+                    "are used; give it as lora= and as lora_2= to use all",
                     stacklevel=2,
                 )
-            found.setdefault(part, []).append(LoRAMerge(lora, factor * strength))
     return found
