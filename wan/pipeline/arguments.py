@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -196,4 +196,4 @@ def known_dtype(dtype: Any, device: torch.device) -> torch.dtype:
         narrow = str(found).removeprefix("torch.") in ("float16", "half")
         why = " (float16 is too narrow for the text encoder)" if narrow else ""
         raise WanError(f"dtype={dtype}: choose torch.bfloat16 or torch.float32{why}")
-    return found
+    return cast(torch.dtype, found)

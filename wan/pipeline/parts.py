@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def vae_levels(config: VAEConfig) -> VAELevels:
     return VAELevels(config.is_residual, config.num_res_blocks)
 
 
-class PartFace:
+class PartFace(nn.Module):
     """Loading and saving of one network; each subclass is also the network itself.
 
     Attributes:
@@ -72,7 +72,7 @@ class PartFace:
     @classmethod
     def from_config(cls, config: Any, **changes: Any) -> Self:
         """A network with those settings; its weights are not loaded."""
-        return cls(config, **changes)
+        return cast(Any, cls)(config, **changes)
 
     @classmethod
     def from_pretrained(
@@ -138,7 +138,7 @@ class PartFace:
         settings = cls.settings(config, {})
         where = placement(arguments, ())
         network: Any = load_module(
-            lambda: cls(settings),
+            lambda: cast(Any, cls)(settings),
             open_checkpoint(place, arguments.get("variant")),
             cls.COMPONENT,
             dtype=where.default,
@@ -169,7 +169,7 @@ class PartFace:
         check_saving(safe_serialization, push_to_hub)
         levels = vae_levels(self.config) if self.COMPONENT == "vae" else None
         replace_component(
-            self.state_dict(),  # type: ignore[attr-defined]
+            self.state_dict(),
             Path(folder),
             self.COMPONENT,
             self.config.to_json(),
@@ -181,12 +181,11 @@ class PartFace:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.parameters()).device  # type: ignore[attr-defined]
+        return next(self.parameters()).device
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """The number of parameters."""
-        parameters = self.parameters()  # type: ignore[attr-defined]
-        return sum(p.numel() for p in parameters if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
 
 def check_saving(safe_serialization: bool, push_to_hub: bool) -> None:
@@ -270,7 +269,7 @@ class WanTransformer3DModel(PartFace, WanDiT):
         **settings: Any,
     ) -> None:
         """Take the settings as one object, or one by one under the names of config.json."""
-        super().__init__(self.settings(config, settings), attention, checkpoint_blocks)
+        WanDiT.__init__(self, self.settings(config, settings), attention, checkpoint_blocks)
 
     def forward(  # type: ignore[override]
         self,
@@ -434,7 +433,7 @@ class AutoencoderKLWan(PartFace, WanVAE):
         self, config: VAEConfig | Mapping[str, Any] | None = None, **settings: Any
     ) -> None:
         """Take the settings as one object, or one by one under the names of config.json."""
-        super().__init__(self.settings(config, settings))
+        WanVAE.__init__(self, self.settings(config, settings))
         self.use_slicing = False
 
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Any]:
@@ -530,7 +529,7 @@ class UMT5EncoderModel(PartFace, UMT5Encoder):
         self, config: UMT5Config | Mapping[str, Any] | None = None, **settings: Any
     ) -> None:
         """Take the settings as one object, or one by one under the names of config.json."""
-        super().__init__(self.settings(config, settings))
+        UMT5Encoder.__init__(self, self.settings(config, settings))
 
     def forward(  # type: ignore[override]
         self,

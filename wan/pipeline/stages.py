@@ -8,7 +8,7 @@ B videos, C T h w latent sizes, F frames, H W pixels, S text tokens.
 
 import difflib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -130,8 +130,9 @@ class PipelineStages(PipelineAdapters):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse attributes that a pipeline does not have, such as a misspelt part."""
-        if not hasattr(type(self), name) and name not in known_attributes(type(self)):
-            public = sorted(n for n in known_attributes(type(self)) if not n.startswith("_"))
+        known = known_attributes(cast(Hashable, type(self)))
+        if not hasattr(type(self), name) and name not in known:
+            public = sorted(one for one in known if not one.startswith("_"))
             near = difflib.get_close_matches(name, [*public, *PARTS_IN_ORDER, "scheduler"], 1)
             meant = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(public)}"
             raise WanError(f"{type(self).__name__} has no attribute {name}{meant}")
@@ -484,12 +485,12 @@ class PipelineStages(PipelineAdapters):
         boundary = self.config.boundary_ratio
         high = boundary is None or max(timesteps) >= boundary * NUM_TIMESTEPS
         low = boundary is not None and min(timesteps) < boundary * NUM_TIMESTEPS
-        experts = []
-        if high:
-            experts.append(Expert(self.part("transformer"), plan.guidance_scale))
-        if low:
-            experts.append(Expert(self.part("transformer_2"), plan.guidance_scale_2))
-        return (*experts, boundary) if len(experts) == 2 else (experts[0], None, None)
+        high_noise = Expert(self.part("transformer"), plan.guidance_scale) if high else None
+        low_noise = Expert(self.part("transformer_2"), plan.guidance_scale_2) if low else None
+        if high_noise is None:
+            assert low_noise is not None  # a schedule has at least one timestep
+            return low_noise, None, None
+        return high_noise, low_noise, boundary if low else None
 
     def _first_network(self) -> Any:
         """The transformer, or the only one of two experts that is there."""
@@ -587,7 +588,7 @@ def context_of_text(
 
 
 @cache
-def known_attributes(kind: type) -> frozenset[str]:
+def known_attributes(kind: Any) -> frozenset[str]:
     """The attributes that the classes of a pipeline declare."""
     return frozenset(name for one in kind.__mro__ for name in vars(one).get("__annotations__", {}))
 
