@@ -161,7 +161,7 @@ def random_network(
     return module.eval().requires_grad_(False)
 
 
-def pipeline_of(size: StageSize, device: torch.device, **network: nn.Module) -> WanDMDPipeline:
+def pipeline_of(size: StageSize, device: torch.device, **network: Any) -> WanDMDPipeline:
     """A student's pipeline that has one network only: a stage needs no other."""
     return WanDMDPipeline(config=size.model, device=device, **network)
 

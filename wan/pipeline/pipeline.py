@@ -208,10 +208,10 @@ class WanPipeline(PipelineSwitches):
             if n not in paths and not isinstance(part, FromModel)
         }
         config = cls._adopt(folder, {n for n, p in (paths | objects).items() if p is not None})
-        changes = {
-            n: arguments[n] for n in ("boundary_ratio", "expand_timesteps") if n in arguments
-        }  # type: ignore[literal-required]
-        config = replace(config, **changes)
+        if "boundary_ratio" in arguments:
+            config = replace(config, boundary_ratio=arguments["boundary_ratio"])
+        if "expand_timesteps" in arguments:
+            config = replace(config, expand_timesteps=arguments["expand_timesteps"])
         config = fitted_config(config, {n: p for n, p in objects.items() if p is not None})
         if "tokenizer" not in objects:  # nothing else reads it
             objects["tokenizer"] = None if text_encoder is None else folder.tokenizer
@@ -229,8 +229,9 @@ class WanPipeline(PipelineSwitches):
             loras=arguments.get("loras"),
             on_progress=arguments.get("on_progress"),
         )
+        loaded: dict[str, Any] = objects | modules
         pipeline = cls(
-            **(objects | modules),
+            **loaded,
             config=config,
             device=where.device,
             offload=offload,
