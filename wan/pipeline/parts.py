@@ -271,7 +271,7 @@ class WanTransformer3DModel(PartFace, WanDiT):
         """Take the settings as one object, or one by one under the names of config.json."""
         WanDiT.__init__(self, self.settings(config, settings), attention, checkpoint_blocks)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         latents: Tensor | None = None,
         timestep: Tensor | None = None,
