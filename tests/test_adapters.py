@@ -545,6 +545,41 @@ def test_a_video_with_adapters_on_both_experts_equals_diffusers(tokenizer_folder
     assert distance(latents[0], latents[1]) > 0.01
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_script_that_fuses_each_expert_gives_diffusers_videos(tokenizer_folder, tmp_path):  # noqa: F811
+    """The order of calls that people use for pairs of few-step LoRAs; and the scale of a call."""
+    diffusers = pytest.importorskip("diffusers")
+    build(tokenizer_folder, two_experts=True).save_pretrained(tmp_path / "a14b")
+    reference = diffusers.WanPipeline.from_pretrained(tmp_path / "a14b", dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    mine = WanPipeline.from_pretrained(tmp_path / "a14b", dtype=torch.float32)
+    settings = {
+        **SIZE,
+        "num_inference_steps": 5,
+        "guidance_scale": 4.0,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+    }
+    made = []
+    for pipe in (mine, reference):
+        pipe.load_lora_weights(tensors_of("a"), adapter_name="few")
+        second = {"load_into_transformer_2": True}
+        pipe.load_lora_weights(tensors_of("b"), adapter_name="few_2", **second)
+        pipe.set_adapters(["few", "few_2"], adapter_weights=[1.0, 1.0])
+        scale = {"attention_kwargs": {"scale": 0.5}}
+        videos = [pipe(PROMPT, generator=seeded(), **settings, **scale).frames]
+        pipe.fuse_lora(adapter_names=["few"], lora_scale=3.0, components=["transformer"])
+        pipe.fuse_lora(adapter_names=["few_2"], lora_scale=1.0, components=["transformer_2"])
+        pipe.unload_lora_weights()
+        videos.append(pipe(PROMPT, generator=seeded(), **settings).frames)
+        videos.append(pipe(PROMPT, generator=seeded(), **settings, **scale).frames)
+        made.append(videos)
+    for video, expected in zip(*made, strict=True):
+        assert distance(video, expected) <= 1e-5
+    assert distance(made[0][0], made[0][1]) > 1e-3
+    assert torch.equal(made[0][1], made[0][2])  # what is fused has no scale
+
+
 @pytest.mark.parametrize("away", [visiting, streaming])
 def test_changes_while_weights_are_away_wait(away):
     network = tiny_dit()

@@ -12,7 +12,7 @@ from wan.errors import WanError
 from wan.lora.files import module_pattern, parse_lora
 from wan.lora.merge import merge_lora, read_lora
 from wan.lora.names import FASTVIDEO_MODULES, LAYOUTS, parameters
-from wan.weights.keys import released_name
+from wan.weights.keys import detect_layout, released_name
 from wan.weights.safetensors_file import write_tensors
 
 RANK = 3
@@ -249,6 +249,13 @@ def test_a_file_with_lora_in_its_names_is_never_called_a_whole_model(tmp_path):
     assert "whole model" not in str(caught.value)
     with pytest.raises(WanError, match="no LoRA for Wan"):
         parse_lora({"conv.kernel": torch.ones(3)})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_lora_given_as_weights_is_called_a_lora(layout):
+    for front, suffix in itertools.product(FRONTS, SUFFIXES):
+        with pytest.raises(WanError, match="this is a LoRA"):
+            detect_layout("transformer", pair_file(front, layout, suffix))
 
 
 @pytest.mark.parametrize("front", ["model.diffusion_model.", "base_model.model.diffusion_model."])

@@ -375,10 +375,11 @@ PLAIN_WEIGHTS = "the float32, bfloat16 or float16 weights, or fp8 ones with a sc
 ANYWHERE = (
     Foreign(
         "a LoRA",
-        "it is merged into a base model: give the base here and this file as lora=",
-        segments=("lora_A", "lora_B", "lora_down", "lora_up", "dora_scale"),
-        starts=("lora_unet_", "lora_te"),
-        ends=(".diff", ".diff_b", ".diff_m"),
+        "it changes a base model: give the base here; infer.sample takes this file as lora=, and a "
+        "pipeline in Python by load_lora_weights",
+        segments=("lora_A", "lora_B", "lora_down", "lora_up", "lora_linear_layer", "dora_scale"),
+        starts=("lora_", "lycoris_"),
+        ends=(".diff", ".diff_b", ".diff_m", ".diff_param", "lora.down.weight", "lora.up.weight"),
     ),
     Foreign(
         "a quantised checkpoint",
