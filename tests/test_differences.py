@@ -2,13 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from wan import (
+    UniPCMultistepScheduler,
     WanDMDPipeline,
     WanError,
     WanImageToVideoPipeline,
@@ -133,6 +136,86 @@ def other_models(pipe):
     refused(WanImageToVideoPipeline.from_pipe(pipe), "last_image", image=image, last_image=image)
 
 
+def half_a_model(pipe):
+    half = load(vae=None)
+    refused(lambda: half.save_pretrained("nowhere"), "vae=None")
+
+
+def unread_negative(pipe):
+    with pytest.warns(UserWarning, match="no effect without guidance"):
+        pipe.plan(negative_prompt=True, guidance_scale=1.0)
+
+
+def two_scales(pipe):
+    parts = pipe.components | {"transformer_2": pipe.transformer}
+    two = WanPipeline(**parts, boundary_ratio=0.9)
+    plan = two.plan(guidance_scale=1.0, guidance_scale_2=3.0)
+    assert (plan.guidance_scale, plan.guidance_scale_2, plan.guided) == (1.0, 3.0, True)
+
+
+class DDIMScheduler:
+    """What is read of another library's scheduler."""
+
+    config: ClassVar = {"_class_name": "DDIMScheduler"}
+
+
+def other_scheduler(pipe):
+    refused(lambda: setattr(pipe, "scheduler", DDIMScheduler()), "DDIMScheduler is not supported")
+
+
+def exponential(pipe):
+    settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    for name in ("use_exponential_sigmas", "use_beta_sigmas"):
+        refused(UniPCMultistepScheduler, name, **settings, **{name: True})
+
+
+def misspelt_setting(pipe):
+    config = pipe.scheduler.config
+    refused(lambda: UniPCMultistepScheduler.from_config(config, flow_shft=3), "flow_shft")
+
+
+def lora_file(pipe, path, diff=None):
+    """A pair for one layer and, if asked for, a whole difference of a norm."""
+    stem = "diffusion_model.blocks.0"
+    width = pipe.config.transformer.width
+    tensors = {f"{stem}.ffn.0.lora_A.weight": torch.full((1, width), 0.1)}
+    tensors[f"{stem}.ffn.0.lora_B.weight"] = torch.full((pipe.config.transformer.ffn_dim, 1), 0.1)
+    if diff is not None:
+        tensors[f"{stem}.norm3.diff"] = torch.full((width,), diff)
+    save_file(tensors, path)
+    return path
+
+
+def unfused(pipe, tmp_path):
+    pipe.load_lora_weights(lora_file(pipe, tmp_path / "a.safetensors"), adapter_name="a")
+    weight = pipe.transformer.blocks[0].ffn.up.weight
+    with_adapter = weight.clone()
+    pipe.fuse_lora(lora_scale=0.5)
+    assert not torch.equal(weight, with_adapter)
+    pipe.unfuse_lora()
+    assert torch.equal(weight, with_adapter)
+    pipe.unload_lora_weights()
+
+
+def norms(pipe, tmp_path):
+    before = pipe.transformer.blocks[0].cross_norm.weight.clone()
+    pipe.load_lora_weights(lora_file(pipe, tmp_path / "a.safetensors", diff=0.25))
+    assert torch.equal(pipe.transformer.blocks[0].cross_norm.weight, before + 0.25)
+    pipe.unload_lora_weights()
+
+
+def several_files(pipe, tmp_path):
+    for name in ("a", "b"):
+        lora_file(pipe, tmp_path / f"{name}.safetensors")
+    refused(lambda: pipe.load_lora_weights(tmp_path), "a.safetensors, b.safetensors")
+
+
+def unknown_adapter(pipe, tmp_path):
+    pipe.load_lora_weights(lora_file(pipe, tmp_path / "a.safetensors"), adapter_name="a")
+    refused(lambda: pipe.delete_adapters("b"), "unknown b")
+    pipe.unload_lora_weights()
+
+
 CHECKS = {
     "`torch_dtype` left out": left_out_dtype,
     "`torch_dtype=torch.float16`": lambda: refused(load, "too narrow", torch_dtype=torch.float16),
@@ -162,6 +245,16 @@ CHECKS = {
     "`export_to_video`": exported,
     "`load_image` of a transparent picture": transparent,
     "`last_image=`, `image_encoder=`": other_models,
+    "`save_pretrained` with a part that is None": half_a_model,
+    "a negative prompt without guidance": unread_negative,
+    "`guidance_scale=1, guidance_scale_2=3`": two_scales,
+    "`pipe.scheduler = DDIMScheduler()`": other_scheduler,
+    "`UniPCMultistepScheduler(use_exponential_sigmas=True)`": exponential,
+    "`from_config(config, flow_shft=3)`": misspelt_setting,
+    "`unfuse_lora` after `fuse_lora(lora_scale=0.5)`": unfused,
+    "a LoRA that changes norms or tables": norms,
+    "`load_lora_weights` of a folder with several files": several_files,
+    "`delete_adapters` of an unknown name": unknown_adapter,
 }
 
 

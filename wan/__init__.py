@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         UniPCMultistepScheduler,
     )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # public name -> the module that defines it
 _HOME = {
