@@ -228,14 +228,15 @@ def save_release(folder: Path, experts: int = 1, per_token: bool = True) -> None
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def test_text_to_video_of_wan21_has_shift_5():
+def test_text_to_video_of_wan21_has_shift_5(tmp_path):
     """The official code takes 3 for image to video at 480p only."""
     configs = {
         "transformer": DiTConfig(in_channels=16, out_channels=16).to_json(),
         "vae": VAE_CONFIGS[0],
         "text_encoder": UMT5Config().to_json(),
     }
-    assert official_pipeline(configs, num_experts=1).scheduler == SchedulerSettings(shift=5.0)
+    config = official_pipeline(configs, num_experts=1, folder=tmp_path)
+    assert config.scheduler == SchedulerSettings(shift=5.0)
 
 
 @pytest.mark.parametrize(("experts", "per_token"), [(1, True), (2, False)])

@@ -37,6 +37,7 @@ from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.pipeline.config import BASE, SamplingDefaults, read_pipeline_config, write_configs
 from wan.sampling.schedule import few_step_schedule
+from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import STUDENT, TEACHER
 from wan.weights.load import load_state
@@ -69,7 +70,7 @@ def teacher(tmp_path_factory) -> Path:
         timesteps=None,
         transformer=TINY,
         defaults=SamplingDefaults(64, 64, 9, 8, 4, 3.0),
-        shift=3.0,
+        scheduler=SchedulerSettings(shift=3.0),
     )
     write_configs(settings, folder)
     dit = WanDiT(TINY)

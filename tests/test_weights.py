@@ -352,7 +352,7 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(
     load("dit", tmp_path, dtype=dtype, check_finite=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, "bfloat16"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, "float64"], ids=str)
 def test_a_pipeline_is_float32_or_bfloat16(dtype):
     message = f"dtype={dtype}: choose torch.bfloat16 or torch.float32"
     with pytest.raises(WanError, match=message):
