@@ -15,6 +15,7 @@ from wan import (
     AutoencoderKLWan,
     DiffusionPipeline,
     UMT5EncoderModel,
+    UniPCMultistepScheduler,
     WanDMDPipeline,
     WanError,
     WanImageToVideoPipeline,
@@ -532,6 +533,16 @@ def test_the_text_encoder_answers_as_transformers_does(pipe, folder):
         again = encoder(input_ids=ids, attention_mask=mask, return_dict=False)[0]
     assert distance(found.last_hidden_state[:, :3], expected) < 1e-5
     assert torch.equal(found[0], again)
+
+
+def test_a_scheduler_is_found_by_the_name_of_a_model(pipe):
+    scheduler = UniPCMultistepScheduler.from_pretrained(
+        TEACHER, subfolder="scheduler", local_files_only=True, flow_shift=7.0
+    )
+    assert scheduler.config == {**pipe.scheduler.config, "flow_shift": 7.0}
+    assert type(pipe.scheduler) is UniPCMultistepScheduler
+    with pytest.raises(WanError, match="only safetensors"):
+        UniPCMultistepScheduler.from_pretrained(TEACHER, use_safetensors=False)
 
 
 def test_a_network_comes_from_a_single_file(folder, pipe):

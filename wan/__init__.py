@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         WanImageToVideoPipeline,
         WanPipeline,
     )
-    from wan.sampling.schedulers import (
+    from wan.pipeline.schedulers import (
         DPMSolverMultistepScheduler,
         FlowMatchEulerDiscreteScheduler,
         UniPCMultistepScheduler,
@@ -30,11 +30,11 @@ __version__ = "0.3.0"
 # public name -> the module that defines it
 _HOME = {
     "AutoencoderKLWan": "wan.pipeline.parts",
-    "DPMSolverMultistepScheduler": "wan.sampling.schedulers",
+    "DPMSolverMultistepScheduler": "wan.pipeline.schedulers",
     "DiffusionPipeline": "wan.pipeline.pipeline",
-    "FlowMatchEulerDiscreteScheduler": "wan.sampling.schedulers",
+    "FlowMatchEulerDiscreteScheduler": "wan.pipeline.schedulers",
     "UMT5EncoderModel": "wan.pipeline.parts",
-    "UniPCMultistepScheduler": "wan.sampling.schedulers",
+    "UniPCMultistepScheduler": "wan.pipeline.schedulers",
     "WanDMDPipeline": "wan.pipeline.pipeline",
     "WanError": "wan.errors",
     "WanImageToVideoPipeline": "wan.pipeline.pipeline",

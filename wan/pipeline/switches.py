@@ -16,10 +16,10 @@ from wan.errors import WanError
 from wan.media.images import fit_image
 from wan.models.attention_config import AttentionConfig
 from wan.pipeline.inputs import check_output, finished_frames, image_pixels
+from wan.pipeline.schedulers import SCHEDULERS
 from wan.pipeline.stages import PipelineStages
 from wan.runtime.offload import resolve_device
 from wan.sampling.scheduler_config import CLASS_OF
-from wan.sampling.schedulers import SCHEDULERS
 
 
 class VideoProcessor:
