@@ -212,6 +212,11 @@ class WanPipeline(PipelineSwitches):
             config = replace(config, boundary_ratio=arguments["boundary_ratio"])
         if "expand_timesteps" in arguments:
             config = replace(config, expand_timesteps=arguments["expand_timesteps"])
+        if parts["transformer_2"] not in (None, FROM_MODEL) and config.boundary_ratio is None:
+            raise WanError(
+                "transformer_2: this model has one network, not two experts; give boundary_ratio "
+                "too, the noise level where two experts hand over"
+            )
         config = fitted_config(config, {n: p for n, p in objects.items() if p is not None})
         if "tokenizer" not in objects:  # nothing else reads it
             objects["tokenizer"] = None if text_encoder is None else folder.tokenizer
@@ -266,8 +271,6 @@ class WanPipeline(PipelineSwitches):
             given: the parts that do not come from the folder.
         """
         config = folder.config
-        if "transformer_2" in given and config.boundary_ratio is None:
-            raise WanError("transformer_2: this model has one network, not two experts")
         if config.class_name == cls.CLASS_NAME:
             return config
         if "transformer" not in given:
