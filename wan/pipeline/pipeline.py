@@ -29,6 +29,8 @@ from wan.pipeline.arguments import (
     LoadingArguments,
     check_arguments,
     file_options,
+    known_dtype,
+    one_of,
     placement,
 )
 from wan.pipeline.callbacks import StepCallback, StepHook
@@ -286,8 +288,16 @@ class WanPipeline(PipelineSwitches):
         """A pipeline of this class with the parts of another one, which are shared.
 
         Args:
-            changes: parts to replace, or settings of the constructor.
+            changes: parts to replace, or settings of the constructor; or dtype (torch_dtype), which
+                converts the shared parts. Left out, the dtypes stay.
+
+        Raises:
+            WanError: a change has no such name, or the model is one of the other class.
         """
+        wanted = one_of(changes, "dtype", "torch_dtype")
+        changes = {n: v for n, v in changes.items() if n not in ("dtype", "torch_dtype")}
+        known = [n for n in inspect.signature(WanPipeline.__init__).parameters if n != "self"]
+        check_names("from_pipe", list(changes), [*known, "dtype", "torch_dtype"])
         parts = WanPipeline.components.fget(pipeline)  # type: ignore[attr-defined]
         parts |= {n: changes.pop(n) for n in parts if n in changes}
         settings: dict[str, Any] = {
@@ -300,7 +310,8 @@ class WanPipeline(PipelineSwitches):
             pipeline.config,
             **{n: changes.pop(n) for n in ("boundary_ratio", "expand_timesteps") if n in changes},
         )
-        return cls(**parts, **(settings | {"config": config} | changes))
+        made = cls(**parts, **(settings | {"config": config} | changes))
+        return made if wanted is None else made.to(known_dtype(wanted, made.device))
 
     @property
     def components(self) -> dict[str, Any]:
