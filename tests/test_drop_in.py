@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import warnings
 
 import numpy as np
@@ -25,6 +26,7 @@ from wan import (
     load_image,
 )
 from wan.media.video import read_video
+from wan.pipeline.parts import ON_EVERY_PART, ON_THE_TRANSFORMER
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra parity")
 transformers = pytest.importorskip("transformers", reason="needs the extra parity")
@@ -606,3 +608,91 @@ def test_a_student_takes_what_a_script_gives_a_base_model():
     first = student(**call, guidance_scale=1.0, num_inference_steps=3).frames
     torch.manual_seed(0)
     assert torch.equal(student(**call, num_videos_per_prompt=None)[0], first)
+
+
+def test_the_second_expert_may_be_given_with_its_boundary(folder):
+    """Two experts out of one release, as scripts put them together."""
+
+    def run(library):
+        experts = [
+            library.WanTransformer3DModel.from_pretrained(
+                folder, subfolder="transformer", torch_dtype=torch.float32
+            )
+            for _ in range(2)
+        ]
+        with torch.no_grad():
+            for parameter in experts[1].parameters():
+                parameter.mul_(0.97)
+        given = dict(zip(("transformer", "transformer_2"), experts, strict=True))
+        pipeline = library.WanPipeline.from_pretrained(
+            folder, **given, boundary_ratio=0.9, torch_dtype=torch.float32
+        )
+        call = {n: v for n, v in CALL.items() if n != "seed"}
+        return pipeline(
+            **call | {"num_inference_steps": 4, "guidance_scale_2": 2.0},
+            generator=torch.Generator().manual_seed(1),
+        ).frames
+
+    assert distance(run(wan), run(diffusers)) < 1e-4
+    second = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    with pytest.raises(WanError, match="give boundary_ratio too"):
+        WanPipeline.from_pretrained(folder, transformer_2=second)
+
+
+def test_a_pipeline_loaded_in_inference_mode_runs(expected):
+    with torch.inference_mode():
+        pipeline = WanPipeline.from_pretrained(TEACHER, torch_dtype=torch.float32)
+    assert torch.equal(pipeline(**CALL).frames, expected)
+
+
+def test_a_pickled_pipeline_gives_the_same_video(expected):
+    pipeline = WanPipeline.from_pretrained(TEACHER, torch_dtype=torch.float32)
+    assert torch.equal(pickle.loads(pickle.dumps(pipeline))(**CALL).frames, expected)
+
+
+@pytest.mark.parametrize("name", sorted(ON_EVERY_PART | ON_THE_TRANSFORMER))
+def test_a_method_without_effect_says_what_to_do_instead(pipe, name):
+    assert hasattr(diffusers.WanTransformer3DModel, name), "no method that scripts call"
+    with pytest.raises(WanError, match=f"{name} is not supported here: "):
+        getattr(pipe.transformer, name)("anything")
+    assert hasattr(pipe.vae, name) == (name in ON_EVERY_PART)
+
+
+def test_loops_by_hand_name_a_cache_and_image_pipelines_prepare_noise_alone(pipe):
+    with pipe.transformer.cache_context("cond"):
+        pass
+    with pytest.raises(WanError, match=r"batch_size comes first, not a Tensor; .* encode_image"):
+        pipe.prepare_latents(torch.zeros(1, 3, 128, 128), 1, 16, 128, 128, 5)
+
+
+def test_from_pipe_takes_a_dtype_and_refuses_unknown_names():
+    pipeline = WanPipeline.from_pretrained(TEACHER, torch_dtype=torch.float32)
+    other = WanImageToVideoPipeline.from_pipe(pipeline, torch_dtype=torch.bfloat16)
+    assert other.dtype == torch.bfloat16
+    assert other.transformer is pipeline.transformer
+    assert WanPipeline.from_pipe(other).dtype == torch.bfloat16
+    with pytest.raises(WanError, match=r"from_pipe: unknown boundry_ratio; known are .*boundary"):
+        WanPipeline.from_pipe(pipeline, boundry_ratio=0.9)
+
+
+def test_a_device_map_of_one_device_is_that_device():
+    for device in ("cpu", torch.device("cpu")):
+        vae = AutoencoderKLWan.from_pretrained(TEACHER, subfolder="vae", device_map={"": device})
+        assert vae.device.type == "cpu"
+    with pytest.raises(WanError, match="spreads the parts over devices"):
+        WanPipeline.from_pretrained(TEACHER, device_map={"vae": "cpu", "transformer": 0})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"height": 128.0}, r"height=128.0: need a whole number, such as int"),
+        ({"num_frames": "5"}, r"num_frames='5': need a whole number"),
+        ({"generator": 3, "seed": None}, r"generator=3: need a torch.Generator .* as seed="),
+        ({"attention_kwargs": 0.5}, r"attention_kwargs=0.5: need a mapping"),
+        ({"callback_on_step_end": lambda *_: 5}, r"callback returned a int: it must return a dict"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_by_name(pipe, given, message):
+    with pytest.raises(WanError, match=message):
+        pipe(**CALL | given)

@@ -11,9 +11,11 @@ Layout of the ids: <pad> 0, </s> 1, <s> 2 (never produced), <unk> 3, then the pi
 import html
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import sentencepiece
@@ -98,9 +100,7 @@ class Tokenizer:
         model.no_truncation()
         model.no_padding()
         _check_specials(path, [model.token_to_id(piece) for piece in SPECIALS])
-        return cls(
-            lambda text: model.encode(text, add_special_tokens=False).ids, model.get_vocab_size()
-        )
+        return cls(partial(_encode_tokens, model), model.get_vocab_size())
 
     @classmethod
     def from_spiece(cls, spiece: bytes, num_sentinels: int, path: Path) -> "Tokenizer":
@@ -125,14 +125,7 @@ class Tokenizer:
         added |= {f"<extra_id_{n}>": vocab_size - 1 - n for n in range(num_sentinels)}
         # SentencePiece splits a literal "</s>" into letters; tokenizer.json maps it to the token.
         marker = re.compile("(" + "|".join(map(re.escape, added)) + ")")
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = []
-            for part in marker.split(text):
-                ids += [added[part]] if part in added else model.EncodeAsIds(part)
-            return ids
-
-        return cls(encode, vocab_size)
+        return cls(partial(_encode_pieces, model, added, marker), vocab_size)
 
     def __call__(self, text: str, max_length: int = 512) -> TokenizedPrompt:
         """Tokenise one prompt, already cleaned; a longer one keeps max_length - 1 ids and </s>."""
@@ -140,6 +133,22 @@ class Tokenizer:
             raise WanError(f"max_length={max_length}: at least 1 is needed, for the final </s>")
         ids = self._encode(text)
         return TokenizedPrompt([*ids[: max_length - 1], EOS_ID], len(ids) + 1)
+
+
+# Functions of the module, and not of a call, so that a tokenizer can be pickled.
+
+
+def _encode_tokens(model: tokenizers.Tokenizer, text: str) -> list[int]:
+    return model.encode(text, add_special_tokens=False).ids
+
+
+def _encode_pieces(
+    model: Any, added: Mapping[str, int], marker: re.Pattern[str], text: str
+) -> list[int]:
+    ids: list[int] = []
+    for part in marker.split(text):
+        ids += [added[part]] if part in added else model.EncodeAsIds(part)
+    return ids
 
 
 def _check_specials(path: Path, found: list[int | None]) -> None:

@@ -60,8 +60,8 @@ class PartArguments(FileArguments, total=False):
             for a pipeline also a mapping from parts to dtypes, with "default" for the others. None
             or "auto" is bfloat16 on a CUDA device, else float32. Parameters that a network's
             `FLOAT32_PARAMETERS` names stay float32.
-        device, device_map: two names for one thing: the device that computes. "balanced" and
-            "auto" spread parts over devices, which is refused: use `offload`.
+        device, device_map: two names for one thing: the device that computes, also as {"": device}.
+            "balanced" and others spread parts over devices, which is refused: use `offload`.
         low_cpu_mem_usage: True or None. Loading always fills the network as files are read.
         quantize: "none", "int8" or "fp8" weights; see `wan.weights.quantize`.
     """
@@ -69,7 +69,7 @@ class PartArguments(FileArguments, total=False):
     dtype: Dtype | Mapping[str, Dtype] | None
     torch_dtype: Dtype | Mapping[str, Dtype] | None
     device: str | torch.device | None
-    device_map: str | torch.device | None
+    device_map: str | torch.device | Mapping[str, str | int | torch.device] | None
     low_cpu_mem_usage: bool | None
     quantize: str
 
@@ -175,6 +175,14 @@ def one_of(given: Mapping[str, Any], first: str, second: str) -> Any:
             f"{first}={values[first]} and {second}={values[second]} mean one thing: give one"
         )
     value = next(iter(values.values()), None)
+    if second == "device_map" and isinstance(value, Mapping):
+        if set(value) != {""}:
+            raise WanError(
+                f"device_map={dict(value)} spreads the parts over devices, which is not supported: "
+                'give one device, such as "cuda", and offload="stage" or "block" if it is too small'
+            )
+        value = value[""]
+        value = f"cuda:{value}" if isinstance(value, int) else value
     if second == "device_map" and value in ("balanced", "balanced_low_0", "sequential"):
         raise WanError(
             f"device_map={value!r} spreads the parts over several devices, which is not supported: "

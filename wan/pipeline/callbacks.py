@@ -1,13 +1,13 @@
 """What happens after each denoising step of a pipeline call: callbacks, progress, interruption."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan.errors import check_names
+from wan.errors import WanError, check_names
 from wan.pipeline.inputs import CALLBACK_TENSORS, OnProgress, report
 from wan.sampling.denoiser import Denoiser
 
@@ -76,6 +76,11 @@ class StepHook:
         self.pipeline._current_timestep = t
         guidance = self.pipeline.guidance_scale, self.pipeline.guidance_scale_2
         changed = callback(self.pipeline, i, t, shown) or {}
+        if not isinstance(changed, Mapping):
+            raise WanError(
+                f"the callback returned a {type(changed).__name__}: it must return a dict of "
+                "tensors, such as the one that it got, or None"
+            )
         check_names("the callback's return", list(changed), CALLBACK_TENSORS)
         if "prompt_embeds" in changed or "negative_prompt_embeds" in changed:
             denoiser.set_context(

@@ -167,6 +167,9 @@ class PipelineConfig:
         Raises:
             WanError: the model cannot make this size; names the nearest legal sizes.
         """
+        for name, size in (("height", height), ("width", width), ("num_frames", num_frames)):
+            if not hasattr(size, "__index__"):
+                raise WanError(f"{name}={size!r}: need a whole number, such as int({size!r})")
         _, patch_h, patch_w = self.transformer.patch_size
         stride, longest = self.vae.spatial_stride, self.transformer.rope_max_seq_len
         problems = []

@@ -116,6 +116,11 @@ def noise_streams(
         if seed is not None:
             raise WanError("seed and generator: both decide the noise; give one of them")
         one = isinstance(generator, torch.Generator)
+        if not one and not isinstance(generator, list | tuple):
+            raise WanError(
+                f"generator={generator!r}: need a torch.Generator or a list of them; a number is "
+                "given as seed="
+            )
         generators: list[Any] = [generator] * batch if one else list(generator)  # type: ignore[arg-type]
         if len(generators) != batch:
             raise WanError(f"{len(generators)} generators for {batch} videos: one, or one each")
@@ -187,6 +192,8 @@ def video_count(num_videos_per_prompt: Any) -> int:
 
 def lora_scale(attention_kwargs: Mapping[str, Any] | None) -> float:
     """The factor on all LoRA adapters, the only entry of `attention_kwargs` that has a meaning."""
+    if attention_kwargs is not None and not isinstance(attention_kwargs, Mapping):
+        raise WanError(f'attention_kwargs={attention_kwargs!r}: need a mapping, {{"scale": 0.5}}')
     given = dict(attention_kwargs or {})
     scale = given.pop("scale", 1.0)
     if given:

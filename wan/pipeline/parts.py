@@ -8,10 +8,11 @@ B videos, C T h w latent sizes, F frames, H W pixels, S text tokens, L video tok
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack, cast
+from typing import Any, ClassVar, Self, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,46 @@ def vae_levels(config: VAEConfig) -> VAELevels:
     return VAELevels(config.is_residual, config.num_res_blocks)
 
 
+T = TypeVar("T")
+
+# diffusers' methods of a network that have no effect here -> what to do instead
+ON_EVERY_PART = {
+    "enable_group_offload": "call it on the pipeline, where it takes the same arguments",
+    "enable_layerwise_casting": 'load with quantize="fp8", which keeps large layers in 8 bits',
+}
+ON_THE_TRANSFORMER = {
+    "enable_cache": "every step is computed; a few-step student, see WanDMDPipeline, has three",
+    "add_adapter": "wan.lora.merge.add_lora(network, rank) adds a LoRA to train",
+    "load_lora_adapter": "use load_lora_weights of the pipeline",
+    **dict.fromkeys(
+        ("set_adapters", "delete_adapters", "enable_lora", "disable_lora", "fuse_lora"),
+        "call it on the pipeline",
+    ),
+    "set_attn_processor": "set_attention chooses how attention is computed",
+    "fuse_qkv_projections": "leave it out, it changes no video",
+}
+
+
+def refusing(methods: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
+    """A class decorator: the named methods raise a `WanError` that says what to do instead."""
+
+    def refusal(name: str, remedy: str) -> Callable[..., None]:
+        def method(self: Any, *args: Any, **kwargs: Any) -> None:
+            raise WanError(f"{type(self).__name__}.{name} is not supported here: {remedy}")
+
+        method.__name__ = name
+        method.__doc__ = f"Raise a WanError: {remedy}."
+        return method
+
+    def decorate(owner: type[T]) -> type[T]:
+        for name, remedy in methods.items():
+            setattr(owner, name, refusal(name, remedy))
+        return owner
+
+    return decorate
+
+
+@refusing(ON_EVERY_PART)
 class PartFace(nn.Module):
     """Loading and saving of one network; each subclass is also the network itself.
 
@@ -246,6 +287,7 @@ ATTENTION_BACKENDS = {
 }
 
 
+@refusing(ON_THE_TRANSFORMER)
 class WanTransformer3DModel(PartFace, WanDiT):
     """`wan.models.dit.WanDiT` under diffusers' name."""
 
@@ -358,6 +400,10 @@ class WanTransformer3DModel(PartFace, WanDiT):
     def reset_attention_backend(self) -> None:
         """Let PyTorch choose the kernel again."""
         self.set_attention("sdpa")
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Do nothing: no cache of an earlier step is ever used, so there is none to keep apart."""
+        return nullcontext()
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks one by one; arguments as for `torch.compile`."""

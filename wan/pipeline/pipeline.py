@@ -29,6 +29,8 @@ from wan.pipeline.arguments import (
     LoadingArguments,
     check_arguments,
     file_options,
+    known_dtype,
+    one_of,
     placement,
 )
 from wan.pipeline.callbacks import StepCallback, StepHook
@@ -212,6 +214,11 @@ class WanPipeline(PipelineSwitches):
             config = replace(config, boundary_ratio=arguments["boundary_ratio"])
         if "expand_timesteps" in arguments:
             config = replace(config, expand_timesteps=arguments["expand_timesteps"])
+        if parts["transformer_2"] not in (None, FROM_MODEL) and config.boundary_ratio is None:
+            raise WanError(
+                "transformer_2: this model has one network, not two experts; give boundary_ratio "
+                "too, the noise level where two experts hand over"
+            )
         config = fitted_config(config, {n: p for n, p in objects.items() if p is not None})
         if "tokenizer" not in objects:  # nothing else reads it
             objects["tokenizer"] = None if text_encoder is None else folder.tokenizer
@@ -266,8 +273,6 @@ class WanPipeline(PipelineSwitches):
             given: the parts that do not come from the folder.
         """
         config = folder.config
-        if "transformer_2" in given and config.boundary_ratio is None:
-            raise WanError("transformer_2: this model has one network, not two experts")
         if config.class_name == cls.CLASS_NAME:
             return config
         if "transformer" not in given:
@@ -283,8 +288,16 @@ class WanPipeline(PipelineSwitches):
         """A pipeline of this class with the parts of another one, which are shared.
 
         Args:
-            changes: parts to replace, or settings of the constructor.
+            changes: parts to replace, or settings of the constructor; or dtype (torch_dtype), which
+                converts the shared parts. Left out, the dtypes stay.
+
+        Raises:
+            WanError: a change has no such name, or the model is one of the other class.
         """
+        wanted = one_of(changes, "dtype", "torch_dtype")
+        changes = {n: v for n, v in changes.items() if n not in ("dtype", "torch_dtype")}
+        known = [n for n in inspect.signature(WanPipeline.__init__).parameters if n != "self"]
+        check_names("from_pipe", list(changes), [*known, "dtype", "torch_dtype"])
         parts = WanPipeline.components.fget(pipeline)  # type: ignore[attr-defined]
         parts |= {n: changes.pop(n) for n in parts if n in changes}
         settings: dict[str, Any] = {
@@ -297,7 +310,8 @@ class WanPipeline(PipelineSwitches):
             pipeline.config,
             **{n: changes.pop(n) for n in ("boundary_ratio", "expand_timesteps") if n in changes},
         )
-        return cls(**parts, **(settings | {"config": config} | changes))
+        made = cls(**parts, **(settings | {"config": config} | changes))
+        return made if wanted is None else made.to(known_dtype(wanted, made.device))
 
     @property
     def components(self) -> dict[str, Any]:

@@ -404,6 +404,11 @@ class PipelineStages(PipelineAdapters):
         Raises:
             WanError: the size is illegal, or the latents have another shape.
         """
+        if not isinstance(batch_size, int):
+            raise WanError(
+                f"prepare_latents: batch_size comes first, not a {type(batch_size).__name__}; this "
+                "makes the noise alone, encode_image makes the latents of an image"
+            )
         shape = self.config.latent_shape(height, width, num_frames)
         if num_channels_latents not in (None, shape[0]):
             raise WanError(f"num_channels_latents={num_channels_latents}: this VAE has {shape[0]}")
@@ -612,11 +617,12 @@ def weights_state(module: nn.Module) -> tuple[Any, ...]:
     """A value that changes when a network's weights are replaced or changed in place.
 
     It holds the version that PyTorch counts up at changes in place, and a sample of the values,
-    which also shows changes through `.data`.
+    which also shows changes through `.data`. Tensors made in inference mode have no version.
     """
     state: list[Any] = []
     for parameter in module.parameters():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 16)][:17].double().sum().item()
-        state.append((id(parameter), parameter._version, parameter.dtype, sample))
+        version = None if parameter.is_inference() else parameter._version
+        state.append((id(parameter), version, parameter.dtype, sample))
     return tuple(state)

@@ -60,6 +60,7 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@torch.inference_mode(False)  # weights outlive the caller's mode, and several threads fill them
 def load_module(
     build: Callable[[], M],
     checkpoint: Checkpoint,
