@@ -21,6 +21,7 @@ from wan import (
 )
 from wan.media.video import read_video
 from wan.pipeline.arguments import known_dtype
+from wan.weights.keys import our_name
 
 PAGE = (Path(__file__).parents[1] / "infer/README.md").read_text(encoding="utf-8")
 TEACHER = "builtin:miniature-teacher"
@@ -136,6 +137,29 @@ def other_models(pipe):
     refused(WanImageToVideoPipeline.from_pipe(pipe), "last_image", image=image, last_image=image)
 
 
+def image_latents(pipe):
+    image = Image.new("RGB", (128, 128))
+    video = WanImageToVideoPipeline.from_pipe(pipe)
+    refused(lambda: video.prepare_latents(image, 1, 16, 128, 128, 5), "encode_image")
+
+
+def part_alone(pipe):
+    refused(lambda: pipe.transformer.enable_group_offload("cpu"), "pipeline")
+
+
+def casting(pipe):
+    refused(lambda: pipe.transformer.enable_layerwise_casting(), "quantize")
+
+
+def caching(pipe):
+    refused(lambda: pipe.transformer.enable_cache(None), "enable_cache")
+
+
+def shared_dtype(pipe):
+    half = WanPipeline.from_pretrained(TEACHER, torch_dtype=torch.bfloat16, vae=None)
+    assert WanPipeline.from_pipe(half).dtype == torch.bfloat16
+
+
 def half_a_model(pipe):
     half = load(vae=None)
     refused(lambda: half.save_pretrained("nowhere"), "vae=None")
@@ -210,6 +234,12 @@ def several_files(pipe, tmp_path):
     refused(lambda: pipe.load_lora_weights(tmp_path), "a.safetensors, b.safetensors")
 
 
+def layer_names(pipe):
+    ours = our_name("transformer", "diffusers", "blocks.0.attn1.to_q.weight")
+    assert ours == "blocks.0.self_attention.query.weight"
+    assert ours in dict(pipe.transformer.named_parameters())
+
+
 def unknown_adapter(pipe, tmp_path):
     pipe.load_lora_weights(lora_file(pipe, tmp_path / "a.safetensors"), adapter_name="a")
     refused(lambda: pipe.delete_adapters("b"), "unknown b")
@@ -241,6 +271,11 @@ CHECKS = {
     "`enable_vae_tiling`": tiles,
     "`disable_vae_slicing`": slicing,
     "`enable_xformers_memory_efficient_attention`": xformers,
+    "`WanImageToVideoPipeline.prepare_latents(image, ..)`": image_latents,
+    "`transformer.enable_group_offload`": part_alone,
+    "`enable_layerwise_casting`": casting,
+    "`transformer.enable_cache`": caching,
+    "`from_pipe` without `torch_dtype`": shared_dtype,
     "`transformer(x, t, text)` by position": by_position,
     "`export_to_video`": exported,
     "`load_image` of a transparent picture": transparent,
@@ -254,6 +289,7 @@ CHECKS = {
     "`unfuse_lora` after `fuse_lora(lora_scale=0.5)`": unfused,
     "a LoRA that changes norms or tables": norms,
     "`load_lora_weights` of a folder with several files": several_files,
+    "`pipe.transformer.blocks[0].attn1.to_q`": layer_names,
     "`delete_adapters` of an unknown name": unknown_adapter,
 }
 

@@ -202,6 +202,7 @@ def test_a_pipeline_from_another_one_shares_its_parts(pipe, expected):
         ({"custom_pipeline": "x"}, "a function of your own"),
         ({"revison": "main"}, "unknown revison"),
         ({"revision": "main"}, "shipped here"),
+        ({"boundary_ratio": 0.9}, "give the second one as transformer_2= too"),
     ],
 )
 def test_what_loading_cannot_do_is_refused_with_what_to_write(arguments, remedy):
@@ -223,6 +224,13 @@ def test_dtypes_are_those_asked_for_and_else_those_of_the_device(folder):
 
 
 def test_settings_of_the_model_may_be_given(folder):
+    pipeline = WanPipeline.from_pretrained(folder, text_encoder=None, transformer=None)
+    pipeline.register_to_config(expand_timesteps=False)
+    assert not pipeline.config.expand_timesteps
+    with pytest.raises(WanError, match="unknown shift; known are boundary_ratio"):
+        pipeline.register_to_config(shift=3)
+    with pytest.raises(WanError, match="a model named None"):
+        WanPipeline.from_pretrained(None)
     assert not WanPipeline.from_pretrained(folder, expand_timesteps=False).config.expand_timesteps
 
 
@@ -326,6 +334,12 @@ def test_a_callback_object_names_its_own_tensors(pipe):
         ({"attention_kwargs": {"mask": 1}}, "attention_kwargs has mask: only scale"),
         ({"attention_kwargs": {"scale": "big"}}, "must be a finite number"),
         ({"num_videos_per_prompt": 0}, "need at least 1"),
+        ({"guidance_scale": "3"}, "guidance_scale='3': need a number"),
+        ({"shift": "x"}, "shift='x': need a number"),
+        ({"max_sequence_length": "a"}, "need a number"),
+        ({"timesteps": ["x"], "num_inference_steps": None}, "timesteps='x': need a number"),
+        ({"callback_on_step_end": 3}, "need a function"),
+        ({"latents": np.zeros(3)}, "latents of type ndarray"),
         ({"num_videos_per_prompt": True}, "need at least 1"),
         ({"image_fit": "pad", "image": Image.new("RGB", (64, 64))}, "choose one of resize, crop"),
     ],

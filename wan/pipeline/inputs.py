@@ -210,10 +210,19 @@ def check_output(
     output_type: str,
     callback_tensors: Sequence[str],
     safety_checker: Callable[[Tensor], bool] | None,
+    callback: Any = None,
+    latents: Any = None,
 ) -> None:
-    """Refuse an unknown output type or callback tensor, or a checker that would see no frames."""
+    """Refuse an unknown output type or callback tensor, or a checker that would see no frames.
+
+    Also a callback that cannot be called, and latents that are no tensor.
+    """
     check_names("output_type", [output_type], OUTPUT_TYPES)
     check_names("callback_on_step_end_tensor_inputs", callback_tensors, CALLBACK_TENSORS)
+    if callback is not None and not callable(callback):
+        raise WanError(f"callback_on_step_end={callback!r}: need a function")
+    if latents is not None and not isinstance(latents, Tensor):
+        raise WanError(f"latents of type {type(latents).__name__}: need a tensor (B, C, T, h, w)")
     if output_type == "latent" and safety_checker is not None:
         raise WanError("output_type='latent' has no frames for the safety checker to see")
 

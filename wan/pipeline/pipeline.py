@@ -22,6 +22,7 @@ from torch import Tensor
 from wan.errors import WanError, check_names
 from wan.models.attention import verified_attention
 from wan.models.tokenizer import clean_prompt, strip_prompt
+from wan.pipeline.adopt import adopt_part, config_of_parts, fitted_config
 from wan.pipeline.arguments import (
     FROM_MODEL,
     FileArguments,
@@ -54,7 +55,7 @@ from wan.pipeline.inputs import (
     report,
     video_count,
 )
-from wan.pipeline.parts import adopt_part, check_saving, config_of_parts, fitted_config
+from wan.pipeline.parts import check_saving
 from wan.pipeline.stages import COMPILE, PARTS_IN_ORDER
 from wan.pipeline.switches import PipelineSwitches
 from wan.runtime.offload import OFFLOAD
@@ -104,7 +105,7 @@ class WanPipeline(PipelineSwitches):
 
         Args:
             tokenizer, text_encoder, vae, transformer, transformer_2: objects of this project, or of
-                diffusers and transformers: see `wan.pipeline.parts.adopt_part`.
+                diffusers and transformers: see `wan.pipeline.adopt.adopt_part`.
             scheduler: see `PipelineSwitches`; None takes what `config` says.
             boundary_ratio: noise level where two experts hand over; None for one network.
             expand_timesteps: the network was trained with a timestep per token (TI2V).
@@ -211,7 +212,14 @@ class WanPipeline(PipelineSwitches):
         }
         config = cls._adopt(folder, {n for n, p in (paths | objects).items() if p is not None})
         if "boundary_ratio" in arguments:
-            config = replace(config, boundary_ratio=arguments["boundary_ratio"])
+            boundary = arguments["boundary_ratio"]
+            alone = config.boundary_ratio is None and transformer_2 is FROM_MODEL
+            if alone and boundary is not None:
+                raise WanError(
+                    f"boundary_ratio={boundary}: this model has one network; give the second one "
+                    "as transformer_2= too"
+                )
+            config = replace(config, boundary_ratio=boundary)
         if "expand_timesteps" in arguments:
             config = replace(config, expand_timesteps=arguments["expand_timesteps"])
         if parts["transformer_2"] not in (None, FROM_MODEL) and config.boundary_ratio is None:
@@ -458,7 +466,7 @@ class WanPipeline(PipelineSwitches):
         tensor_names = getattr(
             callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs
         )
-        check_output(output_type, tensor_names, self.safety_checker)
+        check_output(output_type, tensor_names, self.safety_checker, callback_on_step_end, latents)
         timesteps_used = plan.schedule.timesteps.tolist()
         self._experts(plan, timesteps_used)  # refuses a network that is needed and is not there
         self._first_network().attention.exact_timesteps(timesteps_used)
@@ -569,6 +577,11 @@ class WanImageToVideoPipeline(WanPipeline):
                 "have none"
             )
         super().__init__(*args, **parts)
+
+    @property
+    def image_processor(self) -> None:
+        """None: it belongs to an image encoder."""
+        return None
 
     @property
     def image_encoder(self) -> None:

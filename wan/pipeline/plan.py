@@ -26,6 +26,15 @@ def plain_number(value: Any) -> Any:
     return value.item() if alone else value
 
 
+NUMBERS = ("timesteps", "shift", "guidance_scale", "guidance_scale_2", "max_sequence_length")
+
+
+def check_is_number(name: str, value: Any) -> None:
+    """Refuse a text or another object where a number must stand; None is allowed."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise WanError(f"{name}={value!r}: need a number")
+
+
 @dataclass(frozen=True)
 class SamplingRequest:
     """A caller's arguments about sampling; None takes the model's default.
@@ -63,13 +72,16 @@ class SamplingRequest:
     allow_untrained: bool = False
 
     def __post_init__(self) -> None:
-        """Numbers of NumPy and PyTorch become Python's."""
+        """Numbers of NumPy and PyTorch become Python's; what is no number is refused."""
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name == "timesteps" and value is not None:
                 plain: Any = tuple(plain_number(one) for one in value)
             else:
                 plain = plain_number(value)
+            if item.name in NUMBERS:
+                for one in plain if isinstance(plain, tuple) else [plain]:
+                    check_is_number(item.name, one)
             object.__setattr__(self, item.name, plain)
 
 

@@ -24,6 +24,7 @@ from wan.models.umt5 import UMT5Encoder, encode_text
 from wan.models.vae import decode_tiled
 from wan.models.vae_config import CHUNK_LATENTS
 from wan.pipeline.adapters import PipelineAdapters
+from wan.pipeline.adopt import adopt_part, fitted_config
 from wan.pipeline.arguments import known_dtype
 from wan.pipeline.callbacks import Interrupted, StepFunction
 from wan.pipeline.config import PipelineConfig
@@ -39,7 +40,6 @@ from wan.pipeline.inputs import (
     prompt_list,
     report,
 )
-from wan.pipeline.parts import adopt_part, fitted_config
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.runtime.offload import OFFLOAD, ExpertSlot, at_work, has_blocks, pin, resolve_device
 from wan.sampling.denoiser import Denoiser, Expert

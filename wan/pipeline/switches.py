@@ -6,13 +6,14 @@ is always there warns only where it is turned off.
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan.errors import WanError
+from wan.errors import WanError, check_names
 from wan.media.images import fit_image
 from wan.models.attention_config import AttentionConfig
 from wan.pipeline.inputs import check_output, finished_frames, image_pixels
@@ -72,6 +73,15 @@ class PipelineSwitches(PipelineStages):
     def scheduler(self, scheduler: Any) -> None:
         self.config = self.config.with_scheduler(scheduler)
         self._scheduler = scheduler
+
+    def register_to_config(self, **settings: Any) -> None:
+        """Change settings of model_index.json: boundary_ratio and expand_timesteps.
+
+        Raises:
+            WanError: another name.
+        """
+        check_names("register_to_config", list(settings), ("boundary_ratio", "expand_timesteps"))
+        self.config = replace(self.config, **settings)
 
     # --- the state of a call ----------------------------------------------------------------------
 

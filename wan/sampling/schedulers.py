@@ -151,23 +151,23 @@ class Scheduler:
 
     @classmethod
     def from_pretrained(
-        cls: type[S], folder: str | Path, subfolder: str | None = None, **changes: Any
+        cls: type[S], name: str | Path, subfolder: str | None = None, **arguments: Any
     ) -> S:
         """Read scheduler_config.json from a folder on this machine.
 
         Args:
-            folder: a model's folder with `subfolder="scheduler"`, or the scheduler's own.
-            changes: fields that replace those of the file.
+            name: a model's folder with `subfolder="scheduler"`, or the scheduler's own.
+            arguments: fields that replace those of the file.
 
         Raises:
             WanError: there is no such file, or see `from_config`.
         """
-        path = Path(folder, subfolder or "", FILE)
+        path = Path(name, subfolder or "", FILE)
         if not path.is_file():
             raise WanError(
                 f"{path} is missing: give the folder that holds {FILE}, or its subfolder"
             )
-        return cls.from_config(read_json(path), **changes)
+        return cls.from_config(read_json(path), **arguments)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write scheduler_config.json into a folder, which is made."""

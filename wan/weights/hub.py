@@ -65,6 +65,8 @@ def resolve_model(
     Raises:
         WanError: there is no such model, or it can't be fetched; names the command to fetch it.
     """
+    if not isinstance(name, str | Path):
+        raise WanError(f"a model named {name!r}: give a folder, or a hub id of the form owner/name")
     if (shipped := builtin_folder(str(name))) is not None:
         if revision is not None:
             raise WanError(f"{name} is shipped here; revision={revision} is for models on the hub")
