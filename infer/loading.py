@@ -286,6 +286,11 @@ def file_and_strength(entry: str) -> tuple[Path, float]:
     path = Path(entry).expanduser()
     match = STRENGTH.fullmatch(entry)
     if match is None or path.exists():
+        file, _, strength = entry.rpartition(":")
+        if file and not path.exists() and Path(file).expanduser().exists():
+            raise WanError(
+                f"lora={entry}: {strength!r} is no number; write FILE:STRENGTH, as in {file}:0.8"
+            )
         return path, 1.0
     return Path(match[1]).expanduser(), float(match[2])
 

@@ -609,6 +609,7 @@ def test_videos_are_written_from_any_frames(tmp_path):
         ({"video_frames": floats[None]}, "one by one"),
         ({"video_frames": floats * 3}, r"\[0, 1\]"),
         ({"video_frames": levels, "quality": 11}, "quality"),
+        ({"video_frames": levels, "output_video_path": tmp_path / "no" / "a.mp4"}, "no folder"),
         ({"video_frames": levels, "macro_block_size": 64}, "macro_block_size"),
     ):
         with pytest.raises(WanError, match=message):

@@ -226,6 +226,8 @@ def make_zip(path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", ["LFS", "hf download"]),
         (b"GGUF\3\0\0\0" + b"\0" * 40, ["a GGUF file"]),
         (b"\x1f\x8b\x08" + b"\0" * 40, ["gzip"]),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, ["a picture or a video"]),
+        (b"\0\0\0\x20ftypisom" + b"\0" * 40, ["a picture or a video"]),
         (b'{"metadata": {"total_size": 1}, "weight_map": {}}', ["a JSON text"]),
         (b"\0" * 4096, ["zero bytes", "fetch it again"]),
         (b"", ["0 bytes", "fetch it again"]),

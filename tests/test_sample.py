@@ -659,6 +659,13 @@ def test_a_lora_for_one_expert_does_not_go_to_the_other(run, tmp_path):
     assert "alone are used" not in err
 
 
+def test_a_strength_that_is_no_number_is_named(run, tmp_path):
+    a = style(tmp_path / "a.safetensors", 1)
+    code, _, err = run("prompt=x", f"lora={a}:much")
+    assert code == 2
+    assert f"lora={a}:much: 'much' is no number; write FILE:STRENGTH, as in {a}:0.8" in err
+
+
 def test_a_strength_for_an_expert_without_a_lora_is_warned_of(run, tmp_path):
     a = style(tmp_path / "a.safetensors", 1)
     code, _, err = run("prompt=x", f"lora={a}", "lora_strength_2=0.5")

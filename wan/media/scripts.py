@@ -97,6 +97,9 @@ def export_to_video(
     if output_video_path is None:
         with tempfile.NamedTemporaryFile(suffix=".mp4", delete=False) as file:
             output_video_path = file.name
+    parent = Path(output_video_path).parent
+    if not parent.is_dir():
+        raise WanError(f"{output_video_path}: there is no folder {parent}; make it first")
     crf = CRF if quality is None else int((1 - quality / 10) * 51)
     write_video(output_video_path, frames, fps, crf=crf, bitrate=bitrate)
     return str(output_video_path)

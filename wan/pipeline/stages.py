@@ -7,6 +7,7 @@ B videos, C T h w latent sizes, F frames, H W pixels, S text tokens.
 """
 
 import difflib
+import inspect
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -595,7 +596,7 @@ def context_of_text(
 @cache
 def known_attributes(kind: Any) -> frozenset[str]:
     """The attributes that the classes of a pipeline declare."""
-    return frozenset(name for one in kind.__mro__ for name in vars(one).get("__annotations__", {}))
+    return frozenset(name for one in kind.__mro__ for name in inspect.get_annotations(one))
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:

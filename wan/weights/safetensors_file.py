@@ -183,6 +183,8 @@ def sniff(start: bytes) -> str | None:
         return "a Git LFS pointer: fetch the file behind it with `git lfs pull` or `hf download`"
     if start.startswith(b"GGUF"):
         return GGUF
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")) or start[4:8] == b"ftyp":
+        return "a picture or a video"
     if start.startswith(b"\x1f\x8b"):
         return "a gzip archive: unpack it first"
     if text.startswith((b"{", b"[")):
