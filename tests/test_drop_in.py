@@ -14,6 +14,7 @@ from torch import nn
 import wan
 from wan import (
     AutoencoderKLWan,
+    AutoTokenizer,
     DiffusionPipeline,
     UMT5EncoderModel,
     UniPCMultistepScheduler,
@@ -549,6 +550,30 @@ def test_the_text_encoder_answers_as_transformers_does(pipe, folder):
         again = encoder(input_ids=ids, attention_mask=mask, return_dict=False)[0]
     assert distance(found.last_hidden_state[:, :3], expected) < 1e-5
     assert torch.equal(found[0], again)
+
+
+def test_the_tokenizer_answers_as_transformers_does(pipe, folder):
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    ours = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+    texts = ["a small red circle", "a large blue star moving up on a brown background"]
+    for given, options in (
+        (texts[0], {}),
+        (texts, {"padding": True, "return_tensors": "pt"}),
+        (texts, {"padding": "max_length", "max_length": 6, "truncation": True}),
+        (texts[1], {"max_length": 4, "truncation": True, "return_tensors": "pt"}),
+        (texts, {"add_special_tokens": False, "padding": "longest"}),
+    ):
+        found, expected = ours(given, **options), theirs(given, **options)
+        for name in ("input_ids", "attention_mask"):
+            np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(expected[name]))
+        assert found.input_ids is found["input_ids"]
+    assert len(ours) == len(theirs)
+    assert (ours.pad_token_id, ours.eos_token_id) == (theirs.pad_token_id, theirs.eos_token_id)
+    assert type(pipe.tokenizer) is AutoTokenizer
+    with pytest.raises(WanError, match="give padding=True"):
+        ours(texts, return_tensors="pt")
+    with pytest.raises(WanError, match="return_tensors: unknown np"):
+        ours(texts, return_tensors="np")
 
 
 def test_a_scheduler_is_found_by_the_name_of_a_model(pipe):

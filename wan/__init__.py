@@ -24,11 +24,13 @@ if TYPE_CHECKING:
         FlowMatchEulerDiscreteScheduler,
         UniPCMultistepScheduler,
     )
+    from wan.pipeline.tokenizer_files import AutoTokenizer
 
 __version__ = "0.3.0"
 
 # public name -> the module that defines it
 _HOME = {
+    "AutoTokenizer": "wan.pipeline.tokenizer_files",
     "AutoencoderKLWan": "wan.pipeline.parts",
     "DPMSolverMultistepScheduler": "wan.pipeline.schedulers",
     "DiffusionPipeline": "wan.pipeline.pipeline",
@@ -46,6 +48,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AutoTokenizer",
     "AutoencoderKLWan",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
