@@ -51,6 +51,9 @@ def run_script(script: Path, folder: Path, model: Path, monkeypatch, theirs: boo
     if theirs:
         text = text.replace("from wan import load_image", "from diffusers.utils import load_image")
         text = text.replace("from wan import export_to", "from diffusers.utils import export_to")
+        text = text.replace(
+            "from wan import AutoTokenizer", "from transformers import AutoTokenizer"
+        )
         text = text.replace("from wan import", "from diffusers import")
         monkeypatch.setattr(diffusers.utils, "export_to_video", lambda *_, **__: None)
     copy = folder / script.name

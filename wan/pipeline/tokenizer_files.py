@@ -80,7 +80,7 @@ class AutoTokenizer(Tokenizer):
     def __len__(self) -> int:
         return self.vocab_size
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         text: str | Sequence[str],
         max_length: int | None = None,
