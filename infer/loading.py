@@ -19,6 +19,7 @@ from wan.lora.files import read_lora
 from wan.lora.merge import LoRAMerge
 from wan.lora.names import EXPERTS
 from wan.models.attention import AttentionChoice, NetworkAttention
+from wan.pipeline.arguments import known_dtype
 from wan.pipeline.config import (
     PipelineConfig,
     model_files,
@@ -34,13 +35,6 @@ from wan.weights.hub import PATTERNS, resolve_model
 from wan.weights.names import census_line
 
 LoRAs = Mapping[str, Sequence[LoRAMerge]]  # network -> what is merged into it, in this order
-
-
-def torch_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; auto is bfloat16 on CUDA, else float32 (often faster on CPUs)."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def folder_of(config: LoadingConfig) -> Path:
@@ -103,7 +97,7 @@ def load_pipeline(
     device = resolve_device(config.device)
     return PIPELINES[folder.config.class_name].from_pretrained(
         folder,
-        dtype=torch_dtype(config.dtype, device),
+        dtype=known_dtype(config.dtype, device),
         device=device,
         attention=attention,
         offload=config.offload,

@@ -25,9 +25,9 @@ from infer.evaluate.measure import (
     write_record,
 )
 from infer.evaluate.queue import LastPipeline, open_source, question_key, warm_up
-from infer.loading import torch_dtype
 from wan.errors import WanError
 from wan.files import read_json
+from wan.pipeline.arguments import known_dtype
 from wan.runtime.offload import resolve_device
 
 STORE_EVERY = 300.0  # seconds of work that an interruption may cost
@@ -141,7 +141,7 @@ class StoredClips:
 def machine(config: Any) -> dict[str, Any]:
     """What clips and their seconds depend on besides the settings."""
     device = resolve_device(config.device)
-    dtype = str(torch_dtype(config.dtype, device)).removeprefix("torch.")
+    dtype = str(known_dtype(config.dtype, device)).removeprefix("torch.")
     threads = torch.get_num_threads()
     return {"device": str(device), "dtype": dtype, "threads": threads, "torch": torch.__version__}
 

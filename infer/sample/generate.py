@@ -17,7 +17,6 @@ from infer.loading import (
     StageBars,
     model_folder,
     read_loras,
-    torch_dtype,
 )
 from infer.machine import environment, writable_folder
 from infer.sample.jobs import Job
@@ -36,6 +35,7 @@ from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_reques
 from wan.errors import WanError
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
+from wan.pipeline.arguments import known_dtype
 from wan.pipeline.callbacks import StepFunction
 from wan.pipeline.folder import ModelFolder
 from wan.pipeline.memory import GIB, MemoryEstimate, check_fits, estimate_memory, size
@@ -84,7 +84,7 @@ def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Sess
     config = run.config
     output = writable_folder(config.output_dir)
     device = resolve_device(config.device)
-    dtype = torch_dtype(config.dtype, device)
+    dtype = known_dtype(config.dtype, device)
     folder = model_folder(config, CONFIGS)
     attention = verified_attention(config.attention, folder.config.transformer, device, dtype)
     dtype_name = str(dtype).removeprefix("torch.")

@@ -129,7 +129,9 @@ def check_arguments(given: Mapping[str, Any], allowed: type) -> None:
     for name, remedy in REFUSED.items():
         if given.get(name) is not None:
             raise WanError(f"from_pretrained({name}=..) is not supported here: use {remedy}")
-    check_names("from_pretrained", sorted(given.keys() - REFUSED.keys()), every_name(allowed))
+    check_names(
+        "from_pretrained", sorted(given.keys() - REFUSED.keys()), sorted(allowed.__annotations__)
+    )
     if given.get("use_safetensors") is False:
         raise WanError("use_safetensors=False: only safetensors files are read, pickles are not")
     if given.get("low_cpu_mem_usage") is False:
@@ -137,11 +139,6 @@ def check_arguments(given: Mapping[str, Any], allowed: type) -> None:
             "low_cpu_mem_usage=False: weights are always filled in as their files are read; leave "
             "it out"
         )
-
-
-def every_name(allowed: type) -> list[str]:
-    """The names of a TypedDict, inherited ones too."""
-    return sorted(allowed.__annotations__)
 
 
 def file_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +155,7 @@ def placement(given: Mapping[str, Any], parts: Sequence[str]) -> Placement:
     Raises:
         WanError: two names for one thing disagree, or a device or dtype is not known.
     """
-    device = resolve_device(one_of(given, "device", "device_map") or "cpu")
+    device = resolve_device(one_device(one_of(given, "device", "device_map")))
     wanted = one_of(given, "dtype", "torch_dtype")
     if not isinstance(wanted, Mapping):
         return Placement(device, known_dtype(wanted, device), {})
@@ -174,21 +171,27 @@ def one_of(given: Mapping[str, Any], first: str, second: str) -> Any:
         raise WanError(
             f"{first}={values[first]} and {second}={values[second]} mean one thing: give one"
         )
-    value = next(iter(values.values()), None)
-    if second == "device_map" and isinstance(value, Mapping):
-        if set(value) != {""}:
-            raise WanError(
-                f"device_map={dict(value)} spreads the parts over devices, which is not supported: "
-                'give one device, such as "cuda", and offload="stage" or "block" if it is too small'
-            )
-        value = value[""]
-        value = f"cuda:{value}" if isinstance(value, int) else value
-    if second == "device_map" and value in ("balanced", "balanced_low_0", "sequential"):
+    return next(iter(values.values()), None)
+
+
+def one_device(device_map: Any) -> Any:
+    """The device of a device map, which may be the device itself; None is the CPU.
+
+    Raises:
+        WanError: it spreads the parts over several devices.
+    """
+    device = device_map
+    if isinstance(device, Mapping) and set(device) == {""}:
+        device = device[""]
+        device = f"cuda:{device}" if isinstance(device, int) else device
+    spread = ("balanced", "balanced_low_0", "sequential")
+    if isinstance(device, Mapping) or device in spread:
         raise WanError(
-            f"device_map={value!r} spreads the parts over several devices, which is not supported: "
-            'give one device, such as "cuda", and offload="stage" or "block" if it is too small'
+            f"device_map={device!r} spreads the parts over devices, which is not "
+            'supported: give one device, such as "cuda", and offload="stage" or "block" if it is '
+            "too small"
         )
-    return value
+    return device or "cpu"
 
 
 def known_dtype(dtype: Any, device: torch.device) -> torch.dtype:

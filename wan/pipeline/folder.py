@@ -39,7 +39,7 @@ from wan.pipeline.parts import (
 from wan.pipeline.tokenizer_files import is_tokenizer, read_tokenizer, write_tokenizer
 from wan.weights.checkpoint import Checkpoint, has_variant, holds_weights, open_checkpoint
 from wan.weights.load import build_on_meta, load_module
-from wan.weights.save import same_weights, save_component
+from wan.weights.save import move_files, save_component
 
 QUANTIZED_PARTS = ("transformer", "transformer_2", "text_encoder")
 
@@ -317,17 +317,3 @@ def write_part(
             variant=variant,
             max_shard_bytes=max_shard_bytes,
         )
-
-
-def move_files(source: Path, target: Path) -> None:
-    """Move the files of a folder into another one, where older weights of their names go away."""
-    target.mkdir(parents=True, exist_ok=True)
-    files = [file for file in source.iterdir() if file.is_file()]
-    for file in files:
-        for old in same_weights(target, file.name):
-            old.unlink()
-    # An index comes last: a reader must not find it before its shards.
-    for file in sorted(files, key=lambda file: file.suffix == ".json"):
-        file.replace(target / file.name)
-    if not any(source.iterdir()):
-        source.rmdir()

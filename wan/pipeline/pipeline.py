@@ -76,7 +76,6 @@ class WanPipeline(PipelineSwitches):
     Attributes:
         safety_checker: called with the (F, 3, H, W) frames of a video in [0, 1]; returns True if
             they must not be shown.
-        last_plan: the sampler, schedule and guidance of the last call.
     """
 
     CLASS_NAME: ClassVar[str] = BASE

@@ -27,9 +27,8 @@ class NamedScheduler(Scheduler):
         """
         files = {n: arguments.pop(n) for n in FileArguments.__annotations__ if n in arguments}
         check_arguments(files, FileArguments)
-        options = {n: value for n, value in file_options(files).items() if n != "variant"}
         patterns = (FILE if subfolder is None else f"{subfolder}/{FILE}",)
-        folder = resolve_model(name, patterns=patterns, **options)
+        folder = resolve_model(name, patterns=patterns, **file_options(files))
         return super().from_pretrained(folder, subfolder, **arguments)
 
 

@@ -22,7 +22,7 @@ from wan.models.attention import AttentionChoice, verified_attention
 from wan.models.dit import WanDiT
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Encoder, encode_text
-from wan.models.vae import decode_tiled
+from wan.models.vae import WanVAE, decode_tiled
 from wan.models.vae_config import CHUNK_LATENTS
 from wan.pipeline.adapters import PipelineAdapters
 from wan.pipeline.adopt import adopt_part, fitted_config
@@ -113,6 +113,7 @@ class PipelineStages(PipelineAdapters):
         offload: str = "none",
         compile: str = "none",
     ) -> None:
+        """Take parts that `wan.pipeline.adopt.adopt_part` has returned, or None, by name."""
         check_names("offload", [offload], OFFLOAD)
         check_names("compile", [compile], COMPILE)
         self.config = config
@@ -122,10 +123,7 @@ class PipelineStages(PipelineAdapters):
         self.last_timings = {}
         self._prompt_cache = {}
         self._prompt_source = None
-        self._parts = {
-            name: None if parts.get(name) is None else adopt_part(name, parts[name])
-            for name in PARTS_IN_ORDER
-        }
+        self._parts = {name: parts.get(name) for name in PARTS_IN_ORDER}
         self.to(device)
         self._compile(compile)
 
@@ -517,7 +515,7 @@ class PipelineStages(PipelineAdapters):
         with self._on_device(vae):
             for one, room in zip(latents.to(self.device).split(1), video.split(1), strict=True):
                 start = 0
-                for chunk in self._decoded(one):
+                for chunk in self._decoded(vae, one):
                     count = chunk.shape[2]
                     room[:, :, start : start + count] = chunk  # float32 from here on
                     start += count
@@ -525,9 +523,8 @@ class PipelineStages(PipelineAdapters):
                     report(on_progress, "decode", done, total)
         return video
 
-    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
+    def _decoded(self, vae: WanVAE, latents: Tensor) -> Iterator[Tensor]:
         """Yield the frames of one video by chunks; with tiles, all frames at once."""
-        vae = self.part("vae")
         if vae.tile is None:
             yield from vae.decode_stream(latents, self.chunk_latents)
         else:

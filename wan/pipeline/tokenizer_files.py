@@ -72,9 +72,8 @@ class AutoTokenizer(Tokenizer):
             WanError: there is none, or it is damaged.
         """
         check_arguments(arguments, FileArguments)
-        options = {n: value for n, value in file_options(arguments).items() if n != "variant"}
         patterns = tuple(f"{subfolder}/{n}" if subfolder else n for n in TOKENIZER_FILES)
-        folder = resolve_model(name, patterns=(*patterns, SHARED_FILE), **options)
+        folder = resolve_model(name, patterns=(*patterns, SHARED_FILE), **file_options(arguments))
         return read_tokenizer(folder if subfolder is None else part_folder(folder, subfolder))
 
     def __len__(self) -> int:

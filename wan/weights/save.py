@@ -117,6 +117,20 @@ def same_weights(folder: Path, name: str) -> list[Path]:
     ]
 
 
+def move_files(source: Path, target: Path) -> None:
+    """Move the files of a folder into another one, where older weights of their names go away."""
+    target.mkdir(parents=True, exist_ok=True)
+    files = [file for file in source.iterdir() if file.is_file()]
+    for file in files:
+        for old in same_weights(target, file.name):
+            old.unlink()
+    # An index comes last: a reader must not find it before its shards.
+    for file in sorted(files, key=lambda file: file.suffix == ".json"):
+        file.replace(target / file.name)
+    if not any(source.iterdir()):
+        source.rmdir()
+
+
 def replace_component(
     state: Mapping[str, Tensor],
     folder: Path,
@@ -135,15 +149,9 @@ def replace_component(
     beside = folder.with_name(f".{folder.name}.tmp")
     if beside.exists():
         shutil.rmtree(beside)
-    written = save_component(state, beside, component, **options)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in written:
-        for old in same_weights(folder, file.name):
-            old.unlink()
-    for file in written:  # the index, if there is one, comes last
-        file.replace(folder / file.name)
-    beside.rmdir()
-    write_json(folder / "config.json", config)
+    save_component(state, beside, component, **options)
+    write_json(beside / "config.json", config)
+    move_files(beside, folder)
 
 
 def size_in_bytes(size: int | str) -> int:
