@@ -35,7 +35,7 @@ from configs.command_line import (
     short_key,
 )
 from configs.schema import check_text, read_config
-from wan.errors import WanError
+from wan.errors import WanError, shortened, visible
 
 C = TypeVar("C")
 
@@ -115,7 +115,7 @@ def run(main: Main, line: CommandLine, description: str) -> NoReturn:
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning on one line, without the place in the code where it was raised."""
-    print("warning: " + " ".join(str(message).split()), file=sys.stderr)
+    print("warning: " + " ".join(shortened(visible(str(message))).split()), file=sys.stderr)
 
 
 def execute(main: Main, line: CommandLine, description: str, arguments: Sequence[str]) -> int:
@@ -172,7 +172,7 @@ def report(error: Exception) -> int:
     message = error.on_command_line if isinstance(error, WanError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + " ".join(visible(message).split()), file=sys.stderr)
     return USER_ERROR
 
 

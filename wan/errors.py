@@ -1,13 +1,44 @@
 """The exception for every error that a user can cause."""
 
+import unicodedata
 from collections.abc import Sequence
+
+MAX_MESSAGE = 2000  # characters
+# Characters of these kinds move the cursor, change the direction of the text, or cannot be printed.
+HIDDEN_KINDS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+JOINERS = "\u200c\u200d"  # of letters and of emoji; harmless
+
+
+def visible(text: str) -> str:
+    """A text that is safe to print: control characters as escapes such as `\\x1b`.
+
+    Line ends and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        one.encode("unicode_escape").decode()
+        if one not in "\n\t" + JOINERS and unicodedata.category(one) in HIDDEN_KINDS
+        else one
+        for one in text
+    )
+
+
+def shortened(text: str, limit: int = MAX_MESSAGE) -> str:
+    """A text of at most `limit` characters; what is left out is left out of its middle."""
+    if len(text) <= limit:
+        return text
+    end = limit // 4
+    gap = f" [... {len(text) - limit:,} characters more ...] "
+    return text[: limit - end - len(gap)] + gap + text[-end:]
 
 
 class WanError(ValueError):
     """A request that cannot be carried out as given.
 
     The message says what was given, what is allowed and what to try. Commands print it on one line
-    and exit with code 2; library callers catch it as a ValueError.
+    and exit with code 2; library callers catch it as a ValueError. What it quotes may come from a
+    stranger's file: it is made `visible`, and cut at `MAX_MESSAGE` characters.
 
     Attributes:
         on_command_line: the same in the options of a command, where those differ from the
@@ -15,8 +46,9 @@ class WanError(ValueError):
     """
 
     def __init__(self, message: str, on_command_line: str | None = None) -> None:
-        super().__init__(message)
-        self.on_command_line = message if on_command_line is None else on_command_line
+        on_command_line = message if on_command_line is None else on_command_line
+        super().__init__(shortened(visible(message)))
+        self.on_command_line = shortened(visible(on_command_line))
 
     def about(self, what: str) -> "WanError":
         """The same error with `what` in front, such as the file that it is about."""

@@ -1,18 +1,180 @@
 """Reading and writing small files.
 
+Whatever is read may come from a stranger, so `read_bytes`, `read_text` and `read_json` are the one
+gate for it: they open regular files only, up to a size, and JSON is bounded before it is used.
+
 Every file is written beside its place, flushed to the disk and then renamed, so that a reader, a
 full disk or a power cut sees the old file or the new one and never half of one.
 """
 
 import json
+import math
 import os
+import re
+import stat
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from wan.errors import WanError
+
+# A released config.json has 2 kB, and the index of the largest model 150 kB.
+MAX_JSON_BYTES = 4 << 20
+MAX_TEXT_BYTES = 64 << 20
+MAX_DEPTH = 32  # of objects and lists inside each other
+MAX_DIGITS = 20  # of a whole number: 64 bits
+MAX_NUMBER = 100  # characters of any other number
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+FILE_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading its bytes.
+
+    A pipe or a device is refused at once, where a plain `open` may wait for ever.
+
+    Raises:
+        OSError: the file cannot be opened.
+        WanError: it is no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except ValueError as error:  # a name that holds a zero byte
+        raise WanError(f"{path}: no file can have this name ({error})") from error
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        what = FILE_KINDS.get(kind, "no file")
+        raise WanError(f"{path}: {what}; a regular file is needed")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: the file cannot be opened.
+        WanError: it is no regular file, or larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+        if len(content) > limit:
+            size = max(len(content), os.fstat(file.fileno()).st_size)
+            raise WanError(f"{path}: {size:,} bytes, at most {limit:,} are read of such a file")
+    return content
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """A UTF-8 text file, with or without a byte-order mark; every line end becomes `\\n`.
+
+    Raises:
+        OSError: the file cannot be opened.
+        WanError: it is no regular file, too large, or not UTF-8.
+    """
+    try:
+        text = read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise WanError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: the file cannot be opened.
+        WanError: it is no regular file, too large, or refused by `parse_json`.
+    """
+    return parse_json(read_bytes(path, limit), str(path))
+
+
+def parse_json(content: str | bytes, source: str) -> dict[str, Any]:
+    """The JSON object in a text that may come from a stranger.
+
+    Args:
+        content: the text, or its UTF-8 bytes. Whoever reads it bounds its size.
+        source: where it comes from, for messages.
+
+    Raises:
+        WanError: it is not JSON, or holds something other than an object, a key twice, NaN or
+            infinity, half a character, a whole number of more than 64 bits' digits, or more than
+            `MAX_DEPTH` levels.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise WanError(f"{source}: the key {key[:80]!r} occurs twice")
+        return result
+
+    def whole(digits: str) -> int:
+        if len(digits.lstrip("-")) > MAX_DIGITS:
+            raise WanError(f"{source}: a number of {len(digits):,} digits, {digits[:20]}...")
+        return int(digits)
+
+    def real(text: str) -> float:
+        if len(text) > MAX_NUMBER or not math.isfinite(value := float(text)):
+            raise WanError(f"{source}: {text[:20]} is no number that can be used")
+        return value
+
+    def no_constant(name: str) -> None:
+        raise WanError(f"{source}: {name} where JSON has numbers")
+
+    hooks: dict[str, Any] = {
+        "object_pairs_hook": unique,
+        "parse_int": whole,
+        "parse_float": real,
+        "parse_constant": no_constant,
+    }
+    try:
+        text = content.decode() if isinstance(content, bytes) else content
+        values = json.loads(text, **hooks)
+    except WanError:
+        raise
+    except RecursionError as error:
+        raise WanError(f"{source}: its JSON is nested more than {MAX_DEPTH} levels deep") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise WanError(f"{source}: not JSON ({error}); download or write it again") from error
+    if not isinstance(values, dict):
+        raise WanError(f"{source}: holds a JSON {type(values).__name__}, an object is needed")
+    _check_nesting(values, source)
+    return values
+
+
+def _check_nesting(values: dict[str, Any], source: str) -> None:
+    """Refuse JSON that is nested too deeply, and texts with half of a UTF-16 character."""
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        inside: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inside += one.keys()
+                inside += one.values()
+            elif isinstance(one, list):
+                inside += one
+            elif isinstance(one, str) and LONE_SURROGATE.search(one):
+                raise WanError(f"{source}: {ascii(one)[:80]} holds half of a character")
+        if not inside:
+            return
+        level = inside
+    raise WanError(f"{source}: its JSON is nested more than {MAX_DEPTH} levels deep")
+
+
+# --- writing --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -46,37 +208,6 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        OSError: the file cannot be opened.
-        WanError: it is not JSON, or holds something other than an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise WanError(f"{path}: not JSON ({error}); download or write it again") from error
-    if not isinstance(values, dict):
-        raise WanError(f"{path}: holds a JSON {type(values).__name__}, an object is needed")
-    return values
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, with or without a byte-order mark.
-
-    Raises:
-        OSError: the file cannot be opened.
-        WanError: it is a folder, or not UTF-8.
-    """
-    if path.is_dir():
-        raise WanError(f"{path}: a folder; give a text file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise WanError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
 def flush_to_disk(path: Path) -> None:
