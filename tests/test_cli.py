@@ -340,9 +340,9 @@ def test_words_may_stand_alone_where_a_command_says_so():
         b: str = ""
 
     line = CommandLine(Two, "diff", text_keys=(), path_keys=("a", "b"), words=("a", "b"))
-    for tokens in (["x y", "out=1/z,2"], ["x y", "b=out=1/z,2"], ["b=out=1/z,2", "x y"]):
+    for tokens in (["x y", "./out=1/z,2"], ["x y", "b=./out=1/z,2"], ["b=./out=1/z,2", "x y"]):
         (found,) = compose_runs(line, tokens)
-        assert (found.config.a, found.config.b) == ("x y", "out=1/z,2"), tokens
+        assert (found.config.a, found.config.b) == ("x y", "./out=1/z,2"), tokens
     with pytest.raises(WanError, match="'z': one name too many; this command takes 2"):
         compose_runs(line, ["x", "y", "z"])
     with pytest.raises(WanError, match="a= is given twice"):
