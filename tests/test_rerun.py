@@ -516,7 +516,11 @@ def test_what_is_no_file_is_refused_at_once(run, tmp_path, name):
 
 def test_an_mp4_of_another_program_says_nothing(run, two, tmp_path):
     frames, _ = read_video(two[0].with_suffix(".mp4"))
-    for comment, words in ((None, "how it was made"), ("a film", "not valid JSON"), ("{}", "no prompt")):
+    for comment, words in (
+        (None, "how it was made"),
+        ("a film", "not valid JSON"),
+        ("{}", "no prompt"),
+    ):
         path = tmp_path / "film.mp4"
         write_video(path, frames, 8, {} if comment is None else {"comment": comment})
         code, _, err = run("diff", path, two[0])
