@@ -239,10 +239,9 @@ def test_a_damaged_table_never_stops_the_library(folder, tmp_path, seed):
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     try:
         tokenizer = Tokenizer.from_folder(tmp_path)
-    except WanError as error:
-        assert "damaged" in str(error)
-    else:
-        tokenizer("".join(map(chr, range(32, 0xD000, 7))))
+    except WanError:
+        return
+    tokenizer("".join(map(chr, range(32, 0xD000, 7))))  # what is accepted never fails later
 
 
 class PanicException(BaseException):
