@@ -179,6 +179,8 @@ def convert_component(
         max_shard_bytes=sys.maxsize if is_prefixed else int(target.shard_gb * 1e9),
         metadata=None if is_diffusers else {CONFIG_METADATA: json.dumps(values)},
     )
+    for file in checkpoint.files:
+        file.open().close()  # notices what was overwritten meanwhile
     if (written_config := layout_config(component, target.layout, values, model_type)) is not None:
         write_json(folder / "config.json", written_config)
     count = sum(tensor.numel() for tensor in state.values())

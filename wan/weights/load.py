@@ -32,7 +32,7 @@ from wan.weights.keys import (
 )
 from wan.weights.names import describe, grouped
 from wan.weights.quantize import check_quantize, quantize_layers, quantize_state
-from wan.weights.safetensors_file import map_tensors
+from wan.weights.safetensors_file import MappedFile, MappedFiles, map_tensors
 from wan.weights.scaled import FP8, plain_dtype, read_scale, read_small, restored, with_scales
 from wan.weights.tensor_reader import read_tensors
 
@@ -85,7 +85,8 @@ def load_module(
         threads: number of threads that read; None takes the number of cores, at most 8.
         check_finite: refuse NaN and infinity while the tensors pass by, and warn of zero matrices.
         share_mapping: let tensors that need no conversion be views of the mapped file (on the CPU),
-            copied page by page only where they are written to. False reads them into memory.
+            copied page by page only where they are written to. False reads them into memory. The
+            module's `mapped_files` notices if such a file is overwritten.
         quantize: see `wan.weights.quantize`; weights are then read in groups of `GROUP_BYTES`, so
             that few of them are in memory unquantised.
         changes: our name -> a function that gets the stored parameter in at least float32 and
@@ -113,9 +114,10 @@ def load_module(
     stored = {name: names.stored[name] for name in wanted}
     state: dict[str, Tensor] = {}
     zero: set[str] = set()
+    mapped: list[MappedFile] = []
     whole = quantize == "none" and not changes
     for group in [list(wanted)] if whole else group_names(wanted, reads):
-        read, zeros = read_tensors(
+        read, zeros, files = read_tensors(
             {name: stored[name] for name in group},
             reads,
             torch.device(device),
@@ -124,6 +126,7 @@ def load_module(
             share_mapping=share_mapping,
         )
         zero |= zeros
+        mapped += files
         for name in group:
             if name in changes:
                 read[name] = changes[name](read[name]).to(targets[name])
@@ -133,6 +136,7 @@ def load_module(
     if quantize != "none":
         quantize_layers(module, quantize)
     module.load_state_dict(state, assign=True)
+    cast(Any, module).mapped_files = MappedFiles(mapped)
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not left, f"buffers without a value: {left}"
     return module
