@@ -42,6 +42,10 @@ class Piece:
     offset: int  # first byte of the piece in the file
     file: BinaryIO | None  # None: `target` is a view of the mapped file, and is only checked
 
+    @property
+    def is_whole_chunk(self) -> bool:
+        return self.target.numel() * self.stored.entry.dtype.itemsize >= CHUNK_BYTES
+
 
 def read_tensors(
     stored: Mapping[str, StoredTensor],
@@ -99,7 +103,10 @@ def read_tensors(
 
 
 def fill(pieces: list[Piece], device: torch.device, threads: int, check_finite: bool) -> set[str]:
-    """Fill all pieces; returns the names of all-zero tensors (none without `check_finite`)."""
+    """Fill all pieces; returns the names of tensors that are zero, or are for a whole chunk.
+
+    Without `check_finite` nothing is looked at, and nothing returned.
+    """
     scratch = threading.local()
 
     def run(piece: Piece) -> bool:
@@ -125,8 +132,9 @@ def fill(pieces: list[Piece], device: torch.device, threads: int, check_finite: 
 
     with ThreadPoolExecutor(threads) as pool:
         results = list(pool.map(run, pieces))
-    touched = {piece.name for piece, zero in zip(pieces, results, strict=True) if not zero}
-    return {piece.name for piece in pieces} - touched if check_finite else set()
+    touched = {p.name for p, zero in zip(pieces, results, strict=True) if not zero}
+    holes = {p.name for p, zero in zip(pieces, results, strict=True) if zero and p.is_whole_chunk}
+    return holes | {piece.name for piece in pieces} - touched if check_finite else set()
 
 
 def is_zero(piece: Piece, values: Tensor) -> bool:
