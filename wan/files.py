@@ -213,8 +213,13 @@ def folder_beside(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, for the caller to rename; what is left of it is removed.
 
     As with `written_beside`, the next process removes what a killed one leaves.
+
+    Raises:
+        WanError: `path` is a file.
     """
-    with _claimed(path) as lock:
+    if path.is_file():
+        raise WanError(f"{path}: is a file, and a folder is to be written; choose another name")
+    with _claimed(path.resolve()) as lock:
         folder = lock.with_suffix(".part")
         folder.mkdir()
         try:
@@ -277,6 +282,12 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file as a whole, in UTF-8."""
     with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file as a whole."""
+    with written_beside(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -141,7 +141,7 @@ def write_report(
     }
     table = report.table(plan_columns, {"clips": lambda row: str(num_clips(row))})
     notes = write_notes(config, report.machines, failed)
-    (folder / "report.md").write_text(f"{table}\n\n{notes}\n", encoding="utf-8")
+    write_text(folder / "report.md", f"{table}\n\n{notes}\n")
     lines = [
         csv_line(setting, row, report.columns, values)
         for (setting, row), values in zip(settings, report.estimates, strict=True)

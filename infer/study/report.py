@@ -24,7 +24,7 @@ from infer.evaluate.report import (
 )
 from infer.evaluate.store import cut
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import read_json, write_text
 from wan.miniature.statistics import Clause, Measured, distance, match, verdict
 
 REPORT, PICTURE = "report.md", "report.png"
@@ -150,7 +150,7 @@ def write_report(config: StudyConfig, rows: list[Row], folder: Path) -> str:
         f"is their floor. Seconds without loading, on: {'; '.join(report.machines)}."
     )
     text = f"{table}\n\n{notes}\n\n```\n{decision}\n```\n"
-    (folder / REPORT).write_text(text, encoding="utf-8")
+    write_text(folder / REPORT, text)
     # Ceilings, which take no steps, are horizontal lines.
     xs = [None if row.plan is None else exactly(row.plan["steps"]) for row in rows]
     ticks = sorted({row.plan["steps"] for row in rows if row.plan is not None})
