@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
 from wan.models.vae_config import CHUNK_LATENTS
+from wan.settings import NO_BOUND, bounds, check_number
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
@@ -47,9 +48,8 @@ def option(
         at_least, above, at_most, below: bounds of a number.
         check: called with name and value; raises a WanError for values that it does not allow.
     """
-    low = (at_least, True) if above is None else (above, False)
-    high = (at_most, True) if below is None else (below, False)
-    about = {"help": help, "choices": tuple(choices), "low": low, "high": high, "check": check}
+    about: dict[str, Any] = {"help": help, "choices": tuple(choices), "check": check}
+    about |= bounds(at_least, above, at_most, below)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=about)
     return field(default=default, metadata=about)
@@ -108,31 +108,6 @@ def check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
     check_number(name, value, about.get("low", NO_BOUND), about.get("high", NO_BOUND))
     if about.get("check") is not None:
         about["check"](name, value)
-
-
-Bound = tuple[float | None, bool]  # a number, and whether it is itself allowed
-NO_BOUND: Bound = (None, True)
-
-
-def check_number(name: str, value: Any, low: Bound, high: Bound = NO_BOUND) -> None:
-    """Refuse a value that is not a finite number within the bounds; without bounds, accept all."""
-    (least, with_least), (most, with_most) = low, high
-    if least is None and most is None:
-        return
-    fits = math.isfinite(value)
-    fits &= least is None or value > least or (with_least and value == least)
-    fits &= most is None or value < most or (with_most and value == most)
-    if fits:
-        return
-    if most is None:
-        allowed = f"be a number {'of at least' if with_least else 'above'} {least}"
-    elif least is None:
-        allowed = f"be a number {'of at most' if with_most else 'below'} {most}"
-    elif with_least and with_most:
-        allowed = f"be between {least} and {most}"
-    else:
-        allowed = f"lie in {'(['[with_least]}{least}, {most}{')]'[with_most]}"
-    raise WanError(f"{name}={value}: must {allowed}")
 
 
 def read_config(schema: type[C], cfg: DictConfig) -> C:

@@ -9,10 +9,11 @@ ROOT = Path(__file__).parents[1]
 PROJECT = ("wan", "configs", "infer", "train")
 FILES = [path for package in PROJECT for path in sorted((ROOT / package).rglob("*.py"))]
 
-# Room -> the other rooms that it may import; `wan.errors` and `wan.files` are open to all.
+# Room -> the other rooms that it may import; the modules of `OPEN` are open to all.
 MAY_IMPORT = {
     "wan.errors": (),
     "wan.files": (),
+    "wan.settings": (),
     "wan.models": (),
     "wan.sampling": (),
     "wan.weights": (),
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "infer": ("wan", "configs"),
     "train": ("wan", "configs"),
 }
-OPEN = ("wan.errors", "wan.files")
+OPEN = ("wan.errors", "wan.files", "wan.settings")
 
 # The network knows no sampler and the samplers no network; inside the rooms this is the order.
 LAYERS = {

@@ -150,7 +150,7 @@ def test_damaged_files_are_refused(folder, tmp_path):
     with pytest.raises(WanError, match=r"no tokenizer\.json and no spiece\.model"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:900])
-    with pytest.raises(WanError, match="not JSON"):
+    with pytest.raises(WanError, match="not valid JSON"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}}))
     with pytest.raises(WanError, match="'BPE'"):

@@ -37,6 +37,8 @@ MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 32  # of objects and lists inside each other
 MAX_DIGITS = 20  # of a whole number: 64 bits
 MAX_NUMBER = 100  # characters of any other number
+TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep"
+AGAIN = "download or write it again"
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -68,7 +70,7 @@ def open_regular(path: Path) -> BinaryIO:
     if kind != stat.S_IFREG:
         os.close(descriptor)
         what = FILE_KINDS.get(kind, "no file")
-        raise WanError(f"{path}: {what}; a regular file is needed")
+        raise WanError(f"{path}: {what}, not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -101,22 +103,30 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, infinite: bool = False) -> dict[str, Any]:
     """The JSON object in a file.
+
+    Args:
+        limit: the most bytes that are read.
+        infinite: take NaN and infinity, as Python writes them, for numbers.
 
     Raises:
         OSError: the file cannot be opened.
         WanError: it is no regular file, too large, or refused by `parse_json`.
     """
-    return parse_json(read_bytes(path, limit), str(path))
+    return parse_json(read_bytes(path, limit), str(path), infinite=infinite)
 
 
-def parse_json(content: str | bytes, source: str) -> dict[str, Any]:
+def parse_json(
+    content: str | bytes, source: str, advice: str = AGAIN, infinite: bool = False
+) -> dict[str, Any]:
     """The JSON object in a text that may come from a stranger.
 
     Args:
         content: the text, or its UTF-8 bytes. Whoever reads it bounds its size.
         source: where it comes from, for messages.
+        advice: what to do about an error, for messages.
+        infinite: see `read_json`.
 
     Raises:
         WanError: it is not JSON, or holds something other than an object, a key twice, NaN or
@@ -128,27 +138,31 @@ def parse_json(content: str | bytes, source: str) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise WanError(f"{source}: the key {key[:80]!r} occurs twice")
+            raise WanError(f"{source}: the key {key[:80]!r} occurs twice; {advice}")
         return result
 
     def whole(digits: str) -> int:
         if len(digits.lstrip("-")) > MAX_DIGITS:
-            raise WanError(f"{source}: a number of {len(digits):,} digits, {digits[:20]}...")
+            raise WanError(
+                f"{source}: a number of {len(digits):,} digits, {digits[:20]}...; {advice}"
+            )
         return int(digits)
 
     def real(text: str) -> float:
         if len(text) > MAX_NUMBER or not math.isfinite(value := float(text)):
-            raise WanError(f"{source}: {text[:20]} is no number that can be used")
+            raise WanError(f"{source}: {text[:20]} is no number that can be used; {advice}")
         return value
 
-    def no_constant(name: str) -> None:
-        raise WanError(f"{source}: {name} where JSON has numbers")
+    def constant(name: str) -> float:
+        if infinite:
+            return float(name)
+        raise WanError(f"{source}: {name} where JSON has numbers; {advice}")
 
     hooks: dict[str, Any] = {
         "object_pairs_hook": unique,
         "parse_int": whole,
         "parse_float": real,
-        "parse_constant": no_constant,
+        "parse_constant": constant,
     }
     try:
         text = content.decode() if isinstance(content, bytes) else content
@@ -156,16 +170,16 @@ def parse_json(content: str | bytes, source: str) -> dict[str, Any]:
     except WanError:
         raise
     except RecursionError as error:
-        raise WanError(f"{source}: its JSON is nested more than {MAX_DEPTH} levels deep") from error
+        raise WanError(f"{source}: its JSON {TOO_DEEP}; {advice}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise WanError(f"{source}: not JSON ({error}); download or write it again") from error
+        raise WanError(f"{source}: not valid JSON ({error}); {advice}") from error
     if not isinstance(values, dict):
-        raise WanError(f"{source}: holds a JSON {type(values).__name__}, an object is needed")
-    _check_nesting(values, source)
+        raise WanError(f"{source}: its JSON is not an object; {advice}")
+    _check_nesting(values, source, advice)
     return values
 
 
-def _check_nesting(values: dict[str, Any], source: str) -> None:
+def _check_nesting(values: dict[str, Any], source: str, advice: str) -> None:
     """Refuse JSON that is nested too deeply, and texts with half of a UTF-16 character."""
     level: list[Any] = [values]
     for _ in range(MAX_DEPTH):
@@ -177,11 +191,11 @@ def _check_nesting(values: dict[str, Any], source: str) -> None:
             elif isinstance(one, list):
                 inside += one
             elif isinstance(one, str) and LONE_SURROGATE.search(one):
-                raise WanError(f"{source}: {ascii(one)[:80]} holds half of a character")
+                raise WanError(f"{source}: {ascii(one)[:80]} holds half of a character; {advice}")
         if not inside:
             return
         level = inside
-    raise WanError(f"{source}: its JSON is nested more than {MAX_DEPTH} levels deep")
+    raise WanError(f"{source}: its JSON {TOO_DEEP}; {advice}")
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from wan.errors import WanError, check_names
 from wan.files import written_beside
+from wan.models.spiece import num_pieces
 from wan.models.tokenizer import EOS, EOS_ID, PAD, PAD_ID, Tokenizer
-from wan.models.tokenizer_export import num_pieces, write_tokenizer_folder
+from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.pipeline.arguments import FileArguments, check_arguments, file_options
 from wan.pipeline.config import SHARED_FILE, part_folder
 from wan.weights.checkpoint import open_checkpoint
