@@ -1,6 +1,5 @@
 """Files of tensors with a digest of all that they hold."""
 
-import pytest
 import torch
 
 from train.distill import is_panel
