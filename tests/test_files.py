@@ -1,14 +1,33 @@
 """Files appear whole, or what was there stays."""
 
+import errno
+import fcntl
 import json
 import math
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from wan.errors import WanError
-from wan.files import parse_json, read_bytes, read_json, read_text, write_text, written_beside
+from wan.files import (
+    create_sealed,
+    expanded,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_sealed,
+    read_text,
+    remove_leftovers,
+    write_sealed,
+    write_text,
+    written_beside,
+)
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_file_appears_at_the_end_and_nothing_beside_it_stays(tmp_path):
@@ -132,3 +151,150 @@ def test_messages_are_short_and_visible():
     plain = "héllo\t家 \u3000 👩‍👩‍👧\n"
     assert str(WanError(plain)) == plain
     assert str(error.about("a.json")).startswith("a.json: a\\x1b")
+
+
+# --- what killed processes leave ------------------------------------------------------------------
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from wan.files import folder_beside, written_beside
+with written_beside(Path(sys.argv[1], "a.txt")) as file, folder_beside(Path(sys.argv[1], "b")) as b:
+    file.write_text("half")
+    (b / "half").write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that is in the middle of writing a file and a folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_leftovers_of_a_killed_process_go_and_a_living_one_keeps_its_own(tmp_path, writer):
+    def hidden():
+        return sorted(path.suffix for path in tmp_path.iterdir() if path.name.startswith("."))
+
+    remove_leftovers.cache_clear()
+    write_text(tmp_path / "c.txt", "whole")
+    assert hidden() == [".part", ".tmp", ".tmp"]
+    writer.kill()
+    writer.wait()
+    assert hidden() == [".part", ".tmp", ".tmp"]
+    remove_leftovers.cache_clear()
+    write_text(tmp_path / "c.txt", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.txt"]
+
+
+def test_a_file_that_is_taken_for_a_leftover_before_it_is_locked_gets_another_name(
+    tmp_path, monkeypatch
+):
+    lock, names = fcntl.flock, []
+
+    def lock_too_late(descriptor, how):
+        if not names:  # between creating and locking: what another process does there
+            names.extend(tmp_path.iterdir())
+            names[0].unlink()
+        lock(descriptor, how)
+
+    monkeypatch.setattr("wan.files.fcntl.flock", lock_too_late)
+    write_text(tmp_path / "a.txt", "whole")
+    assert names
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_disk_without_locks_or_links_serves_too(tmp_path, monkeypatch):
+    def no(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr("wan.files.fcntl.flock", no)
+    monkeypatch.setattr("wan.files.os.link", no)
+    (tmp_path / ".x.0123abcd.tmp").touch()  # of whom, nobody can tell
+    write_text(tmp_path / "a.txt", "whole")
+    create_sealed(tmp_path / "b.json", {})
+    with pytest.raises(FileExistsError):
+        create_sealed(tmp_path / "b.json", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.0123abcd.tmp", "a.txt", "b.json"]
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_text(tmp_path / "no" / "a.txt", "x")
+    assert caught.value.filename == str(tmp_path / "no" / "a.txt")
+    with pytest.raises(OSError, match="No space") as caught, written_beside(tmp_path / "b.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "b.txt")
+    write_text(tmp_path / ("x" * 250), "the longest name but five")
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def test_any_single_change_of_a_record_is_noticed(tmp_path):
+    path = tmp_path / "a.json"
+    values = {"b": [1, 0.1, None, True], "a": {"é": "x"}, "seed": 2**63, "tiny": 5e-324}
+    write_sealed(path, values | {"t": (1, 2), "n": {10: 1, 9: 2}})
+    assert read_sealed(path) == values | {"t": [1, 2], "n": {"10": 1, "9": 2}}
+    whole = path.read_bytes()
+    said = json.loads(whole)
+    for place in range(len(whole)):
+        flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        for damaged in (whole[:place], flipped):
+            path.write_bytes(damaged)
+            try:
+                read_sealed(path)
+            except WanError:
+                continue
+            # Read all the same: a line end less, or a digest under another name.
+            there = json.loads(damaged)
+            assert there == said or "digest" not in there
+
+
+def test_a_record_without_digest_is_one_of_an_older_release(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}')
+    assert read_sealed(path) == {"a": 1}
+
+
+def test_a_record_is_created_once_and_never_without_its_content(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            create_sealed(path, {"a": 1})
+    assert not list(tmp_path.iterdir())
+    create_sealed(path, {"a": 1})
+    with pytest.raises(FileExistsError):
+        create_sealed(path, {"a": 2})
+    assert read_sealed(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def test_a_home_folder_that_nobody_knows_is_one_clear_error(monkeypatch):
+    assert expanded("~") == Path.home()
+    assert expanded("a/~b") == Path("a/~b")
+    with pytest.raises(WanError, match=r"~nosuchuser/x: ~nosuchuser stands for .* not known"):
+        expanded("~nosuchuser/x")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # a user without an entry
+    with pytest.raises(WanError, match="not known"):
+        expanded("~/x")
+    assert expanded("x") == Path("x")

@@ -25,6 +25,7 @@ from infer.sample.jobs import Job
 from infer.sample.record import (
     IN_COMMENT,
     RECORD_VERSION,
+    UNFINISHED,
     BadResultError,
     Story,
     now,
@@ -36,6 +37,7 @@ from infer.sample.record import (
 )
 from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_request
 from wan.errors import WanError
+from wan.media.images import write_image
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
 from wan.pipeline.arguments import known_dtype
@@ -178,7 +180,7 @@ def make_video(session: Session, request: Request, seed: int) -> Story:
     config, pipeline = request.config, session.model.pipeline
     record = first_record(session, request, seed)
     identity = {"prompt": request.prompt, "settings": record["settings"]}
-    files = reserve_files(session.output, identity, seed)
+    files = reserve_files(session.output, identity, seed, record)
     if session.several:
         print(f"{files.stem}: {request.prompt}", file=sys.stderr)
     generators = sample_generators(seed, 1)
@@ -291,7 +293,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
             "fps": info.fps,
         }
         if config.contact_sheet:
-            contact_sheet(frames).save(files.sheet)
+            write_image(files.sheet, contact_sheet(frames))
     if not config.save_latents:
         files.latents.unlink()
     if session.model.digests is not None:
@@ -311,7 +313,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
     }
     record = {
         "record_version": RECORD_VERSION,
-        "status": "running",
+        "status": UNFINISHED,
         "stage": "start",
         "started": now(),
         "finished": None,

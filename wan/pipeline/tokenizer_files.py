@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError, check_names
+from wan.files import written_beside
 from wan.models.spiece import num_pieces
 from wan.models.tokenizer import EOS, EOS_ID, PAD, PAD_ID, Tokenizer
 from wan.models.tokenizer_export import write_tokenizer_folder
@@ -175,7 +176,8 @@ def write_tokenizer(place: Path, folder: Path) -> None:
         raise WanError(f"{place}: no tokenizer here ({' or '.join(TOKENIZER_FILES[:2])})")
     folder.mkdir(parents=True, exist_ok=True)
     for path in found:
-        shutil.copyfile(path, folder / path.name)
+        with written_beside(folder / path.name) as beside:
+            shutil.copyfile(path, beside)
 
 
 def tensor_of_file(place: Path) -> tuple[bytes, int]:

@@ -404,7 +404,7 @@ def write_tensors(
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     raw += b" " * (-len(raw) % 8)  # tensors start at a multiple of 8 bytes
-    with written_beside(path) as beside, beside.open("xb") as file:
+    with written_beside(path) as beside, beside.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in names:
             tensor = tensors[name].detach().cpu().contiguous()
