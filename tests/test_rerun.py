@@ -355,14 +355,14 @@ def test_an_interrupted_run_is_made_whole(run, two, models, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "not JSON"),
+        (b"", "not valid JSON"),
         (b"{}", "not the record of a video (no record_version"),
-        (b"[1]", "an object is needed"),
+        (b"[1]", "not an object"),
         (b'{"record_version": 1, "a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested"),
         (b'{"record_version": 2}', "a record of version 2"),
         (b'{"record_version": 1' + b"0" * 50 + b"}", "digits"),
         (b'{"seed": 1, "seed": 2}', "twice"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "not valid JSON"),
     ],
 )
 @pytest.mark.parametrize("command", ["rerun", "diff"])
@@ -516,7 +516,11 @@ def test_what_is_no_file_is_refused_at_once(run, tmp_path, name):
 
 def test_an_mp4_of_another_program_says_nothing(run, two, tmp_path):
     frames, _ = read_video(two[0].with_suffix(".mp4"))
-    for comment, words in ((None, "how it was made"), ("a film", "not JSON"), ("{}", "no prompt")):
+    for comment, words in (
+        (None, "how it was made"),
+        ("a film", "not valid JSON"),
+        ("{}", "no prompt"),
+    ):
         path = tmp_path / "film.mp4"
         write_video(path, frames, 8, {} if comment is None else {"comment": comment})
         code, _, err = run("diff", path, two[0])

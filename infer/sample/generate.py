@@ -27,6 +27,7 @@ from infer.sample.jobs import Jobs
 from infer.sample.record import (
     IN_COMMENT,
     RECORD_VERSION,
+    UNFINISHED,
     BadResultError,
     Story,
     now,
@@ -38,6 +39,7 @@ from infer.sample.record import (
 )
 from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_request
 from wan.errors import WanError, shortened, visible
+from wan.media.images import write_image
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
 from wan.pipeline.arguments import known_dtype
@@ -204,7 +206,7 @@ def make_video(session: Session, request: Request, seed: int) -> Story:
     config, pipeline = request.config, session.model.pipeline
     record = first_record(session, request, seed)
     identity = {"prompt": request.prompt, "settings": record["settings"]}
-    files = reserve_files(session.output, identity, seed)
+    files = reserve_files(session.output, identity, seed, record)
     if session.several:
         print(f"{files.stem}: {shortened(visible(request.prompt), 400)}", file=sys.stderr)
     generators = sample_generators(seed, 1)
@@ -317,7 +319,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
             "fps": info.fps,
         }
         if config.contact_sheet:
-            contact_sheet(frames).save(files.sheet)
+            write_image(files.sheet, contact_sheet(frames))
     if not config.save_latents:
         files.latents.unlink()
     if session.model.digests is not None:
@@ -337,7 +339,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
     }
     record = {
         "record_version": RECORD_VERSION,
-        "status": "running",
+        "status": UNFINISHED,
         "stage": "start",
         "started": now(),
         "finished": None,

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
-from wan.files import write_json
+from wan.files import create_sealed, write_sealed
 from wan.media.video import Frames
 from wan.runtime.memory_meter import peak_memory
 from wan.weights.safetensors_file import write_tensors
 
 RECORD_VERSION = 1
+UNFINISHED = "unfinished"  # the status of a video that is being made, or whose process was killed
 BAD_RESULT = 1  # exit code
 # What the comment of an mp4 keeps of its record, beside the settings.
 IN_COMMENT = (
@@ -63,15 +64,17 @@ class OutputFiles:
         return self.folder / f"{self.stem}.json"
 
 
-def reserve_files(folder: Path, settings: dict[str, Any], seed: int) -> OutputFiles:
-    """Names for a new video: the record is created here, so that no other run takes them."""
+def reserve_files(
+    folder: Path, settings: dict[str, Any], seed: int, record: dict[str, Any]
+) -> OutputFiles:
+    """Names for a new video: its record is written here, so that no other run takes them."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     taken = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
     number = max((int(match[1]) + 1 for match in taken if match), default=0)
     while True:
         files = OutputFiles(folder, f"{number:05d}_{digest}_s{seed}")
         try:
-            files.record.touch(exist_ok=False)
+            create_sealed(files.record, record)
             return files
         except FileExistsError:
             number += 1
@@ -82,10 +85,11 @@ class BadResultError(RuntimeError):
 
 
 class Story:
-    """The record of one video while it is made, written at its start, in between and at its end.
+    """The record of one video while it is made, written in between and at its end.
 
-    As a context manager it turns expected failures into an exit code: Ctrl-C, a result that shows
-    no picture, a GPU out of memory. Any other error is noted in the record and raised.
+    Until then its status is `UNFINISHED`, which stays true however the process ends. As a context
+    manager it turns expected failures into an exit code: Ctrl-C, a result that shows no picture, a
+    GPU out of memory. Any other error is noted in the record and raised.
 
     Attributes:
         code: exit code: 0 done, 1 no picture or out of memory, 130 interrupted.
@@ -100,7 +104,7 @@ class Story:
     def write(self) -> None:
         """Replace the record as a whole: a reader sees the old one or the new one, never half."""
         self.finish_hashes()
-        write_json(self.files.record, self.record)
+        write_sealed(self.files.record, self.record)
 
     def hash(self, put: Callable[[str], None], values: Tensor | Frames) -> None:
         """Call `put` with the sha256 of a tensor or of frames, in a thread of its own.
@@ -136,7 +140,6 @@ class Story:
         self.record["seconds"][name] = round(time.perf_counter() - started, 3)
 
     def __enter__(self) -> "Story":
-        self.write()
         return self
 
     def __exit__(

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wan.files import read_bytes
+from wan.files import read_bytes, write_bytes, write_text
 from wan.models.spiece import MAX_SPIECE_BYTES, read_spiece
 from wan.models.tokenizer import EOS, EOS_ID, PAD, SPECIALS, UNK, UNK_ID, _check_specials
 
@@ -20,7 +20,7 @@ def write_tokenizer_folder(spiece: bytes, folder: str | Path, num_sentinels: int
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spiece.model").write_bytes(spiece)
+    write_bytes(folder / "spiece.model", spiece)
     special = {"eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
     sentinels = [f"<extra_id_{n}>" for n in range(num_sentinels)]
     objects = {
@@ -39,8 +39,7 @@ def write_tokenizer_folder(spiece: bytes, folder: str | Path, num_sentinels: int
         },
     }
     for name, values in objects.items():
-        text = json.dumps(values, ensure_ascii=False, indent=1)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
 def tokenizer_json_from_spiece(path: str | Path, num_sentinels: int) -> dict[str, Any]:

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from wan.errors import WanError, check_names
+from wan.files import folder_beside
 from wan.lora.files import refuse_other_expert
 from wan.lora.merge import Merges, all_changes, merge_lists
 from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.models.tokenizer import Tokenizer
+from wan.paths import all_inside
 from wan.pipeline.arguments import Placement
 from wan.pipeline.config import (
     PipelineConfig,
@@ -80,6 +82,8 @@ class ModelFolder:
                 has the variant.
         """
         overrides = dict(overrides or {})
+        for place in overrides.values():
+            all_inside(place, place)
         if parts := find_parts(path, overrides):
             config = pipeline_of_parts(path, parts)
             folder = cls(path, config, parts, variant)
@@ -92,6 +96,8 @@ class ModelFolder:
             shared = shared_parts(path)
             config = read_pipeline_config(path, overrides, shared)
             folder = cls(path, config, folder_places(path, shared | overrides), variant)
+            for part in {*config.components, "tokenizer"} - overrides.keys():
+                all_inside(folder.part(part), path, *overrides.values())
         if variant is not None:
             networks = folder.config.components
             here = any(holds_weights(folder.part(part)) for part in networks)
@@ -113,7 +119,8 @@ class ModelFolder:
         Raises:
             WanError: see `wan.weights.checkpoint.open_checkpoint`.
         """
-        return open_checkpoint(self.part(name), self.variant if self.has_variant(name) else None)
+        variant = self.variant if self.has_variant(name) else None
+        return open_checkpoint(self.part(name), variant, self.path)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -169,7 +176,8 @@ def load_part(
     if config is None:
         config = component_settings(folder, part, overrides or {})
     build = part_builder(part, config, **(options or {}))
-    checkpoint = open_checkpoint((overrides or {}).get(part) or part_folder(folder, part))
+    place = (overrides or {}).get(part) or part_folder(folder, part)
+    checkpoint = open_checkpoint(place, model=folder)
     return load_module(build, checkpoint, weight_kind(part), **loading).eval()
 
 
@@ -277,17 +285,16 @@ def save_modules(
     Raises:
         WanError: the tokenizer's files are unknown, or the files can't be written.
     """
-    beside = folder.with_name(f".{folder.name}.tmp")
-    if beside.exists():
-        shutil.rmtree(beside)
-    write_configs(config, beside)
-    for part, network in parts.items():
-        write_part(beside / part, part, network, config, variant, max_shard_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_index.json").unlink(missing_ok=True)
-    for part in [*parts, "scheduler"]:
-        move_files(beside / part, folder / part)
-    move_files(beside, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_beside(folder) as beside:
+        write_configs(config, beside)
+        for part, network in parts.items():
+            write_part(beside / part, part, network, config, variant, max_shard_bytes)
+        folder.mkdir(exist_ok=True)
+        (folder / "model_index.json").unlink(missing_ok=True)
+        for part in [*parts, "scheduler"]:
+            move_files(beside / part, folder / part)
+        move_files(beside, folder)
 
 
 def write_part(
