@@ -1,10 +1,20 @@
 """Shared by all tests: one CPU thread, and no GPU tests where there is no GPU."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 # The models are tiny: threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Digests are remembered for as long as the tests run, and not in the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
