@@ -284,7 +284,7 @@ def read_prompts(folder: Path) -> None:
         checkpoint=str(folder), prompt_file=str(folder / "prompts.txt"), sampler=SamplerConfig()
     )
     sources = dict.fromkeys(vars(config), "default")
-    assert list(read_jobs(config, sources))
+    assert list(read_jobs(config, sources).each())
 
 
 CONFIGS = (

@@ -619,14 +619,18 @@ def test_weights_are_fetched_for_requests_that_can_work_alone(run, models, monke
 
 
 def test_verify_also_reads_the_parts_that_another_folder_lends(run, tmp_path):
-    for folder in (STUDENT, TEACHER):
-        shutil.copytree(folder, tmp_path / folder.name)
-        write_manifest(tmp_path / folder.name)
+    teacher = tmp_path / TEACHER.name
+    for folder, place in ((TEACHER, teacher), (STUDENT, teacher / "student")):
+        shutil.copytree(folder, place)
+    shared = (teacher / "shared_parts.json").read_text().replace("../student", "student")
+    (teacher / "shared_parts.json").write_text(shared)
+    for folder in (teacher / "student", teacher):
+        write_manifest(folder)
     tokens = ("prompt=x", f"checkpoint={tmp_path / TEACHER.name}", "verify=true", "steps=1")
     code, _, err = run(*tokens)
     assert code == 0
     assert "files match their sha256" in err
-    weights = tmp_path / STUDENT.name / "vae/diffusion_pytorch_model.safetensors"
+    weights = teacher / "student" / "vae/diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)

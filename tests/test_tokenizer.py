@@ -16,7 +16,13 @@ import transformers
 
 import configs.schema
 from wan.errors import WanError
-from wan.models.tokenizer import MAX_PROMPT, Tokenizer, _encode_tokens, clean_prompt, strip_prompt
+from wan.models.tokenizer import (
+    MAX_PROMPT,
+    Tokenizer,
+    _encode_tokens,
+    clean_prompt,
+    strip_prompt,
+)
 from wan.models.tokenizer_export import tokenizer_json_from_spiece, write_tokenizer_folder
 
 NUM_SENTINELS = 5

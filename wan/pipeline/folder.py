@@ -40,6 +40,7 @@ from wan.pipeline.parts import (
 )
 from wan.pipeline.tokenizer_files import is_tokenizer, read_tokenizer, write_tokenizer
 from wan.weights.checkpoint import Checkpoint, has_variant, holds_weights, open_checkpoint
+from wan.weights.digests import MANIFEST
 from wan.weights.load import build_on_meta, load_module
 from wan.weights.save import move_files, save_component
 
@@ -291,7 +292,8 @@ def save_modules(
         for part, network in parts.items():
             write_part(beside / part, part, network, config, variant, max_shard_bytes)
         folder.mkdir(exist_ok=True)
-        (folder / "model_index.json").unlink(missing_ok=True)
+        for old in ("model_index.json", MANIFEST):
+            (folder / old).unlink(missing_ok=True)
         for part in [*parts, "scheduler"]:
             move_files(beside / part, folder / part)
         move_files(beside, folder)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from wan.errors import WanError
 from wan.weights.checkpoint import Checkpoint, StoredTensor
+from wan.weights.digests import check_published
 from wan.weights.keys import (
     ALIASES,
     PLAIN_WEIGHTS,
@@ -95,9 +96,10 @@ def load_module(
             `wan.lora.merge.LoRAMerge`). Weights are then read in groups, too.
     Raises:
         WanError: names, shapes or dtypes do not fit (one message lists all), weights are not
-            finite, or a file ends in zeros.
+            finite, or a file ends in zeros or is not the published one.
     """
     check_quantize(quantize)
+    check_published(file.path for file in checkpoint.files)
     names = match_names(checkpoint, component)
     module = build_on_meta(build)
     wanted = module.state_dict()
