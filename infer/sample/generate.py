@@ -108,7 +108,8 @@ def prepare(run: Run[SampleConfig], jobs: Jobs, models: ModelCache) -> Session:
         device=str(device),
         dtype=dtype_name,
     )
-    requests, images = [], set()
+    requests: list[Request] = []
+    images: set[str | None] = set()
     for job in jobs.checked:
         look = job.config.image not in images and len(images) < MAX_LOOKED_AT
         requests.append(resolve(job, look=look))
