@@ -27,7 +27,10 @@ LOADING = ("dtype", "offload", "quantize", "compile")
 DISTINCT_SEEDS = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
 MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
 RANDOM_SEED = -1
+MAX_STEPS = 1000
 FASTVIDEO_SEED = 1024  # where its caller gives none
+# An entry of `lora=`: the file, and a strength after a colon.
+STRENGTH = re.compile(r"(.+):([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)")
 
 
 def option(
@@ -198,7 +201,7 @@ class SamplerConfig(Options):
     """The sampler, its steps and its noise levels. None takes the value of the model's folder."""
 
     name: str | None = option(None, "unipc, euler, dpm++ or few_step")
-    steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=1000)
+    steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=MAX_STEPS)
     timesteps: list[float] | None = field(
         default=None, metadata={"help": "in place of steps: an explicit list, e.g. [1000,757,522]"}
     )
@@ -238,6 +241,8 @@ NO_GRID = ("grid", None)
 
 
 def check_timesteps(timesteps: list[float]) -> None:
+    if len(timesteps) > MAX_STEPS:
+        raise WanError(f"timesteps=: {len(timesteps):,} of them, at most {MAX_STEPS}")
     if not timesteps or not all(math.isfinite(t) and 0 < t <= 1000 for t in timesteps):
         raise WanError(f"timesteps={timesteps}: need one or more numbers above 0, up to 1000")
     if any(a <= b for a, b in itertools.pairwise(timesteps)):

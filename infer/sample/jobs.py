@@ -18,7 +18,8 @@ from wan.errors import WanError
 from wan.files import parse_json, read_text
 
 NOT_A_JOB = 'a prompt that starts so is written {"prompt": "..."}'
-PROMPT_FILE = "prompt file"  # as the source of a value
+# As the source of a value: a line of a prompt file, or the record of a video that is made again.
+PROMPT_FILE, RECORD = "prompt file", "record"
 # What a line of a prompt file may set, with the type that its JSON value must have.
 JOB_KEYS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,

@@ -13,7 +13,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,12 +26,18 @@ from torch import Tensor
 
 from configs.cli import INTERRUPTED
 from wan.files import create_sealed, write_sealed
+from wan.media.video import Frames
 from wan.runtime.memory_meter import peak_memory
 from wan.weights.safetensors_file import write_tensors
 
 RECORD_VERSION = 1
 UNFINISHED = "unfinished"  # the status of a video that is being made, or whose process was killed
 BAD_RESULT = 1  # exit code
+# What the comment of an mp4 keeps of its record, beside the settings.
+IN_COMMENT = (
+    *("record_version", "negative_prompt", "schedule", "image_sha256", "noise_sha256"),
+    *("text_sha256", "image_latents_sha256", "steps_sha256", "latents_sha256", "pixels_sha256"),
+)
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,28 @@ class Story:
     def __init__(self, files: OutputFiles, record: dict[str, Any], device: torch.device) -> None:
         self.files, self.record, self.code = files, record, 0
         self._device = device
+        self._hasher = ThreadPoolExecutor(1)
+        self._hashes: list[Future[None]] = []
 
     def write(self) -> None:
         """Replace the record as a whole: a reader sees the old one or the new one, never half."""
+        self.finish_hashes()
         write_sealed(self.files.record, self.record)
+
+    def hash(self, put: Callable[[str], None], values: Tensor | Frames) -> None:
+        """Call `put` with the sha256 of a tensor or of frames, in a thread of its own.
+
+        A tensor is copied to the CPU here, so the networks go on while it is hashed, and may write
+        over it. Frames are not copied. Several are hashed one after the other, in this order.
+        """
+        if isinstance(values, Tensor):
+            values = values.detach().to("cpu", copy=True)
+        self._hashes.append(self._hasher.submit(lambda: put(sha256_of(values))))
+
+    def finish_hashes(self) -> None:
+        """Wait until all that `hash` was asked for is in the record."""
+        while self._hashes:
+            self._hashes.pop(0).result()
 
     @contextmanager
     def stage(self, name: str, bars: Any = None) -> Iterator[None]:
@@ -122,6 +147,7 @@ class Story:
     ) -> bool:
         record, files = self.record, self.files
         expected, record["status"] = True, "done"
+        self._hasher.shutdown()
         if isinstance(error, KeyboardInterrupt):
             self.code, record["status"] = INTERRUPTED, "interrupted"
         elif isinstance(error, BadResultError | FloatingPointError):
@@ -158,9 +184,11 @@ def save_latents(path: Path, latents: Tensor, **about: Any) -> None:
     write_tensors(path, {"latents": latents.float()}, texts)
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 of a tensor's numbers as float32 in row-major order."""
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+def sha256_of(values: Tensor | Frames) -> str:
+    """sha256 of a tensor's numbers as float32 in row-major order, or of frames as they are."""
+    if isinstance(values, Tensor):
+        values = values.float().contiguous().numpy()
+    return hashlib.sha256(values).hexdigest()
 
 
 def now() -> str:
@@ -176,3 +204,10 @@ def without_home(path: str | Path | list[str]) -> Any:
     if text == home or text.startswith(home.rstrip("/") + "/"):
         return "~" + text[len(home.rstrip("/")) :] if home != "/" else text
     return text
+
+
+def without_folder(path: str | list[str]) -> Any:
+    """The name of a file alone, or of each of several."""
+    if isinstance(path, list):
+        return [without_folder(one) for one in path]
+    return Path(path).name

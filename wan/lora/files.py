@@ -378,8 +378,9 @@ def read_peft_config(path: str, source: str, text: str, expert: str) -> PeftConf
     entries = {key.removeprefix(f"{expert}."): value for key, value in entries.items()}
     refuse_other_settings(path, source, entries)
     alpha, pattern = entries.get("lora_alpha"), entries.get("alpha_pattern") or {}
-    values = [alpha, *pattern.values()] if isinstance(pattern, dict) else [pattern]
-    if not all(value is None or is_number(value) for value in values):
+    if not isinstance(pattern, dict) or not all(
+        value is None or is_number(value) for value in (alpha, *pattern.values())
+    ):
         raise WanError(f"LoRA {path}: {source}: lora_alpha and alpha_pattern must hold numbers")
     patterns = tuple((module_pattern(path, source, key), value) for key, value in pattern.items())
     return PeftConfig(alpha, patterns, bool(entries.get("use_rslora")))
