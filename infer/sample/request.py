@@ -14,6 +14,7 @@ from infer.loading import sampling
 from infer.sample.jobs import PROMPT_FILE, RECORD, Job
 from infer.sample.record import without_home
 from wan.errors import WanError
+from wan.files import expanded
 from wan.media.images import best_size, fit_image, load_image
 from wan.models.attention import NetworkAttention
 from wan.models.tokenizer import clean_prompt, strip_prompt
@@ -101,7 +102,7 @@ class Request:
 
 def read_image(config: SampleConfig) -> Tensor:
     assert config.image is not None
-    return load_image(Path(config.image).expanduser(), config.image_background)
+    return load_image(expanded(config.image), config.image_background)
 
 
 def resolve_request(
