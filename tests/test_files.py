@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from wan import WanDMDPipeline
 from wan.errors import WanError
 from wan.files import (
     create_sealed,
@@ -26,6 +27,7 @@ from wan.files import (
     write_text,
     written_beside,
 )
+from wan.weights.save import replace_component
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,6 +157,15 @@ def test_a_disk_without_locks_or_links_serves_too(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         create_sealed(tmp_path / "b.json", {})
     assert sorted(p.name for p in tmp_path.iterdir()) == [".x.0123abcd.tmp", "a.txt", "b.json"]
+
+
+def test_a_folder_is_not_written_over_a_file(tmp_path):
+    (tmp_path / "model").write_text("x")
+    with pytest.raises(WanError, match="is a file, and a folder is to be written"):
+        replace_component({}, tmp_path / "model", "vae", {})
+    with pytest.raises(WanError, match="is a file, and a folder is to be written"):
+        WanDMDPipeline.from_pretrained("builtin:miniature").save_pretrained(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_errors_name_the_file_that_was_asked_for(tmp_path):

@@ -1,9 +1,11 @@
 """Commands in odd places: no home, closed streams, files of other people; signals at the start."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -118,31 +120,26 @@ def test_as_a_library_the_packages_change_nothing():
 # --- streams --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
-def test_closed_streams_cost_nothing_and_nothing_is_printed_into_files(tmp_path, closed):
-    streams = {1: subprocess.PIPE, 2: subprocess.PIPE} | dict.fromkeys(closed)
-    code, out, _ = run(
+def test_closed_streams_cost_nothing_and_nothing_is_printed_into_files(tmp_path):
+    code, _, _ = run(
         *SAMPLE,
         cwd=tmp_path,
-        stdout=streams[1],
-        stderr=streams[2],
-        preexec_fn=lambda: [os.close(number) for number in closed],
+        stdout=None,
+        stderr=None,
+        preexec_fn=lambda: [os.close(number) for number in range(3)],
     )
     assert code == 0
     assert record(tmp_path)["status"] == "done"
-    assert out.endswith(".mp4\n") == (1 not in closed)
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_reader_that_has_gone_costs_no_video(tmp_path, stream):
+def test_a_reader_that_has_gone_costs_no_video(tmp_path):
     there, here = os.pipe()
     os.close(there)
     try:
-        code, out, err = run(*SAMPLE, cwd=tmp_path, **{stream: here})
+        code, _, _ = run(*SAMPLE, cwd=tmp_path, stdout=here, stderr=here)
     finally:
         os.close(here)
     assert code == 0
-    assert "Error" not in out + err
     assert record(tmp_path)["status"] == "done"
 
 
@@ -201,12 +198,28 @@ def test_without_a_home_folder_and_an_entry_of_the_user(tmp_path, no_entry):
     assert err.count("\n") == 1
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run a command in this process, in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("configs.cli.interrupt_from_now_on", lambda: None)
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the module may have been imported by other tests
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.mark.parametrize(
     "words",
     [
         *(f"infer.sample prompt=x {option}" for option in ("output_dir", "checkpoint", "image")),
         *(f"infer.sample {option}" for option in ("prompt_file", "prompt=x vae", "prompt=x lora")),
-        "infer.evaluate output",
         "infer.convert output=x layout=diffusers source",
         "infer.study report_only=true output_dir",
         "train.finetune output_dir",
@@ -214,31 +227,32 @@ def test_without_a_home_folder_and_an_entry_of_the_user(tmp_path, no_entry):
         "train.plot run",
     ],
 )
-def test_the_home_of_nobody_is_one_line(tmp_path, words):
-    code, out, err = run(*f"{words}=~nosuchuser/x".split(), cwd=tmp_path)
+def test_the_home_of_nobody_is_one_line(tmp_path, here, words):
+    code, out, err = here(*f"{words}=~nosuchuser/x".split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "~nosuchuser stands for a home folder, which is not known" in err
     assert not (tmp_path / "~nosuchuser").exists()
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "name"),
     [
-        "infer.sample prompt=x output_dir",
-        "infer.evaluate num_captions=1 source=renders output",
-        "infer.ablate experiment=steps output_dir",
-        "infer.bench output_dir",
-        "infer.convert source=mini layout=diffusers output",
-        "train.finetune output_dir",
-        "train.vae output_dir",
+        ("infer.sample prompt=x output_dir", "x"),
+        ("infer.evaluate num_captions=1 source=renders output", "x.json"),
+        ("infer.ablate experiment=steps output_dir", "x"),
+        ("infer.bench output_dir", "x"),
+        ("infer.convert source=mini layout=diffusers output", "x"),
+        ("train.finetune output_dir", "x"),
+        ("train.vae output_dir", "x"),
     ],
 )
-def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path, words):
-    (tmp_path / "file").write_text("x")
-    code, out, err = run(*f"{words}=file/x".split(), cwd=tmp_path)
-    assert (code, out, err.count("\n")) == (2, "", 1), err
+@pytest.mark.parametrize("place", ["file", "/proc"])
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path, here, words, name, place):
+    (tmp_path / "file").write_text("not a folder")
+    code, out, err = here(*f"{words}={place}/{name}".split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
-    assert "file" in err
+    assert place in err
 
 
 def test_files_where_the_user_stands_are_not_taken_for_ours(tmp_path):
