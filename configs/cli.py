@@ -179,7 +179,7 @@ def report(error: Exception) -> int:
     message = error.on_command_line if isinstance(error, WanError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    print("error: " + " ".join(visible(message).split()), file=sys.stderr)
+    print("error: " + " ".join(shortened(visible(message)).split()), file=sys.stderr)
     return USER_ERROR
 
 

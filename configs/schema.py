@@ -29,6 +29,7 @@ DISTINCT_SEEDS = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
 MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
 RANDOM_SEED = -1
 MAX_STEPS = 1000
+MAX_PROMPT = 100_000  # characters
 FASTVIDEO_SEED = 1024  # where its caller gives none
 # An entry of `lora=`: the file, and a strength after a colon.
 STRENGTH = re.compile(r"(.+):([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)")
@@ -177,6 +178,16 @@ def check_device(name: str, value: str) -> None:
 def check_prompt(name: str, text: str) -> None:
     if not text.strip():
         raise WanError(f'{name}= is empty: describe the video, e.g. {name}="a red circle"')
+    check_length(name, text)
+
+
+def check_length(name: str, text: str) -> None:
+    """Refuse a text that no model reads to its end, before it costs time and memory."""
+    if len(text) > MAX_PROMPT:
+        raise WanError(
+            f"{name}= has {len(text):,} characters: at most {MAX_PROMPT:,} are taken, and a model "
+            "reads a few thousand"
+        )
 
 
 def check_filled(name: str, value: str) -> None:
@@ -333,6 +344,7 @@ class SampleConfig(LoadingConfig, PartsConfig):
         None,
         "what it should not show; needs guidance. Released base models have an official one; "
         '"" for none',
+        check=check_length,
     )
     prompt_file: str | None = option(
         None, 'one job a line: a prompt, or JSON such as {"prompt": "..", "seed": 7, "width": 256}'

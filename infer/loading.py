@@ -30,7 +30,7 @@ from wan.pipeline.folder import ModelFolder
 from wan.pipeline.layouts import find_parts
 from wan.pipeline.pipeline import PIPELINES, WanPipeline
 from wan.runtime.offload import resolve_device
-from wan.weights.digests import hash_files, verify_digests
+from wan.weights.digests import remembered_sha256, verify_digests
 from wan.weights.hub import PATTERNS, resolve_model
 from wan.weights.names import census_line
 
@@ -127,7 +127,7 @@ def weight_digests(folder: Path, places: Mapping[str, Path] | None = None) -> di
 
 @cache
 def _digests(files: tuple[tuple[str, Path, int, int], ...]) -> dict[str, str]:
-    digests = hash_files(path for _, path, _, _ in files)
+    digests = remembered_sha256(path for _, path, _, _ in files)
     return {name: digests[path] for name, path, _, _ in files}
 
 
@@ -148,7 +148,7 @@ class WeightDigests:
             for number, merge in enumerate(merges, 1):
                 found[lora_name(part, number)] = Path(merge.lora.path)
         files = {name: path for name, path in found.items() if path.is_file()}
-        digests = hash_files(files.values(), threads=2)
+        digests = remembered_sha256(files.values(), threads=2)
         self._digests = {name: digests[path] for name, path in files.items()}
 
     def result(self) -> dict[str, str]:

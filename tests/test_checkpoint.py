@@ -204,9 +204,12 @@ def test_symlinked_shards(folder, tmp_path):
     elsewhere = tmp_path / "elsewhere.safetensors"
     shard.rename(elsewhere)
     shard.symlink_to(elsewhere)
-    refused(folder, f"{shard}: a symlink to {elsewhere}", "copy the file here")
+    refused(folder, f"{shard}: leads to {elsewhere}", "copy them there")
     shard.unlink()
     shard.symlink_to(tmp_path / "nowhere")
+    refused(folder, f"{shard}: leads to")
+    shard.unlink()
+    shard.symlink_to("nowhere")
     refused(folder, "a broken symlink")
     shard.unlink()
     shard.symlink_to(SECOND)
@@ -242,7 +245,7 @@ def test_the_hub_cache_links_into_its_blobs_and_nowhere_else(folder, tmp_path):
     (repository / "blobs" / "2").rename(stranger)
     (snapshot / SECOND).unlink()
     (snapshot / SECOND).symlink_to(stranger)
-    refused(snapshot, "outside its folder")
+    refused(snapshot, f"outside of {snapshot}")
 
 
 def test_a_damaged_shard_is_named(folder):

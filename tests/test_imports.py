@@ -13,6 +13,7 @@ FILES = [path for package in PROJECT for path in sorted((ROOT / package).rglob("
 MAY_IMPORT = {
     "wan.errors": (),
     "wan.files": (),
+    "wan.paths": (),
     "wan.settings": (),
     "wan.models": (),
     "wan.sampling": (),
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "infer": ("wan", "configs"),
     "train": ("wan", "configs"),
 }
-OPEN = ("wan.errors", "wan.files", "wan.settings")
+OPEN = ("wan.errors", "wan.files", "wan.paths", "wan.settings")
 
 # The network knows no sampler and the samplers no network; inside the rooms this is the order.
 LAYERS = {

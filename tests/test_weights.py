@@ -373,13 +373,64 @@ def test_values_too_large_for_float16_are_refused_not_made_infinite(tmp_path):
     load("dit", tmp_path, dtype=torch.bfloat16)
 
 
-def test_a_file_whose_end_was_never_written_warns(tmp_path, recwarn):
+def zero_from(path: Path, share: float, length: int | None = None) -> None:
+    """Make holes of the bytes of a file, as a download leaves them that did not finish."""
+    (file,) = path.glob("*.safetensors")
+    start = int(share * file.stat().st_size)
+    count = file.stat().st_size - start if length is None else length
+    with file.open("r+b") as content:
+        content.seek(start)
+        content.write(bytes(count))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize("model", BUILD)
+@pytest.mark.parametrize("check_finite", [True, False])
+def test_a_file_whose_end_was_never_written_is_refused(tmp_path, model, share, check_finite):
+    save(model, tmp_path)
+    load(model, tmp_path)
+    zero_from(tmp_path, share)
+    assert "ends in zeros" in refused(model, tmp_path, check_finite=check_finite)
+
+
+def test_zero_matrices_are_named_and_may_be_a_new_networks(tmp_path, recwarn):
     save("dit", tmp_path)
     load("dit", tmp_path)
     assert not recwarn
-    rewrite(tmp_path, lambda ts: {n: t.zero_() if "ffn" in n else t for n, t in ts.items()})
-    with pytest.warns(UserWarning, match=r"matrices of zeros: blocks\.\{0\.\.2\}\.ffn.*end"):
+    last = max(read_header(next(tmp_path.glob("*.safetensors"))).tensors.items(), key=at_end)[0]
+    names = ("blocks.1.ffn.net.2.weight", last)
+    rewrite(tmp_path, lambda ts: {n: t.zero_() if n in names else t for n, t in ts.items()})
+    with pytest.warns(UserWarning, match=r"blocks\.1\.ffn\.net\.2\.weight") as caught:
         load("dit", tmp_path)
+    assert all(name in str(caught[0].message) for name in names)
+
+
+def at_end(item):
+    return item[1].end if len(item[1].shape) > 1 else 0
+
+
+def test_a_hole_in_a_matrix_is_named(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(wan.weights.tensor_reader, "CHUNK_BYTES", 1 << 10)
+    save("dit", tmp_path)
+    load("dit", tmp_path)
+    assert not recwarn
+    zero_from(tmp_path, 0.5, 3 << 10)
+    with pytest.warns(UserWarning, match=r"only zeros, in all or in .* MB on end of .*weight"):
+        load("dit", tmp_path)
+
+
+def test_biases_norms_and_unused_rows_of_a_table_may_be_zero(tmp_path, recwarn):
+    save("umt5", tmp_path)
+
+    def change(tensors):
+        for tensor in tensors.values():
+            if tensor.ndim == 1:
+                tensor.zero_()
+        tensors["shared.weight"].view(-1)[-tensors["shared.weight"].numel() // 100 :] = 0
+
+    rewrite(tmp_path, change)
+    load("umt5", tmp_path)
+    assert not recwarn
 
 
 def test_of_two_stored_embeddings_the_one_that_the_encoder_reads_is_taken(tmp_path, recwarn):

@@ -18,7 +18,7 @@ from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Encoder, pad_ids
 from wan.pipeline.config import PipelineConfig, part_folder
 from wan.pipeline.folder import load_part
-from wan.weights.digests import hash_files, list_files
+from wan.weights.digests import list_files, remembered_sha256
 
 TEXT_LENGTH = 512  # tokens of context that every Wan transformer reads
 
@@ -68,7 +68,7 @@ def component_digests(folder: Path) -> dict[str, str]:
             for part in parts
             for n, p in list_files(part_folder(folder, part)).items()
         }
-        sums = hash_files(files.values())
+        sums = remembered_sha256(files.values())
         lines = "".join(f"{sums[path]}  {file}\n" for file, path in files.items())
         digests[name] = hashlib.sha256(lines.encode()).hexdigest()
     return digests
@@ -77,7 +77,7 @@ def component_digests(folder: Path) -> dict[str, str]:
 def transformer_digest(folder: Path) -> str:
     """One sha256 over all safetensors files of a folder's transformer."""
     files = list_files(part_folder(folder, "transformer"))
-    sums = hash_files(path for name, path in files.items() if name.endswith(".safetensors"))
+    sums = remembered_sha256(path for name, path in files.items() if name.endswith(".safetensors"))
     return hashlib.sha256("".join(sorted(sums.values())).encode()).hexdigest()
 
 

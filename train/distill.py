@@ -152,7 +152,7 @@ def load_networks(
             folder = resolve_model(config.student.start)
         except WanError as error:
             raise WanError(f"student.start={error}; train that student first") from error
-        start_from = open_checkpoint(part_folder(folder, "transformer"))
+        start_from = open_checkpoint(part_folder(folder, "transformer"), model=folder)
         student.load_state_dict(load_state(start_from, "transformer"))
     for module, lora in ((student, config.student.lora), (critic, config.scores.critic_lora)):
         if lora.rank:

@@ -12,6 +12,7 @@ from wan.lora.merge import save_lora
 from wan.models.attention import SPARSE
 from wan.models.dit import WanDiT
 from wan.pipeline.config import PipelineConfig, part_folder, write_configs
+from wan.weights.digests import list_files
 from wan.weights.save import replace_component, save_component
 
 
@@ -46,7 +47,9 @@ def export_model(
     model = folder / "model"
     with only_writer(folder), folder_beside(model) as beside:
         for name in ("vae", "text_encoder", "tokenizer"):
-            shutil.copytree(part_folder(source, name), beside / name)
+            for file, path in list_files(part_folder(source, name)).items():
+                (beside / name / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, beside / name / file)
         write_configs(settings, beside)
         save_component(dit.state_dict(), beside / "transformer", "transformer")
         if model.exists():  # written by an earlier end of this same run

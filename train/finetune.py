@@ -42,6 +42,7 @@ from wan.pipeline.config import (
     SamplingDefaults,
     component_config,
     override_defaults,
+    part_folder,
     read_pipeline_config,
 )
 from wan.sampling.denoiser import Condition, predict_velocity
@@ -99,7 +100,7 @@ def build_dit(
     else:
         dit = load_module(
             build,
-            open_checkpoint(folder / "transformer"),
+            open_checkpoint(part_folder(folder, "transformer"), model=folder),
             "transformer",
             dtype=torch.float32,
             device=ranks.loading_device,

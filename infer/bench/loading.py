@@ -29,7 +29,7 @@ from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.load import build_on_meta, check_fit, match_names, target_dtype
-from wan.weights.safetensors_file import map_tensors, read_bytes
+from wan.weights.safetensors_file import MappedFile, read_bytes
 from wan.weights.tensor_reader import is_zero
 
 BF16 = torch.bfloat16
@@ -177,7 +177,7 @@ PHASES = {
     match_names.__code__: "match names",
     build_on_meta.__code__: "build on meta",
     check_fit.__code__: "match names",
-    map_tensors.__code__: "map",
+    MappedFile.__init__.__code__: "map",
     read_bytes.__code__: "read",
     is_zero.__code__: "check values",
     touch.__code__: "touch every page",

@@ -35,6 +35,7 @@ from infer.convert.extract_lora import convert_lora
 from infer.convert.releases import layout_config
 from wan.errors import WanError
 from wan.files import expanded, folder_beside, read_json, write_json
+from wan.paths import all_inside, inside
 from wan.pipeline.config import (
     DEFAULTS_FILE,
     PipelineConfig,
@@ -171,6 +172,8 @@ def convert_component(
         max_shard_bytes=sys.maxsize if is_prefixed else int(target.shard_gb * 1e9),
         metadata=None if is_diffusers else {CONFIG_METADATA: json.dumps(values)},
     )
+    for file in checkpoint.files:
+        file.open().close()  # notices what was overwritten meanwhile
     if (written_config := layout_config(component, target.layout, values, model_type)) is not None:
         write_json(folder / "config.json", written_config)
     count = sum(tensor.numel() for tensor in state.values())
@@ -197,7 +200,7 @@ def convert_release(
     given = target.parts
     if target.layout == "prefixed":
         raise WanError("layout=prefixed holds a transformer alone: give that as source=")
-    index = None if parts else read_json(source / "model_index.json")
+    index = None if parts else read_json(inside(source / "model_index.json", source))
     model_type = None
     if index is None:
         pipeline = pipeline_of_parts(source, parts)
@@ -211,13 +214,17 @@ def convert_release(
         raise WanError("transformer_2=: this model has one network, not two experts")
     places = parts or folder_places(source, shared_parts(source) | given)
     for name in (*experts, "vae", "text_encoder"):
+        place = places.get(name, source / name)
+        if name not in given:
+            all_inside(place, source)
         component = "transformer" if name in experts else name
         into = official_folder(folder, name, len(experts)) if to_official else folder / name
         values = component_settings(source, name, given) if index and name in given else None
-        checkpoint = open_checkpoint(places.get(name, source / name))
+        checkpoint = open_checkpoint(place, model=source)
         convert_component(checkpoint, component, into, target, values, model_type)
     tokenizer = folder / (TOKENIZER_FOLDER if to_official else "tokenizer")
-    write_tokenizer(places.get("tokenizer", source / "tokenizer"), tokenizer)
+    own_tokenizer = places.get("tokenizer", source / "tokenizer")
+    write_tokenizer(all_inside(own_tokenizer, source, *given.values()), tokenizer)
     if index and to_official:
         print(
             "model_index.json, scheduler/ and sampling defaults are not written: the official code "
@@ -227,7 +234,7 @@ def convert_release(
     elif index:
         for name in ("model_index.json", "scheduler/scheduler_config.json", DEFAULTS_FILE):
             if (source / name).is_file():
-                write_json(folder / name, read_json(source / name))
+                write_json(folder / name, read_json(inside(source / name, source)))
     elif not to_official:
         write_official_index(pipeline, folder)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import WanError
-from wan.files import MAX_TEXT_BYTES, expanded, parse_json, read_sealed
+from wan.files import expanded, parse_json, read_sealed
 
 ENDINGS = (".json", ".mp4", ".png", ".latents.safetensors")
 VERSION = 1
@@ -80,7 +80,7 @@ def read_record(name: str) -> VideoRecord:
         if values is None:
             return VideoRecord(given, checked(_in_comment(given), given), latents)
         return VideoRecord(record, values, latents)
-    values = checked(read_sealed(record, MAX_TEXT_BYTES), record)
+    values = checked(read_sealed(record), record)
     return VideoRecord(record, values, latents)
 
 
@@ -90,7 +90,7 @@ def _beside(video: Path, record: Path) -> dict[str, Any] | None:
         raise FileNotFoundError(f"{video}: no such file")
     if not record.exists():
         return None
-    values = checked(read_sealed(record, MAX_TEXT_BYTES), record)
+    values = checked(read_sealed(record), record)
     return values if (values.get("video") or {}).get("file") == video.name else None
 
 

@@ -39,9 +39,10 @@ def main(run: Run[RerunConfig]) -> int:
     from infer.loading import ModelCache
     from infer.rerun.request import job_of
     from infer.sample.generate import make_video, prepare
+    from infer.sample.jobs import Jobs
 
     job = job_of(record, config)
-    session = prepare(Run(job.config, job.sources, {}, ""), [job], ModelCache())
+    session = prepare(Run(job.config, job.sources, {}, ""), Jobs.one(job), ModelCache())
     (request,) = session.requests
     story = make_video(session, request, job.config.seed)
     if story.code == INTERRUPTED:

@@ -32,6 +32,7 @@ from wan.lora.names import (
     read_name,
     target,
 )
+from wan.paths import inside
 from wan.weights.hub import HUB_ID
 from wan.weights.names import grouped
 from wan.weights.safetensors_file import map_tensors, read_header
@@ -150,7 +151,7 @@ def read_lora(path: str | Path, expert: str | None = None) -> LoRA:
     beside = path.with_name("adapter_config.json")
     settings = None
     if path.name == "adapter_model.safetensors" and beside.is_file():
-        settings = (str(beside), read_text(beside))
+        settings = (str(beside), read_text(inside(beside, path.parent)))
     return parse_lora(map_tensors(source), source.metadata, str(path), expert, settings)
 
 
@@ -235,7 +236,7 @@ def lora_file(path: Path) -> Path:
         )
     for name in FOLDER_NAMES:
         if (path / name).is_file():
-            return path / name
+            return inside(path / name, path)
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         listed = ", ".join(file.name for file in found) or "none"
@@ -243,7 +244,7 @@ def lora_file(path: Path) -> Path:
             f"LoRA {path}: a folder needs exactly one .safetensors file (it has: {listed}); "
             "give the path of the file"
         )
-    return found[0]
+    return inside(found[0], path)
 
 
 def refuse_other_methods(path: str, names: Iterable[str]) -> None:

@@ -143,7 +143,7 @@ def refuse_other_networks(values: dict[str, Any]) -> None:
     if any(name.startswith("vace_") for name in values) or model_type == "vace":
         raise WanError(f"this is a VACE transformer, with control blocks of its own; {supported}")
     into, out = (values.get(name) or values.get(old) or 0 for name, old in IN_AND_OUT)
-    channels = is_of(int, into) and is_of(int, out) and into > out > 0
+    channels = isinstance(into, int) and isinstance(out, int) and into > out > 0
     what = f"{into} input and {out} output channels" if channels else None
     if values.get("image_dim") or values.get("added_kv_proj_dim") or model_type in ("i2v", "flf2v"):
         what = "keys and values or input channels"

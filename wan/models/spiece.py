@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wan.errors import WanError
 
 MAX_SPIECE_BYTES = 64 << 20  # that of UMT5 has 4.5 MB
@@ -27,25 +29,50 @@ def num_pieces(spiece: bytes, path: Path) -> int:
 
 
 def check_charsmap(charsmap: bytes, path: Path) -> None:
-    """Refuse a table that replaces a character by a long text, so that a prompt could explode.
+    """Refuse a table that is damaged, or that replaces a character by a long text.
+
+    Damage would stop the tokenizers library in the middle of a prompt, and a long text would let a
+    prompt explode.
 
     Args:
-        charsmap: the size of a trie in 4 bytes, little-endian, the trie, and the texts that stand
-            for its keys, each with a zero byte behind it.
+        charsmap: the size of a trie in 4 bytes, little-endian; the trie, a double array of Darts
+            in units of 4 bytes; and the texts that stand for its keys, each with a zero byte
+            behind it. Empty for no table.
         path: where it was read, for messages.
 
     Raises:
-        WanError: it is damaged, or a text has more than `MAX_REPLACEMENT` bytes.
+        WanError: says which of the two.
     """
-    start = 4 + int.from_bytes(charsmap[:4], "little")
-    if charsmap and (start > len(charsmap) or not charsmap.endswith(b"\0")):
+    if not charsmap:
+        return
+    size = int.from_bytes(charsmap[:4], "little")
+    trie, texts = charsmap[4 : 4 + size], charsmap[4 + size :]
+    if len(trie) != size or not size or size % 4 or not _is_sound(trie, texts):
         raise WanError(f"{path}: its table of replaced characters is damaged; download it again")
-    longest = max(map(len, charsmap[start:].split(b"\0")))
+    longest = max(map(len, texts.split(b"\0")))
     if longest > MAX_REPLACEMENT:
         raise WanError(
             f"{path}: it replaces a character by {longest:,} bytes, at most {MAX_REPLACEMENT} are "
             "allowed; this is no tokenizer of UMT5"
         )
+
+
+def _is_sound(trie: bytes, texts: bytes) -> bool:
+    """Whether no walk through a trie leaves it, and each of its values is the start of a text."""
+    try:
+        texts.decode()
+    except UnicodeDecodeError:
+        return False
+    units = np.frombuffer(trie, dtype="<u4")
+    is_value = units >> 31 == 1
+    # From a unit, a byte leads to one of the 256 places of a block.
+    offsets = (units >> 10) << ((units & (1 << 9)) >> 6)
+    last = (np.arange(len(units)) ^ offsets) | 255
+    places = units[is_value] & 0x7FFFFFFF
+    if not texts.endswith(b"\0") or (places >= len(texts)).any():
+        return False
+    inside_a_character = np.frombuffer(texts, dtype=np.uint8)[places] & 0xC0 == 0x80
+    return bool((last[~is_value] < len(units)).all() and not inside_a_character.any())
 
 
 def charsmap_of(spiece: bytes, path: Path) -> bytes:

@@ -46,7 +46,7 @@ def _steps(name: str, entry: Any) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre_tokenizer: those of a sequence, or the only one."""
     if entry is None:
         return []
-    found = [entry]
+    found: Any = [entry]
     if isinstance(entry, dict) and entry.get("type") == "Sequence":
         found = entry.get(f"{name}s", entry.get("pretokenizers"))
     if (

@@ -5,22 +5,24 @@
     transformer/ [transformer_2/] vae/ text_encoder/     config.json each, and weights
     tokenizer/
     sampling_defaults.json              this project's own, optional: `SamplingDefaults`
-    shared_parts.json                   also its own, optional: parts in other folders
+    shared_parts.json                   also its own, optional: parts in other folders below
 
 A student's model_index.json may hold `timesteps`, the list that it was trained on. Without it, the
 list of the released students is used.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from wan.errors import WanError, errors_about
+from wan.errors import WanError, check_names, errors_about
 from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
+from wan.paths import all_inside, inside
 from wan.pipeline.known_models import (
     config_of_shapes,
     known_config,
@@ -42,6 +44,7 @@ from wan.weights.digests import list_files
 
 DEFAULTS_FILE = "sampling_defaults.json"
 SHARED_FILE = "shared_parts.json"
+SHARED_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 CARD = "README.md"
 # Heads, layers and latent channels of the released base models: TI2V-5B, A14B and 14B, 1.3B.
 RELEASED_SIZES = ((24, 30, 48), (40, 40, 16), (12, 30, 16))
@@ -293,42 +296,59 @@ def component_config(
     """
     own = overrides.get(component)
     if own is not None and own.is_dir() and (own / "config.json").is_file():
-        return own / "config.json"
+        return inside(own / "config.json", own)
     shared = shared_parts(folder) if shared is None else shared
     path = shared.get(component, folder / component) / "config.json"
     if not path.is_file():
         raise WanError(f"{path} is missing: the model's folder is not complete")
-    return path
+    return inside(path, folder)
 
 
 def part_folder(folder: Path, part: str) -> Path:
-    """The folder of a part: below the model's folder, or the place that `SHARED_FILE` names."""
-    return shared_parts(folder).get(part, folder / part)
+    """The folder of a part: below the model's folder, or the place that `SHARED_FILE` names.
+
+    Raises:
+        WanError: it, or a file in it, is a link to what did not come with the model.
+    """
+    return all_inside(shared_parts(folder).get(part, folder / part), folder)
 
 
 def shared_parts(folder: Path) -> dict[str, Path]:
     """The parts that a model takes from other folders: part -> folder.
 
     Models that share parts store them once: `SHARED_FILE` holds a JSON object, part -> folder,
-    relative to the model's folder. `infer.convert` writes all parts into one folder.
+    relative to the model's folder. They lie inside of it or among the shipped models.
+    `infer.convert` writes all parts into one folder.
+
+    Raises:
+        WanError: the file names something else than parts and folders, or a folder elsewhere.
     """
     file = folder / SHARED_FILE
     if not file.is_file():
         return {}
-    return {part: folder / str(place) for part, place in read_json(file).items()}
+    values = read_json(inside(file, folder))
+    if not all(isinstance(place, str) for place in values.values()):
+        raise WanError(f"{file}: needs a folder's name for each part")
+    check_names(str(file), list(values), SHARED_PARTS)
+    places = {part: Path(os.path.abspath(folder / place)) for part, place in values.items()}
+    return {part: inside(place, folder) for part, place in places.items()}
 
 
 def parts_from_elsewhere(folder: Path, shared: Mapping[str, Path] | None = None) -> dict[str, Path]:
     """`shared_parts` (given, if they are read already), and the parts that are links."""
     entries = folder.iterdir() if folder.is_dir() else ()
-    links = {e.name: e.resolve() for e in sorted(entries) if e.is_symlink() and e.is_dir()}
-    return links | dict(shared_parts(folder) if shared is None else shared)
+    shared = shared_parts(folder) if shared is None else shared
+    links = [e for e in sorted(entries) if e.is_symlink() and e.is_dir() and e.name not in shared]
+    return {link.name: inside(link, folder).resolve() for link in links} | dict(shared)
 
 
 def model_files(folder: Path, shared: Mapping[str, Path] | None = None) -> dict[str, Path]:
     """Every file that a model's videos may depend on, by its path in the released layout.
 
     Parts in other places are included, and what they replace is not. The model's card is neither.
+
+    Raises:
+        WanError: one is a link to what did not come with the model.
     """
     elsewhere = parts_from_elsewhere(folder, shared)
     # A folder of another layout may hold more than its parts.
@@ -336,6 +356,9 @@ def model_files(folder: Path, shared: Mapping[str, Path] | None = None) -> dict[
     files = {name: path for name, path in own.items() if name.split("/")[0] not in elsewhere}
     for part, place in elsewhere.items():
         files |= {f"{part}/{name}": path for name, path in list_files(place).items()}
+    for name, path in files.items():
+        part = elsewhere.get(name.split("/")[0], folder)
+        inside(path, folder, part, *([] if part.is_dir() else [part.parent]))
     return {name: path for name, path in files.items() if name != CARD}
 
 
@@ -344,7 +367,7 @@ def folder_scheduler(folder: Path) -> SchedulerSettings:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise WanError(f"{path} is missing: the model's folder is not complete")
-    return read_scheduler_or_default(read_json(path, infinite=True), str(path))
+    return read_scheduler_or_default(read_json(inside(path, folder), infinite=True), str(path))
 
 
 def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
@@ -353,7 +376,7 @@ def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDe
     path = folder / DEFAULTS_FILE
     if not path.is_file():
         return defaults
-    return override_defaults(defaults, read_json(path), str(path))
+    return override_defaults(defaults, read_json(inside(path, folder)), str(path))
 
 
 def model_defaults(vae: VAEConfig, two_experts: bool) -> SamplingDefaults:

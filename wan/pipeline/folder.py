@@ -18,6 +18,7 @@ from wan.lora.files import refuse_other_expert
 from wan.lora.merge import Merges, all_changes, merge_lists
 from wan.models.attention import AttentionChoice, NetworkAttention
 from wan.models.tokenizer import Tokenizer
+from wan.paths import all_inside
 from wan.pipeline.arguments import Placement
 from wan.pipeline.config import (
     PipelineConfig,
@@ -39,6 +40,7 @@ from wan.pipeline.parts import (
 )
 from wan.pipeline.tokenizer_files import is_tokenizer, read_tokenizer, write_tokenizer
 from wan.weights.checkpoint import Checkpoint, has_variant, holds_weights, open_checkpoint
+from wan.weights.digests import MANIFEST
 from wan.weights.load import build_on_meta, load_module
 from wan.weights.save import move_files, save_component
 
@@ -81,6 +83,8 @@ class ModelFolder:
                 has the variant.
         """
         overrides = dict(overrides or {})
+        for place in overrides.values():
+            all_inside(place, place)
         if parts := find_parts(path, overrides):
             config = pipeline_of_parts(path, parts)
             folder = cls(path, config, parts, variant)
@@ -93,6 +97,8 @@ class ModelFolder:
             shared = shared_parts(path)
             config = read_pipeline_config(path, overrides, shared)
             folder = cls(path, config, folder_places(path, shared | overrides), variant)
+            for part in {*config.components, "tokenizer"} - overrides.keys():
+                all_inside(folder.part(part), path, *overrides.values())
         if variant is not None:
             networks = folder.config.components
             here = any(holds_weights(folder.part(part)) for part in networks)
@@ -114,7 +120,8 @@ class ModelFolder:
         Raises:
             WanError: see `wan.weights.checkpoint.open_checkpoint`.
         """
-        return open_checkpoint(self.part(name), self.variant if self.has_variant(name) else None)
+        variant = self.variant if self.has_variant(name) else None
+        return open_checkpoint(self.part(name), variant, self.path)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -170,7 +177,8 @@ def load_part(
     if config is None:
         config = component_settings(folder, part, overrides or {})
     build = part_builder(part, config, **(options or {}))
-    checkpoint = open_checkpoint((overrides or {}).get(part) or part_folder(folder, part))
+    place = (overrides or {}).get(part) or part_folder(folder, part)
+    checkpoint = open_checkpoint(place, model=folder)
     return load_module(build, checkpoint, weight_kind(part), **loading).eval()
 
 
@@ -284,7 +292,8 @@ def save_modules(
         for part, network in parts.items():
             write_part(beside / part, part, network, config, variant, max_shard_bytes)
         folder.mkdir(exist_ok=True)
-        (folder / "model_index.json").unlink(missing_ok=True)
+        for old in ("model_index.json", MANIFEST):
+            (folder / old).unlink(missing_ok=True)
         for part in [*parts, "scheduler"]:
             move_files(beside / part, folder / part)
         move_files(beside, folder)

@@ -20,6 +20,7 @@ from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import VAEConfig, WanVAE
 from wan.models.vae_config import VAE_2_1
+from wan.paths import inside
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.hub import STUDENT, TEACHER
 from wan.weights.keys import COMPONENTS, PLAIN_WEIGHTS, detect_layout
@@ -60,7 +61,7 @@ def known_config(component: str, checkpoint: Checkpoint, or_else: str = "") -> d
     """
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     beside = folder / "config.json"
-    if beside.is_file() and is_config_of(component, read_json(beside)):
+    if beside.is_file() and is_config_of(component, read_json(inside(beside, folder))):
         return read_settings(beside)
     if CONFIG_METADATA in checkpoint.metadata:
         source = f"{checkpoint.path}: its metadata {CONFIG_METADATA}"

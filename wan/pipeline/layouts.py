@@ -19,6 +19,7 @@ from wan.errors import WanError
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
+from wan.paths import all_inside
 from wan.pipeline.config import TWO_EXPERTS, PipelineConfig, read_defaults
 from wan.pipeline.known_models import component_of, known_config
 from wan.pipeline.model_index import BASE
@@ -56,7 +57,8 @@ def find_parts(folder: Path, given: Mapping[str, Path] | None = None) -> dict[st
         layout.
 
     Raises:
-        WanError: a part is missing, is a pickle, or cannot be told from another.
+        WanError: a part is missing, is a pickle, cannot be told from another, or is a link to what
+            did not come with the folder.
     """
     given = dict(given or {})
     if not folder.is_dir() or (folder / "model_index.json").is_file() or hub_id(folder):
@@ -70,6 +72,8 @@ def find_parts(folder: Path, given: Mapping[str, Path] | None = None) -> dict[st
     else:
         return {}
     found["tokenizer"] = find_tokenizer(folder, found)
+    for part in found.keys() - given.keys():
+        all_inside(found[part], folder, *given.values())
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from wan.errors import WanError
 from wan.files import read_json
+from wan.paths import inside
 from wan.weights.hub import hub_id
 
 BASE, FEW_STEP = PIPELINE_CLASSES = ("WanPipeline", "WanDMDPipeline")
@@ -32,13 +33,14 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise WanError(
             f"{folder}: no model_index.json; give the top folder of a model{other_layout(folder)}"
         )
-    index = read_json(path)
+    index = read_json(inside(path, folder))
     return index | {"_class_name": pipeline_class(path, index)}
 
 
 def other_layout(folder: Path) -> str:
     """What to do with a folder of the official layout, where it is not read; "" for any other."""
-    configs = [folder / name for name in ("config.json", "high_noise_model/config.json")]
+    names = ("config.json", "high_noise_model/config.json")
+    configs = [inside(folder / name, folder) for name in names]
     if not any(c.is_file() and read_json(c).get("_class_name") == "WanModel" for c in configs):
         return ""
     if (name := hub_id(folder)) is not None:

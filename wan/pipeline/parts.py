@@ -25,6 +25,7 @@ from wan.models.recompute import CHECKPOINT_BLOCKS
 from wan.models.umt5 import UMT5Config, UMT5Encoder
 from wan.models.vae import WanVAE, decode_tiled
 from wan.models.vae_config import CHUNK_LATENTS, VAEConfig
+from wan.paths import all_inside, inside
 from wan.pipeline.arguments import PartArguments, check_arguments, file_options, placement
 from wan.pipeline.config import part_folder
 from wan.pipeline.known_models import PARTS, known_config, read_settings
@@ -135,6 +136,7 @@ class PartFace(nn.Module):
             folder = part_folder(resolve_model(name, patterns=patterns, **options), subfolder)
         else:
             folder = resolve_model(name, **options)
+            all_inside(folder, folder)
         if not (folder / "config.json").is_file():
             raise WanError(
                 f"{folder / 'config.json'} is missing: give the folder of one network, or "
@@ -170,6 +172,7 @@ class PartFace(nn.Module):
         elif isinstance(config, str | Path):
             folder = resolve_model(config, patterns=("*.json",), **options)
             place = folder if subfolder is None else part_folder(folder, subfolder)
+            inside(place / "config.json", folder)
             config = read_settings(place / "config.json")
         return cls._load(file, config, arguments)
 

@@ -42,7 +42,15 @@ from wan.pipeline.inputs import (
     report,
 )
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
-from wan.runtime.offload import OFFLOAD, ExpertSlot, at_work, has_blocks, pin, resolve_device
+from wan.runtime.offload import (
+    OFFLOAD,
+    ExpertSlot,
+    at_work,
+    check_mapped_files,
+    has_blocks,
+    pin,
+    resolve_device,
+)
 from wan.sampling.denoiser import Denoiser, Expert
 from wan.sampling.noise import draw_noise
 from wan.sampling.samplers import sample
@@ -342,6 +350,7 @@ class PipelineStages(PipelineAdapters):
             return {}
         encoder, tokenizer = self.part("text_encoder"), self.part("tokenizer")
         known = self._prompt_cache
+        check_mapped_files(encoder)  # before its weights are looked at
         source = (tokenizer, weights_state(encoder))
         if source != self._prompt_source:
             known.clear()

@@ -17,6 +17,7 @@ from wan.files import written_beside
 from wan.models.spiece import num_pieces
 from wan.models.tokenizer import EOS, EOS_ID, PAD, PAD_ID, Tokenizer
 from wan.models.tokenizer_export import write_tokenizer_folder
+from wan.paths import all_inside
 from wan.pipeline.arguments import FileArguments, check_arguments, file_options
 from wan.pipeline.config import SHARED_FILE, part_folder
 from wan.weights.checkpoint import open_checkpoint
@@ -76,7 +77,9 @@ class AutoTokenizer(Tokenizer):
         check_arguments(arguments, FileArguments)
         patterns = tuple(f"{subfolder}/{n}" if subfolder else n for n in TOKENIZER_FILES)
         folder = resolve_model(name, patterns=(*patterns, SHARED_FILE), **file_options(arguments))
-        return read_tokenizer(folder if subfolder is None else part_folder(folder, subfolder))
+        if subfolder is not None:
+            return read_tokenizer(part_folder(folder, subfolder))
+        return read_tokenizer(all_inside(folder, folder))
 
     def __len__(self) -> int:
         return self.vocab_size

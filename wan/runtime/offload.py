@@ -5,7 +5,7 @@ is copied. Networks mark the work of a block by `with self.block_at_work(block):
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -168,13 +168,28 @@ def has_blocks(module: nn.Module) -> bool:
     return isinstance(getattr(module, "blocks", None), nn.ModuleList)
 
 
-def at_work(module: nn.Module, device: torch.device, offload: str) -> AbstractContextManager[None]:
-    """A context in which a module can compute on a device, under any kind of offload."""
+@contextmanager
+def at_work(module: nn.Module, device: torch.device, offload: str) -> Iterator[None]:
+    """A context in which a module can compute on a device, under any kind of offload.
+
+    Raises:
+        WanError: before or after, a file that is mapped as the module's weights was overwritten.
+    """
+    check_mapped_files(module)
     if offload == "none":
-        return nullcontext()
-    if offload == "block" and has_blocks(module):
-        return streaming(module, device)
-    return visiting(module, device)
+        yield
+    else:
+        by_block = offload == "block" and has_blocks(module)
+        with streaming(module, device) if by_block else visiting(module, device):
+            yield
+    check_mapped_files(module)
+
+
+def check_mapped_files(module: nn.Module) -> None:
+    """Refuse weights that changed in memory with their file; see `wan.weights.safetensors_file`."""
+    files: Any = getattr(module, "mapped_files", None)  # networks of other libraries have none
+    if files is not None:
+        files.check(module.state_dict)
 
 
 def pin(module: nn.Module) -> None:

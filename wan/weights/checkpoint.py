@@ -7,8 +7,7 @@ Beside the weights there may be other ones of the same network: a variant in ano
 in `model.fp16.safetensors`, or a copy under a name of its own. The released name without a variant
 is the one that is opened.
 
-A shard may be a symlink only to a file in its own folder or in the blob store of the hub cache that
-the folder belongs to: any other target was not part of the download.
+A shard may be a link to a file that came with it, and to no other: see `wan.paths`.
 """
 
 import re
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from wan.errors import WanError
 from wan.files import read_json
+from wan.paths import inside
 from wan.weights.safetensors_file import (
     GGUF,
     GGUF_SUFFIX,
@@ -71,11 +71,14 @@ class Checkpoint:
         return {name: tensor for file in self.files for name, tensor in map_tensors(file).items()}
 
 
-def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, variant: str | None = None, model: Path | None = None
+) -> Checkpoint:
     """Open a .safetensors file, an index, or a folder that holds one checkpoint.
 
     Args:
         variant: for a folder: the weights of that variant, such as "fp16".
+        model: the folder of the whole model, in which links may lead; None: the checkpoint's own.
 
     Raises:
         WanError: there is no checkpoint, or several, or only pickles, or the files contradict each
@@ -84,7 +87,7 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         if is_index(path.name):
-            return open_index(path)
+            return open_index(path, model or path.parent)
         if not path.exists() and not path.is_symlink():
             raise WanError(f"{path}: no such file or folder")
         return combine(path, [read_header(path)])
@@ -92,10 +95,11 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
     stem = choose_family(path, names, variant)
     names = [name for name in names if is_weights(name) and family(name) == stem]
     if index := [name for name in names if is_index(name)]:
-        return open_index(path / index[0])
+        check_link(path / index[0], path, model or path)
+        return open_index(path / index[0], model or path)
     check_complete_set(path, names)
     for name in names:
-        check_inside(path, name)
+        check_link(path / name, path, model or path)
     return combine(path, [read_header(path / name) for name in names])
 
 
@@ -194,7 +198,7 @@ def check_complete_set(path: Path, files: list[str]) -> None:
         )
 
 
-def open_index(path: Path) -> Checkpoint:
+def open_index(path: Path, model: Path) -> Checkpoint:
     """Open the shards that an index lists, and check that index and shards agree."""
     folder = path.parent
     weight_map, total_size = read_index(path)
@@ -205,7 +209,7 @@ def open_index(path: Path) -> Checkpoint:
                 f"{path}: shard name {ascii(name)[:120]}: must be a plain .safetensors file name "
                 "in the index's folder"
             )
-        check_inside(folder, name)
+        check_link(folder / name, folder, model)
     missing = [name for name in listed if not (folder / name).exists()]
     if missing:
         raise WanError(
@@ -250,24 +254,11 @@ def read_index(path: Path) -> tuple[dict[str, str], float | None]:
     return weight_map, total_size if type(total_size) in (int, float) else None
 
 
-def check_inside(folder: Path, name: str) -> None:
-    """Follow a symlinked shard, and refuse it if it leaves the folder and the hub cache's blobs."""
-    if not (folder / name).is_symlink():
-        return
-    try:
-        target = (folder / name).resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
-        raise WanError(f"{folder / name}: a broken symlink; fetch the file again") from error
-    allowed = [folder.resolve()]
-    # <cache>/models--owner--name/snapshots/<commit>/<component> -> <cache>/models--.../blobs
-    for parent in folder.absolute().parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            allowed.append((parent.parent / "blobs").resolve())
-    if target.parent not in allowed:
-        raise WanError(
-            f"{folder / name}: a symlink to {target}, outside its folder; copy the file here or "
-            "give the folder it lies in"
-        )
+def check_link(path: Path, *roots: Path) -> None:
+    """Refuse a link that leads nowhere, or to what did not come with it: see `wan.paths.inside`."""
+    inside(path, *roots)
+    if path.is_symlink() and not path.exists():
+        raise WanError(f"{path}: a broken symlink; fetch the file again")
 
 
 def combine(path: Path, files: list[SafetensorsFile]) -> Checkpoint:

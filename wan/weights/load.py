@@ -9,7 +9,7 @@ memory stays near the weights that are kept.
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from wan.errors import WanError
 from wan.weights.checkpoint import Checkpoint, StoredTensor
+from wan.weights.digests import check_published
 from wan.weights.keys import (
     ALIASES,
     PLAIN_WEIGHTS,
@@ -32,14 +33,15 @@ from wan.weights.keys import (
 )
 from wan.weights.names import describe, grouped
 from wan.weights.quantize import check_quantize, quantize_layers, quantize_state
-from wan.weights.safetensors_file import map_tensors
+from wan.weights.safetensors_file import MappedFile, MappedFiles, SafetensorsFile, map_tensors
 from wan.weights.scaled import FP8, plain_dtype, read_scale, read_small, restored, with_scales
-from wan.weights.tensor_reader import read_tensors
+from wan.weights.tensor_reader import CHUNK_BYTES, read_tensors
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8.values())
 
 # Bytes of unquantised weights that are in memory at a time while a model is quantised.
 GROUP_BYTES = 256 << 20
+PAGE_BYTES = 4096
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -85,20 +87,26 @@ def load_module(
         threads: number of threads that read; None takes the number of cores, at most 8.
         check_finite: refuse NaN and infinity while the tensors pass by, and warn of zero matrices.
         share_mapping: let tensors that need no conversion be views of the mapped file (on the CPU),
-            copied page by page only where they are written to. False reads them into memory.
+            copied page by page only where they are written to. False reads them into memory. The
+            module's `mapped_files` notices if such a file is overwritten.
         quantize: see `wan.weights.quantize`; weights are then read in groups of `GROUP_BYTES`, so
             that few of them are in memory unquantised.
         changes: our name -> a function that gets the stored parameter in at least float32 and
             returns its new value, which is rounded to `dtype`, then quantised (for example
             `wan.lora.merge.LoRAMerge`). Weights are then read in groups, too.
     Raises:
-        WanError: names, shapes or dtypes do not fit (one message lists all), or are not finite.
+        WanError: names, shapes or dtypes do not fit (one message lists all), weights are not
+            finite, or a file ends in zeros or is not the published one.
     """
     check_quantize(quantize)
+    check_published(file.path for file in checkpoint.files)
     names = match_names(checkpoint, component)
     module = build_on_meta(build)
     wanted = module.state_dict()
     check_fit(checkpoint, component, names, wanted)
+    tables = {t.name for name, t in names.stored.items() if name.startswith("token_embedding.")}
+    for file in checkpoint.files:
+        check_end(file, tables)
     float32 = cast(Any, type(module)).FLOAT32_PARAMETERS
     targets = {
         name: target_dtype(name, names.stored[name].entry.dtype, dtype, float32) for name in wanted
@@ -113,9 +121,10 @@ def load_module(
     stored = {name: names.stored[name] for name in wanted}
     state: dict[str, Tensor] = {}
     zero: set[str] = set()
+    mapped: list[MappedFile] = []
     whole = quantize == "none" and not changes
     for group in [list(wanted)] if whole else group_names(wanted, reads):
-        read, zeros = read_tensors(
+        read, zeros, files = read_tensors(
             {name: stored[name] for name in group},
             reads,
             torch.device(device),
@@ -124,6 +133,7 @@ def load_module(
             share_mapping=share_mapping,
         )
         zero |= zeros
+        mapped += files
         for name in group:
             if name in changes:
                 read[name] = changes[name](read[name]).to(targets[name])
@@ -133,6 +143,7 @@ def load_module(
     if quantize != "none":
         quantize_layers(module, quantize)
     module.load_state_dict(state, assign=True)
+    cast(Any, module).mapped_files = MappedFiles(mapped)
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not left, f"buffers without a value: {left}"
     return module
@@ -161,15 +172,50 @@ def group_names(
 
 
 def warn_of_zeros(checkpoint: Checkpoint, zero: list[StoredTensor]) -> None:
-    """Warn of zero matrices: a killed writer or download can leave a file full of zeros."""
-    matrices = [t for t in zero if len(t.entry.shape) > 1]
-    count = sum(t.entry.num_elements for t in matrices)
-    total = sum(t.entry.num_elements for t in checkpoint.tensors.values())
-    if count > 0.1 * total:  # a new network has some: modulation tables, last projections
+    """Warn of matrices of zeros: a download can leave a hole, but a new network has some too."""
+    matrices = [t.name for t in zero if len(t.entry.shape) > 1]
+    if matrices:
         warnings.warn(
-            f"{checkpoint.path}: {count / total:.0%} of the weights are matrices of zeros: "
-            f"{grouped(t.name for t in matrices)}; the file may not have been written to its end",
+            f"{checkpoint.path}: only zeros, in all or in {CHUNK_BYTES >> 20} MB on end of "
+            f"{grouped(matrices)}; where this is no new network, the file was not written as a "
+            "whole: fetch it again",
             stacklevel=3,
+        )
+
+
+def check_end(file: SafetensorsFile, tables: Collection[str]) -> None:
+    """Refuse a file whose space was reserved and never filled to its end.
+
+    It reads a page or two of the last matrices. One matrix of zeros at the end may be a new
+    network's; several of them, or one that turns into zeros, are not.
+
+    Args:
+        tables: names of tables of which a hundredth, the last rows, may be unused.
+
+    Raises:
+        WanError: the file ends in zeros; names where they begin.
+    """
+    matrices = [(e.end, e.start, name) for name, e in file.tensors.items() if len(e.shape) > 1]
+    ends: list[str] = []  # matrices that end in zeros, from the last one on
+    turned = False  # from numbers to zeros
+    with file.open() as content:
+
+        def is_empty(start: int) -> bool:
+            content.seek(start)
+            return not any(content.read(page))
+
+        for end, start, name in sorted(matrices, reverse=True):
+            used = end - (end - start) // 100 if name in tables else end
+            page = min(PAGE_BYTES, max(256, (end - start) // 16), used - start)
+            if len(ends) > 1 or not is_empty(used - page):
+                break
+            ends += [name] if page else []
+            if turned := not is_empty(start):
+                break
+    if len(ends) > 1 or turned:
+        raise WanError(
+            f"{file.path}: ends in zeros, from {ends[-1]} on or before: its space was reserved and "
+            "never filled, as by a download that did not finish; fetch it again"
         )
 
 

@@ -15,7 +15,8 @@ import mmap
 import os
 import re
 import shlex
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,8 +87,12 @@ class SafetensorsFile:
         file = open_regular(self.path)
         if file_identity(os.fstat(file.fileno())) != self.identity:
             file.close()
-            raise WanError(f"{self.path}: changed while it was being loaded; load it again")
+            raise WanError(changed_while_loaded(self.path))
         return file
+
+
+def changed_while_loaded(path: Path) -> str:
+    return f"{path}: changed while it was being loaded; load it again"
 
 
 def file_identity(status: os.stat_result) -> tuple[int, int, int]:
@@ -265,15 +270,76 @@ def check_offsets(path: Path, entries: dict[str, TensorEntry], body: int, size: 
 # --- reading tensors ------------------------------------------------------------------------------
 
 
-def map_tensors(source: SafetensorsFile) -> dict[str, Tensor]:
-    """All tensors as views of the mapped file, read when touched; unaligned ones are copied.
+class MappedFile:
+    """The tensors of a file that is mapped, and whether the file is still what was mapped.
 
-    The mapping is private: writing to a tensor changes memory, never the file. Truncating the file
-    while it is mapped kills the process that reads it (SIGBUS); replacing it by rename, as
+    Attributes:
+        tensors: views of the file, read when touched; unaligned ones are copies.
+
+    The mapping is private: writing to a tensor changes memory, never the file. The other way round
+    there is no such wall: what is written into the file in place, as `cp` does with a file that is
+    there, changes the weights in memory, and where the file is cut, reading them kills the process
+    (SIGBUS). `is_changed` says whether anything was written. Replacing the file by a rename, as
     `write_tensors` does, is harmless.
     """
-    with source.open() as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def __init__(self, source: SafetensorsFile) -> None:
+        self.path = source.path
+        with source.open() as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Asked later, the path may lead to another file: this one stays the mapped one.
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        self._identity = source.identity
+        start = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
+        self._addresses = range(start, start + len(mapping))
+        self.tensors = views_of(mapping, source)
+
+    def is_changed(self) -> bool:
+        """Whether something was written into the file, or cut off it, since its header was read."""
+        return file_identity(os.fstat(self._descriptor)) != self._identity
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor's numbers are those in the file, and no copy of them."""
+        return tensor.device.type == "cpu" and tensor.data_ptr() in self._addresses
+
+
+class MappedFiles:
+    """The files that a network's weights are views of; copies of the network may share it."""
+
+    def __init__(self, files: Iterable[MappedFile] = ()) -> None:
+        self._files = tuple(files)
+
+    def check(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Refuse weights that are no longer what was loaded; asks the system once for each file.
+
+        Args:
+            weights: gives the weights in use.
+
+        Raises:
+            WanError: a file that holds some of them was written to.
+        """
+        for changed in [file for file in self._files if file.is_changed()]:
+            if any(changed.holds(tensor) for tensor in weights().values()):
+                raise WanError(
+                    f"{changed.path}: was written to in place while a model was in memory whose "
+                    "weights it holds, so they are not what was loaded. Load the model again; to "
+                    "replace a file that is in use, write the new one beside it and rename it"
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MappedFiles":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MappedFiles, ()  # what is pickled holds its weights itself
+
+
+def map_tensors(source: SafetensorsFile) -> dict[str, Tensor]:
+    """All tensors as views of the mapped file: see `MappedFile`."""
+    return MappedFile(source).tensors
+
+
+def views_of(mapping: mmap.mmap, source: SafetensorsFile) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in source.tensors.items():
         if entry.num_elements == 0:

@@ -7,6 +7,7 @@ the tensors themselves only these buffers need memory, however large a tensor or
 A tensor with a scale is multiplied with it once it is whole.
 """
 
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,12 @@ from torch import Tensor
 
 from wan.errors import WanError
 from wan.weights.checkpoint import StoredTensor
-from wan.weights.safetensors_file import map_tensors, read_bytes
+from wan.weights.safetensors_file import (
+    MappedFile,
+    changed_while_loaded,
+    file_identity,
+    read_bytes,
+)
 from wan.weights.scaled import FP8, read_scale, scale_in_place
 
 CHUNK_BYTES = 32 << 20
@@ -36,6 +42,10 @@ class Piece:
     offset: int  # first byte of the piece in the file
     file: BinaryIO | None  # None: `target` is a view of the mapped file, and is only checked
 
+    @property
+    def is_whole_chunk(self) -> bool:
+        return self.target.numel() * self.stored.entry.dtype.itemsize >= CHUNK_BYTES
+
 
 def read_tensors(
     stored: Mapping[str, StoredTensor],
@@ -45,16 +55,17 @@ def read_tensors(
     threads: int,
     check_finite: bool,
     share_mapping: bool,
-) -> tuple[dict[str, Tensor], set[str]]:
+) -> tuple[dict[str, Tensor], set[str], list[MappedFile]]:
     """Read tensors in the given dtypes; unconverted ones on the CPU may be views of the file.
 
     Returns:
-        The tensors, and the names of those that are all zeros (if `check_finite`).
+        The tensors, the names of those that are all zeros (if `check_finite`), and the files that
+        some of the tensors are views of.
     Raises:
         WanError: NaN or infinity (if `check_finite`); or a file changed or ends early.
     """
     state: dict[str, Tensor] = {}
-    mapped: dict[Path, dict[str, Tensor]] = {}
+    mapped: dict[Path, MappedFile] = {}
     pieces: list[Piece] = []
     with ExitStack() as stack:
         files: dict[Path, BinaryIO] = {}
@@ -64,8 +75,8 @@ def read_tensors(
             shared &= tensor.scale is None
             if shared:
                 if path not in mapped:
-                    mapped[path] = map_tensors(tensor.file)
-                state[name] = mapped[path][tensor.name]
+                    mapped[path] = MappedFile(tensor.file)
+                state[name] = mapped[path].tensors[tensor.name]
             else:
                 if path not in files:
                     files[path] = stack.enter_context(tensor.file.open())
@@ -80,14 +91,22 @@ def read_tensors(
         # Every file is read from front to back.
         pieces.sort(key=lambda piece: (piece.stored.file.path, piece.offset))
         zero = fill(pieces, device, threads, check_finite)
+        for tensor in stored.values():
+            if (file := files.get(tensor.file.path)) is not None and (
+                file_identity(os.fstat(file.fileno())) != tensor.file.identity
+            ):
+                raise WanError(changed_while_loaded(tensor.file.path))
     for name, tensor in stored.items():
         if tensor.scale is not None:
             scale_in_place(state[name], read_scale(tensor.scale))
-    return state, zero
+    return state, zero, list(mapped.values())
 
 
 def fill(pieces: list[Piece], device: torch.device, threads: int, check_finite: bool) -> set[str]:
-    """Fill all pieces; returns the names of all-zero tensors (none without `check_finite`)."""
+    """Fill all pieces; returns the names of tensors that are zero, or are for a whole chunk.
+
+    Without `check_finite` nothing is looked at, and nothing returned.
+    """
     scratch = threading.local()
 
     def run(piece: Piece) -> bool:
@@ -113,8 +132,9 @@ def fill(pieces: list[Piece], device: torch.device, threads: int, check_finite: 
 
     with ThreadPoolExecutor(threads) as pool:
         results = list(pool.map(run, pieces))
-    touched = {piece.name for piece, zero in zip(pieces, results, strict=True) if not zero}
-    return {piece.name for piece in pieces} - touched if check_finite else set()
+    touched = {p.name for p, zero in zip(pieces, results, strict=True) if not zero}
+    holes = {p.name for p, zero in zip(pieces, results, strict=True) if zero and p.is_whole_chunk}
+    return holes | {piece.name for piece in pieces} - touched if check_finite else set()
 
 
 def is_zero(piece: Piece, values: Tensor) -> bool:

@@ -1,0 +1,59 @@
+"""Which links of a model's folder are followed, and how a path is written down.
+
+A folder from elsewhere may hold links, and names of other folders. What they lead to is read only
+where it came with the folder: inside it, inside the cache folder of its repository on the Hugging
+Face hub (whose snapshots are links into its blobs), or in the models that this project ships. So a
+download cannot make a record list a private file, an export copy it, or a message quote it. What a
+person names is read wherever it is.
+"""
+
+import os
+from pathlib import Path
+
+from wan.errors import WanError
+
+SHIPPED_MODELS = Path(__file__).parent / "miniature"
+REMEDY = (
+    "a model's folder is read only where it holds its files itself: copy them there, or give the "
+    "real place as the model, or as one part of it with transformer=, transformer_2=, vae=, "
+    "text_encoder= or tokenizer="
+)
+
+
+def inside(path: Path, *roots: Path) -> Path:
+    """The path, if it lies in one of the folders once all links are followed.
+
+    Args:
+        roots: folders that a person has named, or what came with one.
+
+    Raises:
+        WanError: it lies elsewhere; says where.
+    """
+    if ".." not in path.parts and path.absolute().is_relative_to(SHIPPED_MODELS):
+        return path  # an installer may have linked the files of this project
+    real = Path(os.path.realpath(path))
+    allowed = [SHIPPED_MODELS, *roots, *(cache for root in roots for cache in hub_caches(root))]
+    if any(real.is_relative_to(os.path.realpath(place)) for place in allowed):
+        return path
+    raise WanError(f"{path}: leads to {real}, outside of {roots[0]}; {REMEDY}")
+
+
+def hub_caches(folder: Path) -> list[Path]:
+    """The cache folder of a repository, if the folder is in one of its snapshots."""
+    # <cache>/models--owner--name/snapshots/<commit>/<component>
+    return [
+        parent.parent
+        for start in (folder.absolute(), Path(os.path.realpath(folder)))
+        for parent in start.parents
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--")
+    ]
+
+
+def all_inside(place: Path, *roots: Path) -> Path:
+    """A file or folder, if it and all that is below it is `inside`; errors as there."""
+    inside(place, *roots)
+    for folder, folders, names in os.walk(place):
+        for path in (Path(folder, name) for name in (*folders, *names)):
+            if path.is_symlink():
+                inside(path, *roots)
+    return place
