@@ -64,11 +64,11 @@ class Comparison:
                 "nothing tells whether the videos are the same: a record holds no sha256 of "
                 "latents or pixels (it is of an older version, or its run ended early)"
             )
-        shown = result is not None and result.state == SAME
-        if shown and result.name == "pixels":
+        same = None if result is None or result.state != SAME else result.name
+        if same == "pixels":
             despite = f", though {first.name} differ: {first.detail}" if first else ""
             return f"the same, bit for bit{despite}", 0
-        if shown and first is None:
+        if same is not None and first is None:
             return "the same, bit for bit, up to the latents; pixels were not compared", 0
         assert first is not None
         return f"first difference: {first.name}: {first.detail}", DIFFER
@@ -111,7 +111,7 @@ def compared_settings(record: VideoRecord) -> dict[str, Any]:
 
 
 def _weights(a: VideoRecord, b: VideoRecord) -> Level:
-    digests = [one.values.get("weights_sha256") for one in (a, b)]
+    digests = [one.values.get("weights_sha256") or {} for one in (a, b)]
     images = [one.values.get("image_sha256") for one in (a, b)]
     name = "weights"
     if None in images and images != [None, None] and not any(map(_old_image, (a, b))):
@@ -132,7 +132,7 @@ def _old_image(record: VideoRecord) -> bool:
 def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> Level:
     """Text embeddings, and the first frame's latents, which are encoded beside them."""
     name = "text embeddings"
-    texts = [one.get("text_sha256") for one in (first, second)]
+    texts = [one.get("text_sha256") or {} for one in (first, second)]
     if not all(texts):
         return _digest(name, *(one or None for one in texts))
     level = _named(name, *texts)

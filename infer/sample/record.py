@@ -189,7 +189,7 @@ def sha256_of(values: Tensor | Frames) -> str:
     """sha256 of a tensor's numbers as float32 in row-major order, or of frames as they are."""
     if isinstance(values, Tensor):
         values = values.float().contiguous().numpy()
-    return hashlib.sha256(values).hexdigest()
+    return hashlib.sha256(memoryview(values)).hexdigest()
 
 
 def now() -> str:

@@ -177,7 +177,8 @@ def picture_to_rgb(image: Image.Image, background: Sequence[int] | None, name: s
     mode = None  # of the strips
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         mode = "RGBA"
-        if min(strip.getchannel("A").getextrema()[0] for strip in _strips(image, "RGBA")) < 255:
+        alphas = (np.asarray(strip.getchannel("A")) for strip in _strips(image, "RGBA"))
+        if not all((alpha == 255).all() for alpha in alphas):
             _check_background(background, name)
         else:  # fully opaque
             background = None
