@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from wan.errors import WanError
+from wan.files import expanded
 from wan.models.attention_config import AttentionConfig
 from wan.models.vae_config import CHUNK_LATENTS
 from wan.settings import NO_BOUND, bounds, check_number
@@ -322,7 +323,7 @@ class PartsConfig(Options):
             WanError: one does not exist.
         """
         given = {name: getattr(self, name) for name in PARTS}
-        found = {n: Path(place).expanduser() for n, place in given.items() if place is not None}
+        found = {n: expanded(place) for n, place in given.items() if place is not None}
         for name, place in found.items():
             if not place.exists():
                 raise WanError(f"{name}={given[name]}: no such file or folder")

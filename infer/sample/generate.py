@@ -39,6 +39,7 @@ from infer.sample.record import (
 )
 from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_request
 from wan.errors import WanError, shortened, visible
+from wan.files import expanded
 from wan.media.images import write_image
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
@@ -377,7 +378,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "environment": environment(model.pipeline.device),
     }
     if request.config.image is not None:
-        record["image_sha256"] = sha256_file(Path(request.config.image).expanduser())
+        record["image_sha256"] = sha256_file(expanded(request.config.image))
     if session.memory is not None:  # for the largest job; `peak_memory_bytes` covers all so far
         memory = session.memory
         record["predicted_memory_bytes"] = memory.stages | {"host": memory.host}

@@ -20,7 +20,7 @@ from configs.schema import (
     check_text,
 )
 from wan.errors import WanError, errors_about
-from wan.files import parse_json, read_text
+from wan.files import expanded, parse_json, read_text
 
 NOT_A_JOB = 'a prompt that starts so is written {"prompt": "..."}'
 # As the source of a value: a line of a prompt file, or the record of a video that is made again.
@@ -98,7 +98,7 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> Jobs:
         if config.prompt is None:
             raise WanError('no prompt: describe the video, e.g. prompt="a red circle"')
         return Jobs.one(_settled(Job(config, sources)))
-    path = Path(config.prompt_file).expanduser()
+    path = expanded(config.prompt_file)
     text = read_text(path)
 
     def job_of(number: int, values: dict[str, Any]) -> Job:
@@ -195,7 +195,7 @@ def _line_job(
     sampler = _sampler(config.sampler, {k: v for k, v in given.items() if "." in k})
     settings = {k: v for k, v in given.items() if "." not in k}
     if "image" in settings:  # a path relative to the prompt file
-        settings["image"] = str(folder / Path(settings["image"]).expanduser())
+        settings["image"] = str(folder / expanded(settings["image"]))
     job = replace(config, prompt_file=None, sampler=sampler, **settings)
     return Job(job, {**sources, **dict.fromkeys(given, PROMPT_FILE)}, name)
 

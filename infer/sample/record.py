@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
-from wan.files import create_sealed, write_sealed
+from wan.errors import WanError
+from wan.files import create_sealed, expanded, write_sealed
 from wan.media.video import Frames
 from wan.runtime.memory_meter import peak_memory
 from wan.weights.safetensors_file import write_tensors
@@ -199,8 +200,11 @@ def without_home(path: str | Path | list[str]) -> Any:
     """A path, or each of several, with the user's home folder written as ~."""
     if isinstance(path, list):
         return [without_home(one) for one in path]
-    home = str(Path.home())
     text = str(path)
+    try:
+        home = str(expanded("~"))
+    except WanError:  # there is none to keep quiet about
+        return text
     if text == home or text.startswith(home.rstrip("/") + "/"):
         return "~" + text[len(home.rstrip("/")) :] if home != "/" else text
     return text

@@ -15,6 +15,7 @@ from infer.loading import sampling
 from infer.sample.jobs import PROMPT_FILE, RECORD, Job
 from infer.sample.record import without_home
 from wan.errors import WanError, visible
+from wan.files import expanded
 from wan.media.images import best_size, fit_picture, picture_size, read_picture
 from wan.models.attention import NetworkAttention
 from wan.models.tokenizer import check_escapes, clean_prompt, strip_prompt
@@ -102,7 +103,7 @@ class Request:
 
 def read_image(config: SampleConfig) -> Image:
     assert config.image is not None
-    return read_picture(Path(config.image).expanduser(), config.image_background)
+    return read_picture(expanded(config.image), config.image_background)
 
 
 def resolve_request(
@@ -154,7 +155,7 @@ def _resolve(
         if values[name] is None:
             values[name], sources[name] = getattr(model.defaults, name), MODEL
     if config.image is not None:
-        image_size = picture_size(Path(config.image).expanduser())
+        image_size = picture_size(expanded(config.image))
         if not {sources["height"], sources["width"]} & set(CHOSEN):
             # The legal size nearest to the image's proportions, within the default's pixels.
             multiple = model.vae.spatial_stride * model.transformer.patch_size[1]
