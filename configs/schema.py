@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
 from wan.models.vae_config import CHUNK_LATENTS
+from wan.paths import kept_path
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
@@ -309,6 +310,38 @@ class LoadingConfig(Options):
 
 
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
+
+# Options that name files or folders, in whatever group of settings they stand.
+PATH_OPTIONS = (
+    *("checkpoint", "image", "prompt_file", "lora", "lora_2", *PARTS),
+    *("output", "output_dir", "sheet", "folder", "cache_dir", "start", "source", "base", "config"),
+)
+
+
+def kept_settings(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Settings as they are kept or handed on: with paths as `wan.paths.kept_path` writes them.
+
+    Args:
+        values: as `dataclasses.asdict` gives them, nested or not.
+        folder: the output folder.
+    """
+
+    def kept(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return kept_settings(value, folder)
+        if name not in PATH_OPTIONS or not value:
+            return value
+        if isinstance(value, list | tuple):
+            return [kept_path(one, folder) for one in value]
+        return kept_path(value, folder) if isinstance(value, str | Path) else value
+
+    return {name: kept(name, value) for name, value in values.items()}
+
+
+def given_paths(config: Any) -> list[str]:
+    """The files and folders that a command's settings name."""
+    values = [getattr(config, name, None) or [] for name in PATH_OPTIONS]
+    return [path for value in values for path in ([value] if isinstance(value, str) else value)]
 
 
 @dataclass(kw_only=True)

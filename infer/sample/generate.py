@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.cli import Run
-from configs.schema import PARTS, SampleConfig
+from configs.schema import PARTS, SampleConfig, given_paths, kept_settings
 from infer.loading import (
     LoadedModel,
     ModelCache,
@@ -29,12 +29,12 @@ from infer.sample.record import (
     reserve_files,
     save_latents,
     tensor_sha256,
-    without_home,
 )
-from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_request
+from infer.sample.request import Request, describe, resolve_request
 from wan.errors import WanError
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
+from wan.paths import kept_path
 from wan.pipeline.arguments import known_dtype
 from wan.pipeline.callbacks import StepFunction
 from wan.pipeline.folder import ModelFolder
@@ -179,7 +179,8 @@ def make_video(session: Session, request: Request, seed: int) -> int:
         print(f"{files.stem}: {request.prompt}", file=sys.stderr)
     generators = sample_generators(seed, 1)
     bars = StageBars()
-    with Story(files, record, pipeline.device) as story, torch.no_grad():
+    places = [session.model.folder, *given_paths(config)]
+    with Story(files, record, pipeline.device, places) as story, torch.no_grad():
         noise = pipeline.prepare_latents(
             1,
             height=request.height,
@@ -246,10 +247,11 @@ class KeptLatents:
         return self
 
     def __exit__(self, *_: object) -> None:
+        config = self._request.config
         about = {
             "prompt": self._request.prompt,
             "seed": self._seed,
-            "checkpoint": without_home(self._request.config.checkpoint),
+            "checkpoint": kept_path(config.checkpoint, config.output_dir),
             "step": self.step,
             "steps": len(self._request.plan.schedule),
         }
@@ -317,9 +319,9 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "not_trained_for": list(request.plan.untrained),
         "latent_shape": list(request.latent_shape),
         "tokens": request.tokens,
-        "config": public_config(request.config),
+        "config": kept_settings(asdict(request.config), request.config.output_dir),
         "presets": session.run.presets,
-        "model_folder": without_home(model.folder),
+        "model_folder": kept_path(model.folder, session.output),
         "pipeline": type(model.pipeline).__name__,
         "weights": model.census,
         "lora": model.merges,
@@ -337,19 +339,10 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
     return record
 
 
-def public_config(config: SampleConfig) -> dict[str, Any]:
-    """The command's settings as typed, without the name of the user's home folder."""
-    values = asdict(config)
-    for name in PATH_OPTIONS:
-        if values[name] is not None:
-            values[name] = without_home(values[name])
-    return values
-
-
 def _metadata(request: Request, seed: int) -> dict[str, str]:
     """Text fields of the mp4: enough to make the video again with the same model."""
     values = {name: value for name, (value, _) in request.settings.items() if value is not None}
-    # Paths reveal facts about the user's machine.
+    # Only the name is left of most paths.
     for private in ("image", "lora", "lora_2", *PARTS):
         values.pop(private, None)
     values |= {"seed": seed, "num_videos": 1, "prompt": request.prompt}

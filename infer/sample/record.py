@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from configs.cli import INTERRUPTED
 from wan.files import write_json
+from wan.paths import kept_text
 from wan.runtime.memory_meter import peak_memory
 from wan.weights.safetensors_file import write_tensors
 
@@ -82,11 +83,20 @@ class Story:
 
     Attributes:
         code: exit code: 0 done, 1 no picture or out of memory, 130 interrupted.
+
+    Args:
+        places: files and folders that an error may name; see `wan.paths.kept_text`.
     """
 
-    def __init__(self, files: OutputFiles, record: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        files: OutputFiles,
+        record: dict[str, Any],
+        device: torch.device,
+        places: Sequence[str | Path] = (),
+    ) -> None:
         self.files, self.record, self.code = files, record, 0
-        self._device = device
+        self._device, self._places = device, places
 
     def write(self) -> None:
         """Replace the record as a whole: a reader sees the old one or the new one, never half."""
@@ -127,6 +137,7 @@ class Story:
             self.code, record["status"] = BAD_RESULT, f"failed: {out_of_memory()}"
         elif error is not None:
             expected, record["status"] = False, f"failed: {type(error).__name__}: {error}"
+        record["status"] = kept_text(record["status"], files.folder, *self._places)
         record["finished"] = now()
         record["peak_memory_bytes"] = peak_memory(self._device)
         self.write()
@@ -162,14 +173,3 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def without_home(path: str | Path | list[str]) -> Any:
-    """A path, or each of several, with the user's home folder written as ~."""
-    if isinstance(path, list):
-        return [without_home(one) for one in path]
-    home = str(Path.home())
-    text = str(path)
-    if text == home or text.startswith(home.rstrip("/") + "/"):
-        return "~" + text[len(home.rstrip("/")) :] if home != "/" else text
-    return text
