@@ -172,7 +172,7 @@ def report(error: Exception) -> int:
     message = error.on_command_line if isinstance(error, WanError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    print("error: " + " ".join(visible(message).split()), file=sys.stderr)
+    print("error: " + " ".join(shortened(visible(message)).split()), file=sys.stderr)
     return USER_ERROR
 
 
@@ -184,6 +184,7 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
             wrong type or is refused by the schema, an option is given twice, several values are
             given without `sweep`, or several points of a sweep would write the same file.
     """
+    tokens = _name_words(tokens, line)
     _check_words(tokens, line)
     tokens, texts = _take_texts(tokens, line, sweep)
     overrides = [_parse(token, line) for token in tokens]
@@ -198,6 +199,18 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
     return runs
 
 
+def _name_words(tokens: Sequence[str], line: CommandLine) -> list[str]:
+    """The arguments with `name=` in front of the values that may stand alone."""
+    names = iter(line.words)
+    named = []
+    for token in tokens:
+        before, equals, _ = token.partition("=")
+        alone = not equals or "/" in before  # a path with = in it is no option
+        name = next(names, None) if alone else None
+        named.append(token if name is None else f"{name}={token}")
+    return named
+
+
 def _check_words(tokens: Sequence[str], line: CommandLine) -> None:
     """Refuse a word that is no option; most often it belongs to a text without quotes."""
     for number, token in enumerate(tokens):
@@ -206,7 +219,9 @@ def _check_words(tokens: Sequence[str], line: CommandLine) -> None:
         advice = "options are written name=value; --help lists them"
         before = tokens[number - 1] if number else ""
         key, _, value = before.partition("=")
-        if key in (*line.text_keys, *line.path_keys, *line.list_keys):
+        if key in line.words:
+            advice = f"one name too many; this command takes {len(line.words)}"
+        elif key in (*line.text_keys, *line.path_keys, *line.list_keys):
             advice = f'put quotes around a text with spaces: {key}="{value} {token} ..."'
         raise WanError(f"{token!r}: {advice}")
 

@@ -41,6 +41,7 @@ class CommandLine:
             separates values.
         shortcuts: short names for nested options.
         written: options that name an output file; two points of a sweep may not name the same.
+        words: options whose value may be typed alone, in this order: FILE in place of record=FILE.
     """
 
     schema: type
@@ -50,6 +51,7 @@ class CommandLine:
     list_keys: tuple[str, ...] = ()
     shortcuts: Mapping[str, Shortcut] = field(default_factory=dict)
     written: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
 
 def short_key(line: CommandLine, key: str) -> str:

@@ -18,6 +18,7 @@ from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
 from wan.models.vae_config import CHUNK_LATENTS
 from wan.paths import kept_path
+from wan.settings import NO_BOUND, bounds, check_number
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
@@ -27,7 +28,10 @@ LOADING = ("dtype", "offload", "quantize", "compile")
 DISTINCT_SEEDS = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
 MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
 RANDOM_SEED = -1
+MAX_STEPS = 1000
 FASTVIDEO_SEED = 1024  # where its caller gives none
+# An entry of `lora=`: the file, and a strength after a colon.
+STRENGTH = re.compile(r"(.+):([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)")
 
 
 def option(
@@ -48,9 +52,8 @@ def option(
         at_least, above, at_most, below: bounds of a number.
         check: called with name and value; raises a WanError for values that it does not allow.
     """
-    low = (at_least, True) if above is None else (above, False)
-    high = (at_most, True) if below is None else (below, False)
-    about = {"help": help, "choices": tuple(choices), "low": low, "high": high, "check": check}
+    about: dict[str, Any] = {"help": help, "choices": tuple(choices), "check": check}
+    about |= bounds(at_least, above, at_most, below)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=about)
     return field(default=default, metadata=about)
@@ -109,31 +112,6 @@ def check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
     check_number(name, value, about.get("low", NO_BOUND), about.get("high", NO_BOUND))
     if about.get("check") is not None:
         about["check"](name, value)
-
-
-Bound = tuple[float | None, bool]  # a number, and whether it is itself allowed
-NO_BOUND: Bound = (None, True)
-
-
-def check_number(name: str, value: Any, low: Bound, high: Bound = NO_BOUND) -> None:
-    """Refuse a value that is not a finite number within the bounds; without bounds, accept all."""
-    (least, with_least), (most, with_most) = low, high
-    if least is None and most is None:
-        return
-    fits = math.isfinite(value)
-    fits &= least is None or value > least or (with_least and value == least)
-    fits &= most is None or value < most or (with_most and value == most)
-    if fits:
-        return
-    if most is None:
-        allowed = f"be a number {'of at least' if with_least else 'above'} {least}"
-    elif least is None:
-        allowed = f"be a number {'of at most' if with_most else 'below'} {most}"
-    elif with_least and with_most:
-        allowed = f"be between {least} and {most}"
-    else:
-        allowed = f"lie in {'(['[with_least]}{least}, {most}{')]'[with_most]}"
-    raise WanError(f"{name}={value}: must {allowed}")
 
 
 def read_config(schema: type[C], cfg: DictConfig) -> C:
@@ -224,7 +202,7 @@ class SamplerConfig(Options):
     """The sampler, its steps and its noise levels. None takes the value of the model's folder."""
 
     name: str | None = option(None, "unipc, euler, dpm++ or few_step")
-    steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=1000)
+    steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=MAX_STEPS)
     timesteps: list[float] | None = field(
         default=None, metadata={"help": "in place of steps: an explicit list, e.g. [1000,757,522]"}
     )
@@ -264,6 +242,8 @@ NO_GRID = ("grid", None)
 
 
 def check_timesteps(timesteps: list[float]) -> None:
+    if len(timesteps) > MAX_STEPS:
+        raise WanError(f"timesteps=: {len(timesteps):,} of them, at most {MAX_STEPS}")
     if not timesteps or not all(math.isfinite(t) and 0 < t <= 1000 for t in timesteps):
         raise WanError(f"timesteps={timesteps}: need one or more numbers above 0, up to 1000")
     if any(a <= b for a, b in itertools.pairwise(timesteps)):

@@ -1,6 +1,5 @@
 """Load the model that a command names, and keep it between the points of a sweep."""
 
-import re
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from configs.schema import LoadingConfig, PartsConfig, SampleConfig
+from configs.schema import STRENGTH, LoadingConfig, PartsConfig, SampleConfig
 from wan.errors import WanError
 from wan.lora.files import read_lora
 from wan.lora.merge import LoRAMerge
@@ -134,18 +133,21 @@ def _digests(files: tuple[tuple[str, Path, int, int], ...]) -> dict[str, str]:
 
 
 class WeightDigests:
-    """sha256 of every file in `model_files`, computed in the background while the model runs.
+    """sha256 of every file in `model_files` and of the LoRAs, computed while the model runs.
 
     It uses a daemon thread: hashing does not block other threads, and Ctrl-C does not wait for it.
     """
 
-    def __init__(self, folder: ModelFolder) -> None:
+    def __init__(self, folder: ModelFolder, loras: LoRAs) -> None:
         self._digests: dict[str, str] | None = None
-        self._thread = threading.Thread(target=self._hash, args=(folder,), daemon=True)
+        self._thread = threading.Thread(target=self._hash, args=(folder, loras), daemon=True)
         self._thread.start()
 
-    def _hash(self, folder: ModelFolder) -> None:
+    def _hash(self, folder: ModelFolder, loras: LoRAs) -> None:
         found = model_files(folder.path, folder.places)
+        for part, merges in loras.items():
+            for number, merge in enumerate(merges, 1):
+                found[lora_name(part, number)] = Path(merge.lora.path)
         files = {name: path for name, path in found.items() if path.is_file()}
         digests = remembered_sha256(files.values(), threads=2)
         self._digests = {name: digests[path] for name, path in files.items()}
@@ -156,6 +158,11 @@ class WeightDigests:
         if self._digests is None:
             raise OSError("the weight files could not be read again to hash them")
         return self._digests
+
+
+def lora_name(part: str, number: int) -> str:
+    """How the digests call a LoRA: whatever its file is named, by its place in the list."""
+    return f"LoRA {number} of {part}"
 
 
 class StageBars:
@@ -202,7 +209,7 @@ class LoadedModel:
         reports = [(part, one.report) for part, merges in loras.items() for one in merges]
         kept = [replace(r, path=kept_path(r.path, config.output_dir)) for _, r in reports]
         self.merges = [f"{part}: {r}" for (part, _), r in zip(reports, kept, strict=True)]
-        self.digests = WeightDigests(folder) if config.hash_weights else None
+        self.digests = WeightDigests(folder, loras) if config.hash_weights else None
         self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
         self.seconds = time.perf_counter() - started
 
@@ -274,9 +281,6 @@ class ModelCache:
             for tensor in module.state_dict().values()
             if tensor.device.type == device.type
         )
-
-
-STRENGTH = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 
 
 def file_and_strength(entry: str) -> tuple[Path, float]:

@@ -2,7 +2,7 @@
 
 import platform
 import re
-import secrets
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from wan.errors import WanError
+from wan.files import expanded
 
 PACKAGES = (
     *("wan-few-step", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "ftfy"),
@@ -25,12 +26,11 @@ def writable_folder(name: str) -> Path:
     Raises:
         WanError: it can't be written to; names the reason.
     """
-    folder = Path(name).expanduser()
-    probe = folder / f".write-test-{secrets.token_hex(8)}"
+    folder = expanded(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise WanError(
             f"output_dir={name}: can't be written to ({error.strerror}); choose another folder"

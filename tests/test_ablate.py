@@ -17,6 +17,7 @@ from infer.ablate import __main__ as ablate
 from infer.ablate.__main__ import LINE, MAX_PSNR, main
 from infer.evaluate import store
 from wan.errors import WanError
+from wan.files import read_sealed, write_sealed
 from wan.media.video import read_video
 from wan.models.attention import network_attention
 from wan.models.attention.choice import SELF_TEST_GRID
@@ -128,6 +129,46 @@ def test_what_is_stored_is_not_made_again_and_a_longer_grid_adds_to_it(done, mod
     assert row["clips"] == 2
     assert row["SSIM, low"] < row["SSIM"] < row["SSIM, high"]
     assert run(grid(done, model)) == 0  # as it was for the other tests
+
+
+def flip(content: bytes) -> bytes:
+    """Another digit where a measured number begins, or another last byte of a tensor."""
+    place = content.rfind(b'"seconds": 0.') + 14 if content.startswith(b"{") else len(content) - 1
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lambda content: b"", lambda content: b"[]"])
+@pytest.mark.parametrize("kind", ["record", "reference", "clip"])
+def test_what_is_damaged_is_made_again_or_left_out_with_a_line(
+    done, model, tmp_path, made, capsys, damage, kind
+):
+    folder = tmp_path / "ablation"
+    shutil.copytree(done, folder)
+    before = rows(folder)
+    cell = ablate.list_cells(grid(folder, model), folder)[0][0]
+    files = {
+        "record": cell.file,
+        "reference": cell.reference,
+        "clip": cell.file.with_suffix(".mp4"),
+    }
+    file = files[kind]
+    if kind == "reference":  # which is read where a cell is to be made
+        cell.file.unlink()
+    file.write_bytes(damage(file.read_bytes()))
+    capsys.readouterr()
+    assert run(grid(folder, model)) == 0
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert len(made) == {"record": 1, "reference": 2, "clip": 0}[kind]
+    if not (kind == "clip" and damage is flip):  # a picture that plays is a picture
+        (line,) = [line for line in said.splitlines() if file.name in line]
+        assert ("left out" if kind == "clip" else "made again") in line
+    for row, other in zip(rows(folder), before, strict=True):
+        assert row["SSIM"] == other["SSIM"]
 
 
 @pytest.mark.parametrize("world", [False, True])
@@ -266,8 +307,7 @@ def test_seconds_say_what_they_were_taken_on(tmp_path, model):
     here = f"cpu, float32, {torch.get_num_threads()} threads"
     assert f"They were taken on: {here}. Density" in (tmp_path / "report.md").read_text()
     record = next((tmp_path / "cells").glob("*.json"))
-    stored = json.loads(record.read_text())
-    record.write_text(json.dumps(stored | {"threads": 99}))
+    write_sealed(record, read_sealed(record) | {"threads": 99})
     assert run(config) == 0
     text = (tmp_path / "report.md").read_text()
     assert here in text

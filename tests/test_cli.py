@@ -331,3 +331,19 @@ def test_a_schema_without_texts_or_presets_works_too(tmp_path, monkeypatch):
     (run,) = compose_runs(line, ["inner.caption=${a}, b", "sizes=[3]"])
     assert run.config == Other(0, Inner("${a}, b"), [3])
     assert "[1, 2]" in help_text(line, "", {})
+
+
+def test_words_may_stand_alone_where_a_command_says_so():
+    @dataclass
+    class Two:
+        a: str = ""
+        b: str = ""
+
+    line = CommandLine(Two, "diff", text_keys=(), path_keys=("a", "b"), words=("a", "b"))
+    for tokens in (["x y", "./out=1/z,2"], ["x y", "b=./out=1/z,2"], ["b=./out=1/z,2", "x y"]):
+        (found,) = compose_runs(line, tokens)
+        assert (found.config.a, found.config.b) == ("x y", "./out=1/z,2"), tokens
+    with pytest.raises(WanError, match="'z': one name too many; this command takes 2"):
+        compose_runs(line, ["x", "y", "z"])
+    with pytest.raises(WanError, match="a= is given twice"):
+        compose_runs(line, ["x", "a=y"])

@@ -309,7 +309,7 @@ def test_a_file_name_or_caption_that_no_report_can_hold_is_refused_early(clips, 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("l.jsonl", "not json", "line 1: not JSON"),
+        ("l.jsonl", "not json", "line 1: not valid JSON"),
         ("l.jsonl", '\n{"prompt": "x"}', "line 2: need video and prompt"),
         ("l.csv", "file,text\na.mp4,x", "line 2: need video and prompt"),
         (
@@ -323,7 +323,7 @@ def test_a_file_name_or_caption_that_no_report_can_hold_is_refused_early(clips, 
         (
             "l.jsonl",
             '{"video": "\\ud83d.mp4"}',
-            "file name '.ud83d.mp4'=: the text is not valid UTF-8",
+            "line 1: '.ud83d.mp4' holds half of a character",
         ),
         ("l.txt", "a.mp4", "give a folder"),
     ],

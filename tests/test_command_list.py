@@ -11,7 +11,9 @@ from configs.command_list import list_commands
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
-    "infer": {"ablate", "bench", "convert", "evaluate", "parity", "sample", "study"},
+    "infer": {
+        *("ablate", "bench", "convert", "diff", "evaluate", "parity", "rerun", "sample", "study"),
+    },
     "train": {"distill", "finetune", "plot", "preprocess", "text_encoder", "vae"},
 }
 
@@ -33,7 +35,7 @@ def test_every_command_has_a_line_that_is_a_sentence(package, capsys):
         (["sampel"], "did you mean python -m infer.sample?"),
         (["sample", "prompt=x"], "typed with a dot, python -m infer.sample"),
         (["infer.sample"], "typed with a dot, python -m infer.sample"),
-        (["steps=4"], "ablate, bench, convert"),
+        (["steps=4"], "ablate, bench, convert, diff"),
     ],
 )
 def test_a_word_that_is_no_command_is_one_line_and_exit_code_2(words, advice, capsys):

@@ -8,6 +8,7 @@ from train.data import LatentCache, world_cache
 from wan.errors import WanError
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.vae import VAEConfig, WanVAE
+from wan.weights.safetensors_file import write_tensors
 
 TINY = VAEConfig(
     base_dim=4,
@@ -67,12 +68,52 @@ def test_another_autoencoder_finds_another_cache(vae, tmp_path):
     assert len(list(tmp_path.glob("world-*"))) == 2
 
 
-def test_a_cache_that_was_not_finished_is_written_anew(vae, tmp_path):
-    world_cache(vae, tmp_path, num_clips=1, seed=0)
-    (listing,) = tmp_path.glob("world-*/clips.jsonl")
-    listing.unlink()
-    assert len(world_cache(vae, tmp_path, num_clips=1, seed=0)) == 1
-    assert listing.exists()
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("train.data.SHARD", 1)
+
+
+def test_a_cache_that_was_not_finished_is_completed(vae, tmp_path, small_shards, capsys):
+    whole = world_cache(vae, tmp_path, num_clips=3, seed=0).latents
+    first, second, _ = sorted(tmp_path.glob("world-*/latents-*.safetensors"))
+    written = first.stat().st_mtime_ns
+    second.unlink()
+    assert torch.equal(world_cache(vae, tmp_path, num_clips=3, seed=0).latents, whole)
+    assert first.stat().st_mtime_ns == written
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        lambda content: content[: len(content) // 2],
+        lambda content: content.replace(b'"F16"', b'"I16"'),
+        lambda content: content.replace(b'"latents"', b'"latentz"'),
+        lambda content: b"",
+    ],
+    ids=["flipped", "cut", "another dtype", "another name", "empty"],
+)
+def test_a_damaged_shard_of_the_world_is_made_again(vae, tmp_path, small_shards, capsys, damage):
+    whole = world_cache(vae, tmp_path, num_clips=2, seed=0).latents
+    _, shard = sorted(tmp_path.glob("world-*/latents-*.safetensors"))
+    sound = shard.read_bytes()
+    shard.write_bytes(damage(sound))
+    assert shard.read_bytes() != sound
+    assert torch.equal(world_cache(vae, tmp_path, num_clips=2, seed=0).latents, whole)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
+    assert shard.name in line
+    assert "it is made again" in line
+    assert shard.read_bytes() == sound
+
+
+def test_a_shard_of_an_older_release_is_read(vae, tmp_path, capsys):
+    whole = world_cache(vae, tmp_path, num_clips=2, seed=0).latents
+    (shard,) = tmp_path.glob("world-*/latents-*.safetensors")
+    write_tensors(shard, {"latents": whole})
+    written = shard.stat().st_mtime_ns
+    assert torch.equal(world_cache(vae, tmp_path, num_clips=2, seed=0).latents, whole)
+    assert shard.stat().st_mtime_ns == written
 
 
 def test_batches_hold_one_bucket_and_show_every_clip_equally_often():

@@ -27,6 +27,7 @@ from configs.training import LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_latest
 from train.data import folder_cache
 from train.distill import distill
+from train.metrics import read_metrics
 from train.preprocess import preprocess
 from wan import WanDMDPipeline
 from wan.errors import WanError
@@ -106,8 +107,7 @@ def settings(tmp_path: Path, teacher: Path, **changes) -> DistillConfig:
 
 
 def metrics(config: DistillConfig) -> list[dict]:
-    text = Path(config.output_dir, "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return read_metrics(Path(config.output_dir, "metrics.jsonl"))
 
 
 def student_weights(config: DistillConfig) -> dict[str, torch.Tensor]:

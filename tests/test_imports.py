@@ -9,11 +9,12 @@ ROOT = Path(__file__).parents[1]
 PROJECT = ("wan", "configs", "infer", "train")
 FILES = [path for package in PROJECT for path in sorted((ROOT / package).rglob("*.py"))]
 
-# Room -> the other rooms that it may import; what is in OPEN may be imported by all.
+# Room -> the other rooms that it may import; the modules of `OPEN` are open to all.
 MAY_IMPORT = {
     "wan.errors": (),
     "wan.files": (),
     "wan.paths": (),
+    "wan.settings": (),
     "wan.models": (),
     "wan.sampling": (),
     "wan.weights": (),
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "infer": ("wan", "configs"),
     "train": ("wan", "configs"),
 }
-OPEN = ("wan.errors", "wan.files", "wan.paths")
+OPEN = ("wan.errors", "wan.files", "wan.paths", "wan.settings")
 
 # The network knows no sampler and the samplers no network; inside the rooms this is the order.
 LAYERS = {

@@ -500,7 +500,7 @@ def test_other_files_are_refused(tmp_path):
         ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa_niter_4"}, "base weights"),
         ({"lora_alpha": "8"}, "must hold numbers"),
-        ([], "JSON object"),
+        ([], "JSON is not an object"),
         ("{", "not valid JSON"),
     ],
 )

@@ -1,6 +1,5 @@
 """The log of a run: lines of JSON that nothing of wandb can stop."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -60,8 +59,34 @@ def use(monkeypatch):
 def test_numbers_that_json_has_no_name_for_become_null(tmp_path):
     log = MetricsLog(tmp_path)
     log.write(0, loss=float("inf"), rate=1.0)
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 0, "loss": None, "rate": 1.0}
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line == {"step": 0, "loss": None, "rate": 1.0}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line.replace(b"1.5", b"2.5"),
+        lambda line: line[:9] + b"\n",
+        lambda line: b"[1]\n",
+        lambda line: b'{"loss": 1.5}\n',
+        lambda line: b"\0" * len(line[:-1]) + b"\n",
+    ],
+    ids=["flipped", "cut", "no object", "no step", "zeros"],
+)
+def test_a_damaged_line_is_named_with_what_to_do_and_the_rest_is_kept(tmp_path, damage):
+    log = MetricsLog(tmp_path)
+    for step in range(3):
+        log.write(step, loss=1.5)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + damage(lines[1]) + lines[2])
+    damaged = path.read_bytes()
+    with pytest.raises(WanError, match=r"metrics.jsonl, line 2: damaged.* take the line out"):
+        MetricsLog(tmp_path, 3)
+    assert path.read_bytes() == damaged
+    path.write_bytes(lines[0] + lines[2])
+    assert [row["step"] for row in read_metrics(path)] == [0, 2]
 
 
 def test_half_a_line_is_no_line(tmp_path):

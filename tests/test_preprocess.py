@@ -4,7 +4,6 @@ import errno
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,15 +24,17 @@ from train.conditioning import component_digests
 from train.data import folder_cache, open_data
 from train.finetune import finetune
 from train.preprocess import preprocess
-from train.tensor_cache import open_to_read
+from train.tensor_cache import TensorStore, open_to_read
 from train.vae import export
 from wan.errors import WanError
+from wan.files import read_sealed, remove_leftovers, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.vae import WanVAE
 from wan.weights.checkpoint import open_checkpoint
+from wan.weights.digests import sha256_file
 from wan.weights.hub import STUDENT
 from wan.weights.load import load_state
-from wan.weights.safetensors_file import write_tensors
+from wan.weights.safetensors_file import map_tensors, read_header, write_tensors
 
 clips = test_clips.clips
 
@@ -178,12 +179,14 @@ def test_a_killed_run_goes_on_after_its_last_shard(clips, tmp_path, model, monke
     kill_at = 3
     with pytest.raises(Killed):
         preprocess(config)
-    with pytest.raises(WanError, match="has not finished"):
+    with pytest.raises(WanError, match="did not finish"):
         folder_cache(tmp_path / "data", None)
     assert len(open_to_read(tmp_path / "data", "latents").stored) == 2
-    (tmp_path / "data" / ".latents-0.safetensors.0.tmp").write_bytes(b"half a shard")
+    (tmp_path / "data" / ".latents-0.safetensors.0123abcd.tmp").write_bytes(b"half a shard")
+    remove_leftovers.cache_clear()  # as in a new process
     kill_at = -1
     assert preprocess(config) == 0
+    assert not list((tmp_path / "data").glob(".latents*"))
     assert len(encoded) == 3 + 3  # the third was lost with its shard
     assert preprocess(config) == 0
     assert len(encoded) == 6
@@ -223,18 +226,77 @@ def test_damage_after_writing_is_noticed_and_can_be_repaired(clips, tmp_path, mo
     assert shard.read_bytes() == sound
 
 
+def test_what_a_shard_says_of_a_tensor_is_checked_too(tmp_path):
+    store = TensorStore(tmp_path, "latents")
+    store.add({"a": torch.zeros(2, 3)}, {"a": {"size": "5x32x32"}})
+    (shard,) = store.shards()
+    sound = shard.read_bytes()
+    for said, other in ((b"5x32x32", b"5x64x32"), (b"[2,3]", b"[3,2]"), (b'"F32"', b'"I32"')):
+        assert sound.count(said) == 1
+        shard.write_bytes(sound.replace(said, other))
+        with pytest.raises(WanError, match=r"latents-.*; delete the file"):
+            open_to_read(tmp_path, "latents")
+    shard.write_bytes(sound)
+    assert open_to_read(tmp_path, "latents").read("a").shape == (2, 3)
+
+
+def test_shards_and_an_index_of_an_older_release_are_read(clips, tmp_path, model):
+    make_clip(clips / "a.mp4")
+    preprocess(settings(tmp_path, model))
+    folder = tmp_path / "data"
+    before = folder_cache(folder, None)
+    latents = before.latents[0]
+    for shard in folder.glob("*.safetensors"):
+        file = read_header(shard)
+        notes = {key: json.loads(note) for key, note in file.metadata.items()}
+        notes = {key: {n: note[n] for n in ("sha256", "facts")} for key, note in notes.items()}
+        old = {key: json.dumps(note) for key, note in notes.items()}
+        write_tensors(shard, {k: t.clone() for k, t in map_tensors(file).items()}, old)
+    write_json(folder / "index.json", read_sealed(folder / "index.json"))
+    after = folder_cache(folder, None)
+    assert torch.equal(after.latents[0], latents)
+    assert after.digest == before.digest == sha256_file(folder / "index.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("index.json", lambda content: content.replace(b"5x32x32", b"5x64x32", 1)),
+        ("index.json", lambda content: content[: len(content) // 2]),
+        ("index.json", lambda content: b"[1, 2]"),
+        ("index.json", lambda content: b""),
+        ("report.jsonl", lambda content: content.replace(b'"ok"', b'"no"')),
+        ("report.jsonl", lambda content: content[: len(content) // 2]),
+    ],
+)
+def test_a_damaged_index_or_report_is_refused_and_made_again(
+    clips, tmp_path, model, name, change, capsys
+):
+    make_clip(clips / "a.mp4")
+    config = settings(tmp_path, model)
+    preprocess(config)
+    file = tmp_path / "data" / name
+    sound = file.read_bytes()
+    file.write_bytes(change(sound))
+    assert file.read_bytes() != sound
+    with pytest.raises(WanError, match=r"run train\.preprocess there again"):
+        folder_cache(tmp_path / "data", None)
+    capsys.readouterr()
+    assert preprocess(config) == 0
+    assert ("it is written again" in capsys.readouterr().err) == (name == "index.json")
+    assert file.read_bytes() == sound
+
+
 def test_a_disk_that_fails_costs_no_shard(clips, tmp_path, model, monkeypatch):
     make_clip(clips / "a.mp4")
     preprocess(settings(tmp_path, model))
     (shard,) = (tmp_path / "data").glob("latents-*")
-    opened = Path.open
 
-    def fail(path, *args, **kwargs):
-        if path == shard:
-            raise OSError(errno.EIO, "Input/output error")
-        return opened(path, *args, **kwargs)
+    def fail(path):
+        assert path == shard
+        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr("wan.weights.safetensors_file.open_regular", fail)
     with pytest.raises(WanError, match="input/output error"):
         preprocess(settings(tmp_path, model))
     assert shard.exists()

@@ -187,8 +187,12 @@ def test_too_many_tensors(path):
         ('{"a":', 0, ["not valid JSON"]),
         ('{"a": NaN}', 0, ["NaN"]),
         (b'{"\xff": 1}', 0, ["not valid JSON"]),
-        ('{"a":' * 200_000 + "1" + "}" * 200_000, 0, ["nested too deeply"]),
-        ("{" + '"a":' + "9" * 5000 + "}", 0, ["not valid JSON"]),
+        ('{"a":' * 200_000 + "1" + "}" * 200_000, 0, ["nested more than 32"]),
+        ('{"a":' * 40 + "1" + "}" * 40, 0, ["nested more than 32"]),
+        ("{" + '"a":' + "9" * 5000 + "}", 0, ["a number of 5,000 digits, 99"]),
+        ('{"a": 1e999}', 0, ["1e999 is no number"]),
+        ('{"a": "\\ud800"}', 0, ["\\ud800", "half of a character"]),
+        ({"a": entry(0, 0, shape=[0, 2**60])}, 0, ["tensor a", "[0, 1152921504606846976]"]),
     ],
 )  # fmt: skip
 def test_damaged_headers(path, header, body, words):

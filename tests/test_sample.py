@@ -27,6 +27,7 @@ from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files
 from infer.sample.request import with_official_negative
+from wan.files import read_sealed
 from wan.lora import LoRAMerge, read_lora
 from wan.media.images import load_image
 from wan.media.video import read_video
@@ -75,7 +76,7 @@ def outputs(tmp_path) -> list[str]:
 
 def only_record(tmp_path) -> dict:
     (path,) = (tmp_path / "out").glob("*.json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_sealed(path)
 
 
 # --- what a good run leaves -----------------------------------------------------------------------
@@ -404,11 +405,11 @@ def test_a_prompt_file_gives_each_line_its_own_settings(run, tmp_path):
         (b"", "no prompt in it"),
         (b"\n \n", "no prompt in it"),
         (b"fine\n{broken", "line 2: starts with {"),
-        (b'{"prompt": "a cat \\ud83d"}', "line 1: prompt="),
+        (b'{"prompt": "a cat \\ud83d"}', "line 1: starts with {: 'a cat \\ud83d' holds half"),
         (b'{"seed": 3}', 'line 1: no "prompt"'),
         (b'{"prompt": ""}', "line 1: prompt= is empty"),
         (b'{"prompt": "x", "sede": 3}', "unknown sede"),
-        (b'{"prompt": "x", "prompt": "y"}', "line 1: prompt: given more than once"),
+        (b'{"prompt": "x", "prompt": "y"}', "line 1: starts with {: the key 'prompt' occurs twice"),
         (b'{"prompt": "x\\u0000y"}', "line 1: prompt=: there is a zero byte"),
         (b'{"prompt": "x", "image": "a.png", "num_frames": 1}', "line 1: image with num_frames=1"),
         (b'{"prompt": "x", "seed": "3"}', "seed='3': need int"),
@@ -747,24 +748,65 @@ def test_a_full_disk_at_the_end_keeps_the_latents(run, tmp_path, monkeypatch):
     assert "No space left" in only_record(tmp_path)["status"]
 
 
+def test_the_record_is_whole_and_true_at_any_moment(run, tmp_path, monkeypatch):
+    seen = []
+
+    class Reading(StageBars):
+        def __call__(self, at, count, total):
+            super().__call__(at, count, total)
+            seen.append((at, only_record(tmp_path)["status"]))
+
+    monkeypatch.setattr(infer.sample.generate, "StageBars", Reading)
+    assert run("prompt=x")[0] == 0
+    assert {at for at, _ in seen} == {"encode", "denoise", "decode"}
+    assert {status for _, status in seen} == {"unfinished"}  # what a killed process leaves
+    assert only_record(tmp_path)["status"] == "done"
+
+
+def test_a_disk_that_is_full_from_some_moment_on_leaves_whole_files_only(
+    run, tmp_path, monkeypatch
+):
+    def full_after(writes):
+        left = iter(range(writes))
+
+        def flush(path):
+            if next(left, None) is None:
+                raise OSError(28, "No space left on device")
+
+        return flush
+
+    for writes in range(6):  # record, latents, record, video, sheet, record
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        monkeypatch.setattr("wan.files.flush_to_disk", full_after(writes))
+        code, _, err = run("prompt=x")
+        assert code == USER_ERROR
+        assert "No space left" in err
+        assert "Traceback" not in err
+        assert not [name for name in outputs(tmp_path) if name.startswith(".")]
+        if writes:
+            assert only_record(tmp_path)["status"] in ("unfinished", "done")
+        else:
+            assert outputs(tmp_path) == []
+
+
 # --- names and imports ----------------------------------------------------------------------------
 
 
 def test_file_names_are_safe_short_and_never_taken_twice(tmp_path):
-    names = [reserve_files(tmp_path, {"prompt": "../../etc/x:*"}, 3).stem for _ in range(3)]
+    names = [reserve_files(tmp_path, {"prompt": "../../etc/x:*"}, 3, {}).stem for _ in range(3)]
     assert [name[:6] for name in names] == ["00000_", "00001_", "00002_"]
     assert len(names[0]) == 5 + 1 + 8 + 1 + 2
     assert names[0][5:] == names[1][5:]
-    assert reserve_files(tmp_path, {"prompt": "else"}, 3).stem[6:] != names[0][6:]
+    assert reserve_files(tmp_path, {"prompt": "else"}, 3, {}).stem[6:] != names[0][6:]
     (tmp_path / "99999_x.txt").touch()
-    assert reserve_files(tmp_path, {}, 0).stem.startswith("100000_")
+    assert reserve_files(tmp_path, {}, 0, {}).stem.startswith("100000_")
 
 
 def test_a_name_taken_by_another_process_is_left_alone(tmp_path, monkeypatch):
-    taken = reserve_files(tmp_path, {}, 0)
+    taken = reserve_files(tmp_path, {}, 0, {})
     taken.record.write_text("theirs")
     monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # as if it came in between
-    assert reserve_files(tmp_path, {}, 0) == OutputFiles(tmp_path, f"00001{taken.stem[5:]}")
+    assert reserve_files(tmp_path, {}, 0, {}) == OutputFiles(tmp_path, f"00001{taken.stem[5:]}")
     assert taken.record.read_text() == "theirs"
 
 

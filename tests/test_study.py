@@ -27,7 +27,9 @@ from infer.study import __main__ as study
 from infer.study.__main__ import LINE, main
 from infer.study.report import read_settings
 from wan.errors import WanError
+from wan.files import read_sealed, write_json, write_sealed
 from wan.models.attention_config import AttentionConfig
+from wan.weights.safetensors_file import write_tensors
 
 
 def ceilings(folder: Path, **changes) -> StudyConfig:
@@ -145,6 +147,44 @@ def test_what_is_stored_is_not_made_again_and_what_changed_is(folder, made, caps
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["single.json", "single.safetensors"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-20] + bytes([content[-20] ^ 1]) + content[-19:],
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        None,
+    ],
+    ids=["flipped", "cut", "empty", "gone"],
+)
+def test_damaged_results_are_made_again_and_a_report_leaves_them_out(
+    folder, made, capsys, name, damage
+):
+    file = folder / "renders" / name
+    file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
+    assert run(ceilings(folder, report_only=True)) == 0
+    said = capsys.readouterr().err
+    assert f"renders: {file}" in said or (name, damage) == ("single.json", None)
+    assert [row.label for row in read_settings(ceilings(folder), folder)] == ["again"]
+    assert made == []
+    capsys.readouterr()
+    assert run(ceilings(folder)) == 0
+    assert made == [5]
+    assert ("made again" in capsys.readouterr().err) == ((name, damage) != ("single.json", None))
+    assert len(read_settings(ceilings(folder), folder)) == 2
+
+
+def test_records_of_an_older_release_without_digests_are_read(folder, made):
+    for file in folder.glob("*/*.json"):
+        write_json(file, read_sealed(file))
+    for file in folder.glob("*/*.safetensors"):
+        write_tensors(file, load_file(file))
+    assert run(ceilings(folder)) == 0
+    assert made == []
+    assert len(read_settings(ceilings(folder), folder)) == 2
+
+
 def test_what_grew_is_what_would_have_been_made_at_once(folder, made, tmp_path):
     more = {"single": CaptionSetConfig(8), "only": ["renders"]}
     more["seeds"] = CaptionSetConfig(5, seeds_per_caption=2, split="train", omit=1.0)
@@ -162,8 +202,7 @@ def test_what_grew_is_what_would_have_been_made_at_once(folder, made, tmp_path):
         return round(value, 9) if isinstance(value, float) else value
 
     def record(folder: Path, captions: str) -> dict:
-        text = (folder / "renders" / f"{captions}.json").read_text()
-        return without_seconds(json.loads(text))
+        return without_seconds(read_sealed(folder / "renders" / f"{captions}.json"))
 
     for captions in CAPTION_SETS:
         assert record(folder, captions) == record(tmp_path / "once", captions)
@@ -185,7 +224,8 @@ def test_more_than_is_asked_for_is_kept_and_reported(folder, made):
 
 def test_clips_of_another_machine_are_not_added_to(folder, made, capsys):
     file = folder / "renders" / "single.json"
-    file.write_text(file.read_text().replace('"threads": ', '"threads": 1'))
+    record = read_sealed(file)
+    write_sealed(file, record | {"threads": record["threads"] + 1})
     assert run(ceilings(folder, single=CaptionSetConfig(6), only=["renders"])) == 1
     assert made == []
     assert "the 5 clips there were made with" in capsys.readouterr().err
@@ -282,9 +322,9 @@ def test_results_of_other_settings_are_left_out_of_the_report(folder, capsys, mo
 def test_results_of_two_models_are_left_out_of_the_report(folder, capsys):
     for captions, digest in (("single", "old"), ("pair", "new"), ("seeds", "new")):
         file = folder / f"again/{captions}.json"
-        record = json.loads(file.read_text())
+        record = read_sealed(file)
         assert record["weights"] is None  # the world itself
-        file.write_text(json.dumps(record | {"weights": {"transformer": digest}}))
+        write_sealed(file, record | {"weights": {"transformer": digest}})
     assert run(ceilings(folder, report_only=True)) == 0
     printed = capsys.readouterr()
     assert "again: stored of two models, left out" in printed.err

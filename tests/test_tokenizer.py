@@ -1,16 +1,18 @@
 """Tokenizer: both file formats, transformers' own reading of them, and prompt cleaning."""
 
+import base64
 import io
 import json
 import random
 import shutil
+from functools import partial
 
 import pytest
 import sentencepiece
 import transformers
 
 from wan.errors import WanError
-from wan.models.tokenizer import Tokenizer, clean_prompt
+from wan.models.tokenizer import Tokenizer, _encode_tokens, clean_prompt
 from wan.models.tokenizer_export import tokenizer_json_from_spiece, write_tokenizer_folder
 
 NUM_SENTINELS = 5
@@ -150,7 +152,7 @@ def test_damaged_files_are_refused(folder, tmp_path):
     with pytest.raises(WanError, match=r"no tokenizer\.json and no spiece\.model"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:900])
-    with pytest.raises(WanError, match="not JSON"):
+    with pytest.raises(WanError, match="not valid JSON"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}}))
     with pytest.raises(WanError, match="'BPE'"):
@@ -167,6 +169,96 @@ def test_damaged_files_are_refused(folder, tmp_path):
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(WanError, match="not a SentencePiece model"):
         tokenizer_json_from_spiece(tmp_path / "spiece.model", 0)
+
+
+def charsmap(replacement: bytes) -> dict:
+    """A normalisation step whose table holds one text."""
+    table = (1024).to_bytes(4, "little") + bytes(1024) + replacement + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
+def replace_step(pattern: dict, content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "words"),
+    [
+        ("normalizer", [replace_step({"String": " "}, "x" * 99)], "only spaces are replaced"),
+        ("normalizer", [replace_step({"String": "a"}, "aa")] * 8, "only spaces are replaced"),
+        ("normalizer", [replace_step({"Regex": "(a+)+$"}, " ")], "only spaces are replaced"),
+        ("normalizer", [charsmap(b"x" * 65)], "replaces a character by 65 bytes"),
+        ("normalizer", [{"type": "Precompiled", "precompiled_charsmap": "\u2603"}], "not base64"),
+        ("normalizer", [{"type": "Prepend", "prepend": "x"}], "type 'Prepend'"),
+        ("normalizer", [{"type": "NFKC"}] * 9, "at most 8"),
+        ("normalizer", [["NFKC"]], "one step, or a sequence"),
+        (
+            "pre_tokenizer",
+            [{"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}],
+            "type 'Split'",
+        ),
+    ],
+)
+def test_steps_that_could_make_endless_work_are_refused(folder, tmp_path, name, steps, words):
+    """A downloaded file must not decide how long a prompt grows, or run its own expressions."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values[name] = {"type": "Sequence", f"{name}s": steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(WanError, match=words):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_sentencepiece_model_with_a_long_replacement_is_refused(folder, tmp_path):
+    def field(number: int, value: bytes) -> bytes:
+        return bytes([number * 8 + 2, 128 | len(value) & 127, len(value) >> 7]) + value
+
+    table = (1024).to_bytes(4, "little") + bytes(1024) + b"x" * 200 + b"\0"
+    spiece = (folder / "spiece.model").read_bytes() + field(3, field(2, table))
+    with pytest.raises(WanError, match="replaces a character by 200 bytes"):
+        Tokenizer.from_spiece(spiece, 5, tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"extra_ids": 10**9}, {"extra_ids": "5"}, {"extra_ids": -1}])
+def test_a_number_of_sentinels_is_checked(folder, tmp_path, values):
+    shutil.copy(folder / "spiece.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(WanError, match="extra_ids="):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_table_never_stops_the_library(folder, tmp_path, seed):
+    """The library reads the table without checks, and panics at a prompt that leads outside."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (step,) = (s for s in values["normalizer"]["normalizers"] if s["type"] == "Precompiled")
+    table = bytearray(base64.b64decode(step["precompiled_charsmap"]))
+    pick = random.Random(seed)
+    for _ in range(pick.choice((1, 3, 300, 3000))):
+        table[pick.randrange(4, len(table))] ^= 1 << pick.randrange(8)
+    step["precompiled_charsmap"] = base64.b64encode(table).decode()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    try:
+        tokenizer = Tokenizer.from_folder(tmp_path)
+    except WanError:
+        return
+    tokenizer("".join(map(chr, range(32, 0xD000, 7))))  # what is accepted never fails later
+
+
+class PanicException(BaseException):
+    """A panic of a library in Rust, which an `except Exception` lets through."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"), [(PanicException, WanError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_a_panic_of_the_library_is_one_error_and_ctrl_c_stays(raised, seen):
+    class Fails:
+        def encode(self, *_: object, **__: object) -> None:
+            raise raised("index out of bounds")
+
+    tokenizer = Tokenizer(partial(_encode_tokens, Fails()), 10)
+    with pytest.raises(seen, match="index out of bounds"):
+        tokenizer("a red circle")
 
 
 def test_bpe_models_are_refused(tmp_path):

@@ -1,7 +1,9 @@
 """Training checkpoints: what is saved comes back, and damage is noticed."""
 
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,3 +234,120 @@ def test_only_what_was_measured_can_be_the_best_and_of_equals_the_newest_is(tmp_
     for step, health in ((1, float("nan")), (2, 0.4), (3, 0.4), (4, None)):
         save_checkpoint(tmp_path, step, {"step": step}, keep_last=9, health=health)
     assert best_checkpoint(tmp_path).name == "step-0000003"
+
+
+# --- folders that are not what their names say ----------------------------------------------------
+
+
+def steps(root, *numbers, **options):
+    for step in numbers:
+        save_checkpoint(root, step, {"step": step, "x": torch.ones(3)}, **options)
+
+
+def copy(root, name, new):
+    return shutil.copytree(root / name, root / new, symlinks=True)
+
+
+COPIES = ("step-best", "step-0000009", "step-0000100 (copy)", "step-000002", "step-+000003", "best")
+
+
+def test_a_copy_is_neither_the_newest_nor_ever_removed(tmp_path, capsys):
+    steps(tmp_path, 1, 2, 3, keep_last=9)
+    for name in COPIES:
+        copy(tmp_path, "step-0000001", name)
+    assert load_latest(tmp_path)["step"] == 3
+    said = capsys.readouterr().err
+    for name in COPIES:
+        assert f"{name} holds step 1 under another name and is not used" in said
+    steps(tmp_path, 4, 5, keep_last=1)
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == sorted([*COPIES, "step-0000005"])
+    assert best_checkpoint(tmp_path) is None
+
+
+def test_only_copies_are_no_reason_to_begin_anew_silently(tmp_path):
+    steps(tmp_path, 1)
+    (tmp_path / "step-0000001").rename(tmp_path / "step-best")
+    with pytest.raises(WanError, match=r"step-best holds step 1 .* rename it to step-0000001"):
+        load_latest(tmp_path)
+    (tmp_path / "step-best").rename(tmp_path / "step-0000001")
+    assert load_latest(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("kind", ["renamed", "file", "link", "dangling link", "folder"])
+def test_what_has_the_name_of_a_new_checkpoint_is_moved_aside(tmp_path, capsys, kind):
+    root, place = tmp_path / "checkpoints", tmp_path / "checkpoints" / "step-0000002"
+    steps(root, 1)
+    steps(tmp_path / "elsewhere", 2)
+    if kind == "renamed":
+        copy(root, "step-0000001", "step-0000002")
+    elif kind == "file":
+        place.write_text("notes")
+    elif kind == "folder":  # of nobody knows what
+        copy(root, "step-0000001", "step-0000002")
+        (place / "manifest.json").write_text('{"step": 7, "sha256": {}}')
+    else:
+        target = "../elsewhere/step-0000002" if kind == "link" else "nowhere"
+        place.symlink_to(target, target_is_directory=True)
+    steps(root, 2)
+    assert load_latest(root)["step"] == 2
+    aside = root / "step-0000002-aside-1"
+    assert os.path.lexists(aside)
+    assert aside.is_symlink() == ("link" in kind)
+    assert "it is called step-0000002-aside-1 now" in capsys.readouterr().err
+    assert (tmp_path / "elsewhere/step-0000002/state.safetensors").is_file()
+
+
+def test_a_link_is_read_and_never_removed(tmp_path):
+    root = tmp_path / "checkpoints"
+    steps(root, 1, 2)
+    moved = (root / "step-0000002").rename(tmp_path / "large disk")
+    (root / "step-0000002").symlink_to(moved, target_is_directory=True)
+    assert load_latest(root)["step"] == 2
+    steps(root, 3, 4, keep_last=1)
+    assert [p.name for p in list_checkpoints(root)] == ["step-0000002", "step-0000004"]
+    assert (moved / "manifest.json").is_file()
+
+
+def test_steps_are_numbers_and_not_texts(tmp_path):
+    steps(tmp_path, 9_999_999, 10_000_000, keep_last=1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-10000000"]
+    assert load_latest(tmp_path)["step"] == 10_000_000
+
+
+def test_a_damaged_manifest_counts_for_nothing_and_its_health_is_not_believed(tmp_path):
+    for step, health in ((1, 0.2), (2, 0.4), (3, 0.3)):
+        save_checkpoint(tmp_path, step, {"step": step}, keep_last=3, health=health)
+    manifest = tmp_path / "step-0000003/manifest.json"
+    manifest.write_text(manifest.read_text().replace("0.3", "0.9"))
+    assert best_checkpoint(tmp_path).name == "step-0000002"
+    steps(tmp_path, 4, keep_last=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000004"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"step": "1", "sha256": {}}',
+        '{"step": 1, "sha256": ["state.json"]}',
+        '{"step": 1, "sha256": {"../secret": "0"}}',
+        '{"step": 1, "sha256": {}, "health": "high"}',
+    ],
+)
+def test_a_manifest_of_a_wrong_kind_is_damage(tmp_path, capsys, content):
+    steps(tmp_path, 1)
+    (tmp_path / "step-0000001/manifest.json").write_text(content)
+    assert best_checkpoint(tmp_path) is None
+    with pytest.raises(WanError, match="none of the 1 checkpoints"):
+        load_latest(tmp_path)
+    assert "damaged checkpoint" in capsys.readouterr().err
+
+
+def test_checkpoints_of_an_older_release_have_no_digest_of_the_manifest(tmp_path):
+    steps(tmp_path, 1)
+    manifest = tmp_path / "step-0000001/manifest.json"
+    plain = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "digest"}
+    manifest.write_text(json.dumps(plain))
+    assert load_latest(tmp_path)["step"] == 1

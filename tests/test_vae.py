@@ -186,8 +186,8 @@ def test_tiles_come_in_the_dtype_of_the_whole_frame():
         ({"temperal_downsample": (True,)}, "1 entries for 4 levels"),
         ({"in_channels": 3}, "patch_size=2 makes 12 channels"),
         ({"latents_mean": (0.0,)}, "z_dim is 48"),
-        ({"latents_mean": None}, "latents_mean=None: need a list"),
-        ({"temperal_downsample": 3}, "temperal_downsample=3: need a list"),
+        ({"latents_mean": None}, "latents_mean=None: must be a list"),
+        ({"temperal_downsample": 3}, "temperal_downsample=3: must be a list"),
         ({"dim_mult": (1, 2, 4, 8)}, "average-down shortcut"),
     ],
 )

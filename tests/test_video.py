@@ -180,3 +180,14 @@ def test_truncation_is_that_of_fastvideo():
     expected = ((video / 2 + 0.5).clamp(0, 1) * 255).byte().permute(1, 2, 3, 0).numpy()
     assert np.array_equal(to_uint8(video, truncate=True), expected)
     assert (to_uint8(video) != expected).any()
+
+
+@pytest.mark.parametrize(
+    "text", ["ffconcat version 1.0\nfile private.mp4\n", "#EXTM3U\n#EXTINF:9,\nprivate.mp4\n"]
+)
+def test_a_list_of_other_videos_is_no_video(tmp_path, text):
+    """FFmpeg recognises lists by their first line, whatever their name is."""
+    write_video(tmp_path / "private.mp4", moving_square(), 8)
+    (tmp_path / "clip.mp4").write_text(text)
+    with pytest.raises(WanError, match="damaged, or not a video"):
+        read_video(tmp_path / "clip.mp4")

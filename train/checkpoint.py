@@ -2,8 +2,11 @@
 
 A checkpoint is written beside its place, flushed to the disk, and renamed; a folder under its final
 name is complete. `manifest.json` holds the sha256 of each file, and loading verifies it, so that a
-damaged checkpoint is noticed and the one before it is used, loudly. The manifest also says how
-healthy the checkpoint was measured to be: which one is the best follows from those that are there.
+damaged checkpoint is noticed and the one before it is used, loudly. The manifest also says its step
+and how healthy it was measured to be: which one is the best follows from those that are there.
+
+A run uses, counts and removes only what it wrote: folders whose name and manifest say one step. A
+copy, a renamed folder or a link is left alone.
 
 Of a sharded run every process writes a file with its own rows of each tensor, and says in the
 file's header which they are. Any number of processes can read them, one included: each takes the
@@ -16,6 +19,7 @@ import os
 import shutil
 import sys
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,11 @@ from torch import Tensor
 
 from train.parallel import ALONE, Ranks, Rows
 from wan.errors import WanError
-from wan.files import flush_to_disk
+from wan.files import flush_to_disk, read_sealed, sealed
 from wan.weights.digests import sha256_file
 
 PREFIX = "step-"
+MANIFEST = "manifest.json"
 UNFINISHED = ".writing-"
 
 
@@ -103,7 +108,7 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    final = root / f"{PREFIX}{step:07d}"
+    final = root / name_of(step)
     beside = root / f"{UNFINISHED}{final.name}-{ranks.first(os.getpid())}"
     try:
         with ranks.together():
@@ -134,23 +139,28 @@ def commit(
     manifest: dict[str, Any] = {"step": step, "sha256": dict(sorted(digests.items()))}
     if health is not None and math.isfinite(health):
         manifest["health"] = health
-    (beside / "manifest.json").write_text(json.dumps(manifest))
-    for path in (beside / "manifest.json", beside):
+    (beside / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    for path in (beside / MANIFEST, beside):
         flush_to_disk(path)
-    if final.exists():  # left by a run that was set back to an earlier step
+    if is_own(final):  # left by a run that was set back to an earlier step
         discard(final)
+    elif os.path.lexists(final):
+        free = next(n for n in count(1) if not os.path.lexists(f"{final}-aside-{n}"))
+        aside = final.rename(f"{final}-aside-{free}")
+        words = f"was no checkpoint of step {step}; it is called {aside.name} now"
+        print(f"warning: {final} {words}", file=sys.stderr)
     beside.rename(final)
     flush_to_disk(final.parent)
 
 
 def prune(root: Path, final: Path, keep_last: int) -> None:
-    for folder in list_checkpoints(root):
-        # Later steps are of a run that was set back to an earlier one, because they were damaged.
-        if folder.name > final.name:
-            discard(folder)
-    best, there = best_checkpoint(root), list_checkpoints(root)
-    for folder in there[:-keep_last]:
-        if folder != best:
+    own = [folder for folder in list_checkpoints(root) if is_own(folder)]
+    # Later steps are of a run that was set back to an earlier one, because they were damaged.
+    before = [folder for folder in own if step_of(folder) <= step_of(final)]
+    sound = [folder for folder in before if said_by(folder) is not None]
+    kept = [best_checkpoint(root, step_of(final)), *sound[-keep_last:]]
+    for folder in own:
+        if folder not in kept:
             discard(folder)
 
 
@@ -161,27 +171,100 @@ def discard(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def best_checkpoint(root: Path) -> Path | None:
-    """The healthiest checkpoint, the newest of equals; None if none has been measured."""
+def best_checkpoint(root: Path, last: float = math.inf) -> Path | None:
+    """The healthiest checkpoint up to step `last`, the newest of equals; None if none has been
+    measured."""
     candidates = [
-        (health, folder)
+        (health, step_of(folder), folder)
         for folder in list_checkpoints(root)
-        if (health := health_of(folder)) is not None
+        if (health := health_of(folder)) is not None and step_of(folder) <= last
     ]
-    return max(candidates)[1] if candidates else None
+    return max(candidates)[2] if candidates else None
 
 
 def health_of(folder: Path) -> float | None:
     """What a checkpoint was measured at, by its manifest; None if it was not."""
+    return (said_by(folder) or {}).get("health")
+
+
+# --- which folders are checkpoints of this run ----------------------------------------------------
+
+
+def name_of(step: int) -> str:
+    return f"{PREFIX}{step:07d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 if it has another name."""
+    digits = folder.name.removeprefix(PREFIX)
+    step = int(digits) if digits.isdecimal() and digits.isascii() else -1
+    return step if folder.name == name_of(step) else -1
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest: "step", "sha256" of each file, and "health" if it was measured.
+
+    Raises:
+        WanError: it is not there, or damaged.
+    """
     try:
-        return json.loads((folder / "manifest.json").read_text()).get("health")
-    except (OSError, ValueError):
-        return None  # loading it reports the damage
+        manifest = read_sealed(folder / MANIFEST)
+    except (OSError, WanError) as error:
+        raise WanError(f"{folder}: damaged checkpoint: {error}") from error
+    step, digests, health = (manifest.get(name) for name in ("step", "sha256", "health"))
+    names_files = isinstance(digests, dict) and all(Path(name).name == name for name in digests)
+    measured = health is None or isinstance(health, int | float)
+    if not (isinstance(step, int) and names_files and measured):
+        raise WanError(f"{folder}: damaged checkpoint: {MANIFEST} is none of a checkpoint")
+    return manifest
+
+
+def said_by(folder: Path) -> dict[str, Any] | None:
+    """`read_manifest`, or None where it is damaged; loading the checkpoint reports that."""
+    try:
+        return read_manifest(folder)
+    except WanError:
+        return None
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a run may replace or remove a folder: a checkpoint that it wrote at this place.
+
+    Copies, renamed folders and links are their owner's: name and manifest have to say one step. A
+    damaged manifest says none.
+    """
+    if step_of(folder) < 0 or folder.is_symlink() or not folder.is_dir():
+        return False
+    said = said_by(folder)
+    return said is None or said["step"] == step_of(folder)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    return sorted(p for p in root.glob(f"{PREFIX}*") if p.is_dir())
+    """Committed checkpoints, oldest first: folders whose name and manifest say one step.
+
+    A damaged manifest says none; a link may lead to a checkpoint elsewhere.
+    """
+    named = [folder for folder in root.glob(f"{PREFIX}*") if step_of(folder) >= 0]
+    there = [folder for folder in named if folder.is_dir()]
+    said = [(said_by(folder) or {"step": step_of(folder)}, folder) for folder in there]
+    return sorted((one for what, one in said if what["step"] == step_of(one)), key=step_of)
+
+
+def others(root: Path) -> list[str]:
+    """Checkpoints under names that are not those of their steps, and how to use them."""
+    if not root.is_dir():
+        return []
+    mine = set(list_checkpoints(root))
+    said = {p: said_by(p) for p in sorted(root.iterdir()) if p.is_dir() and p not in mine}
+    return [
+        f"{folder} holds step {manifest['step']} under another name and is not used; to go on from "
+        f"it, rename it to {name_of(manifest['step'])}"
+        for folder, manifest in said.items()
+        if manifest is not None and not folder.name.startswith(UNFINISHED)
+    ]
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 class StoredTensors:
@@ -224,12 +307,11 @@ def verified_files(folder: Path, ranks: Ranks) -> list[str]:
     Raises:
         WanError: a file is missing or its content has changed.
     """
+    files = list(read_manifest(folder)["sha256"].items())
+    own = files[ranks.rank :: ranks.size]
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        files = list(manifest["sha256"].items())
-        own = files[ranks.rank :: ranks.size]
         changed = [name for name, digest in own if sha256_file(folder / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
     if changed:
         raise WanError(f"{folder / changed[0]}: content does not match its sha256 in the manifest")
@@ -254,7 +336,7 @@ def load_checkpoint(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
             for name in stored.pieces
         }
         return join_tensors(tree, tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
 
 
@@ -262,11 +344,17 @@ def load_latest(root: Path, ranks: Ranks = ALONE) -> dict[str, Any] | None:
     """The newest checkpoint that verifies; None if there is none at all.
 
     Raises:
-        WanError: checkpoints exist and none of them verifies.
+        WanError: checkpoints exist and none of them verifies, or none has the name of its step.
     """
-    if ranks.is_main:
-        for leftover in root.glob(f"{UNFINISHED}*"):  # of a run that was killed while it saved
-            shutil.rmtree(leftover)
+    with ranks.together():
+        if ranks.is_main:
+            for leftover in root.glob(f"{UNFINISHED}*"):  # of a run that was killed while it saved
+                shutil.rmtree(leftover)
+            found = others(root)
+            if found and not list_checkpoints(root):
+                raise WanError(f"{found[0]}; or move it elsewhere to begin anew")
+            for line in found:
+                print(f"warning: {line}", file=sys.stderr)
     folders = ranks.first(list_checkpoints(root))
     for folder in reversed(folders):
         try:

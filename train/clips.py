@@ -10,7 +10,6 @@ F frames, H height, W width.
 
 import csv
 import io
-import json
 import math
 import re
 import sys
@@ -27,12 +26,13 @@ from torch import Tensor
 from configs.data import Size
 from configs.schema import PICTURES, check_text
 from wan.errors import WanError
-from wan.files import read_text
+from wan.files import parse_json, read_text
 from wan.media.images import load_image
 from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
 
 # How files become frames. Raise it when this file or wan/media changes what they give.
 RECIPE = 1
+ROW = 'video and prompt, as in {"video": "fox.mp4", "prompt": "a fox runs"}'
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
 SAME_RATE = 0.01  # 23.976 stands for 24
@@ -116,13 +116,8 @@ def list_rows(path: Path) -> list[tuple[int, Any]]:
     text = read_text(path)
     if path.suffix == ".csv":
         return csv_rows(path, text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [(number, json.loads(line))] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise WanError(f"{path}, line {number}: not JSON ({error})") from error
-    return rows
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(n, parse_json(line, f"{path}, line {n}", f"need {ROW}")) for n, line in lines]
 
 
 def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
@@ -148,10 +143,7 @@ def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
 def list_entry(source: Path, number: int, row: Any) -> Clip:
     """One entry of a list; paths are relative to the list."""
     if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"]:
-        raise WanError(
-            f"{source}, line {number}: need video and prompt, as in "
-            '{"video": "fox.mp4", "prompt": "a fox runs"} or under a CSV head of video,prompt'
-        )
+        raise WanError(f"{source}, line {number}: need {ROW} or under a CSV head of video,prompt")
     caption = row.get("prompt")
     return Clip(row["video"], source.parent / row["video"], caption if caption else "")
 

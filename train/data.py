@@ -2,15 +2,16 @@
 
 Two sources: the miniature's world, rendered and encoded here, and a folder that `train.preprocess`
 wrote. The world's cache is a folder of safetensors shards, each with one tensor `latents`
-(n, C, T, h, w) in float16, and `clips.jsonl`, a JSON object per clip. Its name holds a digest of
-what it depends on: scenes, sizes, and the weights of the autoencoder. Another autoencoder finds
-another cache, never a stale one.
+(n, C, T, h, w) in float16 and a digest of it. The folder's name holds a digest of what they depend
+on: scenes, sizes, and the weights of the autoencoder. Another autoencoder finds another cache,
+never a stale one.
 """
 
 import hashlib
 import json
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -33,13 +34,13 @@ from train.conditioning import (
 )
 from train.tensor_cache import TensorStore, key_of, open_to_read
 from wan.errors import WanError
-from wan.files import write_text
+from wan.files import MAX_RECORD_BYTES, parse_json, read_bytes, read_sealed
 from wan.miniature.captions import caption
-from wan.miniature.world import render, sample_scene, scene_rng
+from wan.miniature.world import Scene, render, sample_scene, scene_rng
 from wan.models.tokenizer import Tokenizer
 from wan.models.vae import WanVAE
 from wan.pipeline.config import PipelineConfig, part_folder
-from wan.weights.safetensors_file import map_tensors, read_header, write_tensors
+from wan.weights.checked import read_checked, write_checked
 
 SHARD = 512  # clips per file of the world's cache
 INDEX, REPORT = "index.json", "report.jsonl"  # of a folder that train.preprocess wrote
@@ -161,22 +162,15 @@ def world_cache(
     # The scenes and how one of them is drawn: another version of the world finds another cache.
     drawn = hashlib.sha256(render(scenes[:1]).numpy().tobytes()).hexdigest()
     folder = root / f"world-{digest(vae, [repr(scenes), drawn])}"
-    listing = folder / "clips.jsonl"  # written last: it marks the cache as complete
-    if not listing.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=num_clips, desc="encoding clips", unit="clip") as progress:
-            for number, start in enumerate(range(0, num_clips, SHARD)):
-                part = scenes[start : start + SHARD]
-                groups = [part[i : i + 8] for i in range(0, len(part), 8)]
-                latents = torch.cat([encode_float16(vae, render(group)) for group in groups])
-                write_tensors(folder / f"latents-{number:05d}.safetensors", {"latents": latents})
-                progress.update(len(part))
-        lines = [json.dumps({"scene": i}) + "\n" for i in range(num_clips)]
-        write_text(listing, "".join(lines))
-    files = [read_header(path) for path in sorted(folder.glob("latents-*.safetensors"))]
-    latents = torch.cat([map_tensors(file)["latents"] for file in files])
-    if len(latents) != num_clips:
-        raise WanError(f"{folder}: {len(latents)} latents, {num_clips} clips; delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[Tensor] = []
+    with tqdm(total=num_clips, desc="clips of the world", unit="clip", disable=None) as progress:
+        for number, start in enumerate(range(0, num_clips, SHARD)):
+            part = scenes[start : start + SHARD]
+            path = folder / f"latents-{number:05d}.safetensors"
+            shards.append(world_shard(vae, path, part))
+            progress.update(len(part))
+    latents = torch.cat(shards)
     numbers = list(range(num_clips))
     circling = [i for i in numbers if any(o.motion == "circling" for o in scenes[i].objects)]
     return LatentCache(
@@ -184,6 +178,22 @@ def world_cache(
         lambda i, rng: caption(scenes[i], rng).text,
         buckets=[numbers + (repeat_circling - 1) * circling],
     )
+
+
+def world_shard(vae: WanVAE, path: Path, scenes: Sequence[Scene]) -> Tensor:
+    """The latents (n, C, T, h, w) of some scenes: from their file, or made and written there."""
+    if path.exists():
+        try:
+            latents = read_checked(path)["latents"]
+            if len(latents) != len(scenes):
+                raise WanError(f"{path}: {len(latents)} latents, {len(scenes)} clips")
+            return latents
+        except (WanError, KeyError) as error:
+            print(f"warning: {error}; it is made again", file=sys.stderr)
+    groups = [scenes[i : i + 8] for i in range(0, len(scenes), 8)]
+    latents = torch.cat([encode_float16(vae, render(group)) for group in groups])
+    write_checked(path, {"latents": latents})
+    return latents
 
 
 def open_data(
@@ -324,23 +334,27 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]
     Raises:
         WanError: the folder is not complete.
     """
+    if not (folder / INDEX).exists():
+        raise WanError(f"data.folder={folder}: not a folder of train.preprocess: no {INDEX} there")
+    again = "run train.preprocess there again with the same settings"
     try:
-        raw = (folder / INDEX).read_bytes()
-        index = json.loads(raw)
-        report = (folder / REPORT).read_bytes()
+        index = read_sealed(folder / INDEX)
+        report = read_bytes(folder / REPORT, MAX_RECORD_BYTES)
         complete = index["report_sha256"] == hashlib.sha256(report).hexdigest()
-        lines = [json.loads(line) for line in report.split(b"\n") if line] if complete else []
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise WanError(
-            f"data.folder={folder}: not a folder of train.preprocess, or it has not finished "
-            f"({error})"
-        ) from error
+        texts = report.decode().split("\n") if complete else []
+        lines = [parse_json(text, f"{folder / REPORT}") for text in texts if text]
+    except (FileNotFoundError, KeyError):  # what is written last
+        complete = False
+    except WanError as error:
+        raise WanError(f"data.folder={folder}: {error}; {again}") from error
     if not complete:
         raise WanError(
-            f"data.folder={folder}: the last run of train.preprocess there did not finish; "
-            "run it again"
+            f"data.folder={folder}: the last run of train.preprocess there did not finish, or its "
+            f"{REPORT} is damaged; {again}"
         )
-    return index, lines, hashlib.sha256(raw).hexdigest()
+    # The digest of what older releases wrote: a resumed run must find its data unchanged.
+    written = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    return index, lines, hashlib.sha256(written.encode()).hexdigest()
 
 
 def text_key(index: dict[str, Any], text: str) -> str:

@@ -16,13 +16,13 @@ is a folder in the released layout, or a LoRA file.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.cli import INTERRUPTED, run
@@ -56,10 +56,11 @@ from wan.models.dit import WanDiT
 from wan.models.vae import WanVAE
 from wan.pipeline.config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
 from wan.sampling.schedule import euler_schedule
+from wan.weights.checked import read_checked, write_checked
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import CONFIGS, resolve_model
 from wan.weights.load import load_state
-from wan.weights.safetensors_file import read_header, write_tensors
+from wan.weights.safetensors_file import read_header
 
 LINE = CommandLine(
     DistillConfig,
@@ -322,12 +323,23 @@ def teacher_panel(
     scores = run.config.scores
     how = (digest, scores.guidance_scale, scores.negative_prompt, schedule.sigmas.tolist())
     key = key_of(*how, captions, list(run.shape))
-    if run.ranks.first(path.exists() and read_header(path).metadata.get("key") == key):
-        return decode(vae, load_file(path)["latents"].to(run.device))
+    if run.ranks.first(run.ranks.is_main and is_panel(path, key)):
+        return decode(vae, read_checked(path)["latents"].to(run.device))
     latents = run.sample_panel(captions, schedule)
     if run.ranks.is_main:
-        write_tensors(path, {"latents": latents.cpu()}, {"key": key})
+        write_checked(path, {"latents": latents.cpu()}, {"key": key})
     return decode(vae, latents)
+
+
+def is_panel(path: Path, key: str) -> bool:
+    """Whether a file holds the panel of that key, undamaged."""
+    try:
+        if not path.exists() or read_header(path).metadata.get("key") != key:
+            return False
+        return "latents" in read_checked(path)
+    except WanError as error:
+        print(f"warning: {error}; it is made again", file=sys.stderr)
+        return False
 
 
 def make_trajectories(

@@ -1,31 +1,28 @@
 """What a training run leaves behind: a folder that pipelines and diffusers load, or a LoRA file."""
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from train.tensor_cache import only_writer
-from wan.files import write_json
+from wan.files import folder_beside
 from wan.lora.files import ATTENTION
 from wan.lora.merge import save_lora
 from wan.models.attention import SPARSE
 from wan.models.dit import WanDiT
 from wan.pipeline.config import PipelineConfig, part_folder, write_configs
 from wan.weights.digests import list_files
-from wan.weights.save import save_component
+from wan.weights.save import replace_component, save_component
 
 
 def export_part(module: Any, folder: Path, name: str, **options: Any) -> None:
-    """Replace `folder` by one part of a model in the released layout: config.json and weights.
+    """Write one part of a model in the released layout: config.json and weights.
 
     Args:
-        options: for `wan.weights.load.save_component`.
+        options: for `wan.weights.save.replace_component`.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    save_component(module.state_dict(), folder, name, **options)
-    write_json(folder / "config.json", module.config.to_json())
+    replace_component(module.state_dict(), folder, name, module.config.to_json(), **options)
 
 
 def export_model(
@@ -47,17 +44,14 @@ def export_model(
     if lora_rank:
         metadata = {} if trained is None else {ATTENTION: trained}
         return save_lora(folder / "pytorch_lora_weights.safetensors", dit, metadata=metadata)
-    with only_writer(folder):
-        for leftover in folder.glob(".model-*"):  # of an export that was killed
-            shutil.rmtree(leftover)
-        beside = folder / f".model-{os.getpid()}"
+    model = folder / "model"
+    with only_writer(folder), folder_beside(model) as beside:
         for name in ("vae", "text_encoder", "tokenizer"):
             for file, path in list_files(part_folder(source, name)).items():
                 (beside / name / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, beside / name / file)
         write_configs(settings, beside)
         save_component(dit.state_dict(), beside / "transformer", "transformer")
-        model = folder / "model"
         if model.exists():  # written by an earlier end of this same run
             shutil.rmtree(model)
         beside.rename(model)

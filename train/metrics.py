@@ -1,4 +1,7 @@
-"""Numbers of a run: one JSON object per line on the local disk, mirrored to wandb if asked."""
+"""Numbers of a run: one JSON object per line on the local disk, mirrored to wandb if asked.
+
+Each line carries a digest of itself (`wan.files.sealed`), so that a damaged one is noticed.
+"""
 
 import json
 import math
@@ -9,13 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import WanError
-from wan.files import write_text
+from wan.files import parse_json, read_bytes, sealed, unsealed, write_text
+
+MAX_METRICS_BYTES = 1 << 32
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without an unfinished last one of a run that was killed."""
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """The lines of a metrics.jsonl, without an unfinished last one of a run that was killed.
+
+    Raises:
+        WanError: a line is damaged; names it.
+    """
+    lines = read_bytes(path, MAX_METRICS_BYTES).split(b"\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        source = f"{path}, line {number}"
+        try:
+            row = unsealed(parse_json(line, source), source)
+            if not isinstance(row.get("step"), int):
+                raise WanError(f"{source}: no step in it")
+        except WanError as error:
+            raise WanError(
+                f"{source}: damaged, and its numbers cannot be made again; take the line out of "
+                "the file to go on without them"
+            ) from error
+        rows.append(row)
+    return rows
 
 
 def media_files(folder: Path, step: int) -> list[Path]:
@@ -35,7 +57,7 @@ class MetricsLog:
         wandb_project: mirror to this wandb project; None keeps everything local.
         config: the run's settings, for wandb.
     Raises:
-        WanError: wandb_project is given and wandb is not installed.
+        WanError: wandb_project is given and wandb is not installed, or a line there is damaged.
         OSError: the file can't be written; what was there is untouched.
     """
 
@@ -49,7 +71,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         rows = read_metrics(self.path) if self.path.exists() else []
         kept = [row for row in rows if row["step"] < first_step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(json.dumps(sealed(row)) + "\n" for row in kept))
         self.wandb: Any = None
         self.warned = False
         if wandb_project is not None:
@@ -68,7 +90,7 @@ class MetricsLog:
         }
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
+                file.write(json.dumps(sealed({"step": step, **finite})) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.wandb is not None:
@@ -88,7 +110,7 @@ class MetricsLog:
 
         identity = folder / "wandb_id.txt"  # a resumed run goes on in the same wandb run
         if not identity.exists() or not identity.read_text().strip():
-            identity.write_text(uuid.uuid4().hex[:12])
+            write_text(identity, uuid.uuid4().hex[:12])
         run = wandb.init(
             project=project,
             dir=folder,

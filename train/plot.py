@@ -16,6 +16,7 @@ from configs.command_line import CommandLine
 from configs.schema import PICTURES, Options, check_ending, option
 from train.metrics import read_metrics
 from wan.errors import WanError
+from wan.files import written_beside
 
 Series = list[tuple[int, float]]  # (step, value)
 
@@ -117,7 +118,8 @@ def draw(series: dict[str, Series], path: Path, title: str) -> None:
         axes.remove()
     for axes in grid[-1]:
         axes.set_xlabel("steps", fontsize=8)
-    figure.savefig(path, dpi=110)
+    with written_beside(path) as beside:
+        figure.savefig(beside, dpi=110, format=path.suffix[1:].lower())
 
 
 def plot(config: PlotConfig) -> int:

@@ -12,6 +12,7 @@ run the same command again.
 import hashlib
 import json
 import math
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -29,9 +30,9 @@ from configs.data import PreprocessConfig
 from train.clips import RECIPE, Clip, ClipRules, list_clips, read_caption, read_clip, read_prompts
 from train.conditioning import CaptionEncoder, TokensOf, component_digests, load_frozen, text_dtype
 from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
-from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend
+from train.tensor_cache import TensorStore, is_shard, key_of, only_writer, open_to_extend
 from wan.errors import WanError
-from wan.files import read_json, write_json, write_text
+from wan.files import read_json, read_sealed, write_sealed, write_text
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.vae import VAEConfig, WanVAE
@@ -110,7 +111,7 @@ def preprocess(config: PreprocessConfig) -> int:
         index["content_sha256"] = content_digest(latents, clip_keys, stored_texts, text_keys)
         index["report_sha256"] = hashlib.sha256(report.encode()).hexdigest()
         write_text(folder / REPORT, report)
-        write_json(folder / INDEX, index)
+        write_sealed(folder / INDEX, index)
     return 0
 
 
@@ -161,14 +162,22 @@ def claim(folder: Path, index: Line) -> None:
     path = folder / INDEX
     shards = [*TensorStore(folder, "latents").shards(), *TensorStore(folder, "texts").shards()]
     if not shards:
-        write_json(path, index)
+        write_sealed(path, index)
         return
     if not path.exists():
         raise WanError(
             f"output_dir={folder} holds {shards[0].name} and no {INDEX}: it is no folder of this "
             "command; choose another"
         )
-    there, now = read_json(path).get("identity", {}), index["identity"]
+    try:
+        there, now = read_sealed(path).get("identity", {}), index["identity"]
+    except WanError as error:
+        if not any(map(is_shard, shards)):
+            raise
+        # What they hold is known by their keys.
+        print(f"warning: {error}; it is written again", file=sys.stderr)
+        write_sealed(path, index)
+        return
     changed = [name for name in now if there.get(name) != now[name]]
     if changed:
         lines = "; ".join(f"{name}: {there.get(name)} there, {now[name]} now" for name in changed)

@@ -3,7 +3,7 @@
 A key is a digest of everything its tensor follows from, so what is there by its key need not be
 made again: a run that was killed goes on after its last shard, and a changed clip is another clip.
 A shard is written beside its place and renamed; its metadata holds, for each tensor, the sha256 of
-its bytes, which every reading checks, and facts about it.
+its bytes, which every reading checks, its dtype and shape, and facts about it.
 """
 
 import fcntl
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError
+from wan.files import parse_json, sealed, unsealed
 from wan.weights.safetensors_file import (
     SafetensorsFile,
+    TensorEntry,
     raw_bytes,
     read_bytes,
     read_header,
@@ -34,6 +36,11 @@ AGAIN = "delete the file and run the command that wrote it again"
 def key_of(*what: Any) -> str:
     """A digest of anything that JSON can hold, 32 hex digits."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def form(tensor: Tensor | TensorEntry) -> str:
+    """Dtype and shape of a tensor, as one text."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,17 @@ class TensorStore:
         """Take a shard's tensors in; returns their keys."""
         file = read_header(path)
         try:
-            notes = {key: json.loads(file.metadata[key]) for key in file.tensors}
+            notes = {
+                key: unsealed(parse_json(file.metadata[key], str(path)), str(path))
+                for key in file.tensors
+            }
             found = {key: Stored(file, n["sha256"], n["facts"]) for key, n in notes.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise WanError(f"{path}: not a file of this store ({error!r}); {AGAIN}") from error
+        except (KeyError, WanError) as error:
+            reason = error if isinstance(error, WanError) else f"{path}: not a file of this store"
+            raise WanError(f"{reason}; {AGAIN}") from error
+        for key, note in notes.items():
+            if note.get("form", form(file.tensors[key])) != form(file.tensors[key]):
+                raise WanError(f"{path}: tensor {key} is not what was written; {AGAIN}")
         self.stored |= found
         return list(found)
 
@@ -91,13 +105,28 @@ class TensorStore:
         """Write contiguous CPU tensors as one shard, complete or not at all."""
         metadata = {
             key: json.dumps(
-                {"sha256": hashlib.sha256(raw_bytes(tensor)).hexdigest(), "facts": facts[key]}
+                sealed(
+                    {
+                        "sha256": hashlib.sha256(raw_bytes(tensor)).hexdigest(),
+                        "form": form(tensor),
+                        "facts": facts[key],
+                    }
+                )
             )
             for key, tensor in tensors.items()
         }
         path = self.folder / f"{self.name}-{key_of(sorted(tensors))[:16]}.safetensors"
         write_tensors(path, tensors, metadata)
         self.register(path)
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is an undamaged shard of a store, as far as its header tells."""
+    try:
+        TensorStore(path.parent, path.stem).register(path)
+    except WanError:
+        return False
+    return True
 
 
 def open_to_read(folder: Path, name: str) -> TensorStore:
@@ -121,8 +150,6 @@ def open_to_extend(folder: Path, name: str, verify: bool) -> TensorStore:
         WanError, OSError: a shard can't be read, which may pass; nothing is removed.
     """
     store = TensorStore(folder, name)
-    for leftover in folder.glob(f".{name}-*.tmp"):  # of a run that was killed while it wrote
-        leftover.unlink()
     for path in store.shards():
         try:
             keys = store.register(path)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from wan.media.images import write_image
 from wan.media.video import contact_sheet, to_uint8
 from wan.miniature.captions import Caption, caption
 from wan.miniature.detect import accuracies, detect, score
@@ -183,8 +184,8 @@ def write_pictures(
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stack_sheets(pairs).save(folder / f"{step:07d}-student-teacher.png")
-        stack_sheets(triptych).save(folder / f"{step:07d}-triptych.png")
+        write_image(folder / f"{step:07d}-student-teacher.png", stack_sheets(pairs))
+        write_image(folder / f"{step:07d}-triptych.png", stack_sheets(triptych))
         for number, video in enumerate(student.videos[:shown]):
             write_clip(folder / f"{step:07d}-{number}.mp4", video)
     except OSError as error:

@@ -1,7 +1,8 @@
 """The exception for every error that a user can cause."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 MAX_MESSAGE = 2000  # characters
 # Characters of these kinds move the cursor, change the direction of the text, or cannot be printed.
@@ -53,6 +54,15 @@ class WanError(ValueError):
     def about(self, what: str) -> "WanError":
         """The same error with `what` in front, such as the file that it is about."""
         return WanError(f"{what}: {self}", f"{what}: {self.on_command_line}")
+
+
+@contextmanager
+def errors_about(what: str) -> Iterator[None]:
+    """Put `what` in front of the `WanError` that is raised inside."""
+    try:
+        yield
+    except WanError as error:
+        raise error.about(what) from error
 
 
 def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:

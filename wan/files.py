@@ -4,22 +4,32 @@ Whatever is read may come from a stranger, so `read_bytes`, `read_text` and `rea
 gate for it: they open regular files only, up to a size, and JSON is bounded before it is used.
 
 Every file is written beside its place, flushed to the disk and then renamed, so that a reader, a
-full disk or a power cut sees the old file or the new one and never half of one.
+full disk or a power cut sees the old file or the new one and never half of one. What a killed
+process leaves beside it is removed by the next process that writes into the folder: a temporary
+file is locked for as long as its process lives. Records that are read again carry a digest.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from wan.errors import WanError
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, no leftovers are removed
+    fcntl = None  # type: ignore[assignment]
 
 # A released config.json has 2 kB, and the index of the largest model 150 kB.
 MAX_JSON_BYTES = 4 << 20
@@ -27,6 +37,8 @@ MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 32  # of objects and lists inside each other
 MAX_DIGITS = 20  # of a whole number: 64 bits
 MAX_NUMBER = 100  # characters of any other number
+TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep"
+AGAIN = "download or write it again"
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -58,7 +70,7 @@ def open_regular(path: Path) -> BinaryIO:
     if kind != stat.S_IFREG:
         os.close(descriptor)
         what = FILE_KINDS.get(kind, "no file")
-        raise WanError(f"{path}: {what}; a regular file is needed")
+        raise WanError(f"{path}: {what}, not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -91,22 +103,30 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, infinite: bool = False) -> dict[str, Any]:
     """The JSON object in a file.
+
+    Args:
+        limit: the most bytes that are read.
+        infinite: take NaN and infinity, as Python writes them, for numbers.
 
     Raises:
         OSError: the file cannot be opened.
         WanError: it is no regular file, too large, or refused by `parse_json`.
     """
-    return parse_json(read_bytes(path, limit), str(path))
+    return parse_json(read_bytes(path, limit), str(path), infinite=infinite)
 
 
-def parse_json(content: str | bytes, source: str) -> dict[str, Any]:
+def parse_json(
+    content: str | bytes, source: str, advice: str = AGAIN, infinite: bool = False
+) -> dict[str, Any]:
     """The JSON object in a text that may come from a stranger.
 
     Args:
         content: the text, or its UTF-8 bytes. Whoever reads it bounds its size.
         source: where it comes from, for messages.
+        advice: what to do about an error, for messages.
+        infinite: see `read_json`.
 
     Raises:
         WanError: it is not JSON, or holds something other than an object, a key twice, NaN or
@@ -118,27 +138,31 @@ def parse_json(content: str | bytes, source: str) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise WanError(f"{source}: the key {key[:80]!r} occurs twice")
+            raise WanError(f"{source}: the key {key[:80]!r} occurs twice; {advice}")
         return result
 
     def whole(digits: str) -> int:
         if len(digits.lstrip("-")) > MAX_DIGITS:
-            raise WanError(f"{source}: a number of {len(digits):,} digits, {digits[:20]}...")
+            raise WanError(
+                f"{source}: a number of {len(digits):,} digits, {digits[:20]}...; {advice}"
+            )
         return int(digits)
 
     def real(text: str) -> float:
         if len(text) > MAX_NUMBER or not math.isfinite(value := float(text)):
-            raise WanError(f"{source}: {text[:20]} is no number that can be used")
+            raise WanError(f"{source}: {text[:20]} is no number that can be used; {advice}")
         return value
 
-    def no_constant(name: str) -> None:
-        raise WanError(f"{source}: {name} where JSON has numbers")
+    def constant(name: str) -> float:
+        if infinite:
+            return float(name)
+        raise WanError(f"{source}: {name} where JSON has numbers; {advice}")
 
     hooks: dict[str, Any] = {
         "object_pairs_hook": unique,
         "parse_int": whole,
         "parse_float": real,
-        "parse_constant": no_constant,
+        "parse_constant": constant,
     }
     try:
         text = content.decode() if isinstance(content, bytes) else content
@@ -146,16 +170,16 @@ def parse_json(content: str | bytes, source: str) -> dict[str, Any]:
     except WanError:
         raise
     except RecursionError as error:
-        raise WanError(f"{source}: its JSON is nested more than {MAX_DEPTH} levels deep") from error
+        raise WanError(f"{source}: its JSON {TOO_DEEP}; {advice}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise WanError(f"{source}: not JSON ({error}); download or write it again") from error
+        raise WanError(f"{source}: not valid JSON ({error}); {advice}") from error
     if not isinstance(values, dict):
-        raise WanError(f"{source}: holds a JSON {type(values).__name__}, an object is needed")
-    _check_nesting(values, source)
+        raise WanError(f"{source}: its JSON is not an object; {advice}")
+    _check_nesting(values, source, advice)
     return values
 
 
-def _check_nesting(values: dict[str, Any], source: str) -> None:
+def _check_nesting(values: dict[str, Any], source: str, advice: str) -> None:
     """Refuse JSON that is nested too deeply, and texts with half of a UTF-16 character."""
     level: list[Any] = [values]
     for _ in range(MAX_DEPTH):
@@ -167,14 +191,17 @@ def _check_nesting(values: dict[str, Any], source: str) -> None:
             elif isinstance(one, list):
                 inside += one
             elif isinstance(one, str) and LONE_SURROGATE.search(one):
-                raise WanError(f"{source}: {ascii(one)[:80]} holds half of a character")
+                raise WanError(f"{source}: {ascii(one)[:80]} holds half of a character; {advice}")
         if not inside:
             return
         level = inside
-    raise WanError(f"{source}: its JSON is nested more than {MAX_DEPTH} levels deep")
+    raise WanError(f"{source}: its JSON {TOO_DEEP}; {advice}")
 
 
 # --- writing --------------------------------------------------------------------------------------
+
+
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -183,21 +210,98 @@ def written_beside(path: Path) -> Iterator[Path]:
 
     After an error, such as a full disk, `path` is unchanged and the temporary file is gone. The
     content reaches the disk before the rename, so a power cut leaves either the old file or the new
-    one. If two processes write at once, the last to finish wins.
+    one. If two processes write at once, the last to finish wins. A process that is killed leaves
+    its temporary file; the next one that writes into the folder removes it.
+
+    Raises:
+        OSError: the file can't be written; it names `path`.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with _claimed(path) as beside:
         yield beside
         flush_to_disk(beside)
         os.replace(beside, path)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, for the caller to rename; what is left of it is removed.
+
+    As with `written_beside`, the next process removes what a killed one leaves.
+
+    Raises:
+        WanError: `path` is a file.
+    """
+    if path.is_file():
+        raise WanError(f"{path}: is a file, and a folder is to be written; choose another name")
+    with _claimed(path.resolve()) as lock:
+        folder = lock.with_suffix(".part")
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside `path` that is locked until it is gone."""
+    remove_leftovers(path.parent)
+    beside, descriptor = _locked_file(path)
+    try:
+        yield beside
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(beside)):
+            error.filename = str(path)  # a write does not say where; nobody knows the other name
+        raise
     finally:
         beside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked_file(path: Path) -> tuple[Path, int]:
+    while True:
+        # The start of the name says whose it is; the whole of a long one would be too long.
+        beside = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        with suppress(OSError):  # disks without locks: there, leftovers stay
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if beside.exists():  # nobody took it for a leftover before it was locked
+            return beside, descriptor
+        os.close(descriptor)
+
+
+@cache  # once per process: a folder may hold many files
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes left in a folder that were killed while they wrote there.
+
+    A file of a process that is alive is locked. Locks of a shared disk hold on all its machines,
+    unless it was mounted with local ones; where it has none, nothing is removed.
+    """
+    if fcntl is None or not folder.is_dir():
+        return
+    for path in [one for one in folder.iterdir() if LEFTOVER.fullmatch(one.name)]:
+        # An error: a living process holds the lock, or another one removed the file first.
+        with suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file as a whole, in UTF-8."""
     with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file as a whole."""
+    with written_beside(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -208,6 +312,95 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# --- records that are read again ------------------------------------------------------------------
+
+DIGEST = "digest"  # the key of a record's own digest
+DIGEST_CHARACTERS = 16  # 64 bits: enough against damage; it is no signature
+MAX_RECORD_BYTES = 1 << 28
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as JSON has them, and a digest of them under `DIGEST`.
+
+    Raises:
+        ValueError: a number is infinite or NaN, which JSON cannot hold.
+    """
+    plain = json.loads(json.dumps(values, allow_nan=False))
+    return {**plain, DIGEST: _digest(plain)}
+
+
+def unsealed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values of a record that is what was written; one of older releases has no digest.
+
+    Args:
+        source: where it comes from, for messages.
+    Raises:
+        WanError: the values do not match their digest.
+    """
+    plain = {key: value for key, value in values.items() if key != DIGEST}
+    if DIGEST in values and values[DIGEST] != _digest(plain):
+        raise WanError(f"{source}: damaged or changed by hand, it does not match its digest")
+    return plain
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARACTERS]
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """`write_json` of a record that `read_sealed` reads."""
+    write_json(path, sealed(values))
+
+
+def read_sealed(path: Path, limit: int = MAX_RECORD_BYTES) -> dict[str, Any]:
+    """The record that `write_sealed` wrote, or an older release, without its digest.
+
+    Raises:
+        OSError: the file cannot be opened.
+        WanError: it is damaged, or refused by `read_json`.
+    """
+    return unsealed(read_json(path, limit), str(path))
+
+
+def create_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """`write_sealed` of a file that is not there yet; never is it there without its content.
+
+    Raises:
+        FileExistsError: another process took the name.
+    """
+    with _claimed(path) as beside:
+        text = json.dumps(sealed(values), indent=2, ensure_ascii=False) + "\n"
+        beside.write_text(text, encoding="utf-8")
+        flush_to_disk(beside)
+        try:
+            os.link(beside, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without hard links: the name first, its content at once
+            path.touch(exist_ok=False)
+            os.replace(beside, path)
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def expanded(path: str | Path) -> Path:
+    """A path whose leading `~` or `~name` is replaced by that user's home folder.
+
+    Raises:
+        WanError: it is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise WanError(
+            f"{path}: {user} stands for a home folder, which is not known; write the path in full, "
+            f"or ./{path} for a folder that is called {user}"
+        ) from error
 
 
 def flush_to_disk(path: Path) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.ablation import AblateConfig, Setting
@@ -47,13 +46,13 @@ from infer.evaluate.video_distance import flicker, psnr, ssim
 from infer.loading import digests_of, sampling
 from infer.machine import writable_folder
 from wan.errors import WanError
-from wan.files import read_text, write_json
+from wan.files import read_text, write_sealed
 from wan.media.video import to_uint8, write_video
 from wan.models.attention import ATTENTION, BACKENDS, SPARSE
 from wan.models.attention.choice import check_known
 from wan.pipeline.pipeline import WanPipelineOutput
 from wan.runtime.offload import resolve_device
-from wan.weights.safetensors_file import write_tensors
+from wan.weights.checked import read_checked, write_checked
 
 LINE = CommandLine(
     AblateConfig,
@@ -134,7 +133,20 @@ def make_reference(runner: Runner, cell: Cell) -> None:
             "reference.steps=null takes the model's own steps"
         ) from error
     cell.reference.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(cell.reference, {"frames": torch.from_numpy(to_uint8(video))})
+    write_checked(cell.reference, {"frames": torch.from_numpy(to_uint8(video))})
+
+
+def has_reference(cell: Cell) -> bool:
+    """Whether what a cell is compared with is stored, undamaged; a line on stderr if it is not."""
+    assert cell.reference is not None
+    if not cell.reference.is_file():
+        return False
+    try:
+        return "frames" in read_checked(cell.reference)
+    except WanError as error:
+        print(f"the reference of {cell.name}: {error}; it is made again", file=sys.stderr)
+        cell.reference.unlink()
+        return False
 
 
 def make_compared(runner: Runner, cell: Cell) -> None:
@@ -144,7 +156,7 @@ def make_compared(runner: Runner, cell: Cell) -> None:
     if not cell.reference.is_file():
         raise WanError("nothing to compare with: the reference failed, see above")
     video, how, seconds = make_video(runner, cell.setting, cell.seed, cell.prompt)
-    frames = (torch.from_numpy(to_uint8(video)), load_file(cell.reference)["frames"])
+    frames = (torch.from_numpy(to_uint8(video)), read_checked(cell.reference)["frames"])
     ours, exact = (pixels.permute(3, 0, 1, 2) / 255 for pixels in frames)
     measures = {
         "psnr": min(psnr(ours, exact), MAX_PSNR),
@@ -155,7 +167,7 @@ def make_compared(runner: Runner, cell: Cell) -> None:
     write_clip(runner, cell, video)
     kept = kept_settings(asdict(cell.setting), runner.config.output_dir)
     clip = {"prompt": cell.prompt, "seed": cell.seed, "measures": measures, **seconds}
-    write_json(cell.file, {"key": cell.key, "setting": kept, **how, "clips": [clip]})
+    write_sealed(cell.file, {"key": cell.key, "setting": kept, **how, "clips": [clip]})
 
 
 def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str) -> str:
@@ -248,8 +260,8 @@ def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str
         print(f"{len(missing)} of {len(cells)} cells to make", file=sys.stderr)
     references: dict[Path, Cell] = {}  # each with the first cell that needs it
     for cell in missing:
-        if cell.reference is not None and not cell.reference.is_file():
-            references.setdefault(cell.reference, cell)
+        if cell.reference not in (None, *references) and not has_reference(cell):
+            references[cell.reference] = cell
     run_each(
         {
             f"the reference of {cell.name}": partial(make_reference, runner, cell)

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from infer.evaluate.report import (
 )
 from infer.evaluate.store import StoredClips, cut
 from infer.evaluate.video_grid import video_grid
-from wan.files import read_json, write_json, write_text
+from wan.errors import WanError
+from wan.files import read_sealed, write_json, write_text
 from wan.media.video import read_video, write_video
 
 WORLD_NOTE = (
@@ -84,11 +86,11 @@ class Cell:
     @property
     def is_stored(self) -> bool:
         if self.clips is None:
-            return is_stored(self.file, self.key)
+            return is_stored(self.file, self.key, self.name)
         return self.clips.is_complete(self.clips.read())
 
     def record(self) -> dict[str, Any]:
-        record = read_json(self.file)
+        record = read_sealed(self.file)
         return record if self.clips is None else cut(record, self.clips.question)
 
 
@@ -141,7 +143,7 @@ def write_report(
     }
     table = report.table(plan_columns, {"clips": lambda row: str(num_clips(row))})
     notes = write_notes(config, report.machines, failed)
-    (folder / "report.md").write_text(f"{table}\n\n{notes}\n", encoding="utf-8")
+    write_text(folder / "report.md", f"{table}\n\n{notes}\n")
     lines = [
         csv_line(setting, row, report.columns, values)
         for (setting, row), values in zip(settings, report.estimates, strict=True)
@@ -207,13 +209,22 @@ def write_sheet(
 ) -> None:
     """The first clip of every setting, all from one prompt and seed, side by side in one video.
 
+    A clip that is damaged or not there is left out, with a line on stderr.
+
     Args:
         labels: by the settings' ids.
     """
-    first = {
-        labels[id(cell.setting)]: read_video(cell.file.with_suffix(".mp4"))[0]
-        for cell in cells
-        if (cell.seed, cell.number) == (config.seed, 0)
-    }
+    first = {}
+    for cell in cells:
+        if (cell.seed, cell.number) == (config.seed, 0):
+            clip = cell.file.with_suffix(".mp4")
+            try:
+                first[labels[id(cell.setting)]] = read_video(clip)[0]
+            except (WanError, OSError) as error:
+                print(
+                    f"{cell.name}: left out of {file.name} ({error}); to make it again, delete "
+                    f"{cell.file}",
+                    file=sys.stderr,
+                )
     if first:
         write_video(file, video_grid(first), config.fps or 8)

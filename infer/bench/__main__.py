@@ -35,7 +35,7 @@ from infer.parity.models import NEEDED, reference, releases
 from infer.parity.tolerance import Row
 from infer.parity.tolerance import table as parity_table
 from wan.errors import WanError
-from wan.files import write_json
+from wan.files import write_json, write_text
 from wan.runtime.offload import resolve_device
 
 LINE = CommandLine(
@@ -98,7 +98,7 @@ def write_profiles(contest: Contest, folder: Path, number: int) -> None:
     task = contest.task
     for name, call in contest.sides.items():
         path = folder / f"profile_{number:02d}_{task.target}_{name}.txt"
-        path.write_text(f"{task.what}\n{profile(call, contest.device)}\n", encoding="utf-8")
+        write_text(path, f"{task.what}\n{profile(call, contest.device)}\n")
         print(f"{task.target}, {name}: {path}")
 
 

@@ -19,9 +19,7 @@ A JSON file beside it says how much of the difference is lost, layer by layer.
 """
 
 import json
-import shutil
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +34,7 @@ from configs.schema import PARTS, check_choice
 from infer.convert.extract_lora import convert_lora
 from infer.convert.releases import layout_config
 from wan.errors import WanError
-from wan.files import read_json, write_json
+from wan.files import folder_beside, read_json, write_json
 from wan.paths import all_inside, inside
 from wan.pipeline.config import (
     DEFAULTS_FILE,
@@ -113,16 +111,11 @@ def new_folder(output: Path) -> Iterator[Path]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise WanError(f"output={output}: is there already and not empty; choose another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.part")
-    beside.mkdir()
-    try:
+    with folder_beside(output) as beside:
         yield beside
         if output.exists():
             output.rmdir()  # empty, and only that goes
         beside.rename(output)
-    except BaseException:
-        shutil.rmtree(beside)
-        raise
 
 
 # --- one component --------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from infer.evaluate.measure import (
 )
 from infer.evaluate.sources import SOURCES
 from wan.errors import WanError
+from wan.media.images import write_image
 
 # B batch, F frames, H W pixels
 
@@ -102,7 +103,7 @@ def main(run: Run[EvaluateConfig]) -> None:
         more = {"config": kept, "presets": run.presets, "seconds": seconds}
         write_record(output, results, **more)
     if sheet is not None and failed:
-        Image.fromarray(torch.cat(failed).numpy()).save(sheet)
+        write_image(sheet, Image.fromarray(torch.cat(failed).numpy()))
 
 
 if __name__ == "__main__":

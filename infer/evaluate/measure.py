@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.evaluation import EvaluateConfig
-from wan.files import read_json, write_text
+from wan.errors import check_names
+from wan.files import read_sealed, sealed, write_text
 from wan.miniature.captions import Caption, caption, sample_scene_for
 from wan.miniature.detect import DetectedObject, Detection, Score, detect, score
 from wan.miniature.metrics import (
@@ -36,7 +36,7 @@ from wan.miniature.metrics import (
     shown_by_scene,
 )
 from wan.miniature.world import ATTRIBUTES, OBJECT_ATTRIBUTES, Scene, render, sample_scene
-from wan.weights.safetensors_file import write_tensors
+from wan.weights.checked import read_checked, write_checked
 
 # B batch, F frames, H W pixels, D features
 
@@ -286,19 +286,31 @@ def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
         "clips": torch.stack([result.features for result in results]),
         "truth": torch.stack([result.truth for result in results]),
     }
-    write_tensors(file.with_suffix(".safetensors"), features)
+    write_checked(file.with_suffix(".safetensors"), features)
     summary = summarise(results)
     record = {"torch": torch.__version__, **more, "summary": summary}
     if "diversity" in summary:
         record["captions"] = caption_diversities(results)
+    record = sealed(record | {"clips": [to_json(result) for result in results]})
+    clips = ",\n".join("  " + json.dumps(clip) for clip in record.pop("clips"))
     head = json.dumps(record, indent=1)[:-2]
-    clips = ",\n".join("  " + json.dumps(to_json(result)) for result in results)
     write_text(file, f'{head},\n "clips": [\n{clips}\n ]\n}}\n')
+
+
+def read_features(file: Path) -> dict[str, Tensor]:
+    """The features beside a record: "clips" and "truth", (N, D) each.
+
+    Raises:
+        WanError: they are damaged or not there.
+    """
+    features = read_checked(file.with_suffix(".safetensors"))
+    check_names(str(file.with_suffix(".safetensors")), ["clips", "truth"], list(features))
+    return features
 
 
 def read_results(file: Path, examples: Sequence[Example]) -> list[Result]:
     """The results that `write_record` wrote of these examples."""
-    record, features = read_json(file), load_file(file.with_suffix(".safetensors"))
+    record, features = read_sealed(file), read_features(file)
     num_frames = record["config"]["num_frames"]
     results = []
     for index, (example, clip) in enumerate(zip(examples, record["clips"], strict=True)):

@@ -19,7 +19,7 @@ from infer.evaluate.measure import Example, VideoSource
 from infer.evaluate.sources import SOURCES, generate, open_pipeline
 from infer.loading import digests_of, folder_of, sampling
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import read_sealed
 from wan.models.attention_config import AttentionConfig
 from wan.pipeline.pipeline import WanPipeline
 from wan.pipeline.plan import SamplingPlan
@@ -96,9 +96,25 @@ def result_key(parts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()
 
 
-def is_stored(file: Path, key: str) -> bool:
-    """Whether a record is there and answers this very question."""
-    return file.is_file() and read_json(file).get("key") == key
+def stored_record(file: Path, label: str) -> dict[str, Any] | None:
+    """The record in a file; None if there is none, or, with a line on stderr, a damaged one.
+
+    Args:
+        label: names what is stored there.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return read_sealed(file)
+    except WanError as error:
+        print(f"{label}: {error}; it is made again", file=sys.stderr)
+        return None
+
+
+def is_stored(file: Path, key: str, label: str) -> bool:
+    """Whether a record is there, undamaged, and answers this very question."""
+    record = stored_record(file, label)
+    return record is not None and record.get("key") == key
 
 
 def plan_record(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from infer.evaluate.measure import wilson_interval
 from wan.errors import WanError
+from wan.files import written_beside
 from wan.miniature.statistics import Estimate, mean, ratio
 
 INTERVALS = (
@@ -175,7 +176,8 @@ class Report:
             place.axis("off")
         drawn = [line for line in lines if line in handles]
         legend.legend([handles[line] for line in drawn], drawn, loc="center")
-        figure.savefig(file, dpi=110)
+        with written_beside(file) as beside:
+            figure.savefig(beside, dpi=110, format=file.suffix[1:])
 
 
 # --- the picture ----------------------------------------------------------------------------------

@@ -22,12 +22,18 @@ from infer.evaluate.measure import (
     Result,
     draw_examples,
     evaluate,
+    read_features,
     read_results,
     write_record,
 )
-from infer.evaluate.queue import LastPipeline, open_source, question_key, warm_up
+from infer.evaluate.queue import (
+    LastPipeline,
+    open_source,
+    question_key,
+    stored_record,
+    warm_up,
+)
 from wan.errors import WanError
-from wan.files import read_json
 from wan.pipeline.arguments import known_dtype
 from wan.runtime.offload import resolve_device
 
@@ -58,10 +64,18 @@ class StoredClips:
         return question, draw_examples(question)
 
     def read(self) -> dict[str, Any] | None:
-        """The record, if it answers this question for fewer, as many or more captions."""
-        if not self.file.is_file():
+        """The record, if it answers this question for fewer, as many or more captions.
+
+        A damaged one, or one whose features are damaged, is none; a line on stderr says so.
+        """
+        record = stored_record(self.file, self.label)
+        if record is None:
             return None
-        record = read_json(self.file)
+        try:
+            read_features(self.file)
+        except WanError as error:
+            print(f"{self.label}: {error}; its clips are made again", file=sys.stderr)
+            return None
         number = record.get("config", {}).get("num_captions", 0)
         if number and record.get("key") == question_key(*self.first(number), self.weights):
             return record

@@ -59,7 +59,7 @@ class SampleCommand:
         code = 0
         for request in session.requests:
             for seed in request.seeds:
-                code = max(code, make_video(session, request, seed))
+                code = max(code, make_video(session, request, seed).code)
                 if code == INTERRUPTED:
                     return code
         return code

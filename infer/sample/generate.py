@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from configs.cli import Run
-from configs.schema import PARTS, SampleConfig, given_paths, kept_settings
+from configs.rerun import typed_options
+from configs.schema import SampleConfig, given_paths, kept_settings
 from infer.loading import (
     LoadedModel,
     ModelCache,
@@ -21,17 +23,19 @@ from infer.loading import (
 from infer.machine import environment, writable_folder
 from infer.sample.jobs import Job
 from infer.sample.record import (
+    IN_COMMENT,
     RECORD_VERSION,
+    UNFINISHED,
     BadResultError,
     Story,
     now,
     out_of_memory,
     reserve_files,
     save_latents,
-    tensor_sha256,
 )
 from infer.sample.request import Request, describe, resolve_request
 from wan.errors import WanError
+from wan.media.images import write_image
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
 from wan.paths import kept_path
@@ -44,6 +48,7 @@ from wan.runtime.memory_meter import free_bytes
 from wan.runtime.offload import resolve_device
 from wan.sampling.denoiser import Denoiser
 from wan.sampling.noise import draw_noise, sample_generators
+from wan.weights.digests import sha256_file
 from wan.weights.hub import CONFIGS, resolve_model
 
 
@@ -165,8 +170,8 @@ def memory_request(
     )
 
 
-def make_video(session: Session, request: Request, seed: int) -> int:
-    """Make one video with its picture, latents and record; return its exit code.
+def make_video(session: Session, request: Request, seed: int) -> Story:
+    """Make one video with its picture, latents and record; the story has its exit code.
 
     The record is written before the first step and after the last, so that there is one however
     the run ends.
@@ -174,7 +179,7 @@ def make_video(session: Session, request: Request, seed: int) -> int:
     config, pipeline = request.config, session.model.pipeline
     record = first_record(session, request, seed)
     identity = {"prompt": request.prompt, "settings": record["settings"]}
-    files = reserve_files(session.output, identity, seed)
+    files = reserve_files(session.output, identity, seed, record)
     if session.several:
         print(f"{files.stem}: {request.prompt}", file=sys.stderr)
     generators = sample_generators(seed, 1)
@@ -189,7 +194,7 @@ def make_video(session: Session, request: Request, seed: int) -> int:
             generator=generators,
             frame_first=config.frame_first_noise,
         )
-        record["noise_sha256"] = tensor_sha256(noise)
+        story.hash(partial(record.__setitem__, "noise_sha256"), noise)
         with KeptLatents(noise, request, seed, story) as kept:
             with story.stage("encode_text", bars):
                 context, negative = pipeline.encode_prompt(
@@ -200,10 +205,14 @@ def make_video(session: Session, request: Request, seed: int) -> int:
                     on_progress=bars,
                     clean=request.clean,
                 )
+            for name, text in (("prompt", context), ("negative_prompt", negative)):
+                if text is not None:
+                    story.hash(partial(record["text_sha256"].__setitem__, name), text)
             image, image_latents = request.first_frame(), None
             if image is not None:
                 with story.stage("encode_image", bars):
                     image_latents = pipeline.encode_frames([image], 1)
+                story.hash(partial(record.__setitem__, "image_latents_sha256"), image_latents)
             with story.stage("denoise", bars):
                 kept.latents = pipeline.denoise(
                     request.plan,
@@ -217,12 +226,12 @@ def make_video(session: Session, request: Request, seed: int) -> int:
                     ),
                     on_step=kept.after_step(bars),
                 )
-        record["latents_sha256"] = tensor_sha256(kept.latents)
+        story.hash(partial(record.__setitem__, "latents_sha256"), kept.latents)
         story.write()
         with story.stage("decode", bars):
             video = pipeline.decode_latents(kept.latents, bars)[0]
         write_files(session, request, seed, video, story)
-    return story.code
+    return story
 
 
 class KeptLatents:
@@ -239,6 +248,7 @@ class KeptLatents:
 
         def watch(denoiser: Denoiser, step: int, timestep: float, x: Tensor) -> None:
             self.latents, self.step = x, step + 1
+            self._story.hash(self._story.record["steps_sha256"].append, x)
             bars("denoise", step + 1, steps)
 
         return watch
@@ -269,10 +279,12 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
     if not is_finite(video):
         raise BadResultError("the decoded video is not finite")
     frames = to_uint8(video, truncate=config.compat == "fastvideo")
+    story.hash(partial(record.__setitem__, "pixels_sha256"), frames)
     if (problem := flaw(frames)) is not None:
         raise BadResultError(f"the video shows nothing: {problem}")
     with story.stage("write"):
-        texts = _metadata(request, seed) if config.embed_prompt else {}
+        story.finish_hashes()
+        texts = _metadata(request, record) if config.embed_prompt else {}
         info = write_video(files.video, frames, request.fps, texts)
         record["video"] = {
             "file": files.video.name,
@@ -282,7 +294,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
             "fps": info.fps,
         }
         if config.contact_sheet:
-            contact_sheet(frames).save(files.sheet)
+            write_image(files.sheet, contact_sheet(frames))
     if not config.save_latents:
         files.latents.unlink()
     if session.model.digests is not None:
@@ -302,7 +314,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
     }
     record = {
         "record_version": RECORD_VERSION,
-        "status": "running",
+        "status": UNFINISHED,
         "stage": "start",
         "started": now(),
         "finished": None,
@@ -310,6 +322,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "negative_prompt": request.config.negative_prompt,
         "prompt_tokens": {"all": prompt.num_tokens_before_truncation, "read": len(prompt.ids)},
         "seed": seed,
+        "image_sha256": None,
         "settings": settings,
         "schedule": {
             "description": schedule.description,
@@ -327,26 +340,34 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "lora": model.merges,
         "weights_sha256": None,
         "noise_sha256": None,
+        "text_sha256": {},
+        "image_latents_sha256": None,
+        "steps_sha256": [],
         "latents_sha256": None,
+        "pixels_sha256": None,
         "video": None,
         "seconds": {"load": round(model.seconds, 3)},
         "peak_memory_bytes": None,
         "environment": environment(model.pipeline.device),
     }
+    if request.config.image is not None:
+        record["image_sha256"] = sha256_file(Path(request.config.image).expanduser())
     if session.memory is not None:  # for the largest job; `peak_memory_bytes` covers all so far
         memory = session.memory
         record["predicted_memory_bytes"] = memory.stages | {"host": memory.host}
     return record
 
 
-def _metadata(request: Request, seed: int) -> dict[str, str]:
-    """Text fields of the mp4: enough to make the video again with the same model."""
+def _metadata(request: Request, record: dict[str, Any]) -> dict[str, str]:
+    """Text fields of the mp4: enough to make the video again with the same model, and to compare.
+
+    The comment holds the value of each setting, and under "record" what `infer.rerun` and
+    `infer.diff` read of a record.
+    """
     values = {name: value for name, (value, _) in request.settings.items() if value is not None}
-    # Only the name is left of most paths.
-    for private in ("image", "lora", "lora_2", *PARTS):
-        values.pop(private, None)
-    values |= {"seed": seed, "num_videos": 1, "prompt": request.prompt}
+    values |= {"seed": record["seed"], "num_videos": 1, "prompt": request.prompt}
+    kept = {name: record[name] for name in IN_COMMENT} | {"config": typed_options(request.config)}
     return {
         "title": request.prompt,
-        "comment": json.dumps(values, ensure_ascii=False),
+        "comment": json.dumps(values | {"record": kept}, ensure_ascii=False),
     }

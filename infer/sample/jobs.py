@@ -1,6 +1,5 @@
 """The jobs of a command: one from the command line, or one per line of a prompt file."""
 
-import json
 import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,11 @@ from configs.schema import (
     check_text,
 )
 from wan.errors import WanError
-from wan.files import read_text
+from wan.files import parse_json, read_text
 
-PROMPT_FILE = "prompt file"  # as the source of a value
+NOT_A_JOB = 'a prompt that starts so is written {"prompt": "..."}'
+# As the source of a value: a line of a prompt file, or the record of a video that is made again.
+PROMPT_FILE, RECORD = "prompt file", "record"
 # What a line of a prompt file may set, with the type that its JSON value must have.
 JOB_KEYS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
@@ -119,13 +120,7 @@ def _parse_line(line: str) -> dict[str, Any]:
     """Parse a line of a prompt file: {option: value}."""
     if not line.startswith("{"):
         return {"prompt": line}
-    try:
-        values = json.loads(line, object_pairs_hook=_once_each)
-    except json.JSONDecodeError as error:
-        raise WanError(
-            f"starts with {{ but is not JSON ({error}); a prompt that starts so is written "
-            '{"prompt": "..."}'
-        ) from error
+    values = parse_json(line, "starts with {", NOT_A_JOB)
     if unknown := sorted(set(values) - set(JOB_KEYS)):
         raise WanError(f"unknown {', '.join(unknown)}; a job may set {', '.join(JOB_KEYS)}")
     if "prompt" not in values:
@@ -139,16 +134,6 @@ def _parse_line(line: str) -> dict[str, Any]:
         check_text(key, str(value))
     if not all(_is_number(t) for t in values.get("timesteps", [])):
         raise WanError(f"timesteps={values['timesteps']}: need a list of numbers")
-    return values
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; repeated keys are refused, where Python would keep the last one."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise WanError(f"{', '.join(twice)}: given more than once")
     return values
 
 

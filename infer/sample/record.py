@@ -13,7 +13,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,13 +25,20 @@ import torch
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
-from wan.files import write_json
+from wan.files import create_sealed, write_sealed
+from wan.media.video import Frames
 from wan.paths import kept_text
 from wan.runtime.memory_meter import peak_memory
 from wan.weights.safetensors_file import write_tensors
 
 RECORD_VERSION = 1
+UNFINISHED = "unfinished"  # the status of a video that is being made, or whose process was killed
 BAD_RESULT = 1  # exit code
+# What the comment of an mp4 keeps of its record, beside the settings.
+IN_COMMENT = (
+    *("record_version", "negative_prompt", "schedule", "image_sha256", "noise_sha256"),
+    *("text_sha256", "image_latents_sha256", "steps_sha256", "latents_sha256", "pixels_sha256"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,17 @@ class OutputFiles:
         return self.folder / f"{self.stem}.json"
 
 
-def reserve_files(folder: Path, settings: dict[str, Any], seed: int) -> OutputFiles:
-    """Names for a new video: the record is created here, so that no other run takes them."""
+def reserve_files(
+    folder: Path, settings: dict[str, Any], seed: int, record: dict[str, Any]
+) -> OutputFiles:
+    """Names for a new video: its record is written here, so that no other run takes them."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     taken = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
     number = max((int(match[1]) + 1 for match in taken if match), default=0)
     while True:
         files = OutputFiles(folder, f"{number:05d}_{digest}_s{seed}")
         try:
-            files.record.touch(exist_ok=False)
+            create_sealed(files.record, record)
             return files
         except FileExistsError:
             number += 1
@@ -76,10 +86,11 @@ class BadResultError(RuntimeError):
 
 
 class Story:
-    """The record of one video while it is made, written at its start, in between and at its end.
+    """The record of one video while it is made, written in between and at its end.
 
-    As a context manager it turns expected failures into an exit code: Ctrl-C, a result that shows
-    no picture, a GPU out of memory. Any other error is noted in the record and raised.
+    Until then its status is `UNFINISHED`, which stays true however the process ends. As a context
+    manager it turns expected failures into an exit code: Ctrl-C, a result that shows no picture, a
+    GPU out of memory. Any other error is noted in the record and raised.
 
     Attributes:
         code: exit code: 0 done, 1 no picture or out of memory, 130 interrupted.
@@ -97,10 +108,28 @@ class Story:
     ) -> None:
         self.files, self.record, self.code = files, record, 0
         self._device, self._places = device, places
+        self._hasher = ThreadPoolExecutor(1)
+        self._hashes: list[Future[None]] = []
 
     def write(self) -> None:
         """Replace the record as a whole: a reader sees the old one or the new one, never half."""
-        write_json(self.files.record, self.record)
+        self.finish_hashes()
+        write_sealed(self.files.record, self.record)
+
+    def hash(self, put: Callable[[str], None], values: Tensor | Frames) -> None:
+        """Call `put` with the sha256 of a tensor or of frames, in a thread of its own.
+
+        A tensor is copied to the CPU here, so the networks go on while it is hashed, and may write
+        over it. Frames are not copied. Several are hashed one after the other, in this order.
+        """
+        if isinstance(values, Tensor):
+            values = values.detach().to("cpu", copy=True)
+        self._hashes.append(self._hasher.submit(lambda: put(sha256_of(values))))
+
+    def finish_hashes(self) -> None:
+        """Wait until all that `hash` was asked for is in the record."""
+        while self._hashes:
+            self._hashes.pop(0).result()
 
     @contextmanager
     def stage(self, name: str, bars: Any = None) -> Iterator[None]:
@@ -121,7 +150,6 @@ class Story:
         self.record["seconds"][name] = round(time.perf_counter() - started, 3)
 
     def __enter__(self) -> "Story":
-        self.write()
         return self
 
     def __exit__(
@@ -129,6 +157,7 @@ class Story:
     ) -> bool:
         record, files = self.record, self.files
         expected, record["status"] = True, "done"
+        self._hasher.shutdown()
         if isinstance(error, KeyboardInterrupt):
             self.code, record["status"] = INTERRUPTED, "interrupted"
         elif isinstance(error, BadResultError | FloatingPointError):
@@ -166,9 +195,11 @@ def save_latents(path: Path, latents: Tensor, **about: Any) -> None:
     write_tensors(path, {"latents": latents.float()}, texts)
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 of a tensor's numbers as float32 in row-major order."""
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+def sha256_of(values: Tensor | Frames) -> str:
+    """sha256 of a tensor's numbers as float32 in row-major order, or of frames as they are."""
+    if isinstance(values, Tensor):
+        values = values.float().contiguous().numpy()
+    return hashlib.sha256(values).hexdigest()
 
 
 def now() -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.schema import PARTS, SampleConfig, kept_settings
 from infer.loading import sampling
-from infer.sample.jobs import PROMPT_FILE, Job
+from infer.sample.jobs import PROMPT_FILE, RECORD, Job
 from wan.errors import WanError
 from wan.media.images import best_size, fit_image, load_image
 from wan.models.attention import NetworkAttention
@@ -20,7 +20,7 @@ from wan.pipeline.config import OFFICIAL_NEGATIVE_PROMPT, PipelineConfig
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 
 MODEL = "checkpoint"  # as the source of a value: the model's own folder
-CHOSEN = ("command line", PROMPT_FILE)  # sources that the user typed
+CHOSEN = ("command line", PROMPT_FILE, RECORD)  # sources that somebody typed
 # Options whose default is in the model's folder, under the same name.
 FROM_MODEL = ("height", "width", "num_frames", "fps", "max_sequence_length")
 # Options that the printed header and the record list, in this order.

@@ -5,10 +5,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.evaluation import CAPTION_SETS, EvaluateConfig, StudyConfig
+from infer.evaluate.measure import read_features
 from infer.evaluate.report import (
     INTERVALS,
     Column,
@@ -24,7 +24,7 @@ from infer.evaluate.report import (
 )
 from infer.evaluate.store import cut
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import read_sealed, write_text
 from wan.miniature.statistics import Clause, Measured, distance, match, verdict
 
 REPORT, PICTURE = "report.md", "report.png"
@@ -58,13 +58,17 @@ def read_settings(config: StudyConfig, folder: Path) -> list[Row]:
         files = {captions: folder / name / f"{captions}.json" for captions in CAPTION_SETS}
         if not all(file.is_file() for file in files.values()):
             continue
-        records = {captions: read_json(file) for captions, file in files.items()}
         asked = {captions: config.evaluation(name, captions) for captions in files}
-        if problem := why_unusable(records, asked):
+        try:
+            records = {captions: read_sealed(file) for captions, file in files.items()}
+            features = read_features(files["single"])
+            problem = why_unusable(records, asked)
+        except WanError as error:
+            problem = str(error)
+        if problem:
             print(f"{name}: {problem}, left out; run it again", file=sys.stderr)
             continue
         records = {captions: cut(records[captions], asked[captions]) for captions in files}
-        features = load_file(files["single"].with_suffix(".safetensors"))
         values = read_values(records) | {
             part: features[part][: asked["single"].num_clips] for part in ("clips", "truth")
         }
@@ -150,7 +154,7 @@ def write_report(config: StudyConfig, rows: list[Row], folder: Path) -> str:
         f"is their floor. Seconds without loading, on: {'; '.join(report.machines)}."
     )
     text = f"{table}\n\n{notes}\n\n```\n{decision}\n```\n"
-    (folder / REPORT).write_text(text, encoding="utf-8")
+    write_text(folder / REPORT, text)
     # Ceilings, which take no steps, are horizontal lines.
     xs = [None if row.plan is None else exactly(row.plan["steps"]) for row in rows]
     ticks = sorted({row.plan["steps"] for row in rows if row.plan is not None})

@@ -8,7 +8,6 @@ metadata or in adapter_config.json beside it.
 Every tensor of a file must find its place here; one that does not is an error, never skipped.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError
-from wan.files import read_text
+from wan.files import parse_json, read_text
 from wan.lora.names import (
     DIFF_ROLES,
     EXPERTS,
@@ -374,19 +373,15 @@ def read_peft_config(path: str, source: str, text: str, expert: str) -> PeftConf
     """peft's settings, from diffusers' file metadata or from adapter_config.json beside the file.
 
     Raises:
-        WanError: not valid JSON, or a setting whose adapters are not a plain low-rank sum.
+        WanError: not a JSON object, or a setting whose adapters are not a plain low-rank sum.
     """
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise WanError(f"LoRA {path}: {source} is not valid JSON ({error})") from error
-    if not isinstance(entries, dict):
-        raise WanError(f"LoRA {path}: {source} must be a JSON object")
+    entries = parse_json(text, f"LoRA {path}: {source}")
     entries = {key.removeprefix(f"{expert}."): value for key, value in entries.items()}
     refuse_other_settings(path, source, entries)
     alpha, pattern = entries.get("lora_alpha"), entries.get("alpha_pattern") or {}
-    values = [alpha, *pattern.values()] if isinstance(pattern, dict) else [pattern]
-    if not all(value is None or is_number(value) for value in values):
+    if not isinstance(pattern, dict) or not all(
+        value is None or is_number(value) for value in (alpha, *pattern.values())
+    ):
         raise WanError(f"LoRA {path}: {source}: lora_alpha and alpha_pattern must hold numbers")
     patterns = tuple((module_pattern(path, source, key), value) for key, value in pattern.items())
     return PeftConfig(alpha, patterns, bool(entries.get("use_rslora")))

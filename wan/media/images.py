@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from wan.errors import WanError
+from wan.files import written_beside
 
 # Twice the largest common camera sensors; an image of this size takes about 200 MB as 8-bit RGB.
 MAX_PIXELS = 2**26
@@ -37,6 +38,16 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
 )
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Replace an image file as a whole, in the format that its ending says.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with written_beside(path) as beside:
+        image.save(beside, Image.registered_extensions()[path.suffix.lower()])
 
 
 def load_image(path: str | Path, background: Sequence[int] | None = None) -> Tensor:

@@ -180,18 +180,33 @@ def _encode(
         container.mux(stream.encode())
 
 
+# Containers that hold their pictures themselves. FFmpeg also reads lists of other files, under any
+# name, and a list from a stranger could name a private one.
+CONTAINERS = (
+    *("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv"),
+    *("ogg", "asf", "gif", "yuv4mpegpipe"),
+)
+
+
 @contextmanager
 def open_video(path: Path) -> Iterator[av.container.InputContainer]:
-    """Open a file with a video stream; the decoder's errors become WanErrors."""
+    """Open a file with a video stream; the decoder's errors become WanErrors.
+
+    Titles that are not UTF-8, as old ones in Latin-1, are read with replacements.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"video {path}: no such file")
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # old titles are Latin-1
+        options = {"format_whitelist": ",".join(CONTAINERS)}
+        with av.open(str(path), options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise WanError(f"video {path}: has no pictures in it")
             yield container
     except av.FFmpegError as error:
-        raise WanError(f"video {path}: damaged or not a video ({error.strerror})") from error
+        raise WanError(
+            f"video {path}: damaged, or not a video that holds its pictures itself "
+            f"({error.strerror})"
+        ) from error
 
 
 def _inspect(path: Path) -> VideoInfo:

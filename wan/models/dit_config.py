@@ -8,39 +8,39 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from wan.errors import WanError
+from wan.errors import WanError, errors_about
 from wan.models.rope import axis_channels
+from wan.settings import bounded, check_settings, is_of
+
+# Far above every release, and low enough that a network of this size can be described at once.
+MOST_WIDTH = 1 << 17
+MOST_LAYERS = 1000
 
 
 @dataclass
 class DiTConfig:
     """Settings of the network, under the names of the released `transformer/config.json`."""
 
-    num_attention_heads: int = 24
-    attention_head_dim: int = 128
-    num_layers: int = 30
-    ffn_dim: int = 14336
-    in_channels: int = 48
-    out_channels: int = 48
-    text_dim: int = 4096
-    freq_dim: int = 256  # width of the sinusoid of the timestep
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    rope_max_seq_len: int = 1024  # most tokens along one axis of the grid
-    eps: float = 1e-6
+    num_attention_heads: int = bounded(24, at_least=1, at_most=MOST_WIDTH)
+    attention_head_dim: int = bounded(128, at_least=1, at_most=MOST_WIDTH)
+    num_layers: int = bounded(30, at_least=1, at_most=MOST_LAYERS)
+    ffn_dim: int = bounded(14336, at_least=1, at_most=MOST_WIDTH)
+    in_channels: int = bounded(48, at_least=1, at_most=MOST_WIDTH)
+    out_channels: int = bounded(48, at_least=1, at_most=MOST_WIDTH)
+    text_dim: int = bounded(4096, at_least=1, at_most=MOST_WIDTH)
+    freq_dim: int = bounded(256, at_least=1, at_most=MOST_WIDTH)  # of the timestep's sinusoid
+    patch_size: tuple[int, int, int] = bounded((1, 2, 2), at_least=1, at_most=64)  # T, H, W
+    # The most tokens along one axis of the grid.
+    rope_max_seq_len: int = bounded(1024, at_least=1, at_most=1 << 16)
+    eps: float = bounded(1e-6, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
-        for name in (one.name for one in fields(self) if one.type is int):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise WanError(f"{name}={value!r}: must be a whole number above 0")
-        if not self.eps >= 0:
-            raise WanError(f"eps={self.eps}: must not be negative")
-        if len(self.patch_size) != 3 or not all(
-            isinstance(n, int) and n > 0 for n in self.patch_size
-        ):
+        check_settings(self)
+        if self.width > MOST_WIDTH:
             raise WanError(
-                f"patch_size={self.patch_size}: need three whole numbers above 0, for T, H and W"
+                f"num_attention_heads={self.num_attention_heads}, attention_head_dim="
+                f"{self.attention_head_dim}: the width must be at most {MOST_WIDTH}"
             )
-        self.patch_size = (self.patch_size[0], self.patch_size[1], self.patch_size[2])
         axis_channels(self.attention_head_dim)
         if self.freq_dim % 2:
             raise WanError(f"freq_dim={self.freq_dim}: must be even, half cosines and half sines")
@@ -73,27 +73,25 @@ class DiTConfig:
             WanError: the network is of another kind, or a setting is unknown or missing.
         """
         values = {k: v for k, v in values.items() if not k.startswith("_") or k == "_class_name"}
-        refuse_other_networks(values)
-        values.pop("_class_name", None)
-        if "dim" in values:
-            values = official_to_released_names(values)
-        fixed = {name: values.pop(name, value) for name, value in FIXED_SETTINGS.items()}
-        fixed["window_size"] = values.pop("window_size", None)
-        for name, value in (FIXED_SETTINGS | {"window_size": None}).items():
-            if fixed[name] != value and fixed[name] not in SPELLINGS.get(name, ()):
+        with errors_about("transformer config.json"):
+            refuse_other_networks(values)
+            values.pop("_class_name", None)
+            if "dim" in values:
+                values = official_to_released_names(values)
+            fixed = {name: values.pop(name, value) for name, value in FIXED_SETTINGS.items()}
+            fixed["window_size"] = values.pop("window_size", None)
+            for name, value in (FIXED_SETTINGS | {"window_size": None}).items():
+                if fixed[name] != value and fixed[name] not in SPELLINGS.get(name, ()):
+                    raise WanError(f"{name}={fixed[name]!r}, only {value!r} is supported")
+            known = [f.name for f in fields(cls)]
+            if unknown := sorted(set(values) - set(known)):
                 raise WanError(
-                    f"transformer config.json: {name}={fixed[name]!r}, only {value!r} is supported"
+                    f"unknown settings {', '.join(unknown)}; the file may be of another network"
                 )
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise WanError(
-                f"transformer config.json: unknown settings {', '.join(unknown)}; the file may be "
-                "of another network"
-            )
-        required = [name for name in known if name not in ("patch_size", "rope_max_seq_len", "eps")]
-        if missing := [name for name in required if name not in values]:
-            raise WanError(f"transformer config.json lacks {', '.join(missing)}")
-        return cls(**values)
+            required = [n for n in known if n not in ("patch_size", "rope_max_seq_len", "eps")]
+            if missing := [name for name in required if name not in values]:
+                raise WanError(f"it lacks {', '.join(missing)}")
+            return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """The released `config.json` of this network, in diffusers' field names."""
@@ -145,7 +143,8 @@ def refuse_other_networks(values: dict[str, Any]) -> None:
     if any(name.startswith("vace_") for name in values) or model_type == "vace":
         raise WanError(f"this is a VACE transformer, with control blocks of its own; {supported}")
     into, out = (values.get(name) or values.get(old) or 0 for name, old in IN_AND_OUT)
-    what = f"{into} input and {out} output channels" if into > out > 0 else None
+    channels = isinstance(into, int) and isinstance(out, int) and into > out > 0
+    what = f"{into} input and {out} output channels" if channels else None
     if values.get("image_dim") or values.get("added_kv_proj_dim") or model_type in ("i2v", "flf2v"):
         what = "keys and values or input channels"
     if what is not None:
@@ -154,7 +153,7 @@ def refuse_other_networks(values: dict[str, Any]) -> None:
         )
     if class_name not in ("WanTransformer3DModel", "WanModel") or model_type not in ("t2v", "ti2v"):
         raise WanError(
-            f"transformer config.json: _class_name={class_name!r}, model_type={model_type!r} is "
+            f"_class_name={class_name!r}, model_type={model_type!r} is "
             f"not a transformer this project knows; {supported}"
         )
 
@@ -167,10 +166,8 @@ def official_to_released_names(values: dict[str, Any]) -> dict[str, Any]:
     """
     ignored = ("dim", "model_type", "text_len")  # text_len: the network takes any number of tokens
     values = {"text_dim": 4096} | values
-    if not values.get("num_heads") or values["dim"] % values["num_heads"]:
-        raise WanError(
-            f"transformer config.json: dim={values['dim']} must be a multiple of "
-            f"num_heads={values.get('num_heads')}"
-        )
+    width, heads = values["dim"], values.get("num_heads")
+    if not is_of(int, width) or not is_of(int, heads) or heads < 1 or width % heads:
+        raise WanError(f"dim={width!r} must be a multiple of num_heads={heads!r}")
     renamed = {OFFICIAL_NAMES.get(k, k): v for k, v in values.items() if k not in ignored}
-    return renamed | {"attention_head_dim": values["dim"] // values["num_heads"]}
+    return renamed | {"attention_head_dim": width // heads}

@@ -9,7 +9,6 @@ Layout of the ids: <pad> 0, </s> 1, <s> 2 (never produced), <unk> 3, then the pi
 """
 
 import html
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +20,16 @@ import ftfy
 import sentencepiece
 import tokenizers
 
-from wan.errors import WanError
-from wan.files import read_json
+from wan.errors import WanError, errors_about
+from wan.files import parse_json, read_bytes, read_json
+from wan.models.spiece import MAX_SPIECE_BYTES, charsmap_of, check_charsmap
+from wan.models.tokenizer_checks import check_steps
+from wan.settings import is_of
 
 PAD, EOS, BOS, UNK = SPECIALS = ("<pad>", "</s>", "<s>", "<unk>")
 PAD_ID, EOS_ID, BOS_ID, UNK_ID = range(4)
+MAX_TOKENIZER_BYTES = 64 << 20  # the tokenizer.json of UMT5 has 17 MB
+MAX_SENTINELS = 10_000  # <extra_id_N>; UMT5 has 300
 
 
 def clean_prompt(text: str) -> str:
@@ -78,7 +82,8 @@ class Tokenizer:
             tokenizer = cls._from_tokenizer_json(folder / "tokenizer.json")
         elif (folder / "spiece.model").is_file():
             path = folder / "spiece.model"
-            tokenizer = cls.from_spiece(path.read_bytes(), _num_sentinels(folder), path)
+            spiece = read_bytes(path, MAX_SPIECE_BYTES)
+            tokenizer = cls.from_spiece(spiece, _num_sentinels(folder), path)
         else:
             raise WanError(f"{folder}: no tokenizer.json and no spiece.model in this folder")
         tokenizer.source = folder
@@ -86,13 +91,14 @@ class Tokenizer:
 
     @classmethod
     def _from_tokenizer_json(cls, path: Path) -> "Tokenizer":
-        values = read_json(path)
-        kind = values.get("model", {}).get("type")
-        if kind != "Unigram":
-            raise WanError(f"{path}: its model is {kind!r}, a UMT5 tokenizer is a Unigram model")
+        content = read_bytes(path, MAX_TOKENIZER_BYTES)
+        values = parse_json(content, str(path))
+        with errors_about(str(path)):
+            check_steps(values, path)
         try:
-            model = tokenizers.Tokenizer.from_str(json.dumps(values))
-        except Exception as error:  # the library raises no class of its own
+            model = tokenizers.Tokenizer.from_buffer(content)
+        except BaseException as error:
+            _raise_if_stopped(error)
             raise WanError(
                 f"{path}: tokenizers {tokenizers.__version__} can't read it ({error}); download it "
                 "again, or install the version of tokenizers that wrote it"
@@ -114,6 +120,7 @@ class Tokenizer:
         Raises:
             WanError: it is damaged, or breaks the layout of the ids.
         """
+        check_charsmap(charsmap_of(spiece, path), path)
         model = sentencepiece.SentencePieceProcessor()
         try:
             model.LoadFromSerializedProto(spiece)
@@ -139,7 +146,11 @@ class Tokenizer:
 
 
 def _encode_tokens(model: tokenizers.Tokenizer, text: str) -> list[int]:
-    return model.encode(text, add_special_tokens=False).ids
+    try:
+        return model.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        _raise_if_stopped(error)
+        raise WanError(f"the tokenizer fails at {text[:80]!r} ({error})") from error
 
 
 def _encode_pieces(
@@ -149,6 +160,12 @@ def _encode_pieces(
     for part in marker.split(text):
         ids += [added[part]] if part in added else model.EncodeAsIds(part)
     return ids
+
+
+def _raise_if_stopped(error: BaseException) -> None:
+    """Let Ctrl-C through; a panic of the tokenizers library is neither, and no Exception."""
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+        raise error
 
 
 def _check_specials(path: Path, found: list[int | None]) -> None:
@@ -167,7 +184,11 @@ def _num_sentinels(folder: Path) -> int:
             f"{path} is missing: spiece.model alone does not say how many sentinels follow"
         )
     config = read_json(path)
-    if "extra_ids" in config:
-        return int(config["extra_ids"])
-    listed = config.get("additional_special_tokens", [])
+    number, listed = config.get("extra_ids"), config.get("additional_special_tokens", [])
+    if not isinstance(listed, list):
+        raise WanError(f"{path}: additional_special_tokens must be a list")
+    if number is not None:
+        if not is_of(int, number) or not 0 <= number <= MAX_SENTINELS:
+            raise WanError(f"{path}: extra_ids={number!r} must be from 0 to {MAX_SENTINELS}")
+        return int(number)
     return sum(str(token).startswith("<extra_id_") for token in listed)

@@ -2,12 +2,11 @@
 
 import base64
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wan.errors import WanError
+from wan.files import read_bytes, write_bytes, write_text
+from wan.models.spiece import MAX_SPIECE_BYTES, read_spiece
 from wan.models.tokenizer import EOS, EOS_ID, PAD, SPECIALS, UNK, UNK_ID, _check_specials
 
 
@@ -21,7 +20,7 @@ def write_tokenizer_folder(spiece: bytes, folder: str | Path, num_sentinels: int
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spiece.model").write_bytes(spiece)
+    write_bytes(folder / "spiece.model", spiece)
     special = {"eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
     sentinels = [f"<extra_id_{n}>" for n in range(num_sentinels)]
     objects = {
@@ -40,8 +39,7 @@ def write_tokenizer_folder(spiece: bytes, folder: str | Path, num_sentinels: int
         },
     }
     for name, values in objects.items():
-        text = json.dumps(values, ensure_ascii=False, indent=1)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
 def tokenizer_json_from_spiece(path: str | Path, num_sentinels: int) -> dict[str, Any]:
@@ -56,14 +54,15 @@ def tokenizer_json_from_spiece(path: str | Path, num_sentinels: int) -> dict[str
             tokenizer.json cannot express.
     """
     path = Path(path)
-    pieces, model_type, charsmap, byte_fallback = _read_spiece(path)
-    if model_type != 1:
-        raise WanError(f"{path}: SentencePiece model type {model_type}; 1 (unigram) is needed")
+    pieces, charsmap, byte_fallback = read_spiece(read_bytes(path, MAX_SPIECE_BYTES), path)
     ids = {piece: index for index, (piece, _) in enumerate(pieces)}
     _check_specials(path, [ids.get(piece) for piece in SPECIALS])
     sentinels = [(f"<extra_id_{n}>", 0.0) for n in reversed(range(num_sentinels))]
     vocab = pieces + sentinels
-    charsmaps = [{"type": "Precompiled", "precompiled_charsmap": charsmap}] if charsmap else []
+    charsmaps = []
+    if charsmap:
+        table = base64.b64encode(charsmap).decode()
+        charsmaps = [{"type": "Precompiled", "precompiled_charsmap": table}]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     added = [*range(4), *range(len(pieces), len(vocab))]
     return {
@@ -113,77 +112,3 @@ def tokenizer_json_from_spiece(path: str | Path, num_sentinels: int) -> dict[str
             "byte_fallback": byte_fallback,
         },
     }
-
-
-def num_pieces(spiece: bytes, path: Path) -> int:
-    """The number of pieces of a SentencePiece model, special ones included.
-
-    Args:
-        path: where it was read, for messages.
-
-    Raises:
-        WanError: it is damaged.
-    """
-    try:
-        return sum(number == 1 for number, _ in _fields(spiece))
-    except (IndexError, ValueError) as error:
-        raise WanError(f"{path}: not a SentencePiece model, or damaged ({error})") from error
-
-
-def _read_spiece(path: Path) -> tuple[list[tuple[str, float]], int, str, bool]:
-    """Pieces with scores, model type, normalisation table (base64) and byte fallback of a model.
-
-    The sentencepiece library gives access to neither table nor type, so the few needed fields are
-    read from the file, a protocol buffer. Source: field numbers of sentencepiece_model.proto.
-    """
-    pieces: list[tuple[str, float]] = []
-    model_type, charsmap, byte_fallback = 1, b"", False
-    kept = {"add_dummy_prefix": True, "remove_extra_whitespaces": True, "escape_whitespaces": True}
-    try:
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                piece = dict(_fields(value))
-                (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-                pieces.append((piece[1].decode(), score))
-            elif number == 2:
-                trainer = dict(_fields(value))
-                model_type = trainer.get(3, model_type)
-                byte_fallback = bool(trainer.get(35, byte_fallback))
-            elif number == 3:
-                normalizer = dict(_fields(value))
-                charsmap = normalizer.get(2, charsmap)
-                kept = {name: bool(normalizer.get(n, 1)) for n, name in enumerate(kept, start=3)}
-    except (IndexError, KeyError, ValueError, AttributeError, TypeError, struct.error) as error:
-        raise WanError(f"{path}: not a SentencePiece model, or damaged ({error})") from error
-    if off := [name for name, value in kept.items() if not value]:
-        raise WanError(f"{path}: {', '.join(off)} is off; tokenizer.json cannot give the same ids")
-    return pieces, model_type, base64.b64encode(charsmap).decode(), byte_fallback
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, value) pairs of a protocol buffer message; a value is an int or raw bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        if wire not in (1, 2, 5):
-            raise ValueError(f"wire type {wire} at byte {at}")
-        size = {1: 8, 5: 4}.get(wire) or varint()
-        if at + size > len(message):
-            raise ValueError(f"field {number} runs past the end")
-        yield number, message[at : at + size]
-        at += size

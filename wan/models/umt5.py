@@ -20,30 +20,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.errors import WanError
+from wan.errors import WanError, errors_about
 from wan.models.tokenizer import PAD_ID, Tokenizer, clean_prompt
+from wan.settings import bounded, check_settings
 
 
 @dataclass
 class UMT5Config:
     """Settings of the encoder, under the names of the released `text_encoder/config.json`."""
 
-    vocab_size: int = 256384  # rows of the embedding; the tokenizer may use fewer
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_layers: int = 24
-    num_heads: int = 64
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    # Rows of the embedding; the tokenizer may use fewer.
+    vocab_size: int = bounded(256384, at_least=1, at_most=1 << 24)
+    d_model: int = bounded(4096, at_least=1, at_most=1 << 17)
+    d_kv: int = bounded(64, at_least=1, at_most=1 << 17)
+    d_ff: int = bounded(10240, at_least=1, at_most=1 << 17)
+    num_layers: int = bounded(24, at_least=1, at_most=1000)
+    num_heads: int = bounded(64, at_least=1, at_most=1 << 17)
+    relative_attention_num_buckets: int = bounded(32, at_least=4, at_most=1 << 16)
+    relative_attention_max_distance: int = bounded(128, at_least=1, at_most=1 << 24)
+    layer_norm_epsilon: float = bounded(1e-6, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        if self.num_heads * self.d_kv > 1 << 17:
+            raise WanError(f"num_heads={self.num_heads}, d_kv={self.d_kv}: at most {1 << 17} wide")
         buckets, distance = (
             self.relative_attention_num_buckets,
             self.relative_attention_max_distance,
         )
-        if buckets < 4 or buckets % 4 or distance <= buckets // 4:
+        if buckets % 4 or distance <= buckets // 4:
             raise WanError(
                 f"relative_attention_num_buckets={buckets}, relative_attention_max_distance="
                 f"{distance}: need a multiple of 4, and a distance above a quarter of it"
@@ -59,17 +64,18 @@ class UMT5Config:
             WanError: another kind of encoder (T5 and mT5 share one position bias among layers), or
                 a size is missing.
         """
-        required = {"model_type": "umt5", "feed_forward_proj": "gated-gelu"}
-        for name, value in required.items():
-            if values.get(name) != value:
-                raise WanError(
-                    f"text encoder config.json: {name}={values.get(name)!r}, only {value!r} is "
-                    "supported (the text encoder of Wan is UMT5)"
-                )
-        known = [f.name for f in fields(cls)]
-        if missing := [name for name in known if name not in values]:
-            raise WanError(f"text encoder config.json lacks {', '.join(missing)}")
-        return cls(**{name: values[name] for name in known})
+        with errors_about("text encoder config.json"):
+            required = {"model_type": "umt5", "feed_forward_proj": "gated-gelu"}
+            for name, value in required.items():
+                if values.get(name) != value:
+                    raise WanError(
+                        f"{name}={values.get(name)!r}, only {value!r} is "
+                        "supported (the text encoder of Wan is UMT5)"
+                    )
+            known = [f.name for f in fields(cls)]
+            if missing := [name for name in known if name not in values]:
+                raise WanError(f"it lacks {', '.join(missing)}")
+            return cls(**{name: values[name] for name in known})
 
     def to_json(self) -> dict[str, Any]:
         """The released `config.json` of this encoder."""

@@ -3,7 +3,10 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from wan.errors import WanError
+from wan.errors import WanError, errors_about
+from wan.settings import bounded, check_settings
+
+MOST_CHANNELS = 1 << 14  # far above every release
 
 # Latent frames that are decoded at a time; it changes results by the rounding of sums only. With 1
 # decoding needs less memory and 1.5 times as long (the miniature on a CPU); with 4 it needs more
@@ -15,24 +18,23 @@ CHUNK_LATENTS = 2
 class VAEConfig:
     """Settings of the autoencoder, under the names of the released `vae/config.json`."""
 
-    base_dim: int = 160
-    decoder_base_dim: int | None = 256
-    z_dim: int = 48
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    base_dim: int = bounded(160, at_least=1, at_most=MOST_CHANNELS)
+    decoder_base_dim: int | None = bounded(256, at_least=1, at_most=MOST_CHANNELS)
+    z_dim: int = bounded(48, at_least=1, at_most=MOST_CHANNELS)
+    dim_mult: tuple[int, ...] = bounded((1, 2, 4, 4), at_least=1, at_most=64, max_length=8)
+    num_res_blocks: int = bounded(2, at_least=1, at_most=64)  # per level
     temperal_downsample: tuple[bool, ...] = (False, True, True)  # the released spelling
     is_residual: bool = True
     in_channels: int = 12
     out_channels: int = 12
-    patch_size: int | None = 2
+    patch_size: int | None = bounded(2, at_least=1, at_most=64)
     latents_mean: tuple[float, ...] = ()
-    latents_std: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = bounded((), above=0)
 
     def __post_init__(self) -> None:
-        for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
-            if not isinstance(value := getattr(self, name), list | tuple):
-                raise WanError(f"{name}={value!r}: need a list")
-            setattr(self, name, tuple(value))
+        check_settings(self)
+        if not self.dim_mult:
+            raise WanError("dim_mult=[]: at least one level is needed")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise WanError(
                 f"temperal_downsample has {len(self.temperal_downsample)} entries for "
@@ -89,23 +91,24 @@ class VAEConfig:
             "scale_factor_spatial": None,
             "scale_factor_temporal": None,
         }
-        settings = asdict(VAE_2_1) if "_class_name" in values else {}
-        for name in ("latents_mean", "latents_std"):
-            if name in settings and name not in values and values.get("z_dim", 16) != 16:
-                raise WanError(
-                    f"vae config.json: z_dim={values['z_dim']} without {name}: it is known for "
-                    f"z_dim=16 only; give {name}, or [] if latents are not normalised"
-                )
-        for name, value in values.items():
-            if name in known:
-                settings[name] = value
-            elif name.startswith("_"):
-                continue
-            elif name not in expected:
-                raise WanError(f"vae config.json: unknown setting {name}={value!r}")
-            elif (allowed := expected[name]) is not None and value not in allowed:
-                raise WanError(f"vae config.json: {name}={value!r} is not supported")
-        return cls(**settings)
+        with errors_about("vae config.json"):
+            settings = asdict(VAE_2_1) if "_class_name" in values else {}
+            for name in ("latents_mean", "latents_std"):
+                if name in settings and name not in values and values.get("z_dim", 16) != 16:
+                    raise WanError(
+                        f"z_dim={values['z_dim']} without {name}: it is known for "
+                        f"z_dim=16 only; give {name}, or [] if latents are not normalised"
+                    )
+            for name, value in values.items():
+                if name in known:
+                    settings[name] = value
+                elif name.startswith("_"):
+                    continue
+                elif name not in expected:
+                    raise WanError(f"unknown setting {name}={value!r}")
+                elif (allowed := expected[name]) is not None and value not in allowed:
+                    raise WanError(f"{name}={value!r} is not supported")
+            return cls(**settings)
 
     def to_json(self) -> dict[str, Any]:
         """The released `config.json` of this autoencoder."""

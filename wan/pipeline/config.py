@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from wan.errors import WanError, check_names
+from wan.errors import WanError, check_names, errors_about
 from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
@@ -31,13 +31,14 @@ from wan.pipeline.known_models import (
     shapes_with,
 )
 from wan.pipeline.model_index import BASE as BASE  # imported from here by others
-from wan.pipeline.model_index import FEW_STEP, PIPELINE_CLASSES, read_index
+from wan.pipeline.model_index import FEW_STEP, PIPELINE_CLASSES, is_used, read_index
 from wan.sampling.schedule import FEW_STEP_TIMESTEPS, few_step_schedule
 from wan.sampling.scheduler_config import (
     SchedulerSettings,
     read_scheduler,
     read_scheduler_or_default,
 )
+from wan.settings import bounded, check_settings
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import list_files
 
@@ -69,16 +70,19 @@ LIBRARIES = {  # component -> [library, class] in model_index.json
 class SamplingDefaults:
     """Values that a call uses where the caller gives none."""
 
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
-    fps: float = 16
-    num_inference_steps: int = 50
-    guidance_scale: float = 5.0
-    guidance_scale_2: float | None = None  # for the low-noise expert; None: the same
-    max_sequence_length: int = 512
+    height: int = bounded(480, at_least=1, at_most=1 << 16)
+    width: int = bounded(832, at_least=1, at_most=1 << 16)
+    num_frames: int = bounded(81, at_least=1, at_most=1 << 16)
+    fps: float = bounded(16, above=0, at_most=1000)
+    num_inference_steps: int = bounded(50, at_least=1, at_most=1000)
+    guidance_scale: float = bounded(5.0, at_least=0, at_most=1000)
+    guidance_scale_2: float | None = bounded(None, at_least=0, at_most=1000)  # None: the same
+    max_sequence_length: int = bounded(512, at_least=1, at_most=1 << 16)
     attention: str | None = None  # sparse self-attention used in training; None: full
     deterministic: bool = False  # few-step: predicted noise is put back between steps, not fresh
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,15 @@ class PipelineConfig:
     transformer: DiTConfig
     vae: VAEConfig
     text_encoder: UMT5Config
-    boundary_ratio: float | None = None
+    boundary_ratio: float | None = bounded(None, above=0, at_most=1)
     expand_timesteps: bool = False
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     own_scheduler: SchedulerSettings | None = None
-    timesteps: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = bounded(None, above=0, at_most=1000, max_length=1000)
     defaults: SamplingDefaults = SamplingDefaults()
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.class_name not in PIPELINE_CLASSES:
             raise WanError(
                 f"pipeline class {self.class_name!r}: known are {', '.join(PIPELINE_CLASSES)}"
@@ -123,8 +128,6 @@ class PipelineConfig:
                 f"the transformer reads text of width {dit.text_dim}, the text encoder gives "
                 f"{self.text_encoder.d_model}: they are of different models"
             )
-        if self.boundary_ratio is not None and not 0 < self.boundary_ratio <= 1:
-            raise WanError(f"boundary_ratio={self.boundary_ratio}: must lie in (0, 1]")
         if (self.class_name == FEW_STEP) != (self.timesteps is not None):
             raise WanError(f"{self.class_name} with timesteps={self.timesteps}: only students")
         if self.timesteps is not None:
@@ -220,34 +223,36 @@ def read_pipeline_config(
         WanError: a file is missing or damaged, the class is unknown, a part is quantised, or parts
             don't fit together.
     """
-    index = read_index(folder)
+    index, source = read_index(folder), str(folder / "model_index.json")
     shared = shared_parts(folder) if shared is None else shared
     configs = {
         name: component_settings(folder, name, overrides or {}, shared)
         for name in ("transformer", "vae", "text_encoder")
     }
     boundary = index.get("boundary_ratio")
-    second = index.get("transformer_2") or [None, None]
-    if (boundary is not None) != (second[0] is not None):
+    if (boundary is not None) != is_used(index.get("transformer_2")):
         raise WanError(
-            f"{folder / 'model_index.json'}: boundary_ratio={boundary} and transformer_2="
-            f"{second[1]}: two experts need both, one network neither"
+            f"{source}: boundary_ratio={boundary} and transformer_2={index.get('transformer_2')}: "
+            "two experts need both, one network neither"
         )
+    transformer = DiTConfig.from_json(configs["transformer"])
     vae = VAEConfig.from_json(configs["vae"])
-    timesteps = None
-    if index["_class_name"] == FEW_STEP:
-        timesteps = tuple(index.get("timesteps", FEW_STEP_TIMESTEPS))
-    return PipelineConfig(
-        class_name=index["_class_name"],
-        transformer=DiTConfig.from_json(configs["transformer"]),
-        vae=vae,
-        text_encoder=UMT5Config.from_json(configs["text_encoder"]),
-        boundary_ratio=boundary,
-        expand_timesteps=bool(index.get("expand_timesteps", False)),
-        scheduler=folder_scheduler(folder),
-        timesteps=timesteps,
-        defaults=read_defaults(folder, vae, boundary is not None),
-    )
+    text_encoder = UMT5Config.from_json(configs["text_encoder"])
+    scheduler = folder_scheduler(folder)
+    defaults = read_defaults(folder, vae, boundary is not None)
+    timesteps = index.get("timesteps", FEW_STEP_TIMESTEPS)
+    with errors_about(source):
+        return PipelineConfig(
+            class_name=index["_class_name"],
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            boundary_ratio=boundary,
+            expand_timesteps=index.get("expand_timesteps", False),
+            scheduler=scheduler,
+            timesteps=timesteps if index["_class_name"] == FEW_STEP else None,
+            defaults=defaults,
+        )
 
 
 def component_settings(
@@ -362,7 +367,7 @@ def folder_scheduler(folder: Path) -> SchedulerSettings:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise WanError(f"{path} is missing: the model's folder is not complete")
-    return read_scheduler_or_default(read_json(inside(path, folder)), str(path))
+    return read_scheduler_or_default(read_json(inside(path, folder), infinite=True), str(path))
 
 
 def read_defaults(folder: Path, vae: VAEConfig, two_experts: bool) -> SamplingDefaults:
@@ -397,7 +402,8 @@ def override_defaults(
     known = [field.name for field in fields(SamplingDefaults)]
     if unknown := sorted(set(own) - set(known)):
         raise WanError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    return replace(defaults, **own)
+    with errors_about(where):
+        return replace(defaults, **own)
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from wan.errors import WanError, check_names
+from wan.files import folder_beside
 from wan.lora.files import refuse_other_expert
 from wan.lora.merge import Merges, all_changes, merge_lists
 from wan.models.attention import AttentionChoice, NetworkAttention
@@ -285,18 +286,17 @@ def save_modules(
     Raises:
         WanError: the tokenizer's files are unknown, or the files can't be written.
     """
-    beside = folder.with_name(f".{folder.name}.tmp")
-    if beside.exists():
-        shutil.rmtree(beside)
-    write_configs(config, beside)
-    for part, network in parts.items():
-        write_part(beside / part, part, network, config, variant, max_shard_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in ("model_index.json", MANIFEST):
-        (folder / old).unlink(missing_ok=True)
-    for part in [*parts, "scheduler"]:
-        move_files(beside / part, folder / part)
-    move_files(beside, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_beside(folder) as beside:
+        write_configs(config, beside)
+        for part, network in parts.items():
+            write_part(beside / part, part, network, config, variant, max_shard_bytes)
+        folder.mkdir(exist_ok=True)
+        for old in ("model_index.json", MANIFEST):
+            (folder / old).unlink(missing_ok=True)
+        for part in [*parts, "scheduler"]:
+            move_files(beside / part, folder / part)
+        move_files(beside, folder)
 
 
 def write_part(

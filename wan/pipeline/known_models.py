@@ -7,7 +7,6 @@ for the released models and for the shipped miniature.
 Source: the released repositories of both layouts.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import parse_json, read_json
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config, UMT5Encoder
@@ -65,11 +64,9 @@ def known_config(component: str, checkpoint: Checkpoint, or_else: str = "") -> d
     if beside.is_file() and is_config_of(component, read_json(inside(beside, folder))):
         return read_settings(beside)
     if CONFIG_METADATA in checkpoint.metadata:
-        try:
-            values = json.loads(checkpoint.metadata[CONFIG_METADATA])
-        except json.JSONDecodeError as error:
-            raise WanError(f"{checkpoint.path}: its config is not JSON ({error})") from error
-        if isinstance(values, dict) and is_config_of(component, values):
+        source = f"{checkpoint.path}: its metadata {CONFIG_METADATA}"
+        values = parse_json(checkpoint.metadata[CONFIG_METADATA], source)
+        if is_config_of(component, values):
             return values
     if (known := config_of_shapes(component, shapes_of(component, checkpoint))) is not None:
         return known
@@ -116,8 +113,9 @@ def component_of(checkpoint: Checkpoint) -> str:
 
 def is_config_of(component: str, values: Mapping[str, Any]) -> bool:
     """Whether a config.json is one of this component, by its class name."""
-    names = [values.get("_class_name"), *(values.get("architectures") or [])]
-    return bool(set(names) & set(CLASS_NAMES[component]))
+    listed = values.get("architectures")
+    names = [values.get("_class_name"), *(listed if isinstance(listed, list) else [])]
+    return any(name in CLASS_NAMES[component] for name in names)
 
 
 def shapes_of(component: str, checkpoint: Checkpoint) -> Shapes:

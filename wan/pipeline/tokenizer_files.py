@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError, check_names
+from wan.files import written_beside
+from wan.models.spiece import num_pieces
 from wan.models.tokenizer import EOS, EOS_ID, PAD, PAD_ID, Tokenizer
-from wan.models.tokenizer_export import num_pieces, write_tokenizer_folder
+from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.paths import all_inside
 from wan.pipeline.arguments import FileArguments, check_arguments, file_options
 from wan.pipeline.config import SHARED_FILE, part_folder
@@ -174,7 +176,8 @@ def write_tokenizer(place: Path, folder: Path) -> None:
         raise WanError(f"{place}: no tokenizer here ({' or '.join(TOKENIZER_FILES[:2])})")
     folder.mkdir(parents=True, exist_ok=True)
     for path in found:
-        shutil.copyfile(path, folder / path.name)
+        with written_beside(folder / path.name) as beside:
+            shutil.copyfile(path, beside)
 
 
 def tensor_of_file(place: Path) -> tuple[bytes, int]:

@@ -155,7 +155,7 @@ class Field:
     """A field of a scheduler's configuration.
 
     Attributes:
-        default: its value where it is missing.
+        default: its value where it is missing; others have the same type.
         allowed: the values that can be followed; empty for any.
         why: the reason, for the error.
     """
@@ -163,6 +163,16 @@ class Field:
     default: Any
     allowed: tuple[Any, ...] = ()
     why: str = ""
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value is allowed, or has the type of the default where all are allowed."""
+        if self.allowed:
+            return any(one == value and _is_bool(one) == _is_bool(value) for one in self.allowed)
+        if isinstance(self.default, list):
+            return isinstance(value, list | tuple) and all(type(n) is int for n in value)
+        if isinstance(self.default, bool | str):
+            return type(value) is type(self.default)
+        return self.default is None or _is_number(value) or value == self.default
 
 
 OF_NOISE = "it belongs to networks that predict noise; Wan's predict the velocity of a flow"
@@ -342,9 +352,25 @@ def read_scheduler_or_default(fields: Mapping[str, Any], where: str) -> Schedule
         return SchedulerSettings(shift=shift, fields=fields, problem=str(error))
 
 
+_KIND_WORDS = {
+    bool: "True or False",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+    list: "a list of whole numbers",
+}
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not _is_bool(value) and math.isfinite(value)
+
+
 def _is_shift(value: Any) -> bool:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and 0 < float(value) < math.inf
+    return _is_number(value) and value > 0
 
 
 def _value(given: Any, default: Any) -> Any:
@@ -357,8 +383,8 @@ def _problems(name: str, values: Mapping[str, Any]) -> list[str]:
     problems = []
     for key, value in values.items():
         rule = FIELDS[name][key]
-        if rule.allowed and value not in rule.allowed:
-            wanted = " or ".join(repr(one) for one in rule.allowed)
+        if not rule.takes(value):
+            wanted = " or ".join(map(repr, rule.allowed)) or _KIND_WORDS[type(rule.default)]
             problems.append(f"{key}={value!r} (need {wanted}{': ' if rule.why else ''}{rule.why})")
     shift = values[SHIFTS[name]]
     if not _is_shift(shift):
@@ -375,6 +401,22 @@ def _problems(name: str, values: Mapping[str, Any]) -> list[str]:
         plain = values["beta_schedule"] in betas and not (
             values["trained_betas"] or values["rescale_betas_zero_snr"]
         )
+        if values["use_karras_sigmas"] and not problems:
+            problems += _karras_problems(values)
         if values["use_karras_sigmas"] and not plain:
             problems.append("use_karras_sigmas=True and betas that are not linear or scaled_linear")
     return problems
+
+
+def _karras_problems(values: Mapping[str, Any]) -> list[str]:
+    """Numbers that are no ends of UniPC's grid "karras", in words."""
+    problems = [
+        f"{key}={value!r} (need a number between 0 and 1)"
+        for key in ("beta_start", "beta_end")
+        if not 0 < (value := values[key]) < 1
+    ]
+    return problems + [
+        f"{key}={value!r} (need a number above 0)"
+        for key in ("sigma_max", "sigma_min")
+        if (value := values[key]) is not None and not _is_shift(value)
+    ]

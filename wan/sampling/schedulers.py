@@ -167,7 +167,7 @@ class Scheduler:
             raise WanError(
                 f"{path} is missing: give the folder that holds {FILE}, or its subfolder"
             )
-        return cls.from_config(read_json(path), **arguments)
+        return cls.from_config(read_json(path, infinite=True), **arguments)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write scheduler_config.json into a folder, which is made."""

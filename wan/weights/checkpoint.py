@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from wan.errors import WanError
+from wan.files import read_json
 from wan.paths import inside
 from wan.weights.safetensors_file import (
     GGUF,
@@ -26,13 +27,11 @@ from wan.weights.safetensors_file import (
     SafetensorsFile,
     TensorEntry,
     map_tensors,
-    parse_json,
     read_header,
     refuse_pickle,
 )
 
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_INDEX_BYTES = 16 << 20
 # A variant's name stands before the shard's number; older files have it behind.
 SHARD_NAME = re.compile(
     r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.[\w-]+)?\.safetensors"
@@ -237,13 +236,10 @@ def open_index(path: Path, model: Path) -> Checkpoint:
     return checkpoint
 
 
-def read_index(path: Path) -> tuple[dict[str, str], int | None]:
+def read_index(path: Path) -> tuple[dict[str, str], float | None]:
     """Read weight_map and metadata.total_size (None if missing) of an index file."""
     try:
-        size = path.stat().st_size
-        if size > MAX_INDEX_BYTES:
-            raise WanError(f"{path}: {size:,} bytes, over the limit of {MAX_INDEX_BYTES:,}")
-        index = parse_json(path, path.read_bytes())
+        index = read_json(path)
     except OSError as error:
         raise WanError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     weight_map = index.get("weight_map")
@@ -255,7 +251,7 @@ def read_index(path: Path) -> tuple[dict[str, str], int | None]:
         raise WanError(f"{path}: needs a weight_map from tensor names to file names")
     metadata = index.get("metadata")
     total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return weight_map, int(total_size) if isinstance(total_size, int | float) else None
+    return weight_map, total_size if type(total_size) in (int, float) else None
 
 
 def check_link(path: Path, *roots: Path) -> None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from wan.errors import WanError
 
+MOST_BLOCKS = 64  # of a VAE's level; the releases have 2
 COMPONENTS = ("transformer", "vae", "text_encoder")
 LAYOUTS = ("diffusers", "official")
 
@@ -342,9 +343,11 @@ def detect_vae_levels(layout: str, names: Collection[str]) -> VAELevels | None:
     flat = r"\.(\d+)\.(?:conv1|residual)\."
     resample = r"\.(\d+)\.resample\."
 
+    # A table has a row for each block, so a number from a file must not decide how many.
     def numbers(pattern: str) -> set[int]:
         found = (re.match(entries + pattern, name) for name in names)
-        return {int(match[1]) for match in found if match is not None}
+        numbers = {int(match[1]) for match in found if match is not None}
+        return {number for number in numbers if number < MOST_BLOCKS}
 
     if blocks := numbers(nested):
         return VAELevels(True, max(blocks) + 1)

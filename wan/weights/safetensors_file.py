@@ -15,9 +15,7 @@ import mmap
 import os
 import re
 import shlex
-import stat
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +25,13 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError
-from wan.files import written_beside
+from wan.files import open_regular, parse_json, written_beside
 
 # The format allows 100 MB. A whole Wan model in one file needs 150 kB; the small limit keeps a
 # hostile header from taking seconds and gigabytes to parse.
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 50_000
+MAX_ELEMENTS = 1 << 48  # of one tensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -85,7 +84,7 @@ class SafetensorsFile:
         Raises:
             WanError: the file is not the one whose header was read.
         """
-        file = self.path.open("rb")
+        file = open_regular(self.path)
         if file_identity(os.fstat(file.fileno())) != self.identity:
             file.close()
             raise WanError(changed_while_loaded(self.path))
@@ -115,10 +114,7 @@ def read_header(path: Path) -> SafetensorsFile:
     if path.suffix == GGUF_SUFFIX and path.is_file():
         raise WanError(f"{path}: not a safetensors file but {GGUF}")
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise WanError(f"{path}: not a regular file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
             start = file.read(64)
             length = header_length(path, start, status.st_size)
@@ -128,7 +124,7 @@ def read_header(path: Path) -> SafetensorsFile:
         raise WanError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
         raise WanError(f"{path}: more than {MAX_TENSORS:,} tensors; no Wan checkpoint has so many")
-    header = parse_json(path, raw)
+    header = parse_json(raw, str(path), REFETCH)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WanError(f"{path}: __metadata__ must map strings to strings; {REFETCH}")
@@ -216,32 +212,6 @@ def refuse_pickle(path: Path) -> str:
     )
 
 
-def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """A JSON object without repeated keys: a header, or an index of shards."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise WanError(f"{path}: the key {key!r} occurs twice; {REFETCH}")
-        return result
-
-    def no_constant(name: str) -> None:
-        raise WanError(f"{path}: {name} where JSON has numbers; {REFETCH}")
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
-    except WanError:
-        raise
-    except RecursionError as error:
-        raise WanError(f"{path}: its JSON is nested too deeply; {REFETCH}") from error
-    except ValueError as error:
-        raise WanError(f"{path}: not valid JSON ({error}); {REFETCH}") from error
-    if not isinstance(value, dict):
-        raise WanError(f"{path}: its JSON is not an object; {REFETCH}")
-    return value
-
-
 def parse_entry(path: Path, name: str, value: Any, body: int) -> TensorEntry:
     """Check one header entry by itself; `body` is the offset at which tensors begin."""
     if not TENSOR_NAME.fullmatch(name) or len(name) > 512:
@@ -268,7 +238,8 @@ def parse_entry(path: Path, name: str, value: Any, body: int) -> TensorEntry:
                 f"{path}: tensor {name}: shape {shape} and data_offsets {offsets} must be lists of "
                 f"whole numbers from 0 on; {REFETCH}"
             )
-    if len(offsets) != 2 or len(shape) > 8:
+    # A tensor of no elements costs nothing in the file, whatever its other dimensions say.
+    if len(offsets) != 2 or len(shape) > 8 or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
         raise WanError(f"{path}: tensor {name}: shape {shape}, data_offsets {offsets}; {REFETCH}")
     start, end = offsets
     needed = math.prod(shape) * dtype.itemsize
@@ -433,7 +404,7 @@ def write_tensors(
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     raw += b" " * (-len(raw) % 8)  # tensors start at a multiple of 8 bytes
-    with written_beside(path) as beside, beside.open("xb") as file:
+    with written_beside(path) as beside, beside.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in names:
             tensor = tensors[name].detach().cpu().contiguous()

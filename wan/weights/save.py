@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError
-from wan.files import write_json
+from wan.files import folder_beside, write_json
 from wan.weights.checkpoint import INDEX_SUFFIX, family
 from wan.weights.keys import VAELevels, released_name
 from wan.weights.safetensors_file import write_tensors
@@ -127,8 +127,6 @@ def move_files(source: Path, target: Path) -> None:
     # An index comes last: a reader must not find it before its shards.
     for file in sorted(files, key=lambda file: file.suffix == ".json"):
         file.replace(target / file.name)
-    if not any(source.iterdir()):
-        source.rmdir()
 
 
 def replace_component(
@@ -146,12 +144,11 @@ def replace_component(
     Raises:
         WanError: see `save_component`.
     """
-    beside = folder.with_name(f".{folder.name}.tmp")
-    if beside.exists():
-        shutil.rmtree(beside)
-    save_component(state, beside, component, **options)
-    write_json(beside / "config.json", config)
-    move_files(beside, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_beside(folder) as beside:
+        save_component(state, beside, component, **options)
+        write_json(beside / "config.json", config)
+        move_files(beside, folder)
 
 
 def size_in_bytes(size: int | str) -> int:

@@ -14,13 +14,13 @@ integers are not read.
 Source: ComfyUI comfy/utils.py (`convert_old_quants`), comfy-kitchen (`dequantize_per_tensor_fp8`).
 """
 
-import json
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from wan.errors import WanError
+from wan.files import parse_json
 from wan.weights.checkpoint import StoredTensor
 from wan.weights.keys import BESIDE, FORMAT, PLAIN_WEIGHTS, SCALED_MARK, SPIECE, WEIGHT_SCALES
 from wan.weights.safetensors_file import read_bytes
@@ -129,9 +129,9 @@ def check_scale(weight: StoredTensor, scale: StoredTensor) -> None:
 def check_format(stored: StoredTensor) -> None:
     """Refuse a weight whose JSON beside it names another format than fp8."""
     try:
-        values = json.loads(bytes(read_small(stored).tolist()))
+        values = parse_json(bytes(read_small(stored).tolist()), stored.name)
         kind = values["format"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise WanError(f"{stored.file.path}: {stored.name} is not JSON with a format") from error
     if kind not in FP8:
         raise WanError(
