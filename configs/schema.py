@@ -428,7 +428,10 @@ class SampleConfig(LoadingConfig, PartsConfig):
         CHUNK_LATENTS, "latent frames decoded at a time; 1 needs least memory and takes longer"
     )
     tile: int | None = count(None, "decode in tiles of this many latents: less memory, not exact")
-    verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
+    verify: bool = option(
+        False,
+        "hash every file anew and compare with SHA256SUMS or the hub's digests; refuse a model without",
+    )
     lora: list[str] | None = option(
         None,
         "LoRA files to merge into the weights, each with its strength if you like: a:0.8,b",

@@ -15,6 +15,7 @@ from wan.errors import WanError
 
 # In a message: not within a word or an address such as https://.
 ABSOLUTE = re.compile(r"(?<![\w.:/~-])~?(?:/[^\s/:'\",;()<>|]+)+")
+END_OF_NAME = r"(?![\w-]|\.\w)"
 SHIPPED_MODELS = Path(__file__).parent / "miniature"
 REMEDY = (
     "a model's folder is read only where it holds its files itself: copy them there, or give the "
@@ -91,6 +92,7 @@ def kept_text(text: str, folder: str | Path, *places: str | Path) -> str:
     """
     known = {os.path.abspath(place) for place in (*places, folder, Path.cwd()) if place}
     for place in sorted(known - {"/"}, key=len, reverse=True):
-        below, name = f"{re.escape(place)}(/|(?![\\w-]|\\.\\w))", kept_path(place, folder)
-        text = re.sub(below, lambda found, name=name: "" if found[1] else name, text)
+        text = text.replace(f"{place}/", "")
+        name = kept_path(place, folder).replace("\\", r"\\")
+        text = re.sub(re.escape(place) + END_OF_NAME, name, text)
     return ABSOLUTE.sub(lambda found: kept_path(found[0], folder), text)
