@@ -35,6 +35,7 @@ from configs.command_line import (
     short_key,
 )
 from configs.schema import check_text, read_config
+from configs.start import interrupt_from_now_on
 from wan.errors import WanError, shortened, visible
 
 C = TypeVar("C")
@@ -110,7 +111,13 @@ def run(main: Main, line: CommandLine, description: str) -> NoReturn:
     Args:
         description: what stands at the top of `--help`; a command's module docstring.
     """
-    sys.exit(execute(main, line, description, sys.argv[1:]))
+    interrupt_from_now_on()
+    code = execute(main, line, description, sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # the disk that the output goes to is full
+        code = report(error)
+    sys.exit(code)
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from wan.errors import WanError
+from wan.files import expanded
 from wan.models.attention_config import AttentionConfig
 from wan.models.vae_config import CHUNK_LATENTS
 from wan.paths import kept_path
@@ -29,6 +30,7 @@ DISTINCT_SEEDS = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
 MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
 RANDOM_SEED = -1
 MAX_STEPS = 1000
+MAX_PROMPT = 100_000  # characters
 FASTVIDEO_SEED = 1024  # where its caller gives none
 # An entry of `lora=`: the file, and a strength after a colon.
 STRENGTH = re.compile(r"(.+):([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)")
@@ -177,6 +179,16 @@ def check_device(name: str, value: str) -> None:
 def check_prompt(name: str, text: str) -> None:
     if not text.strip():
         raise WanError(f'{name}= is empty: describe the video, e.g. {name}="a red circle"')
+    check_length(name, text)
+
+
+def check_length(name: str, text: str) -> None:
+    """Refuse a text that no model reads to its end, before it costs time and memory."""
+    if len(text) > MAX_PROMPT:
+        raise WanError(
+            f"{name}= has {len(text):,} characters: at most {MAX_PROMPT:,} are taken, and a model "
+            "reads a few thousand"
+        )
 
 
 def check_filled(name: str, value: str) -> None:
@@ -344,7 +356,7 @@ class PartsConfig(Options):
             WanError: one does not exist.
         """
         given = {name: getattr(self, name) for name in PARTS}
-        found = {n: Path(place).expanduser() for n, place in given.items() if place is not None}
+        found = {n: expanded(place) for n, place in given.items() if place is not None}
         for name, place in found.items():
             if not place.exists():
                 raise WanError(f"{name}={given[name]}: no such file or folder")
@@ -365,6 +377,7 @@ class SampleConfig(LoadingConfig, PartsConfig):
         None,
         "what it should not show; needs guidance. Released base models have an official one; "
         '"" for none',
+        check=check_length,
     )
     prompt_file: str | None = option(
         None, 'one job a line: a prompt, or JSON such as {"prompt": "..", "seed": 7, "width": 256}'
@@ -430,7 +443,7 @@ class SampleConfig(LoadingConfig, PartsConfig):
     tile: int | None = count(None, "decode in tiles of this many latents: less memory, not exact")
     verify: bool = option(
         False,
-        "hash every file anew and compare with SHA256SUMS or the hub's digests; refuse a model without",
+        "hash all files anew and compare with SHA256SUMS or the hub's digests",
     )
     lora: list[str] | None = option(
         None,

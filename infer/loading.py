@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from configs.schema import STRENGTH, LoadingConfig, PartsConfig, SampleConfig
 from wan.errors import WanError
+from wan.files import expanded
 from wan.lora.files import read_lora
 from wan.lora.merge import LoRAMerge
 from wan.lora.names import EXPERTS
@@ -285,16 +286,16 @@ class ModelCache:
 
 def file_and_strength(entry: str) -> tuple[Path, float]:
     """An entry of `lora=`: FILE, or FILE:STRENGTH. What is there under its whole name is a file."""
-    path = Path(entry).expanduser()
+    path = expanded(entry)
     match = STRENGTH.fullmatch(entry)
     if match is None or path.exists():
         file, _, strength = entry.rpartition(":")
-        if file and not path.exists() and Path(file).expanduser().exists():
+        if file and not path.exists() and expanded(file).exists():
             raise WanError(
                 f"lora={entry}: {strength!r} is no number; write FILE:STRENGTH, as in {file}:0.8"
             )
         return path, 1.0
-    return Path(match[1]).expanduser(), float(match[2])
+    return expanded(match[1]), float(match[2])
 
 
 def read_loras(config: SampleConfig, model: PipelineConfig) -> dict[str, list[LoRAMerge]]:

@@ -35,10 +35,18 @@ import safetensors.torch
 import torch
 from test_pipeline import build, write_tokenizer
 
+from configs.cli import execute
+from configs.rerun import RerunConfig
 from configs.schema import SampleConfig, SamplerConfig
+from infer.diff.compare import compare
+from infer.diff.records import read_record
+from infer.rerun.request import job_of
+from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.jobs import read_jobs
 from wan.errors import MAX_MESSAGE, WanError, visible
+from wan.files import unsealed, write_sealed
 from wan.lora.files import read_lora
+from wan.media.video import read_video
 from wan.models.tokenizer import Tokenizer
 from wan.pipeline.pipeline import WanDMDPipeline
 from wan.weights.checkpoint import open_checkpoint
@@ -284,9 +292,30 @@ def read_prompts(folder: Path) -> None:
         checkpoint=str(folder), prompt_file=str(folder / "prompts.txt"), sampler=SamplerConfig()
     )
     sources = dict.fromkeys(vars(config), "default")
-    assert list(read_jobs(config, sources))
+    assert list(read_jobs(config, sources).each())
 
 
+def damaged_record(folder: Path, how: Damage) -> None:
+    """A record whose digest is right or missing, so that only its content can give it away."""
+    values = json.loads((folder / RECORD).read_bytes())
+    del values["digest"]
+    (folder / RECORD).write_bytes(how.json(values))
+
+
+def read_a_record(folder: Path) -> None:
+    record = read_record(str(folder / RECORD))
+    assert compare(record, record).levels
+    job_of(record, RerunConfig(output_dir=str(folder)))
+
+
+def read_an_mp4(folder: Path) -> None:
+    (folder / RECORD).unlink()
+    read_record(str(folder / "video.mp4"))
+    frames, info = read_video(folder / "video.mp4")
+    assert frames.shape[1:] == (info.height, info.width, 3)
+
+
+RECORD = "video.json"
 CONFIGS = (
     *("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json"),
     *("scheduler/scheduler_config.json", "sampling_defaults.json"),
@@ -311,6 +340,8 @@ TARGETS = (
     Target("LoRA", damaged_weights("lora/adapter_model.safetensors"), read_a_lora),
     Target("adapter_config.json", damaged_json("lora/adapter_config.json"), read_a_lora),
     Target("prompt file", damaged_bytes("prompts.txt"), read_prompts),
+    Target("record of a video", damaged_record, read_a_record),
+    Target("mp4", damaged_bytes("video.mp4"), read_an_mp4),
 )
 
 
@@ -318,6 +349,16 @@ def write_samples(folder: Path) -> None:
     """Write the sound files that the cases damage."""
     write_tokenizer(folder / "tokenizer")
     build(folder / "tokenizer", WanDMDPipeline, timesteps=(1000, 757, 522)).save_pretrained(folder)
+    words = [f"checkpoint={folder}", f"prompt={PROMPT}", f"output_dir={folder}", "device=cpu"]
+    if code := execute(SampleCommand(), LINE, "", words):
+        raise RuntimeError(f"infer.sample ended with {code}")
+    for ending in (".mp4", ".json"):
+        (path,) = (one for one in folder.glob(f"*{ending}") if one.name[0].isdigit())
+        path.rename(folder / f"video{ending}")
+    values = unsealed(json.loads((folder / RECORD).read_text()), RECORD)
+    values["video"]["file"] = "video.mp4"
+    values["settings"]["checkpoint"]["value"] = "."  # beside the record
+    write_sealed(folder / RECORD, values)
     (folder / "shared_parts.json").write_text('{"vae": "vae"}')
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -382,6 +423,8 @@ def run_case(number: int, seed: int, sample: Path, folder: Path) -> str:
 def run_cases(numbers: list[int], seed: int) -> None:
     """The child: run cases under the limits and print a line of JSON for each."""
     torch.set_num_threads(1)
+    report = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what anything else prints
     with tempfile.TemporaryDirectory() as place:
         sample = Path(place) / "sample"
         sample.mkdir()
@@ -395,11 +438,11 @@ def run_cases(numbers: list[int], seed: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for number in numbers:
             name = TARGETS[number % len(TARGETS)].name
-            print(json.dumps({"number": number, "target": name}), flush=True)
+            print(json.dumps({"number": number, "target": name}), file=report)
             faulthandler.dump_traceback_later(SECONDS, exit=True)
             outcome = run_case(number, seed, sample, Path(place) / "case")
             faulthandler.cancel_dump_traceback_later()
-            print(json.dumps({"outcome": outcome}), flush=True)
+            print(json.dumps({"outcome": outcome}), file=report)
 
 
 Table = dict[str, Counter[str]]  # target -> how many cases ended how

@@ -82,77 +82,6 @@ def test_files_get_the_rights_that_the_umask_leaves(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
-@pytest.mark.parametrize(
-    ("make", "what"),
-    [
-        (lambda path: os.mkfifo(path), "a pipe"),
-        (lambda path: path.mkdir(), "a folder"),
-        (lambda path: path.symlink_to("/dev/zero"), "a device"),
-    ],
-)
-def test_only_regular_files_are_read(tmp_path, make, what):
-    """A pipe that nobody writes to would be waited for, a device may never end."""
-    make(tmp_path / "a.json")
-    for read in (read_json, read_text, lambda path: read_bytes(path, 10)):
-        with pytest.raises(WanError, match=rf"a\.json: {what}, not a regular file"):
-            read(tmp_path / "a.json")
-
-
-def test_a_file_is_read_up_to_its_limit(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"a": 1}')
-    assert read_json(path, limit=8) == {"a": 1}
-    with pytest.raises(WanError, match="8 bytes, at most 7"):
-        read_json(path, limit=7)
-    with path.open("wb") as file:
-        file.truncate(1 << 40)  # a sparse file takes no place on the disk
-    with pytest.raises(WanError, match="1,099,511,627,776 bytes"):
-        read_json(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ('{"a": 1, "a": 1}', "the key 'a' occurs twice"),
-        ('{"a": {"b": 1, "b": 2}}', "the key 'b' occurs twice"),
-        ('{"a": 123456789012345678901}', "a number of 21 digits"),
-        ('{"a": 1e400}', "1e400 is no number"),
-        ('{"a": 0.' + "1" * 99 + "}", "0.111111"),
-        ('{"a": NaN}', "NaN where JSON has numbers"),
-        ('{"a": "\\udc00"}', "half of a character"),
-        ("[1]", "not an object"),
-        ('{"a":' * 32 + "{}" + "}" * 32, "nested more than 32 levels"),
-        ('{"a": [' * 60_000, "nested more than 32 levels"),
-        ("{'a': 1}", "not valid JSON"),
-    ],
-)
-def test_json_is_bounded(tmp_path, text, problem):
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(WanError) as caught:
-        read_json(tmp_path / "a.json")
-    assert str(caught.value).startswith(f"{tmp_path / 'a.json'}: ")
-    assert problem in str(caught.value)
-
-
-def test_json_at_its_bounds_is_read():
-    values = {"a": 12345678901234567890, "b": -1.5e-300, "c": "\U0001f600 é\n", "d": {}}
-    for _ in range(30):
-        values = {"deep": values}
-    assert parse_json(json.dumps(values), "x") == values
-    assert parse_json('{"low": -Infinity}', "x", infinite=True) == {"low": -math.inf}
-
-
-def test_messages_are_short_and_visible():
-    error = WanError("a\x1b[2J\u202eb\x85" + "x" * 5000 + "the end", "y" * 5000)
-    assert str(error).startswith("a\\x1b[2J\\u202eb\\x85xxx")
-    assert str(error).endswith("the end")
-    assert "characters more" in str(error)
-    assert len(str(error)) == len(error.on_command_line) == 2000
-    plain = "héllo\t家 \u3000 👩‍👩‍👧\n"
-    assert str(WanError(plain)) == plain
-    assert str(error.about("a.json")).startswith("a.json: a\\x1b")
-
-
 # --- what killed processes leave ------------------------------------------------------------------
 
 WRITER = """
@@ -298,3 +227,74 @@ def test_a_home_folder_that_nobody_knows_is_one_clear_error(monkeypatch):
     with pytest.raises(WanError, match="not known"):
         expanded("~/x")
     assert expanded("x") == Path("x")
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda path: os.mkfifo(path), "a pipe"),
+        (lambda path: path.mkdir(), "a folder"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+    ],
+)
+def test_only_regular_files_are_read(tmp_path, make, what):
+    """A pipe that nobody writes to would be waited for, a device may never end."""
+    make(tmp_path / "a.json")
+    for read in (read_json, read_text, lambda path: read_bytes(path, 10)):
+        with pytest.raises(WanError, match=rf"a\.json: {what}, not a regular file"):
+            read(tmp_path / "a.json")
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}')
+    assert read_json(path, limit=8) == {"a": 1}
+    with pytest.raises(WanError, match="8 bytes, at most 7"):
+        read_json(path, limit=7)
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a sparse file takes no place on the disk
+    with pytest.raises(WanError, match="1,099,511,627,776 bytes"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"a": 1, "a": 1}', "the key 'a' occurs twice"),
+        ('{"a": {"b": 1, "b": 2}}', "the key 'b' occurs twice"),
+        ('{"a": 123456789012345678901}', "a number of 21 digits"),
+        ('{"a": 1e400}', "1e400 is no number"),
+        ('{"a": 0.' + "1" * 99 + "}", "0.111111"),
+        ('{"a": NaN}', "NaN where JSON has numbers"),
+        ('{"a": "\\udc00"}', "half of a character"),
+        ("[1]", "not an object"),
+        ('{"a":' * 32 + "{}" + "}" * 32, "nested more than 32 levels"),
+        ('{"a": [' * 60_000, "nested more than 32 levels"),
+        ("{'a': 1}", "not valid JSON"),
+    ],
+)
+def test_json_is_bounded(tmp_path, text, problem):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(WanError) as caught:
+        read_json(tmp_path / "a.json")
+    assert str(caught.value).startswith(f"{tmp_path / 'a.json'}: ")
+    assert problem in str(caught.value)
+
+
+def test_json_at_its_bounds_is_read():
+    values = {"a": 12345678901234567890, "b": -1.5e-300, "c": "\U0001f600 é\n", "d": {}}
+    for _ in range(30):
+        values = {"deep": values}
+    assert parse_json(json.dumps(values), "x") == values
+    assert parse_json('{"low": -Infinity}', "x", infinite=True) == {"low": -math.inf}
+
+
+def test_messages_are_short_and_visible():
+    error = WanError("a\x1b[2J\u202eb\x85" + "x" * 5000 + "the end", "y" * 5000)
+    assert str(error).startswith("a\\x1b[2J\\u202eb\\x85xxx")
+    assert str(error).endswith("the end")
+    assert "characters more" in str(error)
+    assert len(str(error)) == len(error.on_command_line) == 2000
+    plain = "héllo\t家 \u3000 👩‍👩‍👧\n"
+    assert str(WanError(plain)) == plain
+    assert str(error.about("a.json")).startswith("a.json: a\\x1b")

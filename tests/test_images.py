@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,15 @@ from PIL import Image
 
 from wan.errors import WanError
 from wan.media import images
-from wan.media.images import best_size, fit_image, image_to_tensor, load_image
+from wan.media.images import (
+    best_size,
+    fit_image,
+    fit_picture,
+    image_to_tensor,
+    load_image,
+    picture_size,
+    read_picture,
+)
 
 
 def picture(height: int = 12, width: int = 20, mode: str = "RGB") -> Image.Image:
@@ -216,3 +227,75 @@ def test_best_size_refuses_the_impossible():
         best_size(1, 100000, 704 * 1280, 32)
     with pytest.raises(WanError, match="at least 1"):
         best_size(0, 10, 704 * 1280, 32)
+
+
+# --- large photos ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "I;16"])
+@pytest.mark.parametrize("background", [None, (9, 99, 250)])
+def test_strips_give_the_picture_of_the_whole(tmp_path, monkeypatch, mode, background):
+    """Read in strips of a row, in one strip, and as floats: all the same to the bit."""
+    if mode == "I;16":
+        rows = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 27
+        image = Image.fromarray(rows)
+    else:
+        image = picture(40, 60).convert(mode)
+    if mode in ("RGBA", "LA"):
+        alpha = np.arange(40 * 60, dtype=np.uint8).reshape(40, 60)
+        image.putalpha(Image.fromarray(alpha if background else alpha | 255))
+    path = saved(image, tmp_path / "a.png")
+    found = []
+    for pixels in (1, 60 * 7, 2**20):
+        monkeypatch.setattr(images, "STRIP_PIXELS", pixels)
+        found.append(fit_picture(read_picture(path, background), 16, 32, "crop"))
+        found.append(fit_image(load_image(path, background), 16, 32, "crop"))
+    assert all(torch.equal(one, found[0]) for one in found)
+    whole = Image.open(path)
+    if mode in ("RGBA", "LA") and background:
+        behind = Image.new("RGBA", whole.size, (*background, 255))
+        whole = Image.alpha_composite(behind, whole.convert("RGBA"))
+    if mode != "I;16":
+        assert np.array_equal(
+            np.array(read_picture(path, background)), np.array(whole.convert("RGB"))
+        )
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_the_size_is_that_of_the_upright_picture(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(picture(12, 20), tmp_path / f"a.{suffix}", exif=exif)
+    assert picture_size(path) == load_image(path).shape[1:]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "turned.jpg", "alpha.png", "grey.png"])
+def test_a_photo_takes_little_more_memory_than_its_pixels(tmp_path, kind):
+    """In a process of its own: 16 million pixels are 64 MB in Pillow's memory, 400 as floats."""
+    image = Image.effect_noise((4096, 4096), 50)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if kind == "turned.jpg" else 1
+    if kind == "alpha.png":
+        image = Image.merge("RGBA", [image] * 4)
+    elif kind == "grey.png":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    else:
+        image = image.convert("RGB")
+    path = saved(image, tmp_path / f"a.{kind}", exif=exif)
+    script = (
+        "import resource, sys\n"
+        "from wan.media.images import fit_picture, read_picture\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak()\n"
+        "fit_picture(read_picture(sys.argv[1], (1, 2, 3)), 704, 1280, 'crop')\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert float(done.stdout) < 200, kind

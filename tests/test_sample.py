@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
 import weakref
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +23,18 @@ from test_pipeline import build, write_tokenizer
 
 import infer.loading
 import infer.sample.generate
+import infer.sample.jobs
 import infer.sample.request
 import wan.weights.hub
 from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
 from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
+from infer.sample.jobs import Jobs, read_jobs
 from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files
 from infer.sample.request import with_official_negative
 from wan.files import read_sealed
 from wan.lora import LoRAMerge, read_lora
-from wan.media.images import load_image
+from wan.media.images import read_picture
 from wan.media.video import read_video
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
@@ -326,15 +331,15 @@ def test_what_lies_behind_a_transparent_image_can_be_said(run, tmp_path):
 
 def test_images_of_a_prompt_file_are_read_one_at_a_time(run, tmp_path, monkeypatch):
     """Many of them are more than memory should hold."""
-    alive, most = weakref.WeakSet(), 0
+    read, most = [], 0
 
     def watched(*args):
         nonlocal most
-        alive.add(image := load_image(*args))
-        most = max(most, len(alive))
+        read.append(weakref.ref(image := read_picture(*args)))
+        most = max(most, sum(one() is not None for one in read))
         return image
 
-    monkeypatch.setattr(infer.sample.request, "load_image", watched)
+    monkeypatch.setattr(infer.sample.request, "read_picture", watched)
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     (tmp_path / "jobs").write_text('{"prompt": "x", "image": "a.png"}\n' * 3)
     code, _, err = run(f"prompt_file={tmp_path / 'jobs'}", "steps=1")
@@ -427,6 +432,96 @@ def test_a_line_that_cannot_be_used_is_named(run, tmp_path, content, words):
     assert code == USER_ERROR
     assert words in err
     assert err.count("\n") == 1
+
+
+def many_lines(path: Path, count: int) -> Jobs:
+    """The jobs of a prompt file: a text, a line of JSON with a seed, and so on."""
+    pairs = (
+        (f"a small red circle, take {n}", f'{{"prompt": "take {n}", "seed": {n}}}')
+        for n in range(count // 2)
+    )
+    lines = [line for pair in pairs for line in pair]
+    path.write_text("\n".join(lines))
+    (run,) = compose_runs(LINE, [f"prompt_file={path}"])
+    return read_jobs(run.config, run.sources)
+
+
+def test_a_prompt_file_of_any_length_starts_at_once(tmp_path):
+    """40,000 prompts are checked within seconds."""
+    started = time.perf_counter()
+    jobs = many_lines(tmp_path / "jobs", 40_000)
+    assert time.perf_counter() - started < 20  # 2 s on two idle cores; it was a minute
+    assert (jobs.count, jobs.num_videos, len(jobs.checked)) == (40_000, 40_000, 1)
+    found = [(job.config.prompt, job.config.seed) for job in islice(jobs.each(), 8)]
+    assert found[-2:] == [("a small red circle, take 3", 0), ("take 3", 3)]
+
+
+def test_prompts_of_a_file_take_no_memory_beside_its_text(tmp_path):
+    tracemalloc.start()
+    jobs = many_lines(tmp_path / "jobs", 4000)
+    assert sum(1 for _ in islice(jobs.each(), 100)) == 100
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < (tmp_path / "jobs").stat().st_size + 2**21  # 20 kB for each were 80 MB
+
+
+def test_different_settings_are_checked_ahead_up_to_a_number(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(infer.sample.jobs, "MAX_CHECKED", 2)
+    lines = [f'{{"prompt": "x", "height": {height}, "steps": 1}}' for height in (32, 40, 33)]
+    (tmp_path / "jobs").write_text("\n".join(lines))
+    code, out, err = run(f"prompt_file={tmp_path / 'jobs'}", "num_frames=1")
+    assert code == USER_ERROR
+    assert "2 different settings are checked now, further ones from line 3 on" in err
+    assert len(out.splitlines()) == 2
+    assert "line 3: height=33" in err.splitlines()[-1]
+    lines[2] = '{"prompt": "", "height": 32}'  # what a line has of its own is always checked
+    (tmp_path / "jobs").write_text("\n".join(lines))
+    code, out, err = run(f"prompt_file={tmp_path / 'jobs'}", "num_frames=1")
+    assert (code, out) == (USER_ERROR, "")
+    assert "line 3: prompt= is empty" in err
+
+
+def test_many_images_are_looked_at_when_their_turn_comes(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(infer.sample.generate, "MAX_LOOKED_AT", 1)
+    Image.effect_noise((32, 32), 50).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(content[:-100])  # its header is whole
+    lines = [f'{{"prompt": "x", "image": "{name}.jpg", "steps": 1}}' for name in "ab"]
+    (tmp_path / "jobs").write_text("\n".join(lines))
+    code, out, err = run(f"prompt_file={tmp_path / 'jobs'}")
+    assert code == USER_ERROR
+    assert len(out.splitlines()) == 1
+    assert "b.jpg: damaged" in err.splitlines()[-1]
+
+
+def test_control_characters_of_a_prompt_are_shown_and_kept(run, tmp_path):
+    """What a terminal would obey is printed as an escape; the model gets the text as typed."""
+    prompt = "a \x1b[2Jred\x07 circle \u202eright\r"
+    code, out, err = run(f"prompt={prompt}", "num_videos=2", "steps=1")
+    assert code == 0
+    assert r"a \x1b[2Jred\x07 circle \u202eright\r" in err
+    assert not set(out + err) & set("\x1b\x07\r\u202e")
+    record = json.loads(Path(out.splitlines()[0]).with_suffix(".json").read_text())
+    assert record["prompt"] == prompt
+
+
+@pytest.mark.parametrize("key", ["prompt", "negative_prompt"])
+def test_a_text_of_a_megabyte_is_one_line(run, tmp_path, key):
+    job = {"prompt": "x", key: "word " * 200_000}
+    (tmp_path / "jobs").write_text(json.dumps(job))
+    code, out, err = run(f"prompt_file={tmp_path / 'jobs'}")
+    assert (code, out) == (USER_ERROR, "")
+    assert f"line 1: {key}= has 1,000,000 characters: at most 100,000" in err
+    assert len(err) < 2000
+
+
+def test_html_that_is_escaped_without_end_is_told_before_weights_are_read(
+    run, tmp_path, weights_stay_unread
+):
+    (tmp_path / "jobs").write_text("&" + "amp;" * 20_000)
+    code, _, err = run(f"prompt_file={tmp_path / 'jobs'}")
+    assert code == USER_ERROR
+    assert "line 1: a prompt has HTML that is escaped more than 32 times" in err
 
 
 # --- what is refused before weights are read ------------------------------------------------------

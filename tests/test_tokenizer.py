@@ -1,18 +1,28 @@
 """Tokenizer: both file formats, transformers' own reading of them, and prompt cleaning."""
 
 import base64
+import html
 import io
 import json
 import random
 import shutil
+import time
 from functools import partial
 
+import ftfy
 import pytest
 import sentencepiece
 import transformers
 
+import configs.schema
 from wan.errors import WanError
-from wan.models.tokenizer import Tokenizer, _encode_tokens, clean_prompt
+from wan.models.tokenizer import (
+    MAX_PROMPT,
+    Tokenizer,
+    _encode_tokens,
+    clean_prompt,
+    strip_prompt,
+)
 from wan.models.tokenizer_export import tokenizer_json_from_spiece, write_tokenizer_folder
 
 NUM_SENTINELS = 5
@@ -289,3 +299,47 @@ def test_clean_prompt_equals_the_pipelines():
     wan = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan")
     for text in [*TEXTS, "“a” &amp;amp; b", "Ｆｕｌｌ"]:
         assert clean_prompt(text) == wan.prompt_clean(text)
+
+
+# --- texts that would take for ever ---------------------------------------------------------------
+
+ESCAPED = {
+    "amp": "&" + "amp;" * 20_000,
+    "numbers": "&" + "#38;#x26;AMP;" * 7_000,
+    "full-width": "＆" + "amp;" * 20_000,
+    "mojibake": "ï¼†" + "amp;" * 20_000,
+    "through a control character": "&am&#1;p;" + "am&#1;p;" * 10_000,
+    "inside each other": "&#" * 10_000 + "5" + "3;" * 10_000,
+}
+
+
+@pytest.mark.parametrize("name", ESCAPED)
+def test_html_that_is_escaped_without_end_is_refused_in_no_time(name):
+    started = time.perf_counter()
+    with pytest.raises(WanError, match="escaped more than 32 times"):
+        clean_prompt(ESCAPED[name])
+    assert time.perf_counter() - started < 10  # minutes, one level at a time
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "&" + "amp;" * 30,
+        "<b>" + "&" + "amp;" * 30,
+        "&amp;amp;lt; " * 2_000,
+        "&amp; and &#38;lt; and ＆amp;quot;\n<i>&amp;amp;</i>; &hellip;" * 50,
+        "Ã© and â€™, &Acirc;\x80\x99; &#x1F600; &NotAnEntity; a&not b" * 50,
+        "猫；&amp;amp;" * 100,
+    ],
+)
+def test_other_html_is_cleaned_as_by_the_original_code(text):
+    expected = html.unescape(html.unescape(ftfy.fix_text(text)))
+    assert clean_prompt(text) == " ".join(expected.split())
+
+
+@pytest.mark.parametrize("clean", [clean_prompt, strip_prompt])
+def test_a_prompt_has_a_length(clean):
+    assert len(clean("ab " * (MAX_PROMPT // 3))) == MAX_PROMPT // 3 * 3 - 1
+    with pytest.raises(WanError, match="a prompt of 100,001 characters: at most 100,000"):
+        clean("a" * (MAX_PROMPT + 1))
+    assert configs.schema.MAX_PROMPT == MAX_PROMPT

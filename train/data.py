@@ -34,7 +34,7 @@ from train.conditioning import (
 )
 from train.tensor_cache import TensorStore, key_of, open_to_read
 from wan.errors import WanError
-from wan.files import MAX_RECORD_BYTES, parse_json, read_bytes, read_sealed
+from wan.files import MAX_RECORD_BYTES, expanded, parse_json, read_bytes, read_sealed
 from wan.miniature.captions import caption
 from wan.miniature.world import Scene, render, sample_scene, scene_rng
 from wan.models.tokenizer import Tokenizer
@@ -215,14 +215,16 @@ def open_data(
     data.check_source()
     if data.folder is not None:
         weights = component_digests(source) if data.check_weights else None
-        cache = folder_cache(Path(data.folder), weights)
+        cache = folder_cache(expanded(data.folder), weights)
         for shape, bucket in zip(cache.shapes, cache.buckets, strict=True):
             if bucket:
                 check_shape(shape, settings, data.folder)
         assert cache.tokens_of is not None
         return cache, Texts(cache.tokens_of, device), None
     vae = load_frozen(source, "vae", settings.vae, device, torch.float32)
-    cache = world_cache(vae, Path(data.cache_dir), data.num_clips, data.seed, data.repeat_circling)
+    cache = world_cache(
+        vae, expanded(data.cache_dir), data.num_clips, data.seed, data.repeat_circling
+    )
     return cache, world_texts(settings, source, device, max_text_tokens), vae
 
 

@@ -47,6 +47,7 @@ from train.tensor_cache import key_of
 from train.trajectories import Trajectories, grid_through, sample_trajectories
 from train.validation import Samples, decode, panel_numbers, world_panel, write_pictures
 from wan.errors import WanError
+from wan.files import expanded
 from wan.lora.merge import add_lora, fold_lora
 from wan.media.video import to_uint8, write_video
 from wan.miniature.captions import OMIT, caption
@@ -218,7 +219,7 @@ def distill(config: DistillConfig) -> int:
 def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     settings = read_teacher(config, source)
     check_world(config, settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -367,7 +368,7 @@ def make_trajectories(
         run.shape,
         levels,
         grid_through(levels, regression.steps, regression.shift or settings.shift),
-        Path(regression.folder) if regression.folder else output / "trajectories",
+        expanded(regression.folder) if regression.folder else output / "trajectories",
         identity,
         run.ranks,
         run.chunk,

@@ -29,7 +29,7 @@ from train.rollout import sampler_velocity
 from train.state import TrainState
 from train.validation import read_clips, world_panel
 from wan.errors import WanError
-from wan.files import read_json
+from wan.files import expanded, read_json
 from wan.lora.merge import add_lora
 from wan.miniature.world import NUM_FRAMES, STAGE
 from wan.models.dit import WanDiT
@@ -184,7 +184,7 @@ def finetune(config: FinetuneConfig) -> int:
 def train(config: FinetuneConfig, ranks: Ranks) -> int:
     with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     if source.resolve().is_relative_to(folder.resolve()):
         raise WanError(
             f"checkpoint={config.checkpoint} lies in output_dir={folder}, which this run would "

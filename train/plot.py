@@ -16,7 +16,7 @@ from configs.command_line import CommandLine
 from configs.schema import PICTURES, Options, check_ending, option
 from train.metrics import read_metrics
 from wan.errors import WanError
-from wan.files import written_beside
+from wan.files import expanded, written_beside
 
 Series = list[tuple[int, float]]  # (step, value)
 
@@ -123,8 +123,8 @@ def draw(series: dict[str, Series], path: Path, title: str) -> None:
 
 
 def plot(config: PlotConfig) -> int:
-    folder = Path(config.run).expanduser()
-    output = Path(config.output) if config.output else folder / "plot.png"
+    folder = expanded(config.run)
+    output = expanded(config.output) if config.output else folder / "plot.png"
     draw(read_series(folder / "metrics.jsonl"), output, folder.name)
     print(f"wrote {output}")
     return 0

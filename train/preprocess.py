@@ -32,7 +32,7 @@ from train.conditioning import CaptionEncoder, TokensOf, component_digests, load
 from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
 from train.tensor_cache import TensorStore, is_shard, key_of, only_writer, open_to_extend
 from wan.errors import WanError
-from wan.files import read_json, read_sealed, write_sealed, write_text
+from wan.files import expanded, read_json, read_sealed, write_sealed, write_text
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.vae import VAEConfig, WanVAE
@@ -59,8 +59,8 @@ def preprocess(config: PreprocessConfig) -> int:
     """Judge and encode all clips, encode all texts; the index is written last."""
     if config.clips is None and config.prompts is None:
         raise WanError("nothing to do: give clips= (a folder or a list), prompts= or both")
-    clips = list_clips(Path(config.clips)) if config.clips is not None else []
-    prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else []
+    clips = list_clips(expanded(config.clips)) if config.clips is not None else []
+    prompts = read_prompts(expanded(config.prompts)) if config.prompts is not None else []
     torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     source = resolve_model(config.checkpoint)
@@ -81,7 +81,7 @@ def preprocess(config: PreprocessConfig) -> int:
         ),
     }
     tokenizer = Tokenizer.from_folder(part_folder(source, "tokenizer"))
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with nullcontext() if config.check_only else only_writer(folder):
         latents = TensorStore(folder, "latents")

@@ -28,7 +28,7 @@ from train.loop import run_training, step_generator
 from train.optim import apply_gradients, learning_rate, make_optimizers
 from train.state import TrainState
 from wan.errors import WanError, check_names
-from wan.files import read_json, write_json
+from wan.files import expanded, read_json, write_json
 from wan.miniature.captions import caption, label_classes
 from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
 from wan.models.tokenizer import Tokenizer
@@ -422,7 +422,7 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     Raises:
         WanError: a gate was missed; the report and the weights are written all the same.
     """
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

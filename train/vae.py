@@ -24,7 +24,7 @@ from train.loop import run_training, step_generator
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
 from train.state import TrainState
 from wan.errors import WanError
-from wan.files import read_json, write_json
+from wan.files import expanded, read_json, write_json
 from wan.miniature.world import render, sample_scene, scene_rng
 from wan.models.vae import StreamCache, VAEConfig, WanVAE
 from wan.pipeline.parts import vae_levels
@@ -177,7 +177,7 @@ def build_vae(config: VAETrainConfig) -> WanVAE:
         vae = WanVAE(VAEConfig.from_json(config.vae))
         initialize(vae)
         return vae
-    folder = Path(config.start).expanduser()
+    folder = expanded(config.start)
     settings = VAEConfig.from_json(read_json(folder / "config.json"))
     vae = WanVAE(settings)
     vae.load_state_dict(load_state(open_checkpoint(folder), "vae"))
@@ -188,7 +188,7 @@ def build_vae(config: VAETrainConfig) -> WanVAE:
 
 
 def train_vae(config: VAETrainConfig) -> int:
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

@@ -341,7 +341,10 @@ def unsealed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     plain = {key: value for key, value in values.items() if key != DIGEST}
     if DIGEST in values and values[DIGEST] != _digest(plain):
-        raise WanError(f"{source}: damaged or changed by hand, it does not match its digest")
+        raise WanError(
+            f"{source}: damaged, it does not match its digest (if it was changed by hand, take the "
+            f"{DIGEST!r} out)"
+        )
     return plain
 
 

@@ -90,7 +90,7 @@ def kept_text(text: str, folder: str | Path, *places: str | Path) -> str:
         folder: the output folder.
         places: paths that it may hold and that may have spaces in them.
     """
-    known = {os.path.abspath(place) for place in (*places, folder, Path.cwd()) if place}
+    known = {os.path.abspath(place) for place in (*places, folder) if place}
     for place in sorted(known - {"/"}, key=len, reverse=True):
         text = text.replace(f"{place}/", "")
         name = kept_path(place, folder).replace("\\", r"\\")

@@ -46,7 +46,7 @@ from infer.evaluate.video_distance import flicker, psnr, ssim
 from infer.loading import digests_of, sampling
 from infer.machine import writable_folder
 from wan.errors import WanError
-from wan.files import read_text, write_sealed
+from wan.files import expanded, read_text, write_sealed
 from wan.media.video import to_uint8, write_video
 from wan.models.attention import ATTENTION, BACKENDS, SPARSE
 from wan.models.attention.choice import check_known
@@ -195,7 +195,7 @@ def read_prompts(config: AblateConfig) -> list[str | None]:
         return [config.prompt]
     if config.prompt_file is None:
         return [*config.prompts]
-    path = Path(config.prompt_file).expanduser()
+    path = expanded(config.prompt_file)
     prompts: list[str | None] = [line.strip() for line in read_text(path).split("\n")]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:

@@ -34,7 +34,7 @@ from configs.schema import PARTS, check_choice
 from infer.convert.extract_lora import convert_lora
 from infer.convert.releases import layout_config
 from wan.errors import WanError
-from wan.files import folder_beside, read_json, write_json
+from wan.files import expanded, folder_beside, read_json, write_json
 from wan.paths import all_inside, inside
 from wan.pipeline.config import (
     DEFAULTS_FILE,
@@ -87,18 +87,18 @@ def main(config: ConvertConfig) -> None:
         raise WanError("config= is for a single component; a release brings its own")
     if given and not is_release:
         raise WanError(f"{next(iter(given))}=: for a whole release; source={source} is one part")
-    with new_folder(Path(config.output).expanduser()) as folder:
+    with new_folder(expanded(config.output)) as folder:
         if is_release:
             convert_release(source, parts, folder, config)
         else:
-            values = None if config.config is None else read_json(Path(config.config).expanduser())
+            values = None if config.config is None else read_json(expanded(config.config))
             convert_component(open_checkpoint(source), None, folder, config, values)
     print(f"wrote {config.output}")
 
 
 def find(option: str, name: str) -> Path:
     """The file or folder of that name, or the folder of a shipped model."""
-    path = builtin_folder(SHIPPED.get(name, name)) or Path(name).expanduser()
+    path = builtin_folder(SHIPPED.get(name, name)) or expanded(name)
     if not path.exists():
         shipped = " or ".join(SHIPPED)
         raise FileNotFoundError(f"{option}={name}: no such file or folder, nor {shipped}")

@@ -8,7 +8,7 @@ import torch
 
 from configs.conversion import ConvertConfig
 from wan.errors import WanError
-from wan.files import write_json
+from wan.files import expanded, write_json
 from wan.lora.extract import ExtractedLoRA, extract_lora
 from wan.lora.files import ATTENTION
 from wan.lora.merge import write_lora
@@ -20,7 +20,7 @@ from wan.weights.names import grouped
 
 def convert_lora(config: ConvertConfig, source: Path, base: Path) -> None:
     """Write the LoRA of source - base, and its losses layer by layer as JSON beside it."""
-    rank, output = config.rank, Path(config.output).expanduser()
+    rank, output = config.rank, expanded(config.output)
     assert rank is not None
     report = output.with_suffix(".json")
     if output.suffix != ".safetensors":

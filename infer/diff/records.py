@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import WanError
-from wan.files import parse_json, read_sealed
+from wan.files import expanded, parse_json, read_sealed
 
 ENDINGS = (".json", ".mp4", ".png", ".latents.safetensors")
 VERSION = 1
@@ -70,7 +70,7 @@ def read_record(name: str) -> VideoRecord:
         OSError: there is no such file.
         WanError: it is not a record, or damaged, or from a newer version.
     """
-    given = Path(name).expanduser()
+    given = expanded(name)
     ending = next((one for one in ENDINGS if given.name.endswith(one)), "")
     stem = given.with_name(given.name.removesuffix(ending)) if ending else given
     latents = stem.with_name(f"{stem.name}.latents.safetensors")

@@ -37,6 +37,7 @@ from infer.evaluate.measure import (
 )
 from infer.evaluate.sources import SOURCES
 from wan.errors import WanError
+from wan.files import expanded
 from wan.media.images import write_image
 
 # B batch, F frames, H W pixels
@@ -69,12 +70,15 @@ def _writable(path: str | None) -> Path | None:
     """A file that can be written later, so that minutes of work don't end in an error."""
     if path is None:
         return None
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_dir():
         raise WanError(f"{file} is a folder: name the file to write")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=file.parent):
-        pass
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise WanError(f"{file}: can't be written ({error.strerror}); choose another") from error
     return file
 
 

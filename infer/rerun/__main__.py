@@ -12,9 +12,6 @@ given again, and their content is compared with the record's. Exit codes: 0 the 
 different, or the result shows no picture; 2 the command has an error; 130 stopped with Ctrl-C.
 """
 
-import signal
-import sys
-
 from configs.cli import INTERRUPTED, Run, run
 from configs.command_line import CommandLine
 from configs.rerun import RerunConfig
@@ -42,9 +39,10 @@ def main(run: Run[RerunConfig]) -> int:
     from infer.loading import ModelCache
     from infer.rerun.request import job_of
     from infer.sample.generate import make_video, prepare
+    from infer.sample.jobs import Jobs
 
     job = job_of(record, config)
-    session = prepare(Run(job.config, job.sources, {}, ""), [job], ModelCache())
+    session = prepare(Run(job.config, job.sources, {}, ""), Jobs.one(job), ModelCache())
     (request,) = session.requests
     story = make_video(session, request, job.config.seed)
     if story.code == INTERRUPTED:
@@ -58,6 +56,4 @@ def main(run: Run[RerunConfig]) -> int:
 
 
 if __name__ == "__main__":
-    # SIGTERM from a scheduler acts like Ctrl-C: the latents reached so far are kept.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run(main, LINE, sys.modules[__name__].__doc__ or "")
+    run(main, LINE, __doc__ or "")

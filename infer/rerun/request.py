@@ -24,6 +24,7 @@ from configs.schema import (
 from infer.diff.records import VideoRecord
 from infer.sample.jobs import RECORD, Job
 from wan.errors import WanError
+from wan.files import expanded
 from wan.models.attention_config import AttentionConfig
 from wan.weights.digests import sha256_file
 from wan.weights.hub import HUB_ID, SHIPPED
@@ -224,7 +225,7 @@ def check_inputs(record: VideoRecord, config: SampleConfig) -> None:
         raise WanError("the video started from a picture; give it as image=FILE")
     if config.image is None or wanted is None:
         return
-    found = sha256_file(Path(config.image).expanduser())
+    found = sha256_file(expanded(config.image))
     if found != wanted:
         raise WanError(
             f"image={config.image}: not the picture that the video started from (sha256 "

@@ -14,8 +14,6 @@ no picture (its latents are kept); 2 the command has an error; 130 stopped with 
 reached so far are kept).
 """
 
-import signal
-import sys
 from typing import Any
 
 from configs.cli import INTERRUPTED, Run, run
@@ -65,11 +63,5 @@ class SampleCommand:
         return code
 
 
-def main() -> None:
-    # SIGTERM from a scheduler acts like Ctrl-C: the latents reached so far are kept.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run(SampleCommand(), LINE, sys.modules[__name__].__doc__ or "")
-
-
 if __name__ == "__main__":
-    main()
+    run(SampleCommand(), LINE, __doc__ or "")

@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from infer.loading import (
     read_loras,
 )
 from infer.machine import environment, writable_folder
-from infer.sample.jobs import Job
+from infer.sample.jobs import Jobs
 from infer.sample.record import (
     IN_COMMENT,
     RECORD_VERSION,
@@ -34,7 +36,8 @@ from infer.sample.record import (
     save_latents,
 )
 from infer.sample.request import Request, describe, resolve_request
-from wan.errors import WanError
+from wan.errors import WanError, shortened, visible
+from wan.files import expanded
 from wan.media.images import write_image
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
@@ -58,14 +61,16 @@ class Session:
 
     Attributes:
         run: the command's settings.
-        requests: one per job, in order.
+        requests: one per job, in order, each decided when its turn comes.
+        num_videos: how many videos all of them make.
         model: the loaded model.
         output: the folder that videos are written to.
         memory: the memory estimate, or None if none was made.
     """
 
     run: Run[SampleConfig]
-    requests: list[Request]
+    requests: Iterator[Request]
+    num_videos: int
     model: LoadedModel
     output: Path
     memory: MemoryEstimate | None
@@ -73,10 +78,13 @@ class Session:
     @property
     def several(self) -> bool:
         """Whether more than one video is made."""
-        return sum(request.config.num_videos for request in self.requests) > 1
+        return self.num_videos > 1
 
 
-def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Session:
+MAX_LOOKED_AT = 50  # images that are decoded before the first video is made
+
+
+def prepare(run: Run[SampleConfig], jobs: Jobs, models: ModelCache) -> Session:
     """Decide all settings, refuse what cannot work, then load the model.
 
     The attention is built and verified here, each job's sampling plan is made here, and each JSON
@@ -93,14 +101,24 @@ def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Sess
     folder = model_folder(config, CONFIGS)
     attention = verified_attention(config.attention, folder.config.transformer, device, dtype)
     dtype_name = str(dtype).removeprefix("torch.")
-    requests = [
-        resolve_request(job, folder.config, attention, str(device), dtype_name) for job in jobs
-    ]
+    resolve = partial(
+        resolve_request,
+        model=folder.config,
+        attention=attention,
+        device=str(device),
+        dtype=dtype_name,
+    )
+    requests, images = [], set()
+    for job in jobs.checked:
+        look = job.config.image not in images and len(images) < MAX_LOOKED_AT
+        requests.append(resolve(job, look=look))
+        images.add(job.config.image)
     loras = read_loras(config, folder.config)
     print(describe(requests[0], folder.path), file=sys.stderr)
-    if len(requests) > 1:
-        print(f"the first of {len(requests)} jobs; every video has a record", file=sys.stderr)
-    memory = check_memory(requests, folder, attention, device, dtype, models)
+    if jobs.count > 1:
+        print(f"the first of {jobs.count} jobs; every video has a record", file=sys.stderr)
+    all_texts = len(requests) == jobs.count
+    memory = check_memory(requests, all_texts, folder, attention, device, dtype, models)
     # Now with the weights; the branch on the hub may have changed in between.
     path = resolve_model(config.checkpoint, config.revision, variant=config.variant)
     if path != folder.path or config.variant is not None:
@@ -109,18 +127,24 @@ def prepare(run: Run[SampleConfig], jobs: list[Job], models: ModelCache) -> Sess
         model = models.get(folder, config, attention, loras, device)
     except torch.OutOfMemoryError as error:
         raise WanError(out_of_memory()) from error
-    return Session(run, requests, model, output, memory)
+    each = chain(requests[:1], (resolve(job, look=False) for job in islice(jobs.each(), 1, None)))
+    return Session(run, each, jobs.num_videos, model, output, memory)
 
 
 def check_memory(
     requests: list[Request],
+    all_texts: bool,
     folder: ModelFolder,
     attention: NetworkAttention,
     device: torch.device,
     dtype: torch.dtype,
     models: ModelCache,
 ) -> MemoryEstimate | None:
-    """Estimate the memory of the largest job if it may matter; refuse what cannot fit."""
+    """Estimate the memory of the largest job if it may matter; refuse what cannot fit.
+
+    Args:
+        all_texts: the requests hold all prompts; if not, the longest is taken to fill the model.
+    """
     config = requests[0].config
     if config.preflight == "never":
         return None
@@ -129,7 +153,9 @@ def check_memory(
     rough = rough_bytes(folder.config, largest.latent_shape, dtype)
     if config.preflight == "auto" and rough <= GIB:
         return None
-    memory = estimate_memory(memory_request(requests, largest, folder, attention, device, dtype))
+    memory = estimate_memory(
+        memory_request(requests, all_texts, largest, folder, attention, device, dtype)
+    )
     host = torch.device("cpu")
     free, free_host = (free_bytes(where) + models.bytes_on(where) for where in (device, host))
     print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
@@ -139,6 +165,7 @@ def check_memory(
 
 def memory_request(
     requests: list[Request],
+    all_texts: bool,
     largest: Request,
     folder: ModelFolder,
     attention: NetworkAttention,
@@ -152,13 +179,13 @@ def memory_request(
         limit = request.max_sequence_length
         return max(len(folder.tokenizer(request.clean(text), limit).ids) for text in texts)
 
-    config = largest.config
+    config, length = largest.config, largest.max_sequence_length
     return MemoryRequest(
         folder.config,
         largest.latent_shape,
         largest.plan,
-        prompt_tokens=max(map(num_tokens, requests)),
-        max_sequence_length=largest.max_sequence_length,
+        prompt_tokens=max(map(num_tokens, requests)) if all_texts else length,
+        max_sequence_length=length,
         device=device,
         dtype=dtype,
         attention=attention,
@@ -181,10 +208,10 @@ def make_video(session: Session, request: Request, seed: int) -> Story:
     identity = {"prompt": request.prompt, "settings": record["settings"]}
     files = reserve_files(session.output, identity, seed, record)
     if session.several:
-        print(f"{files.stem}: {request.prompt}", file=sys.stderr)
+        print(f"{files.stem}: {shortened(visible(request.prompt), 400)}", file=sys.stderr)
     generators = sample_generators(seed, 1)
     bars = StageBars()
-    places = [session.model.folder, *given_paths(config)]
+    places: list[str | Path] = [session.model.folder, *given_paths(config)]
     with Story(files, record, pipeline.device, places) as story, torch.no_grad():
         noise = pipeline.prepare_latents(
             1,
@@ -351,7 +378,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "environment": environment(model.pipeline.device),
     }
     if request.config.image is not None:
-        record["image_sha256"] = sha256_file(Path(request.config.image).expanduser())
+        record["image_sha256"] = sha256_file(expanded(request.config.image))
     if session.memory is not None:  # for the largest job; `peak_memory_bytes` covers all so far
         memory = session.memory
         record["predicted_memory_bytes"] = memory.stages | {"host": memory.host}

@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from torch import Tensor
 
 from configs.schema import PARTS, SampleConfig, kept_settings
 from infer.loading import sampling
 from infer.sample.jobs import PROMPT_FILE, RECORD, Job
-from wan.errors import WanError
-from wan.media.images import best_size, fit_image, load_image
+from wan.errors import WanError, visible
+from wan.files import expanded
+from wan.media.images import best_size, fit_picture, picture_size, read_picture
 from wan.models.attention import NetworkAttention
-from wan.models.tokenizer import clean_prompt, strip_prompt
+from wan.models.tokenizer import check_escapes, clean_prompt, strip_prompt
 from wan.pipeline.config import OFFICIAL_NEGATIVE_PROMPT, PipelineConfig
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 
@@ -84,8 +86,8 @@ class Request:
         """
         if self.config.image is None:
             return None
-        image = read_image(self.config)
-        return fit_image(image, self.height, self.width, self.config.image_fit)
+        picture = read_image(self.config)
+        return fit_picture(picture, self.height, self.width, self.config.image_fit)
 
     @property
     def tokens(self) -> int:
@@ -97,15 +99,24 @@ class Request:
         return range(self.config.seed, self.config.seed + self.config.num_videos)
 
 
-def read_image(config: SampleConfig) -> Tensor:
+def read_image(config: SampleConfig) -> Image:
     assert config.image is not None
-    return load_image(Path(config.image).expanduser(), config.image_background)
+    return read_picture(expanded(config.image), config.image_background)
 
 
 def resolve_request(
-    job: Job, model: PipelineConfig, attention: NetworkAttention, device: str, dtype: str
+    job: Job,
+    model: PipelineConfig,
+    attention: NetworkAttention,
+    device: str,
+    dtype: str,
+    look: bool = True,
 ) -> Request:
     """Decide the settings that a job leaves open; refuse what the model can't do.
+
+    Args:
+        look: decode the image of the job, which tells whether it can be used; without it only the
+            image's size is read.
 
     Raises:
         FileNotFoundError: the image does not exist.
@@ -113,7 +124,7 @@ def resolve_request(
             model was not trained for the request; names the job if there are several.
     """
     try:
-        return _resolve(job, model, attention, device, dtype)
+        return _resolve(job, model, attention, device, dtype, look)
     except WanError as error:
         if not job.name:
             raise
@@ -121,10 +132,18 @@ def resolve_request(
 
 
 def _resolve(
-    job: Job, model: PipelineConfig, attention: NetworkAttention, device: str, dtype: str
+    job: Job,
+    model: PipelineConfig,
+    attention: NetworkAttention,
+    device: str,
+    dtype: str,
+    look: bool,
 ) -> Request:
     config, sources = job.config, dict(job.sources)
     check_strengths(config)
+    if config.compat != "fastvideo":  # which is not cleaned
+        for text in (config.prompt, config.negative_prompt):
+            check_escapes(text or "")
     for name in ("image_fit", "image_background"):
         if config.image is None and sources[name] in CHOSEN:
             raise WanError(f"{name}= without image=: there is nothing to fit or to fill")
@@ -133,14 +152,13 @@ def _resolve(
         values[name] = getattr(config, name)
         if values[name] is None:
             values[name], sources[name] = getattr(model.defaults, name), MODEL
-    image = None
     if config.image is not None:
-        image = read_image(config)
+        image_size = picture_size(expanded(config.image))
         if not {sources["height"], sources["width"]} & set(CHOSEN):
             # The legal size nearest to the image's proportions, within the default's pixels.
             multiple = model.vae.spatial_stride * model.transformer.patch_size[1]
             area = values["height"] * values["width"]
-            size = best_size(image.shape[1], image.shape[2], area, multiple)
+            size = best_size(*image_size, area, multiple)
             values["height"], values["width"] = size
             sources["height"] = sources["width"] = "image's proportions"
     few_steps_of_base = model.timesteps is None and config.sampler.name == "few_step"
@@ -160,8 +178,8 @@ def _resolve(
         config = replace(config, negative_prompt=None)
     # Refuses a choice of steps that treats equal timesteps differently.
     attention.exact_timesteps(plan.schedule.timesteps.tolist())
-    if image is not None:  # refuses an image that cannot be fitted
-        fit_image(image, values["height"], values["width"], config.image_fit)
+    if config.image is not None and look:  # refuses an image that cannot be used
+        fit_picture(read_image(config), values["height"], values["width"], config.image_fit)
     sources["attention"] = sources["attention.name"]
     grid = model.transformer.token_grid(shape[1:])
     decided = _decided(config, model, plan, device, dtype)
@@ -306,5 +324,5 @@ def describe(request: Request, folder: Path) -> str:
 def _short(value: Any, limit: int = 60) -> str:
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
         value = ", ".join(value)
-    text = " ".join(str(value).split())
+    text = " ".join(visible(str(value)).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
 from wan.errors import WanError
+from wan.files import expanded
 from wan.lora.files import FOLDER_NAMES, is_hub_id, lora_file
 
 
@@ -32,7 +33,7 @@ def find_lora(
     Raises:
         WanError: there is no such file, or several that it could be.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         if weight_name not in (None, path.name) or subfolder:
             raise WanError(

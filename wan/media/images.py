@@ -3,13 +3,17 @@
 H height, W width. An image is (3, H, W) float32 in [-1, 1]; it comes from 8-bit RGB, so every value
 is one of 256. Resizing goes through 8 bits as well, as the reference pipelines do: that keeps the
 first frame comparable with theirs to the bit.
+
+A photo may have `MAX_PIXELS`. It is kept as 8-bit RGB until it has the size of the video, since
+floats would take three times as much, and other colour modes are converted in strips.
 """
 
 import math
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +27,8 @@ from wan.files import written_beside
 
 # Twice the largest common camera sensors; an image of this size takes about 200 MB as 8-bit RGB.
 MAX_PIXELS = 2**26
+STRIP_PIXELS = 2**20  # converted at a time
+ORIENTATION = 0x0112  # a tag of EXIF; from 5 on, height and width change places
 # Named one by one, so that no exotic decoder (PostScript, FITS, ...) ever sees a downloaded file.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 FIT_MODES = ("resize", "crop")
@@ -54,6 +60,18 @@ def load_image(path: str | Path, background: Sequence[int] | None = None) -> Ten
     """Read one still image as (3, H, W) float32 in [-1, 1].
 
     Args:
+        path, background: as for `read_picture`.
+
+    Raises:
+        FileNotFoundError, WanError: as for `read_picture`.
+    """
+    return _to_tensor(read_picture(path, background))
+
+
+def read_picture(path: str | Path, background: Sequence[int] | None = None) -> Image.Image:
+    """Read one still image as an upright 8-bit RGB picture.
+
+    Args:
         path: a PNG, JPEG, WebP, BMP, TIFF, PPM or single-frame GIF file.
         background: RGB in 0..255 to put behind transparent pixels. Without it an image with
             transparent pixels is refused: what lies behind them is the user's choice.
@@ -63,36 +81,68 @@ def load_image(path: str | Path, background: Sequence[int] | None = None) -> Ten
         WanError: not an image, damaged, animated, too large, or in a colour space (CMYK, Lab, ...)
             or sample format (32-bit) whose meaning in sRGB would be a guess.
     """
+    name = f"image {path}"
+    return picture_to_rgb(decode_image(_existing(path), name), background, name)
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """(H, W) of an image as a viewer shows it, from the file's header where that says it.
+
+    Raises:
+        FileNotFoundError, WanError: as for `read_picture`, for what a header can tell.
+    """
+    with _opened(_existing(path), f"image {path}") as image:
+        turned = image.getexif().get(ORIENTATION, 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"image {path}: no such file")
     if not path.is_file():
         raise WanError(f"image {path}: not a file; give one image file")
-    return _to_tensor(decode_image(path, f"image {path}"), background, name=f"image {path}")
+    return path
 
 
 def image_to_tensor(
     image: Image.Image, background: Sequence[int] | None = None, name: str = "image"
 ) -> Tensor:
-    """A Pillow image as (3, H, W) float32 in [-1, 1]; arguments and errors as in `load_image`.
+    """A Pillow image as (3, H, W) float32 in [-1, 1]; arguments as for `upright_rgb`."""
+    return _to_tensor(upright_rgb(image, background, name))
+
+
+def upright_rgb(
+    image: Image.Image, background: Sequence[int] | None = None, name: str = "image"
+) -> Image.Image:
+    """A Pillow image as an upright 8-bit RGB picture; arguments and errors as in `read_picture`.
 
     The EXIF orientation is applied, so that the picture stands as a viewer shows it. 16-bit grey is
     rounded to 8 bits; Pillow keeps the upper 8 of 16-bit colour. An embedded colour profile is not
     applied (the references ignore it too).
     """
     _check_still(image, name)
-    return _to_tensor(ImageOps.exif_transpose(image), background, name)
+    return picture_to_rgb(ImageOps.exif_transpose(image), background, name)
 
 
 def decode_image(file: Path | IO[bytes], name: str) -> Image.Image:
     """Decode a file to an upright image; Pillow's errors become WanErrors."""
+    with _opened(file, name) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # no copy of an image that is upright
+        return image
+
+
+@contextmanager
+def _opened(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
+    """An image whose header was read and checked; Pillow's errors become WanErrors."""
     try:
         with warnings.catch_warnings():
             # Pillow only warns above its own limit; ours is lower and raises an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 _check_still(image, name)
-                return ImageOps.exif_transpose(image)
+                yield image
     except WanError:
         raise
     except Image.DecompressionBombError as error:
@@ -116,31 +166,58 @@ def _check_still(image: Image.Image, name: str) -> None:
         raise WanError(f"{name}: {num_frames} frames or pages; save the wanted one as PNG")
 
 
-def _to_tensor(image: Image.Image, background: Sequence[int] | None, name: str) -> Tensor:
-    pixels = torch.from_numpy(np.array(picture_to_rgb(image, background, name)))  # (H, W, 3) uint8
-    return pixels.permute(2, 0, 1).float() / 255 * 2 - 1  # (3, H, W)
+def _to_tensor(picture: Image.Image) -> Tensor:
+    """An 8-bit RGB picture as (3, H, W) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(picture))  # (H, W, 3) uint8
+    return pixels.permute(2, 0, 1).float().div_(255).mul_(2).sub_(1)  # (3, H, W)
 
 
 def picture_to_rgb(image: Image.Image, background: Sequence[int] | None, name: str) -> Image.Image:
     """Convert an image to 8-bit RGB, or refuse a mode whose meaning would be a guess."""
+    mode = None  # of the strips
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        return _flatten(image.convert("RGBA"), background, name)
-    if image.mode in ("1", "L", "P", "RGB", "RGBX", "YCbCr"):
-        return image.convert("RGB")
-    if image.mode.startswith("I;16"):
-        samples = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.rint(samples / 257).astype(np.uint8)).convert("RGB")
-    raise WanError(
-        f"{name}: colour mode {image.mode!r} has no exact meaning in sRGB here; "
-        "convert it to 8-bit RGB (for example to PNG) in an image editor"
-    )
+        mode = "RGBA"
+        if min(strip.getchannel("A").getextrema()[0] for strip in _strips(image, "RGBA")) < 255:
+            _check_background(background, name)
+        else:  # fully opaque
+            background = None
+    elif image.mode == "RGB":
+        return image
+    elif image.mode not in ("1", "L", "P", "RGBX", "YCbCr") and not image.mode.startswith("I;16"):
+        raise WanError(
+            f"{name}: colour mode {image.mode!r} has no exact meaning in sRGB here; "
+            "convert it to 8-bit RGB (for example to PNG) in an image editor"
+        )
+    else:
+        background = None  # nothing is transparent
+    rgb = Image.new("RGB", image.size)
+    top = 0
+    for strip in _strips(image, mode):
+        rgb.paste(_strip_to_rgb(strip, background), (0, top))
+        top += strip.height
+    return rgb
 
 
-def _flatten(image: Image.Image, background: Sequence[int] | None, name: str) -> Image.Image:
-    """Put an RGBA image over a plain background; a fully opaque image needs none."""
-    lowest, _ = image.getchannel("A").getextrema()
-    if lowest == 255:
-        return image.convert("RGB")
+def _strips(image: Image.Image, mode: str | None) -> Iterator[Image.Image]:
+    """An image in strips from top to bottom, each converted to a mode."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        yield strip if mode is None else strip.convert(mode)
+
+
+def _strip_to_rgb(strip: Image.Image, background: Sequence[int] | None) -> Image.Image:
+    if background is not None:
+        behind = Image.new("RGBA", strip.size, (*background, 255))
+        strip = Image.alpha_composite(behind, strip)
+    elif strip.mode.startswith("I;16"):
+        samples = np.asarray(strip).astype(np.float64)
+        strip = Image.fromarray(np.rint(samples / 257).astype(np.uint8))
+    return strip.convert("RGB")
+
+
+def _check_background(background: Sequence[int] | None, name: str) -> None:
+    """Refuse transparent pixels without a colour to put behind them."""
     if background is None:
         raise WanError(
             f"{name}: has transparent pixels; say what lies behind them, such as white (on the "
@@ -149,8 +226,6 @@ def _flatten(image: Image.Image, background: Sequence[int] | None, name: str) ->
         )
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise WanError(f"{name}: background={background}: need three numbers in 0..255")
-    behind = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(behind, image).convert("RGB")
 
 
 def _too_large(what: str) -> str:
@@ -158,22 +233,16 @@ def _too_large(what: str) -> str:
 
 
 def fit_image(image: Tensor, height: int, width: int, mode: str = "resize") -> Tensor:
-    """Bring an image to a size with Pillow's Lanczos filter: (3, H, W) -> (3, height, width).
+    """Bring an image to a size as `fit_picture` does: (3, H, W) -> (3, height, width).
 
     Args:
         image: (3, H, W) float in [-1, 1]; rounded to 8 bits first unless the size already fits.
-        height, width: the new size in pixels.
-        mode: "resize" goes straight to the size, whatever the aspect ratio (diffusers);
-            "crop" scales until the size is covered and keeps the centre (the official code).
+        height, width, mode: as for `fit_picture`.
 
     Raises:
-        WanError: a wrong shape or range, a size below 1, an unknown mode, or an image so narrow
-            that covering the size would take more than MAX_PIXELS.
+        WanError: a wrong shape or range, or as for `fit_picture`.
     """
-    if mode not in FIT_MODES:
-        raise WanError(f"fit mode {mode!r}: choose one of {', '.join(FIT_MODES)}")
-    if height < 1 or width < 1:
-        raise WanError(f"image size {height}x{width}: both must be at least 1")
+    _check_fit(height, width, mode)
     if image.ndim != 3 or image.shape[0] != 3:
         raise WanError(f"image of shape {tuple(image.shape)}: need (3, H, W)")
     if not bool(((image >= -1) & (image <= 1)).all()):
@@ -182,11 +251,35 @@ def fit_image(image: Tensor, height: int, width: int, mode: str = "resize") -> T
         return image.float()
     pixels = ((image.float() + 1) * 127.5).round().to(torch.uint8)
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-    if mode == "crop":
-        picture = _cover(picture, height, width)
-    else:
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return image_to_tensor(picture).to(image.device)
+    return fit_picture(picture, height, width, mode).to(image.device)
+
+
+def fit_picture(picture: Image.Image, height: int, width: int, mode: str = "resize") -> Tensor:
+    """An RGB picture as (3, height, width) float32 in [-1, 1], resized by Pillow's Lanczos filter.
+
+    Args:
+        height, width: the new size in pixels.
+        mode: "resize" goes straight to the size, whatever the aspect ratio (diffusers);
+            "crop" scales until the size is covered and keeps the centre (the official code).
+
+    Raises:
+        WanError: a size below 1, an unknown mode, or an image so narrow that covering the size
+            would take more than MAX_PIXELS.
+    """
+    _check_fit(height, width, mode)
+    if picture.size != (width, height):
+        if mode == "crop":
+            picture = _cover(picture, height, width)
+        else:
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return _to_tensor(picture)
+
+
+def _check_fit(height: int, width: int, mode: str) -> None:
+    if mode not in FIT_MODES:
+        raise WanError(f"fit mode {mode!r}: choose one of {', '.join(FIT_MODES)}")
+    if height < 1 or width < 1:
+        raise WanError(f"image size {height}x{width}: both must be at least 1")
 
 
 def _cover(picture: Image.Image, height: int, width: int) -> Image.Image:

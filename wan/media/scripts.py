@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from wan.errors import WanError
+from wan.files import expanded
 from wan.media.images import decode_image, picture_to_rgb
 from wan.media.video import CRF, Frames, write_video
 
@@ -40,7 +41,7 @@ def load_image(
     elif str(image).startswith(("http://", "https://")):
         picture, name = decode_image(io.BytesIO(download(str(image))), str(image)), str(image)
     else:
-        path, name = Path(image).expanduser(), f"image {image}"
+        path, name = expanded(image), f"image {image}"
         if not path.is_file():
             raise FileNotFoundError(f"{name}: no such file")
         picture = decode_image(path, name)

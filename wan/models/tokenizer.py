@@ -19,6 +19,7 @@ from typing import Any
 import ftfy
 import sentencepiece
 import tokenizers
+from ftfy.fixes import unescape_html
 
 from wan.errors import WanError, errors_about
 from wan.files import parse_json, read_bytes, read_json
@@ -29,6 +30,8 @@ from wan.settings import is_of
 PAD, EOS, BOS, UNK = SPECIALS = ("<pad>", "</s>", "<s>", "<unk>")
 PAD_ID, EOS_ID, BOS_ID, UNK_ID = range(4)
 MAX_TOKENIZER_BYTES = 64 << 20  # the tokenizer.json of UMT5 has 17 MB
+MAX_PROMPT = 100_000  # characters; 512 tokens are some 2,500
+MAX_ESCAPES = 32
 MAX_SENTINELS = 10_000  # <extra_id_N>; UMT5 has 300
 
 
@@ -38,14 +41,52 @@ def clean_prompt(text: str) -> str:
     ftfy repairs mojibake, straightens quotes, folds full-width forms and unescapes HTML; doubly
     escaped HTML is unescaped again; runs of white space become one space. This changes token ids,
     so it is part of the model's input format.
+
+    Raises:
+        WanError: it is longer than `MAX_PROMPT`, or escaped too often, see `check_escapes`.
     """
+    _check_length(text)
+    check_escapes(text)
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def strip_prompt(text: str) -> str:
-    """Text as FastVideo feeds it to the tokenizer: without white space at its ends."""
+    """Text as FastVideo feeds it to the tokenizer: without white space at its ends.
+
+    Raises:
+        WanError: it is longer than `MAX_PROMPT`.
+    """
+    _check_length(text)
     return text.strip()
+
+
+def check_escapes(text: str) -> None:
+    """Refuse HTML that is escaped more than `MAX_ESCAPES` times, such as &amp;amp;amp;...
+
+    ftfy takes one level off at a time, and reads the whole text for each.
+
+    Raises:
+        WanError: it is escaped more often.
+    """
+    if text.isascii() and text.count(";") <= MAX_ESCAPES:  # a level has a semicolon of its own
+        return
+    for _ in range(MAX_ESCAPES):
+        before, text = text, ftfy.fix_text(unescape_html(text), unescape_html=False)
+        if text == before:
+            return
+    raise WanError(
+        f"a prompt has HTML that is escaped more than {MAX_ESCAPES} times, such as "
+        "&amp;amp;amp;...; write the characters that are meant"
+    )
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_PROMPT:
+        raise WanError(
+            f"a prompt of {len(text):,} characters: at most {MAX_PROMPT:,} are taken, and a model "
+            "reads a few thousand"
+        )
 
 
 @dataclass(frozen=True)

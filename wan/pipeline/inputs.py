@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from wan.errors import WanError, check_names
-from wan.media.images import fit_image, image_to_tensor, load_image
+from wan.media.images import (
+    fit_image,
+    fit_picture,
+    image_to_tensor,
+    load_image,
+    read_picture,
+    upright_rgb,
+)
 from wan.pipeline.plan import SamplingPlan
 from wan.sampling.noise import DISTINCT_SEEDS, sample_generators
 
@@ -148,7 +155,16 @@ def first_frames(
     images = list(image) if is_batch or isinstance(image, list | tuple) else [image]
     if len(images) not in (1, count):
         raise WanError(f"{len(images)} images for {count} prompts: give one, or one per prompt")
-    return [fit_image(image_pixels(one), height, width, fit) for one in images]
+    return [_first_frame(one, height, width, fit) for one in images]
+
+
+def _first_frame(image: Any, height: int, width: int, fit: str) -> Tensor:
+    """One image as (3, height, width); pictures stay in 8 bits until they have the size."""
+    if isinstance(image, str | Path):
+        return fit_picture(read_picture(image), height, width, fit)
+    if isinstance(image, Image.Image):
+        return fit_picture(upright_rgb(image), height, width, fit)
+    return fit_image(image_pixels(image), height, width, fit)
 
 
 def image_pixels(image: Any) -> Tensor:

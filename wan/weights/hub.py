@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from wan.errors import WanError
+from wan.files import expanded
 
 # The shipped models, in the released folder layout. The teacher's folder holds its transformer and
 # refers to the student's for the other parts.
@@ -71,7 +72,7 @@ def resolve_model(
         if revision is not None:
             raise WanError(f"{name} is shipped here; revision={revision} is for models on the hub")
         return shipped
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         if revision is not None:
             raise WanError(f"{name} is a folder; revision={revision} is for models on the hub")
@@ -98,6 +99,8 @@ def resolve_model(
                 local_files_only=offline,
                 **options,
             )
+        except RuntimeError as error:  # nobody knows the home folder
+            raise WanError(f"{name}: {error} HF_HOME=FOLDER keeps what is fetched there") from error
         except (OSError, ValueError) as error:  # all of the hub's errors, and the network's
             raise WanError(unavailable(name, revision, offline, allowed, error)) from error
         return Path(found)
@@ -136,7 +139,7 @@ def resolve_file(
     """
     found = HUB_FILE.fullmatch(str(path))
     if found is None:
-        file = Path(path).expanduser()
+        file = expanded(path)
         if not file.is_file():
             raise WanError(f"{path}: no such file; give one .safetensors file, or its hub address")
         return file
