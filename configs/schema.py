@@ -18,6 +18,7 @@ from wan.errors import WanError
 from wan.files import expanded
 from wan.models.attention_config import AttentionConfig
 from wan.models.vae_config import CHUNK_LATENTS
+from wan.paths import kept_path
 from wan.settings import NO_BOUND, bounds, check_number
 
 C = TypeVar("C")
@@ -302,6 +303,38 @@ class LoadingConfig(Options):
 
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 
+# Options that name files or folders, in whatever group of settings they stand.
+PATH_OPTIONS = (
+    *("checkpoint", "image", "prompt_file", "lora", "lora_2", *PARTS),
+    *("output", "output_dir", "sheet", "folder", "cache_dir", "start", "source", "base", "config"),
+)
+
+
+def kept_settings(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Settings as they are kept or handed on: with paths as `wan.paths.kept_path` writes them.
+
+    Args:
+        values: as `dataclasses.asdict` gives them, nested or not.
+        folder: the output folder.
+    """
+
+    def kept(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return kept_settings(value, folder)
+        if name not in PATH_OPTIONS or not value:
+            return value
+        if isinstance(value, list | tuple):
+            return [kept_path(one, folder) for one in value]
+        return kept_path(value, folder) if isinstance(value, str | Path) else value
+
+    return {name: kept(name, value) for name, value in values.items()}
+
+
+def given_paths(config: Any) -> list[str]:
+    """The files and folders that a command's settings name."""
+    values = [getattr(config, name, None) or [] for name in PATH_OPTIONS]
+    return [path for value in values for path in ([value] if isinstance(value, str) else value)]
+
 
 @dataclass(kw_only=True)
 class PartsConfig(Options):
@@ -408,7 +441,10 @@ class SampleConfig(LoadingConfig, PartsConfig):
         CHUNK_LATENTS, "latent frames decoded at a time; 1 needs least memory and takes longer"
     )
     tile: int | None = count(None, "decode in tiles of this many latents: less memory, not exact")
-    verify: bool = option(False, "check files against SHA256SUMS or the hub's digests first")
+    verify: bool = option(
+        False,
+        "hash all files anew and compare with SHA256SUMS or the hub's digests",
+    )
     lora: list[str] | None = option(
         None,
         "LoRA files to merge into the weights, each with its strength if you like: a:0.8,b",

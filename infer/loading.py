@@ -5,6 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from wan.lora.files import read_lora
 from wan.lora.merge import LoRAMerge
 from wan.lora.names import EXPERTS
 from wan.models.attention import AttentionChoice, NetworkAttention
+from wan.paths import kept_path
 from wan.pipeline.arguments import known_dtype
 from wan.pipeline.config import (
     PipelineConfig,
@@ -205,7 +207,9 @@ class LoadedModel:
         finally:
             bars.close()
         self.folder = folder.path
-        self.merges = [f"{part}: {one.report}" for part, merges in loras.items() for one in merges]
+        reports = [(part, one.report) for part, merges in loras.items() for one in merges]
+        kept = [replace(r, path=kept_path(r.path, config.output_dir)) for _, r in reports]
+        self.merges = [f"{part}: {r}" for (part, _), r in zip(reports, kept, strict=True)]
         self.digests = WeightDigests(folder, loras) if config.hash_weights else None
         self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
         self.seconds = time.perf_counter() - started

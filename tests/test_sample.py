@@ -30,7 +30,7 @@ from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
 from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.jobs import Jobs, read_jobs
-from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files, without_home
+from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files
 from infer.sample.request import with_official_negative
 from wan.files import read_sealed
 from wan.lora import LoRAMerge, read_lora
@@ -707,12 +707,12 @@ def latents_of(run, *arguments, model: str = "base") -> tuple[str, dict]:
 def test_several_loras_have_strengths_of_their_own(run, tmp_path, models):
     a, b = style(tmp_path / "a.safetensors", 1), style(tmp_path / "b, too.safetensors", 2)
     both, record = latents_of(run, f'lora=[{a}:0.5,"{b}":-2]', "lora_strength=0.5")
-    assert record["settings"]["lora"]["value"] == [f"{a}:0.5", f"{b}:-2"]
+    assert record["settings"]["lora"]["value"] == ["a.safetensors:0.5", "b, too.safetensors:-2"]
     assert [line.split(" merged into ")[1] for line in record["lora"]] == [
         "1 parameters at strength 0.25",
         "1 parameters at strength -1",
     ]
-    assert all(str(file) in line for file, line in zip((a, b), record["lora"], strict=True))
+    assert all(f.name in line for f, line in zip((a, b), record["lora"], strict=True))
     assert latents_of(run, f"lora={a}:0.25", f'lora="{b}":-1')[0] == both
     assert latents_of(run, f"lora={a}:0.25")[0] != both
     # The same from Python, merged while loading and as adapters.
@@ -903,13 +903,6 @@ def test_a_name_taken_by_another_process_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # as if it came in between
     assert reserve_files(tmp_path, {}, 0, {}) == OutputFiles(tmp_path, f"00001{taken.stem[5:]}")
     assert taken.record.read_text() == "theirs"
-
-
-def test_the_home_folder_is_not_told(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert without_home("/home/someone/models/x") == "~/models/x"
-    assert without_home("/data/home/someone") == "/data/home/someone"
-    assert without_home("/home/someone2/x") == "/home/someone2/x"
 
 
 def test_a_cold_start_loads_no_compiler_and_a_mistake_no_pytorch(models, tmp_path):

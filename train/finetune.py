@@ -18,10 +18,10 @@ from torch import Tensor
 from configs.cli import INTERRUPTED, run
 from configs.command_line import ATTENTION, CommandLine
 from configs.training import FinetuneConfig
-from train.conditioning import Texts, check_trainable
+from train.conditioning import Texts, check_trainable, transformer_digest
 from train.data import LatentCache, open_data
 from train.export import export_model
-from train.loop import CLIPS, run_training, step_generator
+from train.loop import CLIPS, MODEL_DIGEST, run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
 from train.parallel import Ranks, start
@@ -217,6 +217,8 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
 
     train_step = make_train_step(dit, texts, cache, config, ranks)
     identity = asdict(config) | ({"data_digest": cache.digest} if cache.digest else {})
+    if not config.from_scratch:
+        identity[MODEL_DIGEST] = ranks.first(transformer_digest(source) if ranks.is_main else "")
     if not run_training(state, train_step, config.loop, folder, identity, on_save, ranks):
         return INTERRUPTED
     average.copy_to(dit)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from configs.schema import kept_settings
 from configs.training import LoopConfig
 from train.checkpoint import load_latest, save_checkpoint
 from train.metrics import MetricsLog, media_files
@@ -27,6 +28,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 HEALTH = "health"  # the measured number by which a checkpoint is called the best
+MODEL_DIGEST = "model_digest"  # of the weights that training starts from; checked where it is kept
 CLIPS = "clips"  # the number of clips in a step, of all processes; logged as a rate
 
 # Settings that a resumed run may change: they have no part in what is computed.
@@ -63,7 +65,7 @@ def run_training(
 
     Args:
         settings: of the whole run, as `dataclasses.asdict` gives them; they are kept in
-            `folder/config.json` and in every checkpoint.
+            `folder/config.json` and in every checkpoint, with paths as `kept_settings` writes them.
         train_step: one optimisation step on `state`; returns numbers to log. It must depend on
             `state` alone, so that a resumed run repeats an unbroken one bit for bit. `CLIPS`
             among them becomes clips_per_second.
@@ -84,6 +86,7 @@ def run_training(
             command goes on from the last checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    settings = kept_settings(settings, folder)
     checkpoints = folder / "checkpoints"
     with ExitStack() as stack:
         with ranks.together():
@@ -143,7 +146,7 @@ def resume(
     if tree is None:
         return {}
     if not config.allow_changes:
-        check_unchanged(tree["settings"], settings)
+        check_unchanged(kept_settings(tree["settings"], checkpoints.parent), settings)
     state.load_tree(tree)
     if ranks.is_main:
         print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
@@ -214,7 +217,7 @@ def check_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
         WanError: lists the settings that differ.
     """
     before, now = dict(flat(saved)), dict(flat(given))
-    free = FREE_SETTINGS
+    free = FREE_SETTINGS | ({MODEL_DIGEST} - before.keys())  # older checkpoints have none
     if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
         free = free | {"data.folder"}
     changed = [

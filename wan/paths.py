@@ -8,10 +8,14 @@ person names is read wherever it is.
 """
 
 import os
+import re
 from pathlib import Path
 
 from wan.errors import WanError
 
+# In a message: not within a word or an address such as https://.
+ABSOLUTE = re.compile(r"(?<![\w.:/~-])~?(?:/[^\s/:'\",;()<>|]+)+")
+END_OF_NAME = r"(?![\w-]|\.\w)"
 SHIPPED_MODELS = Path(__file__).parent / "miniature"
 REMEDY = (
     "a model's folder is read only where it holds its files itself: copy them there, or give the "
@@ -57,3 +61,38 @@ def all_inside(place: Path, *roots: Path) -> Path:
             if path.is_symlink():
                 inside(path, *roots)
     return place
+
+
+def kept_path(path: str | Path, folder: str | Path) -> str:
+    """How a path is written into what is kept or handed on: records, videos, checkpoints, reports.
+
+    What lies in the output folder is written relative to it. A relative path that does not climb is
+    written as typed, and so are hub ids and names of shipped models, which are no paths. Of any
+    other path only the last name is written: the rest tells of the machine, and digests beside it
+    say which file it was.
+
+    Args:
+        folder: the output folder.
+    """
+    typed = Path(os.path.expanduser(path))
+    if not typed.is_absolute() and ".." not in typed.parts:
+        return str(path)
+    place, output = (Path(os.path.abspath(os.path.expanduser(p))) for p in (path, folder))
+    if place.is_relative_to(output):
+        return place.relative_to(output).as_posix()
+    return place.name
+
+
+def kept_text(text: str, folder: str | Path, *places: str | Path) -> str:
+    """A message with each absolute path in it written as `kept_path` does.
+
+    Args:
+        folder: the output folder.
+        places: paths that it may hold and that may have spaces in them.
+    """
+    known = {os.path.abspath(place) for place in (*places, folder) if place}
+    for place in sorted(known - {"/"}, key=len, reverse=True):
+        text = text.replace(f"{place}/", "")
+        name = kept_path(place, folder).replace("\\", r"\\")
+        text = re.sub(re.escape(place) + END_OF_NAME, name, text)
+    return ABSOLUTE.sub(lambda found: kept_path(found[0], folder), text)

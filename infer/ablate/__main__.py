@@ -28,6 +28,7 @@ from configs.ablation import AblateConfig, Setting
 from configs.cli import Run, run
 from configs.command_line import CommandLine, Shortcut
 from configs.evaluation import loading_key
+from configs.schema import kept_settings
 from infer.ablate.report import Cell, write_report
 from infer.evaluate.measure import draw_examples
 from infer.evaluate.queue import (
@@ -164,10 +165,9 @@ def make_compared(runner: Runner, cell: Cell) -> None:
         "reference_flicker": flicker(exact),
     }
     write_clip(runner, cell, video)
+    kept = kept_settings(asdict(cell.setting), runner.config.output_dir)
     clip = {"prompt": cell.prompt, "seed": cell.seed, "measures": measures, **seconds}
-    write_sealed(
-        cell.file, {"key": cell.key, "setting": asdict(cell.setting), **how, "clips": [clip]}
-    )
+    write_sealed(cell.file, {"key": cell.key, "setting": kept, **how, "clips": [clip]})
 
 
 def clip_key(config: AblateConfig, setting: Setting, seed: int, prompt: str) -> str:
@@ -231,7 +231,7 @@ def make_cell(
         reference = folder / "references" / f"{exact[:16]}.safetensors"
     file = folder / "cells" / f"{key[:16]}.json"
     if prompt is None:
-        about = {"setting": asdict(setting), "seed": seed}
+        about = {"setting": kept_settings(asdict(setting), folder), "seed": seed}
         clips = StoredClips(name, question, file, weights, about)
     return Cell(name, setting, seed, prompt, number, key, file, reference, clips)
 

@@ -27,6 +27,7 @@ from configs.benchmark import BenchConfig
 from configs.cli import run
 from configs.command_line import ATTENTION, CommandLine
 from configs.parity import ParityConfig
+from configs.schema import kept_settings
 from infer.bench import against_diffusers, loading, stages
 from infer.bench.timing import Contest, Outcome, profile, run_contest, table
 from infer.machine import environment, package_version, writable_folder
@@ -174,7 +175,7 @@ def main(config: BenchConfig) -> None:
 
     def keep(outcomes: list[Outcome]) -> None:
         record = {
-            "config": asdict(config),
+            "config": kept_settings(asdict(config), folder),
             "environment": about,
             "parity": [asdict(row) for row in rows],
             "outcomes": [outcome.as_json() for outcome in outcomes],

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from configs.cli import Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
 from configs.evaluation import EvaluateConfig
-from configs.schema import PARTS
+from configs.schema import PARTS, kept_settings
 from infer.evaluate.measure import (
     Result,
     draw_examples,
@@ -103,7 +103,8 @@ def main(run: Run[EvaluateConfig]) -> None:
     print(table(summarise(results)))
     print(f"{'seconds in all':<28} {seconds:>7.0f}")
     if output is not None:
-        more = {"config": asdict(config), "presets": run.presets, "seconds": seconds}
+        kept = kept_settings(asdict(config), output.parent)
+        more = {"config": kept, "presets": run.presets, "seconds": seconds}
         write_record(output, results, **more)
     if sheet is not None and failed:
         write_image(sheet, Image.fromarray(torch.cat(failed).numpy()))

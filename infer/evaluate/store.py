@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.evaluation import EvaluateConfig
+from configs.schema import kept_settings
 from infer.evaluate.measure import (
     Example,
     Result,
@@ -144,7 +145,7 @@ class StoredClips:
             self.file,
             results,
             key=question_key(question, examples, self.weights),
-            config=question.question(),
+            config=kept_settings(question.question(), self.file.parent),
             weights=self.weights,
             **machine(self.question),
             **self.about,

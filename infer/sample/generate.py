@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.cli import Run
 from configs.rerun import typed_options
-from configs.schema import PARTS, SampleConfig
+from configs.schema import SampleConfig, given_paths, kept_settings
 from infer.loading import (
     LoadedModel,
     ModelCache,
@@ -34,15 +34,14 @@ from infer.sample.record import (
     out_of_memory,
     reserve_files,
     save_latents,
-    without_folder,
-    without_home,
 )
-from infer.sample.request import PATH_OPTIONS, Request, describe, resolve_request
+from infer.sample.request import Request, describe, resolve_request
 from wan.errors import WanError, shortened, visible
 from wan.files import expanded
 from wan.media.images import write_image
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
 from wan.models.attention import NetworkAttention, verified_attention
+from wan.paths import kept_path
 from wan.pipeline.arguments import known_dtype
 from wan.pipeline.callbacks import StepFunction
 from wan.pipeline.folder import ModelFolder
@@ -213,7 +212,8 @@ def make_video(session: Session, request: Request, seed: int) -> Story:
         print(f"{files.stem}: {shortened(visible(request.prompt), 400)}", file=sys.stderr)
     generators = sample_generators(seed, 1)
     bars = StageBars()
-    with Story(files, record, pipeline.device) as story, torch.no_grad():
+    places: list[str | Path] = [session.model.folder, *given_paths(config)]
+    with Story(files, record, pipeline.device, places) as story, torch.no_grad():
         noise = pipeline.prepare_latents(
             1,
             height=request.height,
@@ -285,10 +285,11 @@ class KeptLatents:
         return self
 
     def __exit__(self, *_: object) -> None:
+        config = self._request.config
         about = {
             "prompt": self._request.prompt,
             "seed": self._seed,
-            "checkpoint": without_home(self._request.config.checkpoint),
+            "checkpoint": kept_path(config.checkpoint, config.output_dir),
             "step": self.step,
             "steps": len(self._request.plan.schedule),
         }
@@ -359,9 +360,9 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "not_trained_for": list(request.plan.untrained),
         "latent_shape": list(request.latent_shape),
         "tokens": request.tokens,
-        "config": public_config(request.config),
+        "config": kept_settings(asdict(request.config), request.config.output_dir),
         "presets": session.run.presets,
-        "model_folder": without_home(model.folder),
+        "model_folder": kept_path(model.folder, session.output),
         "pipeline": type(model.pipeline).__name__,
         "weights": model.census,
         "lora": model.merges,
@@ -385,15 +386,6 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
     return record
 
 
-def public_config(config: SampleConfig) -> dict[str, Any]:
-    """The command's settings as typed, without the name of the user's home folder."""
-    values = asdict(config)
-    for name in PATH_OPTIONS:
-        if values[name] is not None:
-            values[name] = without_home(values[name])
-    return values
-
-
 def _metadata(request: Request, record: dict[str, Any]) -> dict[str, str]:
     """Text fields of the mp4: enough to make the video again with the same model, and to compare.
 
@@ -401,9 +393,6 @@ def _metadata(request: Request, record: dict[str, Any]) -> dict[str, str]:
     `infer.diff` read of a record.
     """
     values = {name: value for name, (value, _) in request.settings.items() if value is not None}
-    for place in ("image", "lora", "lora_2", *PARTS):  # paths tell facts about the user's machine
-        if place in values:
-            values[place] = without_folder(values[place])
     values |= {"seed": record["seed"], "num_videos": 1, "prompt": request.prompt}
     kept = {name: record[name] for name in IN_COMMENT} | {"config": typed_options(request.config)}
     return {

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
-from wan.errors import WanError
-from wan.files import create_sealed, expanded, write_sealed
+from wan.files import create_sealed, write_sealed
 from wan.media.video import Frames
+from wan.paths import kept_text
 from wan.runtime.memory_meter import peak_memory
 from wan.weights.safetensors_file import write_tensors
 
@@ -94,11 +94,20 @@ class Story:
 
     Attributes:
         code: exit code: 0 done, 1 no picture or out of memory, 130 interrupted.
+
+    Args:
+        places: files and folders that an error may name; see `wan.paths.kept_text`.
     """
 
-    def __init__(self, files: OutputFiles, record: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        files: OutputFiles,
+        record: dict[str, Any],
+        device: torch.device,
+        places: Sequence[str | Path] = (),
+    ) -> None:
         self.files, self.record, self.code = files, record, 0
-        self._device = device
+        self._device, self._places = device, places
         self._hasher = ThreadPoolExecutor(1)
         self._hashes: list[Future[None]] = []
 
@@ -157,6 +166,7 @@ class Story:
             self.code, record["status"] = BAD_RESULT, f"failed: {out_of_memory()}"
         elif error is not None:
             expected, record["status"] = False, f"failed: {type(error).__name__}: {error}"
+        record["status"] = kept_text(record["status"], files.folder, *self._places)
         record["finished"] = now()
         record["peak_memory_bytes"] = peak_memory(self._device)
         self.write()
@@ -194,24 +204,3 @@ def sha256_of(values: Tensor | Frames) -> str:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def without_home(path: str | Path | list[str]) -> Any:
-    """A path, or each of several, with the user's home folder written as ~."""
-    if isinstance(path, list):
-        return [without_home(one) for one in path]
-    text = str(path)
-    try:
-        home = str(expanded("~"))
-    except WanError:  # there is none to keep quiet about
-        return text
-    if text == home or text.startswith(home.rstrip("/") + "/"):
-        return "~" + text[len(home.rstrip("/")) :] if home != "/" else text
-    return text
-
-
-def without_folder(path: str | list[str]) -> Any:
-    """The name of a file alone, or of each of several."""
-    if isinstance(path, list):
-        return [without_folder(one) for one in path]
-    return Path(path).name

@@ -10,10 +10,9 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
-from configs.schema import PARTS, SampleConfig
+from configs.schema import PARTS, SampleConfig, kept_settings
 from infer.loading import sampling
 from infer.sample.jobs import PROMPT_FILE, RECORD, Job
-from infer.sample.record import without_home
 from wan.errors import WanError, visible
 from wan.files import expanded
 from wan.media.images import best_size, fit_picture, picture_size, read_picture
@@ -38,7 +37,6 @@ SHOWN = (
     "allow_untrained",
     *("lora", "lora_2", "lora_strength", "lora_strength_2"),
 )
-PATH_OPTIONS = ("prompt_file", "image", "checkpoint", "output_dir", "lora", "lora_2", *PARTS)
 
 
 @dataclass(frozen=True)
@@ -275,7 +273,7 @@ def _settings(
         value, source = decided.get(name, asked), sources[name]
         if asked is None and value is not None and source == "default":
             source = _source_of_default(name, model, decided)
-        settings[name] = (without_home(value) if name in PATH_OPTIONS and value else value, source)
+        settings[name] = (kept_settings({name: value}, config.output_dir)[name], source)
     if config.sampler.timesteps is not None:
         settings["sampler.steps"] = (settings["sampler.steps"][0], sources["sampler.timesteps"])
     return settings
@@ -307,7 +305,7 @@ def describe(request: Request, folder: Path) -> str:
     grid = " x ".join(map(str, request.grid))
     rows.append(("tokens", f"{request.tokens} ({grid})", "computed"))
     rows.append(("self-attention", f"{request.attention_density:.1%} of dense", "computed"))
-    rows.append(("model folder", without_home(folder), "found"))
+    rows.append(("model folder", str(folder), "found"))
     wide = max(len(name) for name, _, _ in rows)
     value_width = max(len(value) for _, value, _ in rows)
     lines = [f"{n:<{wide}}  {v:<{value_width}}  {s}".rstrip() for n, v, s in rows]

@@ -357,8 +357,8 @@ def model_files(folder: Path, shared: Mapping[str, Path] | None = None) -> dict[
     for part, place in elsewhere.items():
         files |= {f"{part}/{name}": path for name, path in list_files(place).items()}
     for name, path in files.items():
-        part = elsewhere.get(name.split("/")[0], folder)
-        inside(path, folder, part, *([] if part.is_dir() else [part.parent]))
+        place = elsewhere.get(name.split("/")[0], folder)
+        inside(path, folder, place, *([] if place.is_dir() else [place.parent]))
     return {name: path for name, path in files.items() if name != CARD}
 
 
