@@ -260,8 +260,9 @@ def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str
         print(f"{len(missing)} of {len(cells)} cells to make", file=sys.stderr)
     references: dict[Path, Cell] = {}  # each with the first cell that needs it
     for cell in missing:
-        if cell.reference not in (None, *references) and not has_reference(cell):
-            references[cell.reference] = cell
+        reference = cell.reference
+        if reference is not None and reference not in references and not has_reference(cell):
+            references[reference] = cell
     run_each(
         {
             f"the reference of {cell.name}": partial(make_reference, runner, cell)

@@ -10,7 +10,7 @@ from typing import Any
 
 from wan.errors import WanError, errors_about
 from wan.models.rope import axis_channels
-from wan.settings import bounded, check_settings, is_of
+from wan.settings import bounded, check_settings
 
 # Far above every release, and low enough that a network of this size can be described at once.
 MOST_WIDTH = 1 << 17
@@ -167,7 +167,7 @@ def official_to_released_names(values: dict[str, Any]) -> dict[str, Any]:
     ignored = ("dim", "model_type", "text_len")  # text_len: the network takes any number of tokens
     values = {"text_dim": 4096} | values
     width, heads = values["dim"], values.get("num_heads")
-    if not is_of(int, width) or not is_of(int, heads) or heads < 1 or width % heads:
+    if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:
         raise WanError(f"dim={width!r} must be a multiple of num_heads={heads!r}")
     renamed = {OFFICIAL_NAMES.get(k, k): v for k, v in values.items() if k not in ignored}
     return renamed | {"attention_head_dim": width // heads}
