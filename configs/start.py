@@ -79,9 +79,10 @@ def lasting(stream: "TextIO | None", number: int) -> "TextIO":
         stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if type(stream) is not io.TextIOWrapper:
         return stream  # of a test or of a notebook
-    buffered, encoding = stream.line_buffering, stream.encoding
+    as_it_was = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    encoding = stream.encoding
     # What the encoding lacks is printed as an escape, not refused.
-    return LastingStream(stream.detach(), encoding, "backslashreplace", line_buffering=buffered)
+    return LastingStream(stream.detach(), encoding, "backslashreplace", **as_it_was)
 
 
 class LastingStream(io.TextIOWrapper):

@@ -1,5 +1,6 @@
 """Commands in odd places: no home, closed streams, files of other people; signals at the start."""
 
+import io
 import os
 import runpy
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.start import lasting
 from wan.files import read_sealed
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +143,16 @@ def test_a_reader_that_has_gone_costs_no_video(tmp_path):
         os.close(here)
     assert code == 0
     assert record(tmp_path)["status"] == "done"
+
+
+@pytest.mark.parametrize("write_through", [True, False])
+def test_a_stream_keeps_its_way_of_buffering(write_through):
+    """With `python -u` each text arrives at once, also through a pipe."""
+    arrived = io.BytesIO()
+    stream = io.TextIOWrapper(arrived, encoding="utf-8", write_through=write_through)
+    kept = lasting(stream, 1)
+    kept.write("x")
+    assert arrived.getvalue() == (b"x" if write_through else b"")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
