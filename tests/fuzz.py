@@ -33,6 +33,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
 from test_pipeline import build, write_tokenizer
 
 from configs.cli import execute
@@ -43,13 +44,19 @@ from infer.diff.records import read_record
 from infer.rerun.request import job_of
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.jobs import read_jobs
+from train.checkpoint import MANIFEST, load_latest, save_checkpoint
+from train.clips import list_entry, list_rows
+from train.metrics import MetricsLog, read_metrics
 from wan.errors import MAX_MESSAGE, WanError, visible
-from wan.files import unsealed, write_sealed
+from wan.files import read_sealed, unsealed, write_sealed
 from wan.lora.files import read_lora
+from wan.media.images import load_image
 from wan.media.video import read_video
 from wan.models.tokenizer import Tokenizer
 from wan.pipeline.pipeline import WanDMDPipeline
+from wan.weights.checked import read_checked, write_checked
 from wan.weights.checkpoint import open_checkpoint
+from wan.weights.digests import sha256_file
 
 SECONDS = 10  # a case may take this long
 MEMORY = 1 << 30  # and take this many bytes more than the child has at its start
@@ -315,6 +322,54 @@ def read_an_mp4(folder: Path) -> None:
     assert frames.shape[1:] == (info.height, info.width, 3)
 
 
+def damaged_run(folder: Path, how: Damage) -> None:
+    """A checkpoint of training, in half of the cases with digests that are right again."""
+    (step,) = (folder / "run").glob("step-*")
+    names = sorted(path.name for path in step.iterdir())
+    path = step / how.random.choice(names)
+    content = path.read_bytes()
+    if path.suffix == ".safetensors":
+        path.write_bytes(how.safetensors(content))
+    else:
+        path.write_bytes(how.json(json.loads(content)))
+    if path.name != MANIFEST and how.random.random() < 0.5:
+        manifest = read_sealed(step / MANIFEST)
+        manifest["sha256"] = {name: sha256_file(step / name) for name in manifest["sha256"]}
+        write_sealed(step / MANIFEST, manifest)
+
+
+def read_run(folder: Path) -> None:
+    state = load_latest(folder / "run")
+    assert isinstance(state, dict)
+
+
+def read_clip_list(folder: Path) -> None:
+    for name in ("clips.jsonl", "clips.csv"):
+        path = folder / name
+        assert [list_entry(path, number, row) for number, row in list_rows(path)]
+
+
+def damaged_lists(folder: Path, how: Damage) -> None:
+    damaged_bytes(how.random.choice(("clips.jsonl", "clips.csv")))(folder, how)
+
+
+def read_pictures(folder: Path) -> None:
+    for name in ("picture.png", "picture.jpg"):
+        assert load_image(folder / name).shape[0] == 3
+
+
+def damaged_pictures(folder: Path, how: Damage) -> None:
+    damaged_bytes(how.random.choice(("picture.png", "picture.jpg")))(folder, how)
+
+
+def read_store(folder: Path) -> None:
+    assert read_checked(folder / "store.safetensors")
+
+
+def read_log(folder: Path) -> None:
+    assert read_metrics(folder / "metrics.jsonl")
+
+
 RECORD = "video.json"
 CONFIGS = (
     *("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json"),
@@ -342,6 +397,11 @@ TARGETS = (
     Target("prompt file", damaged_bytes("prompts.txt"), read_prompts),
     Target("record of a video", damaged_record, read_a_record),
     Target("mp4", damaged_bytes("video.mp4"), read_an_mp4),
+    Target("picture", damaged_pictures, read_pictures),
+    Target("list of clips", damaged_lists, read_clip_list),
+    Target("checkpoint of training", damaged_run, read_run),
+    Target("metrics of training", damaged_bytes("metrics.jsonl"), read_log),
+    Target("tensors of a store", damaged_weights("store.safetensors"), read_store),
 )
 
 
@@ -388,6 +448,17 @@ def write_samples(folder: Path) -> None:
     safetensors.torch.save_file(lora, folder / "lora" / "adapter_model.safetensors")
     settings = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"blocks.1": 8}, "peft_type": "LORA"}
     (folder / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    write_checked(folder / "store.safetensors", tensors, {"about": "a store"})
+    save_checkpoint(folder / "run", 3, {"step": 3, "modules": {"a": tensors}, "lists": [1, None]})
+    log = MetricsLog(folder, 0)
+    for step in (1, 2, 3):
+        log.write(step, loss=0.5 / step, name="x")
+    log.close()
+    (folder / "clips.jsonl").write_text('{"video": "a.mp4", "prompt": "a"}\n' * 2)
+    (folder / "clips.csv").write_text('video,prompt\na.mp4,"a, b"\nb.mp4,c\n')
+    pixels = torch.randint(0, 256, (12, 16, 3), generator=generator, dtype=torch.uint8)
+    for ending in ("png", "jpg"):
+        Image.fromarray(pixels.numpy()).save(folder / f"picture.{ending}")
     (folder / "prompts.txt").write_text(
         f'{PROMPT}\n{{"prompt": "a cat", "seed": 3, "steps": 2, "fps": 8.5}}\n\n'
         '{"prompt": "two", "timesteps": [1000, 500], "image": "cat.png"}\n'

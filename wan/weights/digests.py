@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import WanError
-from wan.files import read_json, read_text, write_json, write_text
+from wan.files import open_regular, read_json, read_text, write_json, write_text
 from wan.paths import inside
 from wan.weights.checkpoint import family, is_index, is_weights
 
@@ -33,8 +33,8 @@ CLOCK_TICK_NS = 20_000_000  # file systems may count in steps of 10 ms
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
-    with path.open("rb") as file:
+    """The sha256 of a regular file's content, in hex."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
