@@ -321,8 +321,8 @@ def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model, mo
     make_clip(clips / "a.mp4")
     preprocess(settings(tmp_path, model))
     with monkeypatch.context() as later:
-        later.setattr(train.preprocess, "RECIPE", 2)
-        with pytest.raises(WanError, match=r"\(recipe: 1 there, 2 now\)"):
+        later.setattr(train.preprocess, "RECIPE", 99)
+        with pytest.raises(WanError, match=r"\(recipe: \d there, 99 now\); it can be trained on"):
             preprocess(settings(tmp_path, model))
     with pytest.raises(WanError, match=r"other settings \(fps: 8.0 there, 8.05 now\)"):
         preprocess(settings(tmp_path, model, fps=8.05))

@@ -31,7 +31,8 @@ from wan.media.images import load_image
 from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
 
 # How files become frames. Raise it when this file or wan/media changes what they give.
-RECIPE = 1
+# 1 read files without a colour tag as BT.709; 2 reads them as BT.601.
+RECIPE = 2
 ROW = 'video and prompt, as in {"video": "fox.mp4", "prompt": "a fox runs"}'
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file

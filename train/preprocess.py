@@ -182,7 +182,8 @@ def claim(folder: Path, index: Line) -> None:
     if changed:
         lines = "; ".join(f"{name}: {there.get(name)} there, {now[name]} now" for name in changed)
         raise WanError(
-            f"output_dir={folder} holds data of other settings ({lines}); choose another"
+            f"output_dir={folder} holds data of other settings ({lines}); it can be trained on as "
+            "it is, so choose another for these"
         )
 
 
