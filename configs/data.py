@@ -55,7 +55,9 @@ class PreprocessConfig(Options):
     output_dir: str = option("runs/data", "latents, texts, report.jsonl and index.json go here")
     checkpoint: str = option("builtin:miniature", "folder or hub id with vae and text_encoder")
     sizes: list[str] = option(
-        ["17x128x128"], "frames x height x width; a clip goes to the one that keeps most of it"
+        ["17x128x128"],
+        "frames x height x width; a clip goes to the one that keeps most of the picture, then to "
+        "the nearest in pixels",
     )
     fps: float = positive(8.0, "frames per second of the clips that training sees")
     retime: bool = option(

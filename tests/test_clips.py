@@ -261,6 +261,29 @@ def test_a_clip_goes_to_the_size_that_keeps_most_of_it():
     assert best_size((9, 36, 64), rules(sizes=[wide, (5, 16, 32)]), {}) == wide
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "sizes", "best"),
+    [
+        (1080, 1920, ["480x832", "832x480", "640x640"], "480x832"),  # not the most pixels
+        (1920, 1080, ["480x832", "832x480", "640x640"], "832x480"),
+        (1440, 1920, ["480x832", "832x480", "640x640"], "480x832"),
+        (1000, 1000, ["480x832", "832x480", "640x640"], "640x640"),
+        (1080, 1920, ["480x832", "704x1280"], "704x1280"),  # 97.5 and 97.8 % of the picture
+        (480, 848, ["704x1280", "480x832"], "480x832"),
+        (700, 700, ["512x512", "1024x1024"], "512x512"),  # 1.37 times smaller, 1.46 times larger
+        (750, 750, ["512x512", "1024x1024"], "1024x1024"),
+    ],
+)
+def test_of_sizes_the_picture_counts_first_then_the_nearest_in_pixels(height, width, sizes, best):
+    parsed = [(5, *map(int, size.split("x"))) for size in sizes]
+    facts: dict = {}
+    for order in (parsed, parsed[::-1]):
+        found = best_size((5, height, width), rules(sizes=order), facts)
+        assert "x".join(map(str, found[1:])) == best
+    kept = facts["crop"][2] * facts["crop"][3] / (height * width)
+    assert facts["cropped_share"] == pytest.approx(1 - kept, abs=1e-4)
+
+
 def test_an_image_is_a_clip_of_one_frame(clips):
     pixels = np.full((32, 32, 3), 51, np.uint8)
     Image.fromarray(pixels).save(clips / "a.png")

@@ -103,6 +103,15 @@ def test_every_clip_has_a_line_and_bad_ones_are_set_aside_not_replaced(clips, tm
     assert cache.batch(0, 2, seed=0)[1] == ["a gray wall"] * 2
 
 
+def test_the_summary_says_how_much_of_the_picture_was_lost(clips, tmp_path, model, capsys):
+    make_clip(clips / "a.mp4")
+    make_clip(clips / "b.mp4", size=(32, 40))
+    assert preprocess(settings(tmp_path, model)) == 0
+    lost = "2 clips of 5x32x32 (10% of the picture cropped away, 20% at most)"
+    assert lost in capsys.readouterr().out
+    assert [row["cropped_share"] for row in report(tmp_path).values()] == [0, 0.2]
+
+
 def test_too_many_bad_clips_fail_the_run(clips, tmp_path, model):
     for name in ("a", "b"):
         make_clip(clips / f"{name}.mp4", caption=None)

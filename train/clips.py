@@ -31,7 +31,8 @@ from wan.media.images import load_image
 from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
 
 # How files become frames. Raise it when this file or wan/media changes what they give.
-# 1 read files without a colour tag as BT.709; 2 reads them as BT.601.
+# 1 read files without a colour tag as BT.709, and took the size with most pixels; 2 reads BT.601,
+# and takes the size that keeps most of the picture.
 RECIPE = 2
 ROW = 'video and prompt, as in {"video": "fox.mp4", "prompt": "a fox runs"}'
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
@@ -304,11 +305,11 @@ def check_rate(rate: float, rules: ClipRules, facts: dict[str, Any]) -> None:
 
 
 def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
-    """The size that keeps most of a clip: share of frames times share of pixels.
+    """The size that keeps most of the picture, then the nearest in pixels, then the longest.
 
-    A size that is larger than the clip invents pixels and counts as much less as one that drops
-    them. A clip must have a size's frames (only a picture may become one), and keep within
-    `max_crop` and `max_upscale`.
+    Shares of the picture within one percent of the largest count as equal: sizes are rounded to
+    multiples. A size with twice the pixels is as near as one with half of them. A clip must have a
+    size's frames (only a picture may become one), and keep within `max_crop` and `max_upscale`.
     """
     frames, height, width = found
     reasons, fits = [], []
@@ -326,12 +327,13 @@ def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
         elif scale > rules.max_upscale:
             reasons.append(f"{name}: must be enlarged {scale:.2f} times")
         else:
-            fit = size[0] / frames * kept * min(scale, 1 / scale) ** 2
-            fits.append((fit, size, crop, scale))
+            fits.append((kept, abs(math.log(scale)), size, crop, scale))
     if not fits:
         raise WanError(f"fits no size ({'; '.join(reasons)})")
-    _, size, crop, scale = max(fits, key=lambda fit: fit[0])
-    facts.update(crop=crop, scale=round(scale, 4))
+    most = max(kept for kept, *_ in fits)
+    fits = [fit for fit in fits if fit[0] > most - SAME_SHAPE]
+    kept, _, size, crop, scale = min(fits, key=lambda fit: (fit[1], -fit[2][0]))
+    facts.update(crop=crop, cropped_share=round(1 - kept, 4), scale=round(scale, 4))
     return size
 
 

@@ -4,9 +4,9 @@
 
 A folder (`name.mp4` beside `name.txt`) or a list of clips, images as clips of one frame, and texts
 without clips (`prompts=`). Each clip is decoded to its end, judged, brought to the size that keeps
-most of it, and encoded; report.jsonl says what became of it. Damaged clips are set aside with a
-reason; too many of them fail the run, which then leaves check.jsonl. To resume, or to add clips,
-run the same command again.
+most of the picture, and encoded; report.jsonl says what became of it. Damaged clips are set aside
+with a reason; too many of them fail the run, which then leaves check.jsonl. To resume, or to add
+clips, run the same command again.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import json
 import math
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -276,8 +275,16 @@ def too_many_set_aside(
 
 
 def summary(lines: list[Line], prompts: list[str], folder: Path) -> str:
-    sizes = Counter(line["size"] for line in lines if line["verdict"] == "ok")
-    parts = [f"{count} clips of {size}" for size, count in sizes.items()]
+    """What the command ends with: clips by size and what they lost, prompts, what was set aside."""
+    cropped: dict[str, list[float]] = {}
+    for line in lines:
+        if line["verdict"] == "ok":
+            cropped.setdefault(line["size"], []).append(line["cropped_share"])
+    parts = [
+        f"{len(shares)} clips of {size} ({sum(shares) / len(shares):.0%} of the picture cropped "
+        f"away, {max(shares):.0%} at most)"
+        for size, shares in cropped.items()
+    ]
     parts += [f"{len(prompts)} prompts"] if prompts else []
     cut = sum(line.get("caption_cut", False) for line in lines)
     return (
