@@ -8,6 +8,13 @@ from configs.schema import Options, check_device, check_prompt, count, option, p
 from wan.errors import WanError
 
 Size = tuple[int, int, int]  # frames, height, width
+# Which frames of a clip are used, under musubi-tuner's names.
+FRAMES = {
+    "head": "takes its first frames",
+    "chunk": "cuts it into samples, one after the other",
+    "slide": "takes a sample every frame_stride= frames",
+    "uniform": "takes frame_samples= samples, from its start to its end",
+}
 
 
 @dataclass
@@ -63,6 +70,17 @@ class PreprocessConfig(Options):
     retime: bool = option(
         False, "bring higher frame rates to fps by nearest frames; else they are set aside"
     )
+    frames: str = option(
+        "head",
+        "which frames of a clip: " + "; ".join(f"{name} {does}" for name, does in FRAMES.items()),
+        choices=tuple(FRAMES),
+    )
+    frame_stride: int | None = option(
+        None, "for frames=slide: from the start of a sample to that of the next", at_least=1
+    )
+    frame_samples: int | None = option(
+        None, "for frames=uniform: how many samples of a clip", at_least=2
+    )
     max_crop: float = share(0.5, "set clips aside that lose more than this share of the picture")
     max_upscale: float = positive(1.5, "set clips aside that must be enlarged more than this")
     max_set_aside_share: float = share(0.05, "fail when more than this share is set aside")
@@ -84,6 +102,14 @@ class PreprocessConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parsed_sizes()
+        for name, reader in (("frame_stride", "slide"), ("frame_samples", "uniform")):
+            value = getattr(self, name)
+            if self.frames == reader and value is None:
+                raise WanError(f"frames={reader}: {FRAMES[reader]}, so give {name}= too")
+            if self.frames != reader and value is not None:
+                raise WanError(
+                    f"{name}={value}: only frames={reader} reads it, and frames={self.frames}"
+                )
 
     def parsed_sizes(self) -> list[Size]:
         """The sizes as numbers."""

@@ -14,10 +14,11 @@ from train.clips import (
     Clip,
     ClipRules,
     best_size,
-    fit_frames,
+    fit_frame,
+    judge_clip,
     list_clips,
     read_caption,
-    read_clip,
+    read_samples,
 )
 from wan.errors import WanError
 from wan.media.video import write_video
@@ -42,6 +43,11 @@ def clips(tmp_path):
 
 def rules(**changes) -> ClipRules:
     return replace(ClipRules([(5, 32, 32)], 8.0, False, 0.5, 1.5), **changes)
+
+
+def read_clip(clip, rules, facts):
+    """The first sample of a clip."""
+    return next(read_samples(clip, judge_clip(clip, rules, facts), facts))
 
 
 def damage(path, what):
@@ -241,6 +247,53 @@ def test_retiming_takes_the_nearest_frames_and_says_so(clips):
     assert (facts["fps"], facts["retimed_to"], facts["decoded_frames"]) == (24, 8.0, 14)
 
 
+FRAMES_OF_A_CLIP = [
+    ({"frames": "head"}, [0]),
+    ({"frames": "chunk"}, [0, 5, 10]),
+    ({"frames": "slide", "frame_stride": 4}, [0, 4, 8, 12]),
+    ({"frames": "slide", "frame_stride": 20}, [0]),
+    ({"frames": "uniform", "frame_samples": 3}, [0, 6, 12]),
+    ({"frames": "uniform", "frame_samples": 99}, list(range(13))),
+]
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(("how", "starts"), FRAMES_OF_A_CLIP)
+def test_samples_of_a_clip_start_where_the_option_says(clips, how, starts, step):
+    """17 frames at the rate of training, every `step`th of the file's; each has its own level."""
+    count = 16 * step + 1
+    levels = np.linspace(0, 240, count).astype(np.uint8)[:, None, None, None]
+    write_video(clips / "a.mp4", np.broadcast_to(levels, (count, 32, 32, 3)).copy(), 8 * step)
+    (clip,) = list_clips(clips)
+    facts: dict = {}
+    samples = judge_clip(clip, rules(retime=True, **how), facts)
+    expected = [[step * (start + i) for i in range(5)] for start in starts]
+    assert samples == expected
+    for part in filter(None, (samples, samples[1::2])):
+        for numbers, video in zip(part, read_samples(clip, part, facts), strict=True):
+            seen = (video.mean((0, 2, 3)) + 1) * 127.5
+            assert np.abs(seen.numpy() - levels[numbers].ravel()).max() < 2
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+def test_what_retiming_leaves_of_a_video_is_no_picture(clips, frames):
+    make_clip(clips / "a.mp4", frames=frames, fps=24)
+    (clip,) = list_clips(clips)
+    both = rules(sizes=[(5, 32, 32), (1, 32, 32)], retime=True)
+    with pytest.raises(WanError, match="5x32x32: has 1 frames at 8 fps; 1x32x32: is for pictures"):
+        judge_clip(clip, both, {})
+
+
+def test_a_file_that_changes_between_judging_and_reading_is_an_error(clips):
+    path = make_clip(clips / "a.mp4", frames=12)
+    (clip,) = list_clips(clips)
+    facts: dict = {}
+    samples = judge_clip(clip, rules(frames="chunk"), facts)
+    make_clip(path, frames=7)
+    with pytest.raises(WanError, match="was changed while it was read"):
+        list(read_samples(clip, samples, facts))
+
+
 def test_a_crop_keeps_the_centre(clips):
     make_clip(clips / "a.mp4", size=(64, 96))
     facts: dict = {}
@@ -248,7 +301,7 @@ def test_a_crop_keeps_the_centre(clips):
     assert video.shape == (3, 5, 32, 32)
     assert facts["crop"] == [0, 16, 64, 64]
     assert video[..., :12].mean() < video[..., -12:].mean() - 0.3  # both halves are in it
-    assert fit_frames(np.zeros((1, 8, 8, 3), np.uint8), [0, 0, 8, 8], 4, 4).eq(-1).all()
+    assert fit_frame(np.zeros((8, 8, 3), np.uint8), [0, 0, 8, 8], 4, 4).eq(-1).all()
 
 
 def test_a_clip_goes_to_the_size_that_keeps_most_of_it():

@@ -1,9 +1,9 @@
 """Video files and pictures -> clips of the sizes that training takes, or the reason why not.
 
-A clip goes to one of several sizes (frames, height, width): it is read from its start, cropped
-around its centre to the size's shape and scaled. Nothing is repaired: what is damaged, too short,
-at another frame rate, sideways, stretched, interlaced or too far from every size is refused, by
-name and with a reason.
+A clip goes to one of several sizes (frames, height, width): one or several stretches of it are
+cropped around its centre to the size's shape and scaled. Nothing is repaired: what is damaged, too
+short, at another frame rate, sideways, stretched, interlaced or too far from every size is refused,
+by name and with a reason.
 
 F frames, H height, W width.
 """
@@ -13,6 +13,7 @@ import io
 import math
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,7 +33,7 @@ from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
 
 # How files become frames. Raise it when this file or wan/media changes what they give.
 # 1 read files without a colour tag as BT.709, and took the size with most pixels; 2 reads BT.601,
-# and takes the size that keeps most of the picture.
+# and takes the size that keeps most of the picture. 1 made pictures of retimed videos, too.
 RECIPE = 2
 ROW = 'video and prompt, as in {"video": "fox.mp4", "prompt": "a fox runs"}'
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
@@ -57,13 +58,16 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipRules:
-    """The sizes and rate that clips are brought to, and how far; see `PreprocessConfig`."""
+    """The sizes and rate that clips are brought to, and how; see `PreprocessConfig`."""
 
     sizes: list[Size]
     fps: float
     retime: bool
     max_crop: float
     max_upscale: float
+    frames: str = "head"
+    frame_stride: int | None = None
+    frame_samples: int | None = None
 
 
 def list_clips(source: Path) -> list[Clip]:
@@ -175,60 +179,94 @@ def read_caption(clip: Clip) -> str:
     return caption.strip()
 
 
-def read_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> Tensor:
-    """Decode, judge, crop and scale: (3, F, H, W) in [-1, 1] of the best-fitting size.
+def judge_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> list[list[int]]:
+    """Decode all of a clip, judge it, and choose its size and the samples that are taken of it.
 
     Args:
         facts: filled as they become known, so that a refused clip has some too.
+
+    Returns:
+        For each sample the numbers of its frames, counted in the file from 0.
 
     Raises:
         WanError: the clip is refused; says why.
         OSError: it can't be read.
     """
     if clip.path.suffix.lower() in PICTURES:
-        frames = to_uint8(load_image(clip.path).unsqueeze(1))
-        facts.update(decoded_frames=1, height=frames.shape[1], width=frames.shape[2])
+        _, height, width = load_image(clip.path).shape
+        facts.update(decoded_frames=1, height=height, width=width)
+        numbers, retimed = [0], False
     else:
-        frames, flaws = scan_video(clip.path, rules, facts)
-        if flaws:
+        if flaws := scan_video(clip.path, facts):
             raise WanError(flaws[0])
         check_rate(facts["fps"], rules, facts)
-    size = best_size(frames.shape[:3], rules, facts)
+        numbers = frame_numbers(facts["decoded_frames"], facts["fps"], rules)
+        retimed = facts["retimed_to"] is not None
+    found = (len(numbers), facts["height"], facts["width"])
+    size = best_size(found, rules, facts, retimed)
     facts["size"] = "x".join(map(str, size))
-    return fit_frames(frames[: size[0]], facts["crop"], size[1], size[2])
+    starts = sample_starts(len(numbers), size[0], rules)
+    return [numbers[start : start + size[0]] for start in starts]
 
 
-def scan_video(path: Path, rules: ClipRules, facts: dict[str, Any]) -> tuple[Frames, list[str]]:
-    """Decode all of a video and keep the frames that training sees of it.
+def read_samples(clip: Clip, samples: list[list[int]], facts: dict[str, Any]) -> Iterator[Tensor]:
+    """Decode, crop and scale samples of a judged clip: each is (3, F, H, W) in [-1, 1].
 
-    Long files need no more memory than what is kept.
+    Long files need no more memory than one sample.
+
+    Args:
+        samples: at least one of what `judge_clip` returned, in its order.
+        facts: what it filled.
+    Raises:
+        WanError, OSError: the file is no longer the one that was judged.
+    """
+    _, height, width = map(int, facts["size"].split("x"))
+    if clip.path.suffix.lower() in PICTURES:
+        picture = to_uint8(load_image(clip.path).unsqueeze(1))[0]
+        yield fit_frame(picture, facts["crop"], height, width).unsqueeze(1)
+        return
+    wanted, waiting = {number for sample in samples for number in sample}, list(samples)
+    kept: dict[int, Tensor] = {}
+    with open_video(clip.path) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number not in wanted:
+                continue
+            kept[number] = fit_frame(rgb_frame(frame), facts["crop"], height, width)
+            if number < waiting[0][-1]:
+                continue
+            yield torch.stack([kept[n] for n in waiting.pop(0)], dim=1)
+            if not waiting:
+                return
+            kept = {n: picture for n, picture in kept.items() if n >= waiting[0][0]}
+    raise WanError(f"video {clip.path}: was changed while it was read")
+
+
+def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
+    """Decode all of a video and say what is wrong with it, in words, the worst first.
 
     Args:
         facts: what becomes known of the file is added to them.
-    Returns:
-        (n, H, W, 3) uint8; and what is wrong with the file, in words, the worst first.
     Raises:
         FileNotFoundError: there is no such file.
         WanError: not a video, or its pictures change size.
     """
-    kept: list[Frames] = []
     times: list[float] = []
+    sizes: dict[tuple[int, int], None] = {}
     count = damaged = rotation = 0
     interlaced, broken, last = False, None, 0.0
     with open_video(path) as container:
         stream = container.streams.video[0]
         rate = video_info(container, 0).fps
-        wanted = set(frame_numbers(rate, rules))
         try:
-            for count, frame in enumerate(container.decode(stream), 1):
+            for frame in container.decode(stream):
+                count += 1
                 damaged += frame.is_corrupt  # parts of it are guessed
                 interlaced |= frame.interlaced_frame
                 rotation = frame.rotation
+                sizes[frame.height, frame.width] = None
                 if frame.time is not None:
                     times.append(frame.time)
                     last = float((frame.duration or 0) * (frame.time_base or 0))  # some are held
-                if count - 1 in wanted:
-                    kept.append(rgb_frame(frame))
         except av.FFmpegError as error:
             broken = error.strerror
         info = video_info(container, count)
@@ -236,18 +274,19 @@ def scan_video(path: Path, rules: ClipRules, facts: dict[str, Any]) -> tuple[Fra
         pixel_shape = stream.sample_aspect_ratio or Fraction(1)  # 0 in a file: not known
         end = times[-1] + max(last, 1 / rate) if times and rate else math.inf
         missing = max(0.0, _declared_end(container) - end)  # seconds
-    sizes = dict.fromkeys(f"{height}x{width}" for height, width, _ in (a.shape for a in kept))
     if len(sizes) > 1:
+        shapes = ", ".join(f"{height}x{width}" for height, width in sizes)
         raise WanError(
-            f"video {path}: its pictures change size midway ({', '.join(sizes)}); they must be of "
-            "one size, so cut it there"
+            f"video {path}: its pictures change size midway ({shapes}); they must be of one size, "
+            "so cut it there"
         )
+    height, width = next(iter(sizes), (info.height, info.width))
     facts.update(
         declared_frames=info.declared_frames,
         decoded_frames=count,
         fps=round(rate, 4),
-        height=info.height,
-        width=info.width,
+        height=height,
+        width=width,
     )
     decoded = f"{count} could be decoded"
     counts = f"its header says {info.declared_frames} frames, {decoded}"
@@ -268,8 +307,7 @@ def scan_video(path: Path, rules: ClipRules, facts: dict[str, Any]) -> tuple[Fra
         "HDR colours; convert it to bt709 first": hdr,
         "its frames come at uneven times; write it at a constant rate first": not even,
     }
-    frames = np.stack(kept) if kept else np.zeros((0, info.height, info.width, 3), np.uint8)
-    return frames, [reason for reason, found in flaws.items() if found]
+    return [reason for reason, found in flaws.items() if found]
 
 
 def _declared_end(container: av.container.InputContainer) -> float:
@@ -283,11 +321,29 @@ def _declared_end(container: av.container.InputContainer) -> float:
     return (container.duration or 0) / av.time_base if alone else 0.0
 
 
-def frame_numbers(fps: float, rules: ClipRules) -> list[int]:
+def frame_numbers(count: int, fps: float, rules: ClipRules) -> list[int]:
     """Which frames of a clip stand for one at `rules.fps`: all, or the nearest in time."""
-    longest = max(2, *(size[0] for size in rules.sizes))  # a second tells it from a picture
-    step = 1.0 if same_rate(fps, rules) else fps / rules.fps
-    return [round(i * step) for i in range(longest)]
+    step = 1.0 if same_rate(fps, rules) else fps / rules.fps  # at least 1
+    return [number for i in range(count) if (number := round(i * step)) < count]
+
+
+def sample_starts(count: int, length: int, rules: ClipRules) -> list[int]:
+    """Where samples of `length` frames start in a clip of `count`, as musubi-tuner has it.
+
+    head: one at its start. chunk: one after the other; what is left at the end is not used. slide:
+    one every `frame_stride` frames. uniform: `frame_samples` from its start to its end, with equal
+    distances; fewer if the clip has not as many places.
+    """
+    last = count - length
+    if rules.frames == "chunk":
+        return list(range(0, last + 1, length))
+    if rules.frames == "slide":
+        assert rules.frame_stride is not None
+        return list(range(0, last + 1, rules.frame_stride))
+    if rules.frames == "uniform":
+        assert rules.frame_samples is not None
+        return sorted({int(start) for start in np.linspace(0, last, rules.frame_samples)})
+    return [0]
 
 
 def same_rate(fps: float, rules: ClipRules) -> bool:
@@ -304,12 +360,16 @@ def check_rate(rate: float, rules: ClipRules, facts: dict[str, Any]) -> None:
     facts["retimed_to"] = rules.fps if retimed else None
 
 
-def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
+def best_size(found: Size, rules: ClipRules, facts: dict[str, Any], retimed: bool = False) -> Size:
     """The size that keeps most of the picture, then the nearest in pixels, then the longest.
 
     Shares of the picture within one percent of the largest count as equal: sizes are rounded to
     multiples. A size with twice the pixels is as near as one with half of them. A clip must have a
     size's frames (only a picture may become one), and keep within `max_crop` and `max_upscale`.
+
+    Args:
+        facts: what is chosen is added to them.
+        retimed: the frames are some of a video's; one of them that is left is no picture.
     """
     frames, height, width = found
     reasons, fits = [], []
@@ -318,7 +378,7 @@ def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
         scale = max(size[1] / height, size[2] / width)
         crop = centre_crop(height, width, size[1] / size[2])
         kept = crop[2] * crop[3] / (height * width)
-        if size[0] == 1 and frames > 1:
+        if size[0] == 1 and (frames > 1 or retimed):
             reasons.append(f"{name}: is for pictures")
         elif frames < size[0]:
             reasons.append(f"{name}: has {frames} frames at {rules.fps:g} fps")
@@ -344,15 +404,12 @@ def centre_crop(height: int, width: int, shape: float) -> list[int]:
     return [(height - inner_h) // 2, (width - inner_w) // 2, inner_h, inner_w]
 
 
-def fit_frames(frames: Frames, crop: list[int], height: int, width: int) -> Tensor:
-    """(F, H, W, 3) uint8 -> (3, F, height, width) in [-1, 1]: crop, then antialiased bilinear."""
+def fit_frame(frame: Frames, crop: list[int], height: int, width: int) -> Tensor:
+    """(H, W, 3) uint8 -> (3, height, width) in [-1, 1]: crop, then antialiased bilinear."""
     top, left, inner_h, inner_w = crop
-    window = np.ascontiguousarray(frames[:, top : top + inner_h, left : left + inner_w])
-    video = torch.empty(3, len(frames), height, width)
-    for i, frame in enumerate(torch.from_numpy(window)):  # one at a time: float32 is large
-        pixels = frame.permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, h, w)
-        pixels = torch.nn.functional.interpolate(
-            pixels, (height, width), mode="bilinear", antialias=True
-        )
-        video[:, i] = pixels[0].clamp(-1, 1)
-    return video
+    window = np.ascontiguousarray(frame[top : top + inner_h, left : left + inner_w])
+    pixels = torch.from_numpy(window).permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, h, w)
+    pixels = torch.nn.functional.interpolate(
+        pixels, (height, width), mode="bilinear", antialias=True
+    )
+    return pixels[0].clamp(-1, 1)
