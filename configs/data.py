@@ -51,7 +51,9 @@ class PreprocessConfig(Options):
     """`train.preprocess`: clips and captions in, latents and text embeddings out."""
 
     clips: str | None = option(
-        None, "a folder (name.mp4 beside name.txt), or a .jsonl or .csv list of video, prompt"
+        None,
+        "a folder (name.mp4 beside name.txt), or a .jsonl, .csv or .json list of video, prompt; "
+        "also what musubi-tuner, FastVideo and Hugging Face's folders call them",
     )
     prompts: str | None = option(
         None, "a text file of further prompts, one per line; enough by itself if no clips are used"

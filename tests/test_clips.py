@@ -1,6 +1,8 @@
 """Real encoded clips, sound and damaged: what is read of them, and why others are refused."""
 
+import json
 import os
+import unicodedata
 from dataclasses import replace
 from fractions import Fraction
 
@@ -361,6 +363,68 @@ def test_captions_come_from_text_files_or_a_list(clips, tmp_path):
     assert list_clips(tmp_path / "l.csv")[0].caption == "one, two\nthree"
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.jsonl", '{"video": "a.mp4", "prompt": "a fox"}'),
+        ("l.jsonl", '{"video_path": "a.mp4", "caption": "a fox"}'),
+        ("l.jsonl", '{"image_path": "a.mp4", "caption": "a fox"}'),
+        ("l.csv", "video_path,caption\na.mp4,a fox"),
+        ("metadata.csv", "file_name,text\na.mp4,a fox"),
+        ("metadata.csv", "file_name,prompt\na.mp4,a fox"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": "a fox"}'),
+        ("videos2caption.json", '[{"path": "a.mp4", "cap": ["a fox"], "fps": 8.0}]'),
+        ("videos2caption.json", '[{"path": "a.mp4", "cap": "a fox"}]'),
+    ],
+)
+@pytest.mark.parametrize("where", [".", "videos"])
+def test_lists_of_other_trainers_are_read(tmp_path, name, text, where):
+    (tmp_path / "videos").mkdir()
+    path = make_clip(tmp_path / where / "a.mp4", caption=None)
+    (tmp_path / name).write_text(text)
+    sources = [tmp_path / name] + [tmp_path] * (not name.startswith("l."))
+    for source in sources:
+        (clip,) = list_clips(source)
+        assert (clip.name, clip.path, read_caption(clip)) == ("a.mp4", path, "a fox")
+
+
+def test_a_clip_with_several_captions_comes_with_each(tmp_path):
+    (tmp_path / "l.json").write_text('[{"path": "a.mp4", "cap": ["one", "two"]}]')
+    assert [clip.caption for clip in list_clips(tmp_path / "l.json")] == ["one", "two"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_match_in_either_unicode_form(tmp_path, form):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    there, written = (unicodedata.normalize(f, "d\u00e9j\u00e0/caf\u00e9") for f in (form, other))
+    assert there != written
+    path = tmp_path / f"{there}.mp4"
+    path.parent.mkdir()
+    make_clip(path, caption=None)
+    (tmp_path / "l.jsonl").write_text(json.dumps({"video": f"{written}.mp4", "prompt": "x"}))
+    assert list_clips(tmp_path / "l.jsonl")[0].path == path
+    text = path.with_name(f"{written.split('/')[1]}.txt")
+    text.write_text("a cup")
+    (clip,) = list_clips(path.parent)
+    assert (clip.path, read_caption(clip)) == (path, "a cup")
+
+
+def test_a_folder_is_read_by_the_list_in_it_if_it_has_no_captions(clips, capsys):
+    make_clip(clips / "a.mp4", caption=None)
+    make_clip(clips / "b.mp4", caption=None)
+    (clips / "metadata.csv").write_text("file_name,text\na.mp4,a fox\n")
+    assert [clip.caption for clip in list_clips(clips)] == ["a fox"]
+    said = capsys.readouterr().err
+    assert "read by its metadata.csv" in said
+    assert "1 left out, not in metadata.csv: 'b.mp4'" in said
+    (clips / "metadata.jsonl").write_text('{"file_name": "b.mp4", "text": "a cup"}')
+    with pytest.raises(WanError, match=r"holds metadata.jsonl and metadata.csv; name the one"):
+        list_clips(clips)
+    (clips / "b.txt").write_text("a cup")
+    assert [clip.name for clip in list_clips(clips)] == ["a.mp4", "b.mp4"]
+    assert "2 left out, neither clip nor a clip's caption" in capsys.readouterr().err
+
+
 def test_what_a_folder_has_beside_clips_is_named_and_links_to_folders_are_refused(clips, capsys):
     make_clip(clips / "a.mp4")
     for name in ("b.mpg", "b.txt", "lost.txt", ".hidden"):
@@ -395,6 +459,10 @@ def test_a_file_name_or_caption_that_no_report_can_hold_is_refused_early(clips, 
         ),
         ("l.csv", 'video,prompt\na.mp4,x\nb.mp4,"a fox\nc.mp4,x', "after line 2: not CSV"),
         ("l.csv", "video,prompt\na.mp4," + "x" * 140_000, "after line 1: not CSV .field larger"),
+        ("l.jsonl", '{"video_path": "a.mp4", "text": "x", "cap": "y"}', "text and cap may both"),
+        ("l.json", '{"path": "a.mp4", "cap": "y"}', "its JSON is not an array; need an array of"),
+        ("l.json", '[{"path": "a.mp4"}, {"cap": "y"}]', "entry 2: need video and prompt"),
+        ("l.json", '[["a.mp4"]]', "entry 1: need video and prompt.*video_path and caption"),
         ("l.jsonl", "", "no clips there"),
         (
             "l.jsonl",

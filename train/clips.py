@@ -11,8 +11,10 @@ F frames, H height, W width.
 import csv
 import io
 import math
+import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,7 +29,7 @@ from torch import Tensor
 from configs.data import Size
 from configs.schema import PICTURES, check_text
 from wan.errors import WanError
-from wan.files import parse_json, read_text
+from wan.files import parse_json, parse_json_list, read_text
 from wan.media.images import load_image
 from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
 
@@ -35,7 +37,19 @@ from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
 # 1 read files without a colour tag as BT.709, and took the size with most pixels; 2 reads BT.601,
 # and takes the size that keeps most of the picture. 1 made pictures of retimed videos, too.
 RECIPE = 2
+# What a list calls a clip and its caption: here, in musubi-tuner (videos, pictures), in Hugging
+# Face's folders and in FastVideo.
+SPELLINGS = {
+    "video": "prompt",
+    "video_path": "caption",
+    "image_path": "caption",
+    "file_name": "text",
+    "path": "cap",
+}
 ROW = 'video and prompt, as in {"video": "fox.mp4", "prompt": "a fox runs"}'
+LISTS = (".jsonl", ".csv", ".json")
+# The lists that others lay into a folder of clips.
+INSIDE = ("metadata.jsonl", "metadata.csv", "videos2caption.json")
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
 SAME_RATE = 0.01  # 23.976 stands for 24
@@ -48,12 +62,12 @@ class Clip:
 
     Attributes:
         name: its name in the report.
-        caption: None if it is to be read from the text file beside it.
+        caption: or the text file that it is read from.
     """
 
     name: str
     path: Path
-    caption: str | None
+    caption: str | Path
 
 
 @dataclass(frozen=True)
@@ -73,19 +87,22 @@ class ClipRules:
 def list_clips(source: Path) -> list[Clip]:
     """Every clip of a folder (sorted by name, subfolders included) or of a list, in its order.
 
+    A folder without captions of its own that holds a list of another trainer is read by that list.
+    Names match if they are the same text: macOS and others write accents in different bytes.
+
     Raises:
         FileNotFoundError: no such folder or list.
         WanError: nothing in it, a name that no report can hold, a link to a folder, or a list that
             can't be read, by its line.
     """
     if source.is_dir():
-        clips = [Clip(p.relative_to(source).as_posix(), p, None) for p in clip_paths(source)]
+        clips = folder_clips(source)
     elif not source.exists():
         raise FileNotFoundError(f"clips={source}: no such folder or list")
-    elif source.suffix in (".jsonl", ".csv"):
-        clips = [list_entry(source, number, row) for number, row in list_rows(source)]
+    elif source.suffix in LISTS:
+        clips = listed_clips(source)
     else:
-        raise WanError(f"clips={source}: give a folder, a .jsonl or a .csv file")
+        raise WanError(f"clips={source}: give a folder, or a list ({', '.join(LISTS)})")
     if not clips:
         raise WanError(f"clips={source}: no clips there ({', '.join(VIDEOS + PICTURES)})")
     for clip in clips:
@@ -93,7 +110,7 @@ def list_clips(source: Path) -> list[Clip]:
     return clips
 
 
-def clip_paths(folder: Path) -> list[Path]:
+def folder_clips(folder: Path) -> list[Clip]:
     """Videos and pictures of a folder; files that are neither nor a caption are named on stderr."""
     found = sorted(
         path
@@ -105,28 +122,89 @@ def clip_paths(folder: Path) -> list[Path]:
             f"clips={folder}: {links[0].name} is a link to a folder, which is not followed; move "
             "the folder there or give a list of clips"
         )
-    paths = [path for path in found if path.suffix.lower() in VIDEOS + PICTURES]
-    used = {*paths, *(path.with_suffix(".txt") for path in paths)}
+    there = set(found)
+    texts = {composed(path): path for path in found if path.suffix == ".txt"}
+    clips: list[Clip] = []
+    used: set[Path] = set()
+    for path in found:
+        if path.suffix.lower() in VIDEOS + PICTURES:
+            beside = path.with_suffix(".txt")
+            text = beside if beside in there else texts.get(composed(beside), beside)
+            clips.append(Clip(path.relative_to(folder).as_posix(), path, text))
+            used |= {path, text}
+    lists = [folder / name for name in INSIDE if folder / name in there]
+    if lists and not used.intersection(texts.values()):
+        if len(lists) > 1:
+            names = " and ".join(path.name for path in lists)
+            raise WanError(f"clips={folder} holds {names}; name the one to be read: {lists[0]}")
+        print(f"clips={folder}: read by its {lists[0].name}", file=sys.stderr)
+        clips = listed_clips(lists[0])
+        used = {*lists, *(clip.path for clip in clips)}
+        why = f"not in {lists[0].name}"
+    else:
+        why = "neither clip nor a clip's caption"
     if others := [path for path in found if path not in used and not path.is_dir()]:
         names = ", ".join(ascii(path.relative_to(folder).as_posix()) for path in others[:3])
         print(
-            f"warning: clips={folder}: {len(others)} left out, neither clip nor a clip's caption: "
+            f"warning: clips={folder}: {len(others)} left out, {why}: "
             f"{names}{', ...' if others[3:] else ''}",
             file=sys.stderr,
         )
-    return paths
+    return clips
 
 
-def list_rows(path: Path) -> list[tuple[int, Any]]:
-    """(line number, entry) of a .jsonl or .csv list."""
+def composed(path: Path) -> str:
+    """A path as text in Unicode's normal form C; the same text may be stored in several ways."""
+    return unicodedata.normalize("NFC", str(path))
+
+
+def listed_clips(source: Path) -> list[Clip]:
+    """The clips of a list, one for each caption; paths are relative to it, or to videos/ beside it.
+
+    The second is where FastVideo has them.
+    """
+    folders = (source.parent, source.parent / "videos")
+    seen: dict[Path, dict[str, Path]] = {}
+    clips = []
+    for where, row in list_rows(source):
+        name, captions = list_entry(row, f"{source}, {where}")
+        paths = [find_path(folder / name, seen) for folder in folders]
+        path = next(filter(os.path.exists, paths), source.parent / name)
+        clips += [Clip(name, path, caption) for caption in captions]
+    return clips
+
+
+def find_path(path: Path, seen: dict[Path, dict[str, Path]]) -> Path:
+    """The path, or the one there is whose name is the same text.
+
+    Args:
+        seen: what folders hold, by normalised path; each is listed once.
+    """
+    if os.path.exists(path) or path == path.parent:
+        return path
+    folder = find_path(path.parent, seen)
+    if folder not in seen:
+        try:
+            there = sorted(folder.iterdir())
+        except OSError:  # whoever opens the clip says why
+            there = []
+        seen[folder] = {composed(Path(each.name)): each for each in there}
+    return seen[folder].get(composed(Path(path.name)), path)
+
+
+def list_rows(path: Path) -> list[tuple[str, Any]]:
+    """(where it stands, entry) of each entry of a list."""
     text = read_text(path)
     if path.suffix == ".csv":
         return csv_rows(path, text)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [(n, parse_json(line, f"{path}, line {n}", f"need {ROW}")) for n, line in lines]
+    if path.suffix == ".json":
+        entries = parse_json_list(text, str(path), f"need an array of {ROW}")
+        return [(f"entry {number}", entry) for number, entry in enumerate(entries, 1)]
+    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(at, parse_json(line, f"{path}, {at}", f"need {ROW}")) for at, line in lines]
 
 
-def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
+def csv_rows(path: Path, text: str) -> list[tuple[str, Any]]:
     table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows, end = [], 1
     try:
@@ -137,7 +215,7 @@ def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
                     f"{path}, line {end}: more cells than the head; write a prompt that has commas "
                     'in "quotes"'
                 )
-            rows.append((end, row))
+            rows.append((f"line {end}", row))
     except csv.Error as error:
         raise WanError(
             f"{path}, row after line {end}: not CSV ({error}); quotes stand around a whole prompt, "
@@ -146,12 +224,26 @@ def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
     return rows
 
 
-def list_entry(source: Path, number: int, row: Any) -> Clip:
-    """One entry of a list; paths are relative to the list."""
-    if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"]:
-        raise WanError(f"{source}, line {number}: need {ROW} or under a CSV head of video,prompt")
-    caption = row.get("prompt")
-    return Clip(row["video"], source.parent / row["video"], caption if caption else "")
+def list_entry(row: Any, where: str) -> tuple[str, list[str]]:
+    """The name of a clip and its captions, as one entry of a list has them; "" if there is none.
+
+    Raises:
+        WanError: no name, or more than one field that may be the caption.
+    """
+    names = [key for key in SPELLINGS if isinstance(row, dict) and row.get(key)]
+    if not names or not isinstance(row[names[0]], str):
+        others = ", ".join(f"{video} and {text}" for video, text in list(SPELLINGS.items())[1:])
+        raise WanError(
+            f"{where}: need {ROW} or under a CSV head of video,prompt; other trainers' {others} "
+            "are read too"
+        )
+    own = SPELLINGS[names[0]]
+    texts = dict.fromkeys(key for key in SPELLINGS.values() if row.get(key))
+    keys = [own] if own in texts else list(texts)
+    if len(keys) > 1:
+        raise WanError(f"{where}: {' and '.join(keys)} may both be the caption; name it {own}")
+    captions = row[keys[0]] if keys else ""
+    return row[names[0]], captions if isinstance(captions, list) else [captions]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -168,12 +260,11 @@ def read_caption(clip: Clip) -> str:
     Raises:
         WanError: there is none, or it is not valid UTF-8.
     """
-    beside = clip.path.with_suffix(".txt")
-    caption = clip.caption
-    if caption is None:
-        caption = read_text(beside) if beside.is_file() else ""
+    caption, where = clip.caption, "as its prompt"
+    if isinstance(caption, Path):
+        where = f"into {caption.name}"
+        caption = read_text(caption) if caption.is_file() else ""
     if not isinstance(caption, str) or not caption.strip():
-        where = f"into {beside.name}" if clip.caption is None else "as its prompt"
         raise WanError(f"its caption is missing; write one sentence {where}")
     check_text("prompt", caption)
     return caption.strip()
