@@ -56,6 +56,7 @@ FOREIGN_NAMES = {
     "base_seed": "seed",
     "frame_num": "num_frames",
     "frames": "num_frames",
+    "frame_extraction": "frames",
     "size": "height=.. width",
     "resolution": "height=.. width",
     "n_prompt": "negative_prompt",

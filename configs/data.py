@@ -8,6 +8,13 @@ from configs.schema import Options, check_device, check_prompt, count, option, p
 from wan.errors import WanError
 
 Size = tuple[int, int, int]  # frames, height, width
+# Which frames of a clip are used, under musubi-tuner's names.
+FRAMES = {
+    "head": "takes its first frames",
+    "chunk": "cuts it into samples, one after the other",
+    "slide": "takes a sample every frame_stride= frames",
+    "uniform": "takes frame_samples= samples, from its start to its end",
+}
 
 
 @dataclass
@@ -44,7 +51,9 @@ class PreprocessConfig(Options):
     """`train.preprocess`: clips and captions in, latents and text embeddings out."""
 
     clips: str | None = option(
-        None, "a folder (name.mp4 beside name.txt), or a .jsonl or .csv list of video, prompt"
+        None,
+        "a folder (name.mp4 beside name.txt), or a .jsonl, .csv or .json list of video, prompt; "
+        "also what musubi-tuner, FastVideo and Hugging Face's folders call them",
     )
     prompts: str | None = option(
         None, "a text file of further prompts, one per line; enough by itself if no clips are used"
@@ -55,11 +64,24 @@ class PreprocessConfig(Options):
     output_dir: str = option("runs/data", "latents, texts, report.jsonl and index.json go here")
     checkpoint: str = option("builtin:miniature", "folder or hub id with vae and text_encoder")
     sizes: list[str] = option(
-        ["17x128x128"], "frames x height x width; a clip goes to the one that keeps most of it"
+        ["17x128x128"],
+        "frames x height x width; a clip goes to the one that keeps most of the picture, then to "
+        "the nearest in pixels",
     )
     fps: float = positive(8.0, "frames per second of the clips that training sees")
     retime: bool = option(
         False, "bring higher frame rates to fps by nearest frames; else they are set aside"
+    )
+    frames: str = option(
+        "head",
+        "which frames of a clip: " + "; ".join(f"{name} {does}" for name, does in FRAMES.items()),
+        choices=tuple(FRAMES),
+    )
+    frame_stride: int | None = option(
+        None, "for frames=slide: from the start of a sample to that of the next", at_least=1
+    )
+    frame_samples: int | None = option(
+        None, "for frames=uniform: how many samples of a clip", at_least=2
     )
     max_crop: float = share(0.5, "set clips aside that lose more than this share of the picture")
     max_upscale: float = positive(1.5, "set clips aside that must be enlarged more than this")
@@ -82,6 +104,14 @@ class PreprocessConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parsed_sizes()
+        for name, reader in (("frame_stride", "slide"), ("frame_samples", "uniform")):
+            value = getattr(self, name)
+            if self.frames == reader and value is None:
+                raise WanError(f"frames={reader}: {FRAMES[reader]}, so give {name}= too")
+            if self.frames != reader and value is not None:
+                raise WanError(
+                    f"{name}={value}: only frames={reader} reads it, and frames={self.frames}"
+                )
 
     def parsed_sizes(self) -> list[Size]:
         """The sizes as numbers."""

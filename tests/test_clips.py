@@ -1,6 +1,8 @@
 """Real encoded clips, sound and damaged: what is read of them, and why others are refused."""
 
+import json
 import os
+import unicodedata
 from dataclasses import replace
 from fractions import Fraction
 
@@ -14,10 +16,11 @@ from train.clips import (
     Clip,
     ClipRules,
     best_size,
-    fit_frames,
+    fit_frame,
+    judge_clip,
     list_clips,
     read_caption,
-    read_clip,
+    read_samples,
 )
 from wan.errors import WanError
 from wan.media.video import write_video
@@ -42,6 +45,11 @@ def clips(tmp_path):
 
 def rules(**changes) -> ClipRules:
     return replace(ClipRules([(5, 32, 32)], 8.0, False, 0.5, 1.5), **changes)
+
+
+def read_clip(clip, rules, facts):
+    """The first sample of a clip."""
+    return next(read_samples(clip, judge_clip(clip, rules, facts), facts))
 
 
 def damage(path, what):
@@ -241,6 +249,53 @@ def test_retiming_takes_the_nearest_frames_and_says_so(clips):
     assert (facts["fps"], facts["retimed_to"], facts["decoded_frames"]) == (24, 8.0, 14)
 
 
+FRAMES_OF_A_CLIP = [
+    ({"frames": "head"}, [0]),
+    ({"frames": "chunk"}, [0, 5, 10]),
+    ({"frames": "slide", "frame_stride": 4}, [0, 4, 8, 12]),
+    ({"frames": "slide", "frame_stride": 20}, [0]),
+    ({"frames": "uniform", "frame_samples": 3}, [0, 6, 12]),
+    ({"frames": "uniform", "frame_samples": 99}, list(range(13))),
+]
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(("how", "starts"), FRAMES_OF_A_CLIP)
+def test_samples_of_a_clip_start_where_the_option_says(clips, how, starts, step):
+    """17 frames at the rate of training, every `step`th of the file's; each has its own level."""
+    count = 16 * step + 1
+    levels = np.linspace(0, 240, count).astype(np.uint8)[:, None, None, None]
+    write_video(clips / "a.mp4", np.broadcast_to(levels, (count, 32, 32, 3)).copy(), 8 * step)
+    (clip,) = list_clips(clips)
+    facts: dict = {}
+    samples = judge_clip(clip, rules(retime=True, **how), facts)
+    expected = [[step * (start + i) for i in range(5)] for start in starts]
+    assert samples == expected
+    for part in filter(None, (samples, samples[1::2])):
+        for numbers, video in zip(part, read_samples(clip, part, facts), strict=True):
+            seen = (video.mean((0, 2, 3)) + 1) * 127.5
+            assert np.abs(seen.numpy() - levels[numbers].ravel()).max() < 2
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+def test_what_retiming_leaves_of_a_video_is_no_picture(clips, frames):
+    make_clip(clips / "a.mp4", frames=frames, fps=24)
+    (clip,) = list_clips(clips)
+    both = rules(sizes=[(5, 32, 32), (1, 32, 32)], retime=True)
+    with pytest.raises(WanError, match="5x32x32: has 1 frames at 8 fps; 1x32x32: is for pictures"):
+        judge_clip(clip, both, {})
+
+
+def test_a_file_that_changes_between_judging_and_reading_is_an_error(clips):
+    path = make_clip(clips / "a.mp4", frames=12)
+    (clip,) = list_clips(clips)
+    facts: dict = {}
+    samples = judge_clip(clip, rules(frames="chunk"), facts)
+    make_clip(path, frames=7)
+    with pytest.raises(WanError, match="was changed while it was read"):
+        list(read_samples(clip, samples, facts))
+
+
 def test_a_crop_keeps_the_centre(clips):
     make_clip(clips / "a.mp4", size=(64, 96))
     facts: dict = {}
@@ -248,7 +303,7 @@ def test_a_crop_keeps_the_centre(clips):
     assert video.shape == (3, 5, 32, 32)
     assert facts["crop"] == [0, 16, 64, 64]
     assert video[..., :12].mean() < video[..., -12:].mean() - 0.3  # both halves are in it
-    assert fit_frames(np.zeros((1, 8, 8, 3), np.uint8), [0, 0, 8, 8], 4, 4).eq(-1).all()
+    assert fit_frame(np.zeros((8, 8, 3), np.uint8), [0, 0, 8, 8], 4, 4).eq(-1).all()
 
 
 def test_a_clip_goes_to_the_size_that_keeps_most_of_it():
@@ -259,6 +314,29 @@ def test_a_clip_goes_to_the_size_that_keeps_most_of_it():
     assert best_size((8, 100, 60), every, {}) == tall
     assert best_size((1, 70, 70), every, {}) == image
     assert best_size((9, 36, 64), rules(sizes=[wide, (5, 16, 32)]), {}) == wide
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "sizes", "best"),
+    [
+        (1080, 1920, ["480x832", "832x480", "640x640"], "480x832"),  # not the most pixels
+        (1920, 1080, ["480x832", "832x480", "640x640"], "832x480"),
+        (1440, 1920, ["480x832", "832x480", "640x640"], "480x832"),
+        (1000, 1000, ["480x832", "832x480", "640x640"], "640x640"),
+        (1080, 1920, ["480x832", "704x1280"], "704x1280"),  # 97.5 and 97.8 % of the picture
+        (480, 848, ["704x1280", "480x832"], "480x832"),
+        (700, 700, ["512x512", "1024x1024"], "512x512"),  # 1.37 times smaller, 1.46 times larger
+        (750, 750, ["512x512", "1024x1024"], "1024x1024"),
+    ],
+)
+def test_of_sizes_the_picture_counts_first_then_the_nearest_in_pixels(height, width, sizes, best):
+    parsed = [(5, *map(int, size.split("x"))) for size in sizes]
+    facts: dict = {}
+    for order in (parsed, parsed[::-1]):
+        found = best_size((5, height, width), rules(sizes=order), facts)
+        assert "x".join(map(str, found[1:])) == best
+    kept = facts["crop"][2] * facts["crop"][3] / (height * width)
+    assert facts["cropped_share"] == pytest.approx(1 - kept, abs=1e-4)
 
 
 def test_an_image_is_a_clip_of_one_frame(clips):
@@ -283,6 +361,68 @@ def test_captions_come_from_text_files_or_a_list(clips, tmp_path):
     (clip,) = list_clips(tmp_path / "l.jsonl")
     assert (clip.path, clip.caption) == (tmp_path / "clips/b.mp4", "${oc.env:HOME}")
     assert list_clips(tmp_path / "l.csv")[0].caption == "one, two\nthree"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.jsonl", '{"video": "a.mp4", "prompt": "a fox"}'),
+        ("l.jsonl", '{"video_path": "a.mp4", "caption": "a fox"}'),
+        ("l.jsonl", '{"image_path": "a.mp4", "caption": "a fox"}'),
+        ("l.csv", "video_path,caption\na.mp4,a fox"),
+        ("metadata.csv", "file_name,text\na.mp4,a fox"),
+        ("metadata.csv", "file_name,prompt\na.mp4,a fox"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": "a fox"}'),
+        ("videos2caption.json", '[{"path": "a.mp4", "cap": ["a fox"], "fps": 8.0}]'),
+        ("videos2caption.json", '[{"path": "a.mp4", "cap": "a fox"}]'),
+    ],
+)
+@pytest.mark.parametrize("where", [".", "videos"])
+def test_lists_of_other_trainers_are_read(tmp_path, name, text, where):
+    (tmp_path / "videos").mkdir()
+    path = make_clip(tmp_path / where / "a.mp4", caption=None)
+    (tmp_path / name).write_text(text)
+    sources = [tmp_path / name] + [tmp_path] * (not name.startswith("l."))
+    for source in sources:
+        (clip,) = list_clips(source)
+        assert (clip.name, clip.path, read_caption(clip)) == ("a.mp4", path, "a fox")
+
+
+def test_a_clip_with_several_captions_comes_with_each(tmp_path):
+    (tmp_path / "l.json").write_text('[{"path": "a.mp4", "cap": ["one", "two"]}]')
+    assert [clip.caption for clip in list_clips(tmp_path / "l.json")] == ["one", "two"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_match_in_either_unicode_form(tmp_path, form):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    there, written = (unicodedata.normalize(f, "d\u00e9j\u00e0/caf\u00e9") for f in (form, other))
+    assert there != written
+    path = tmp_path / f"{there}.mp4"
+    path.parent.mkdir()
+    make_clip(path, caption=None)
+    (tmp_path / "l.jsonl").write_text(json.dumps({"video": f"{written}.mp4", "prompt": "x"}))
+    assert list_clips(tmp_path / "l.jsonl")[0].path == path
+    text = path.with_name(f"{written.split('/')[1]}.txt")
+    text.write_text("a cup")
+    (clip,) = list_clips(path.parent)
+    assert (clip.path, read_caption(clip)) == (path, "a cup")
+
+
+def test_a_folder_is_read_by_the_list_in_it_if_it_has_no_captions(clips, capsys):
+    make_clip(clips / "a.mp4", caption=None)
+    make_clip(clips / "b.mp4", caption=None)
+    (clips / "metadata.csv").write_text("file_name,text\na.mp4,a fox\n")
+    assert [clip.caption for clip in list_clips(clips)] == ["a fox"]
+    said = capsys.readouterr().err
+    assert "read by its metadata.csv" in said
+    assert "1 left out, not in metadata.csv: 'b.mp4'" in said
+    (clips / "metadata.jsonl").write_text('{"file_name": "b.mp4", "text": "a cup"}')
+    with pytest.raises(WanError, match=r"holds metadata.jsonl and metadata.csv; name the one"):
+        list_clips(clips)
+    (clips / "b.txt").write_text("a cup")
+    assert [clip.name for clip in list_clips(clips)] == ["a.mp4", "b.mp4"]
+    assert "2 left out, neither clip nor a clip's caption" in capsys.readouterr().err
 
 
 def test_what_a_folder_has_beside_clips_is_named_and_links_to_folders_are_refused(clips, capsys):
@@ -319,6 +459,10 @@ def test_a_file_name_or_caption_that_no_report_can_hold_is_refused_early(clips, 
         ),
         ("l.csv", 'video,prompt\na.mp4,x\nb.mp4,"a fox\nc.mp4,x', "after line 2: not CSV"),
         ("l.csv", "video,prompt\na.mp4," + "x" * 140_000, "after line 1: not CSV .field larger"),
+        ("l.jsonl", '{"video_path": "a.mp4", "text": "x", "cap": "y"}', "text and cap may both"),
+        ("l.json", '{"path": "a.mp4", "cap": "y"}', "its JSON is not an array; need an array of"),
+        ("l.json", '[{"path": "a.mp4"}, {"cap": "y"}]', "entry 2: need video and prompt"),
+        ("l.json", '[["a.mp4"]]', "entry 1: need video and prompt.*video_path and caption"),
         ("l.jsonl", "", "no clips there"),
         (
             "l.jsonl",

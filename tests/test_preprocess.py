@@ -103,6 +103,81 @@ def test_every_clip_has_a_line_and_bad_ones_are_set_aside_not_replaced(clips, tm
     assert cache.batch(0, 2, seed=0)[1] == ["a gray wall"] * 2
 
 
+def test_the_summary_says_how_much_of_the_picture_was_lost(clips, tmp_path, model, capsys):
+    make_clip(clips / "a.mp4")
+    make_clip(clips / "b.mp4", size=(32, 40))
+    assert preprocess(settings(tmp_path, model)) == 0
+    lost = "2 clips of 5x32x32 (10% of the picture cropped away, 20% at most)"
+    assert lost in capsys.readouterr().out
+    assert [row["cropped_share"] for row in report(tmp_path).values()] == [0, 0.2]
+
+
+def test_a_clip_may_become_several_samples_that_are_stored_and_resumed_one_by_one(
+    clips, tmp_path, model, monkeypatch
+):
+    make_clip(clips / "a.mp4", frames=17, caption="long")
+    make_clip(clips / "b.mp4", caption="short", seed=1)
+    make_clip(clips / "mute.mp4", caption=None)
+    config = settings(tmp_path, model, frames="chunk", shard_clips=2, max_set_aside=1)
+    encoded = []
+
+    def encode(vae, video, chunk=None):
+        encoded.append(video)
+        if len(encoded) == 3:
+            raise Killed
+        return train.data.encode_float16(vae, video, chunk)
+
+    monkeypatch.setattr(train.preprocess, "encode_float16", encode)
+    with pytest.raises(Killed):
+        preprocess(config)
+    assert preprocess(config) == 0
+    assert len(encoded) == 3 + 2  # the third, which was killed, and the short clip
+    assert preprocess(config) == 0
+    assert len(encoded) == 5
+    lines = [json.loads(line) for line in (tmp_path / "data/report.jsonl").open()]
+    found = [(row["clip"], row.get("used_frames"), row.get("sample")) for row in lines]
+    long = [("a.mp4", [start, start + 4], start // 5 + 1) for start in (0, 5, 10)]
+    assert found == [*long, ("b.mp4", [0, 4], 1), ("mute.mp4", None, None)]
+    cache = folder_cache(tmp_path / "data", None)
+    assert len(cache) == 4
+    assert sorted(cache.batch(0, 4, seed=0)[1]) == ["long"] * 3 + ["short"]
+    with pytest.raises(WanError, match=r"frames: chunk there, head now"):
+        preprocess(replace(config, frames="head"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "only 0.6 of the clips' 3.0 seconds are used, 79% are dropped: frames=head"),
+        ({"frames": "slide", "frame_stride": 12}, "only 1.2 of the clips' 3.0"),
+        ({"frames": "slide", "frame_stride": 2}, None),
+        ({"frames": "chunk"}, None),
+    ],
+)
+def test_seconds_that_no_sample_has_are_told_once(clips, tmp_path, model, capsys, changes, said):
+    make_clip(clips / "a.mp4", frames=24)
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(clips / "picture.png")
+    (clips / "picture.txt").write_text("a picture")
+    assert preprocess(settings(tmp_path, model, sizes=["5x32x32", "1x32x32"], **changes)) == 0
+    printed = capsys.readouterr().out
+    assert said in printed if said else "dropped" not in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": "slide"}, r"frames=slide: .*so give frame_stride= too"),
+        ({"frames": "uniform"}, r"frames=uniform: .*so give frame_samples= too"),
+        ({"frame_stride": 3}, "frame_stride=3: only frames=slide reads it, and frames=head"),
+        ({"frames": "chunk", "frame_samples": 3}, "only frames=uniform reads it"),
+        ({"frames": "full"}, "frames=full.*head"),
+    ],
+)
+def test_options_of_frames_are_used_or_refused(tmp_path, model, changes, message):
+    with pytest.raises(WanError, match=message):
+        settings(tmp_path, model, **changes)
+
+
 def test_too_many_bad_clips_fail_the_run(clips, tmp_path, model):
     for name in ("a", "b"):
         make_clip(clips / f"{name}.mp4", caption=None)
@@ -321,8 +396,8 @@ def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model, mo
     make_clip(clips / "a.mp4")
     preprocess(settings(tmp_path, model))
     with monkeypatch.context() as later:
-        later.setattr(train.preprocess, "RECIPE", 2)
-        with pytest.raises(WanError, match=r"\(recipe: 1 there, 2 now\)"):
+        later.setattr(train.preprocess, "RECIPE", 99)
+        with pytest.raises(WanError, match=r"\(recipe: \d there, 99 now\); it can be trained on"):
             preprocess(settings(tmp_path, model))
     with pytest.raises(WanError, match=r"other settings \(fps: 8.0 there, 8.05 now\)"):
         preprocess(settings(tmp_path, model, fps=8.05))

@@ -1,5 +1,6 @@
 """Videos on disk hold the frames, size, rate and colours that were given."""
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -47,14 +48,109 @@ def test_colours_survive(tmp_path):
 
 
 def test_colours_are_tagged_as_bt709(tmp_path):
-    import av
-
     write_video(tmp_path / "a.mp4", moving_square(), 8)
     with av.open(str(tmp_path / "a.mp4")) as container:
         context = container.streams.video[0].codec_context
         tags = (context.colorspace, context.color_primaries, context.color_trc)
         assert [int(t) for t in tags] == [1, 1, 1]
         assert int(context.color_range) == 1  # limited
+
+
+FLAT = [(200, 30, 30), (30, 180, 40), (30, 40, 200), (240, 150, 20), (224, 172, 140), (128,) * 3]
+
+
+def stripes():
+    """One picture of 64x192 with a stripe of each flat colour."""
+    return np.repeat(np.array(FLAT, np.uint8), 32, axis=0)[None].repeat(64, axis=0)
+
+
+def colour_error(path):
+    """The largest difference from the stripes, in levels, in the middle of each."""
+    read, _ = read_video(path)
+    return np.abs(read[0, 32, 16::32].astype(int) - FLAT).max()
+
+
+def write_frame(path, codec, frame, matrix=None, full=None):
+    """Three times one frame, by a writer that sets only these tags."""
+    with av.open(str(path), "w") as container:
+        options = {"crf": "5"} if codec.startswith("libx264") else {}
+        stream = container.add_stream(codec, rate=8, options=options)
+        stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name
+        if codec in ("mpeg4", "mjpeg"):
+            stream.bit_rate = 20_000_000
+        if matrix is not None:
+            stream.codec_context.colorspace = matrix
+        if full is not None:
+            stream.codec_context.color_range = 2 if full else 1
+        for number in range(3):
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def converted(rgb, weights, full, bits):
+    """RGB -> a 4:4:4 frame by the definition, with red's and blue's weights in luma (H.273)."""
+    red, green, blue = np.moveaxis(rgb / 255, -1, 0)
+    of_red, of_blue = weights
+    luma = of_red * red + (1 - of_red - of_blue) * green + of_blue * blue
+    chroma = ((blue - luma) / (2 - 2 * of_blue), (red - luma) / (2 - 2 * of_red))
+    unit, top = 2 ** (bits - 8), 2**bits - 1
+    levels = [luma * top] if full else [(219 * luma + 16) * unit]
+    levels += [c * (top if full else 224 * unit) + 128 * unit for c in chroma]
+    height, width, _ = rgb.shape
+    frame = av.VideoFrame(width, height, "yuv444p" if bits == 8 else "yuv444p10le")
+    dtype = np.dtype(np.uint8 if bits == 8 else "<u2")
+    for plane, values in zip(frame.planes, levels, strict=True):
+        rows = np.zeros((height, plane.line_size // dtype.itemsize), dtype)
+        rows[:, :width] = values.round().clip(0, top)
+        plane.update(rows.tobytes())
+    return frame
+
+
+@pytest.mark.parametrize("codec", ["libx264", "ffv1"])
+@pytest.mark.parametrize("bits", [8, 10])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "weights"),
+    [
+        (None, (0.299, 0.114)),
+        (5, (0.299, 0.114)),
+        (6, (0.299, 0.114)),
+        (1, (0.2126, 0.0722)),
+        (9, (0.2627, 0.0593)),
+    ],
+)
+def test_colours_follow_the_tags_and_are_bt601_without(
+    tmp_path, matrix, weights, full, bits, codec
+):
+    path = tmp_path / "a.mkv"
+    write_frame(path, codec, converted(stripes(), weights, full, bits), matrix, full)
+    assert colour_error(path) <= 2
+
+
+@pytest.mark.parametrize(
+    ("codec", "name", "pixels"),
+    [
+        ("libx264", "a.mp4", "yuv420p"),
+        ("libx264", "a.mp4", "yuvj420p"),
+        ("mpeg4", "a.mp4", "yuv420p"),
+        ("mjpeg", "a.avi", "yuvj420p"),
+        ("libvpx-vp9", "a.webm", "yuv420p"),
+        ("prores_ks", "a.mov", "yuv422p10le"),
+        ("libx264rgb", "a.mp4", "rgb24"),
+        ("libvpx-vp9", "a.webm", "gbrp"),
+        ("png", "a.mov", "rgb24"),
+        ("qtrle", "a.mov", "rgb24"),
+        ("ffv1", "a.mkv", "bgr0"),
+        ("ffv1", "a.mkv", "gbrp10le"),
+        ("rawvideo", "a.avi", "bgr24"),
+    ],
+)
+def test_colours_of_writers_that_set_no_tag_are_read_as_written(tmp_path, codec, name, pixels):
+    """Python's writers leave the conversion from RGB to swscale, and the tag empty."""
+    frame = av.VideoFrame.from_ndarray(stripes(), format="rgb24").reformat(format=pixels)
+    write_frame(tmp_path / name, codec, frame)
+    assert colour_error(tmp_path / name) <= 5
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Video files and pictures -> clips of the sizes that training takes, or the reason why not.
 
-A clip goes to one of several sizes (frames, height, width): it is read from its start, cropped
-around its centre to the size's shape and scaled. Nothing is repaired: what is damaged, too short,
-at another frame rate, sideways, stretched, interlaced or too far from every size is refused, by
-name and with a reason.
+A clip goes to one of several sizes (frames, height, width): one or several stretches of it are
+cropped around its centre to the size's shape and scaled. Nothing is repaired: what is damaged, too
+short, at another frame rate, sideways, stretched, interlaced or too far from every size is refused,
+by name and with a reason.
 
 F frames, H height, W width.
 """
@@ -11,8 +11,11 @@ F frames, H height, W width.
 import csv
 import io
 import math
+import os
 import re
 import sys
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,13 +29,27 @@ from torch import Tensor
 from configs.data import Size
 from configs.schema import PICTURES, check_text
 from wan.errors import WanError
-from wan.files import parse_json, read_text
+from wan.files import parse_json, parse_json_list, read_text
 from wan.media.images import load_image
 from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
 
 # How files become frames. Raise it when this file or wan/media changes what they give.
-RECIPE = 1
+# 1 read files without a colour tag as BT.709, and took the size with most pixels; 2 reads BT.601,
+# and takes the size that keeps most of the picture. 1 made pictures of retimed videos, too.
+RECIPE = 2
+# What a list calls a clip and its caption: here, in musubi-tuner (videos, pictures), in Hugging
+# Face's folders and in FastVideo.
+SPELLINGS = {
+    "video": "prompt",
+    "video_path": "caption",
+    "image_path": "caption",
+    "file_name": "text",
+    "path": "cap",
+}
 ROW = 'video and prompt, as in {"video": "fox.mp4", "prompt": "a fox runs"}'
+LISTS = (".jsonl", ".csv", ".json")
+# The lists that others lay into a folder of clips.
+INSIDE = ("metadata.jsonl", "metadata.csv", "videos2caption.json")
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
 SAME_RATE = 0.01  # 23.976 stands for 24
@@ -45,27 +62,33 @@ class Clip:
 
     Attributes:
         name: its name in the report.
-        caption: None if it is to be read from the text file beside it.
+        caption: or the text file that it is read from.
     """
 
     name: str
     path: Path
-    caption: str | None
+    caption: str | Path
 
 
 @dataclass(frozen=True)
 class ClipRules:
-    """The sizes and rate that clips are brought to, and how far; see `PreprocessConfig`."""
+    """The sizes and rate that clips are brought to, and how; see `PreprocessConfig`."""
 
     sizes: list[Size]
     fps: float
     retime: bool
     max_crop: float
     max_upscale: float
+    frames: str = "head"
+    frame_stride: int | None = None
+    frame_samples: int | None = None
 
 
 def list_clips(source: Path) -> list[Clip]:
     """Every clip of a folder (sorted by name, subfolders included) or of a list, in its order.
+
+    A folder without captions of its own that holds a list of another trainer is read by that list.
+    Names match if they are the same text: macOS and others write accents in different bytes.
 
     Raises:
         FileNotFoundError: no such folder or list.
@@ -73,13 +96,13 @@ def list_clips(source: Path) -> list[Clip]:
             can't be read, by its line.
     """
     if source.is_dir():
-        clips = [Clip(p.relative_to(source).as_posix(), p, None) for p in clip_paths(source)]
+        clips = folder_clips(source)
     elif not source.exists():
         raise FileNotFoundError(f"clips={source}: no such folder or list")
-    elif source.suffix in (".jsonl", ".csv"):
-        clips = [list_entry(source, number, row) for number, row in list_rows(source)]
+    elif source.suffix in LISTS:
+        clips = listed_clips(source)
     else:
-        raise WanError(f"clips={source}: give a folder, a .jsonl or a .csv file")
+        raise WanError(f"clips={source}: give a folder, or a list ({', '.join(LISTS)})")
     if not clips:
         raise WanError(f"clips={source}: no clips there ({', '.join(VIDEOS + PICTURES)})")
     for clip in clips:
@@ -87,7 +110,7 @@ def list_clips(source: Path) -> list[Clip]:
     return clips
 
 
-def clip_paths(folder: Path) -> list[Path]:
+def folder_clips(folder: Path) -> list[Clip]:
     """Videos and pictures of a folder; files that are neither nor a caption are named on stderr."""
     found = sorted(
         path
@@ -99,28 +122,89 @@ def clip_paths(folder: Path) -> list[Path]:
             f"clips={folder}: {links[0].name} is a link to a folder, which is not followed; move "
             "the folder there or give a list of clips"
         )
-    paths = [path for path in found if path.suffix.lower() in VIDEOS + PICTURES]
-    used = {*paths, *(path.with_suffix(".txt") for path in paths)}
+    there = set(found)
+    texts = {composed(path): path for path in found if path.suffix == ".txt"}
+    clips: list[Clip] = []
+    used: set[Path] = set()
+    for path in found:
+        if path.suffix.lower() in VIDEOS + PICTURES:
+            beside = path.with_suffix(".txt")
+            text = beside if beside in there else texts.get(composed(beside), beside)
+            clips.append(Clip(path.relative_to(folder).as_posix(), path, text))
+            used |= {path, text}
+    lists = [folder / name for name in INSIDE if folder / name in there]
+    if lists and not used.intersection(texts.values()):
+        if len(lists) > 1:
+            names = " and ".join(path.name for path in lists)
+            raise WanError(f"clips={folder} holds {names}; name the one to be read: {lists[0]}")
+        print(f"clips={folder}: read by its {lists[0].name}", file=sys.stderr)
+        clips = listed_clips(lists[0])
+        used = {*lists, *(clip.path for clip in clips)}
+        why = f"not in {lists[0].name}"
+    else:
+        why = "neither clip nor a clip's caption"
     if others := [path for path in found if path not in used and not path.is_dir()]:
         names = ", ".join(ascii(path.relative_to(folder).as_posix()) for path in others[:3])
         print(
-            f"warning: clips={folder}: {len(others)} left out, neither clip nor a clip's caption: "
+            f"warning: clips={folder}: {len(others)} left out, {why}: "
             f"{names}{', ...' if others[3:] else ''}",
             file=sys.stderr,
         )
-    return paths
+    return clips
 
 
-def list_rows(path: Path) -> list[tuple[int, Any]]:
-    """(line number, entry) of a .jsonl or .csv list."""
+def composed(path: Path) -> str:
+    """A path as text in Unicode's normal form C; the same text may be stored in several ways."""
+    return unicodedata.normalize("NFC", str(path))
+
+
+def listed_clips(source: Path) -> list[Clip]:
+    """The clips of a list, one for each caption; paths are relative to it, or to videos/ beside it.
+
+    The second is where FastVideo has them.
+    """
+    folders = (source.parent, source.parent / "videos")
+    seen: dict[Path, dict[str, Path]] = {}
+    clips = []
+    for where, row in list_rows(source):
+        name, captions = list_entry(row, f"{source}, {where}")
+        paths = [find_path(folder / name, seen) for folder in folders]
+        path = next(filter(os.path.exists, paths), source.parent / name)
+        clips += [Clip(name, path, caption) for caption in captions]
+    return clips
+
+
+def find_path(path: Path, seen: dict[Path, dict[str, Path]]) -> Path:
+    """The path, or the one there is whose name is the same text.
+
+    Args:
+        seen: what folders hold, by normalised path; each is listed once.
+    """
+    if os.path.exists(path) or path == path.parent:
+        return path
+    folder = find_path(path.parent, seen)
+    if folder not in seen:
+        try:
+            there = sorted(folder.iterdir())
+        except OSError:  # whoever opens the clip says why
+            there = []
+        seen[folder] = {composed(Path(each.name)): each for each in there}
+    return seen[folder].get(composed(Path(path.name)), path)
+
+
+def list_rows(path: Path) -> list[tuple[str, Any]]:
+    """(where it stands, entry) of each entry of a list."""
     text = read_text(path)
     if path.suffix == ".csv":
         return csv_rows(path, text)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [(n, parse_json(line, f"{path}, line {n}", f"need {ROW}")) for n, line in lines]
+    if path.suffix == ".json":
+        entries = parse_json_list(text, str(path), f"need an array of {ROW}")
+        return [(f"entry {number}", entry) for number, entry in enumerate(entries, 1)]
+    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(at, parse_json(line, f"{path}, {at}", f"need {ROW}")) for at, line in lines]
 
 
-def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
+def csv_rows(path: Path, text: str) -> list[tuple[str, Any]]:
     table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows, end = [], 1
     try:
@@ -131,7 +215,7 @@ def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
                     f"{path}, line {end}: more cells than the head; write a prompt that has commas "
                     'in "quotes"'
                 )
-            rows.append((end, row))
+            rows.append((f"line {end}", row))
     except csv.Error as error:
         raise WanError(
             f"{path}, row after line {end}: not CSV ({error}); quotes stand around a whole prompt, "
@@ -140,12 +224,26 @@ def csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
     return rows
 
 
-def list_entry(source: Path, number: int, row: Any) -> Clip:
-    """One entry of a list; paths are relative to the list."""
-    if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"]:
-        raise WanError(f"{source}, line {number}: need {ROW} or under a CSV head of video,prompt")
-    caption = row.get("prompt")
-    return Clip(row["video"], source.parent / row["video"], caption if caption else "")
+def list_entry(row: Any, where: str) -> tuple[str, list[str]]:
+    """The name of a clip and its captions, as one entry of a list has them; "" if there is none.
+
+    Raises:
+        WanError: no name, or more than one field that may be the caption.
+    """
+    names = [key for key in SPELLINGS if isinstance(row, dict) and row.get(key)]
+    if not names or not isinstance(row[names[0]], str):
+        others = ", ".join(f"{video} and {text}" for video, text in list(SPELLINGS.items())[1:])
+        raise WanError(
+            f"{where}: need {ROW} or under a CSV head of video,prompt; other trainers' {others} "
+            "are read too"
+        )
+    own = SPELLINGS[names[0]]
+    texts = dict.fromkeys(key for key in SPELLINGS.values() if row.get(key))
+    keys = [own] if own in texts else list(texts)
+    if len(keys) > 1:
+        raise WanError(f"{where}: {' and '.join(keys)} may both be the caption; name it {own}")
+    captions = row[keys[0]] if keys else ""
+    return row[names[0]], captions if isinstance(captions, list) else [captions]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -162,71 +260,104 @@ def read_caption(clip: Clip) -> str:
     Raises:
         WanError: there is none, or it is not valid UTF-8.
     """
-    beside = clip.path.with_suffix(".txt")
-    caption = clip.caption
-    if caption is None:
-        caption = read_text(beside) if beside.is_file() else ""
+    caption, where = clip.caption, "as its prompt"
+    if isinstance(caption, Path):
+        where = f"into {caption.name}"
+        caption = read_text(caption) if caption.is_file() else ""
     if not isinstance(caption, str) or not caption.strip():
-        where = f"into {beside.name}" if clip.caption is None else "as its prompt"
         raise WanError(f"its caption is missing; write one sentence {where}")
     check_text("prompt", caption)
     return caption.strip()
 
 
-def read_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> Tensor:
-    """Decode, judge, crop and scale: (3, F, H, W) in [-1, 1] of the best-fitting size.
+def judge_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> list[list[int]]:
+    """Decode all of a clip, judge it, and choose its size and the samples that are taken of it.
 
     Args:
         facts: filled as they become known, so that a refused clip has some too.
+
+    Returns:
+        For each sample the numbers of its frames, counted in the file from 0.
 
     Raises:
         WanError: the clip is refused; says why.
         OSError: it can't be read.
     """
     if clip.path.suffix.lower() in PICTURES:
-        frames = to_uint8(load_image(clip.path).unsqueeze(1))
-        facts.update(decoded_frames=1, height=frames.shape[1], width=frames.shape[2])
+        _, height, width = load_image(clip.path).shape
+        facts.update(decoded_frames=1, height=height, width=width)
+        numbers, retimed = [0], False
     else:
-        frames, flaws = scan_video(clip.path, rules, facts)
-        if flaws:
+        if flaws := scan_video(clip.path, facts):
             raise WanError(flaws[0])
         check_rate(facts["fps"], rules, facts)
-    size = best_size(frames.shape[:3], rules, facts)
+        numbers = frame_numbers(facts["decoded_frames"], facts["fps"], rules)
+        retimed = facts["retimed_to"] is not None
+    found = (len(numbers), facts["height"], facts["width"])
+    size = best_size(found, rules, facts, retimed)
     facts["size"] = "x".join(map(str, size))
-    return fit_frames(frames[: size[0]], facts["crop"], size[1], size[2])
+    starts = sample_starts(len(numbers), size[0], rules)
+    return [numbers[start : start + size[0]] for start in starts]
 
 
-def scan_video(path: Path, rules: ClipRules, facts: dict[str, Any]) -> tuple[Frames, list[str]]:
-    """Decode all of a video and keep the frames that training sees of it.
+def read_samples(clip: Clip, samples: list[list[int]], facts: dict[str, Any]) -> Iterator[Tensor]:
+    """Decode, crop and scale samples of a judged clip: each is (3, F, H, W) in [-1, 1].
 
-    Long files need no more memory than what is kept.
+    Long files need no more memory than one sample.
+
+    Args:
+        samples: at least one of what `judge_clip` returned, in its order.
+        facts: what it filled.
+    Raises:
+        WanError, OSError: the file is no longer the one that was judged.
+    """
+    _, height, width = map(int, facts["size"].split("x"))
+    if clip.path.suffix.lower() in PICTURES:
+        picture = to_uint8(load_image(clip.path).unsqueeze(1))[0]
+        yield fit_frame(picture, facts["crop"], height, width).unsqueeze(1)
+        return
+    wanted, waiting = {number for sample in samples for number in sample}, list(samples)
+    kept: dict[int, Tensor] = {}
+    with open_video(clip.path) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number not in wanted:
+                continue
+            kept[number] = fit_frame(rgb_frame(frame), facts["crop"], height, width)
+            if number < waiting[0][-1]:
+                continue
+            yield torch.stack([kept[n] for n in waiting.pop(0)], dim=1)
+            if not waiting:
+                return
+            kept = {n: picture for n, picture in kept.items() if n >= waiting[0][0]}
+    raise WanError(f"video {clip.path}: was changed while it was read")
+
+
+def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
+    """Decode all of a video and say what is wrong with it, in words, the worst first.
 
     Args:
         facts: what becomes known of the file is added to them.
-    Returns:
-        (n, H, W, 3) uint8; and what is wrong with the file, in words, the worst first.
     Raises:
         FileNotFoundError: there is no such file.
         WanError: not a video, or its pictures change size.
     """
-    kept: list[Frames] = []
     times: list[float] = []
+    sizes: dict[tuple[int, int], None] = {}
     count = damaged = rotation = 0
     interlaced, broken, last = False, None, 0.0
     with open_video(path) as container:
         stream = container.streams.video[0]
         rate = video_info(container, 0).fps
-        wanted = set(frame_numbers(rate, rules))
         try:
-            for count, frame in enumerate(container.decode(stream), 1):
+            for frame in container.decode(stream):
+                count += 1
                 damaged += frame.is_corrupt  # parts of it are guessed
                 interlaced |= frame.interlaced_frame
                 rotation = frame.rotation
+                sizes[frame.height, frame.width] = None
                 if frame.time is not None:
                     times.append(frame.time)
                     last = float((frame.duration or 0) * (frame.time_base or 0))  # some are held
-                if count - 1 in wanted:
-                    kept.append(rgb_frame(frame))
         except av.FFmpegError as error:
             broken = error.strerror
         info = video_info(container, count)
@@ -234,18 +365,19 @@ def scan_video(path: Path, rules: ClipRules, facts: dict[str, Any]) -> tuple[Fra
         pixel_shape = stream.sample_aspect_ratio or Fraction(1)  # 0 in a file: not known
         end = times[-1] + max(last, 1 / rate) if times and rate else math.inf
         missing = max(0.0, _declared_end(container) - end)  # seconds
-    sizes = dict.fromkeys(f"{height}x{width}" for height, width, _ in (a.shape for a in kept))
     if len(sizes) > 1:
+        shapes = ", ".join(f"{height}x{width}" for height, width in sizes)
         raise WanError(
-            f"video {path}: its pictures change size midway ({', '.join(sizes)}); they must be of "
-            "one size, so cut it there"
+            f"video {path}: its pictures change size midway ({shapes}); they must be of one size, "
+            "so cut it there"
         )
+    height, width = next(iter(sizes), (info.height, info.width))
     facts.update(
         declared_frames=info.declared_frames,
         decoded_frames=count,
         fps=round(rate, 4),
-        height=info.height,
-        width=info.width,
+        height=height,
+        width=width,
     )
     decoded = f"{count} could be decoded"
     counts = f"its header says {info.declared_frames} frames, {decoded}"
@@ -266,8 +398,7 @@ def scan_video(path: Path, rules: ClipRules, facts: dict[str, Any]) -> tuple[Fra
         "HDR colours; convert it to bt709 first": hdr,
         "its frames come at uneven times; write it at a constant rate first": not even,
     }
-    frames = np.stack(kept) if kept else np.zeros((0, info.height, info.width, 3), np.uint8)
-    return frames, [reason for reason, found in flaws.items() if found]
+    return [reason for reason, found in flaws.items() if found]
 
 
 def _declared_end(container: av.container.InputContainer) -> float:
@@ -281,11 +412,29 @@ def _declared_end(container: av.container.InputContainer) -> float:
     return (container.duration or 0) / av.time_base if alone else 0.0
 
 
-def frame_numbers(fps: float, rules: ClipRules) -> list[int]:
+def frame_numbers(count: int, fps: float, rules: ClipRules) -> list[int]:
     """Which frames of a clip stand for one at `rules.fps`: all, or the nearest in time."""
-    longest = max(2, *(size[0] for size in rules.sizes))  # a second tells it from a picture
-    step = 1.0 if same_rate(fps, rules) else fps / rules.fps
-    return [round(i * step) for i in range(longest)]
+    step = 1.0 if same_rate(fps, rules) else fps / rules.fps  # at least 1
+    return [number for i in range(count) if (number := round(i * step)) < count]
+
+
+def sample_starts(count: int, length: int, rules: ClipRules) -> list[int]:
+    """Where samples of `length` frames start in a clip of `count`, as musubi-tuner has it.
+
+    head: one at its start. chunk: one after the other; what is left at the end is not used. slide:
+    one every `frame_stride` frames. uniform: `frame_samples` from its start to its end, with equal
+    distances; fewer if the clip has not as many places.
+    """
+    last = count - length
+    if rules.frames == "chunk":
+        return list(range(0, last + 1, length))
+    if rules.frames == "slide":
+        assert rules.frame_stride is not None
+        return list(range(0, last + 1, rules.frame_stride))
+    if rules.frames == "uniform":
+        assert rules.frame_samples is not None
+        return sorted({int(start) for start in np.linspace(0, last, rules.frame_samples)})
+    return [0]
 
 
 def same_rate(fps: float, rules: ClipRules) -> bool:
@@ -302,12 +451,16 @@ def check_rate(rate: float, rules: ClipRules, facts: dict[str, Any]) -> None:
     facts["retimed_to"] = rules.fps if retimed else None
 
 
-def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
-    """The size that keeps most of a clip: share of frames times share of pixels.
+def best_size(found: Size, rules: ClipRules, facts: dict[str, Any], retimed: bool = False) -> Size:
+    """The size that keeps most of the picture, then the nearest in pixels, then the longest.
 
-    A size that is larger than the clip invents pixels and counts as much less as one that drops
-    them. A clip must have a size's frames (only a picture may become one), and keep within
-    `max_crop` and `max_upscale`.
+    Shares of the picture within one percent of the largest count as equal: sizes are rounded to
+    multiples. A size with twice the pixels is as near as one with half of them. A clip must have a
+    size's frames (only a picture may become one), and keep within `max_crop` and `max_upscale`.
+
+    Args:
+        facts: what is chosen is added to them.
+        retimed: the frames are some of a video's; one of them that is left is no picture.
     """
     frames, height, width = found
     reasons, fits = [], []
@@ -316,7 +469,7 @@ def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
         scale = max(size[1] / height, size[2] / width)
         crop = centre_crop(height, width, size[1] / size[2])
         kept = crop[2] * crop[3] / (height * width)
-        if size[0] == 1 and frames > 1:
+        if size[0] == 1 and (frames > 1 or retimed):
             reasons.append(f"{name}: is for pictures")
         elif frames < size[0]:
             reasons.append(f"{name}: has {frames} frames at {rules.fps:g} fps")
@@ -325,12 +478,13 @@ def best_size(found: Size, rules: ClipRules, facts: dict[str, Any]) -> Size:
         elif scale > rules.max_upscale:
             reasons.append(f"{name}: must be enlarged {scale:.2f} times")
         else:
-            fit = size[0] / frames * kept * min(scale, 1 / scale) ** 2
-            fits.append((fit, size, crop, scale))
+            fits.append((kept, abs(math.log(scale)), size, crop, scale))
     if not fits:
         raise WanError(f"fits no size ({'; '.join(reasons)})")
-    _, size, crop, scale = max(fits, key=lambda fit: fit[0])
-    facts.update(crop=crop, scale=round(scale, 4))
+    most = max(kept for kept, *_ in fits)
+    fits = [fit for fit in fits if fit[0] > most - SAME_SHAPE]
+    kept, _, size, crop, scale = min(fits, key=lambda fit: (fit[1], -fit[2][0]))
+    facts.update(crop=crop, cropped_share=round(1 - kept, 4), scale=round(scale, 4))
     return size
 
 
@@ -341,15 +495,12 @@ def centre_crop(height: int, width: int, shape: float) -> list[int]:
     return [(height - inner_h) // 2, (width - inner_w) // 2, inner_h, inner_w]
 
 
-def fit_frames(frames: Frames, crop: list[int], height: int, width: int) -> Tensor:
-    """(F, H, W, 3) uint8 -> (3, F, height, width) in [-1, 1]: crop, then antialiased bilinear."""
+def fit_frame(frame: Frames, crop: list[int], height: int, width: int) -> Tensor:
+    """(H, W, 3) uint8 -> (3, height, width) in [-1, 1]: crop, then antialiased bilinear."""
     top, left, inner_h, inner_w = crop
-    window = np.ascontiguousarray(frames[:, top : top + inner_h, left : left + inner_w])
-    video = torch.empty(3, len(frames), height, width)
-    for i, frame in enumerate(torch.from_numpy(window)):  # one at a time: float32 is large
-        pixels = frame.permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, h, w)
-        pixels = torch.nn.functional.interpolate(
-            pixels, (height, width), mode="bilinear", antialias=True
-        )
-        video[:, i] = pixels[0].clamp(-1, 1)
-    return video
+    window = np.ascontiguousarray(frame[top : top + inner_h, left : left + inner_w])
+    pixels = torch.from_numpy(window).permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, h, w)
+    pixels = torch.nn.functional.interpolate(
+        pixels, (height, width), mode="bilinear", antialias=True
+    )
+    return pixels[0].clamp(-1, 1)

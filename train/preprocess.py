@@ -4,9 +4,9 @@
 
 A folder (`name.mp4` beside `name.txt`) or a list of clips, images as clips of one frame, and texts
 without clips (`prompts=`). Each clip is decoded to its end, judged, brought to the size that keeps
-most of it, and encoded; report.jsonl says what became of it. Damaged clips are set aside with a
-reason; too many of them fail the run, which then leaves check.jsonl. To resume, or to add clips,
-run the same command again.
+most of the picture, and encoded: its start, or several samples of it (`frames=`). report.jsonl says
+what became of it. Damaged clips are set aside with a reason; too many of them fail the run, which
+then leaves check.jsonl. To resume, or to add clips, run the same command again.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ import json
 import math
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,17 @@ from tqdm import tqdm
 
 from configs.cli import run
 from configs.command_line import CommandLine
-from configs.data import PreprocessConfig
-from train.clips import RECIPE, Clip, ClipRules, list_clips, read_caption, read_clip, read_prompts
+from configs.data import FRAMES, PreprocessConfig, parse_size
+from train.clips import (
+    RECIPE,
+    Clip,
+    ClipRules,
+    judge_clip,
+    list_clips,
+    read_caption,
+    read_prompts,
+    read_samples,
+)
 from train.conditioning import CaptionEncoder, TokensOf, component_digests, load_frozen, text_dtype
 from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
 from train.tensor_cache import TensorStore, is_shard, key_of, only_writer, open_to_extend
@@ -51,6 +60,8 @@ LINE = CommandLine(
 CHECK = "check.jsonl"  # the report of check_only=true and of runs that fail: both change no data
 CHUNK = 16  # frames that the autoencoder takes at a time
 TEXTS_PER_SHARD = 256
+# The options that, with `sizes`, say what becomes of a clip.
+RULES = ("fps", "retime", "max_crop", "max_upscale", "frames", "frame_stride", "frame_samples")
 
 Line = dict[str, Any]
 
@@ -101,6 +112,8 @@ def preprocess(config: PreprocessConfig) -> int:
         if failure:
             raise WanError(failure)
         print(summary(lines, prompts, folder))
+        if dropped := dropped_seconds(lines, config.frames):
+            print(dropped)
         if config.check_only:
             return 0
         index |= {"prompts": prompts, "negative_prompt": config.negative_prompt}
@@ -117,7 +130,7 @@ def preprocess(config: PreprocessConfig) -> int:
 
 def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Line:
     """Everything that a folder's content follows from, apart from its clips and texts."""
-    names = ("sizes", "fps", "retime", "max_crop", "max_upscale", "max_text_tokens")
+    names = ("sizes", *RULES, "max_text_tokens")
     return {
         "recipe": RECIPE,
         **component_digests(source),
@@ -180,9 +193,11 @@ def claim(folder: Path, index: Line) -> None:
         return
     changed = [name for name in now if there.get(name) != now[name]]
     if changed:
-        lines = "; ".join(f"{name}: {there.get(name)} there, {now[name]} now" for name in changed)
+        told = [name for name in changed if name in there] or changed  # older ones have fewer
+        lines = "; ".join(f"{name}: {there.get(name)} there, {now[name]} now" for name in told)
         raise WanError(
-            f"output_dir={folder} holds data of other settings ({lines}); choose another"
+            f"output_dir={folder} holds data of other settings ({lines}); it can be trained on as "
+            "it is, so choose another for these"
         )
 
 
@@ -193,29 +208,30 @@ def judge_and_encode(
     latents: TensorStore,
     load_vae: Callable[[], WanVAE],
 ) -> list[Line]:
-    """The report's lines, one per clip; latents of good clips are stored, shard by shard.
+    """The report's lines, one per sample or refused clip; latents of samples are stored by shards.
 
     Ends early when more clips are set aside than is allowed, except with check_only.
     """
-    names = ("sizes", "fps", "retime", "max_crop", "max_upscale")
-    settings = {name: index["identity"][name] for name in ("recipe", "vae", *names)}
-    rules = ClipRules(
-        config.parsed_sizes(), config.fps, config.retime, config.max_crop, config.max_upscale
-    )
+    settings = {name: index["identity"][name] for name in ("recipe", "vae", "sizes", *RULES)}
+    rules = ClipRules(config.parsed_sizes(), **{name: getattr(config, name) for name in RULES})
     known = {key: latents.facts(key) for key in latents.stored}
     lines: list[Line] = []
     fresh: dict[str, Tensor] = {}
     vae: WanVAE | None = None
     for clip in tqdm(clips, desc="clips", unit="clip"):
-        line, facts, video = judge(clip, rules, settings, known)
-        lines.append(line | facts)
-        if video is not None and not config.check_only:
+        judged = judge(clip, rules, settings, known)
+        lines += [sample.line | sample.facts for sample in judged]
+        missing = [sample for sample in judged if sample.numbers]
+        if missing and not config.check_only:
             vae = vae or load_vae()
-            fresh[line["key"]] = encode_float16(vae, video[None], CHUNK)[0].contiguous()
-            known[line["key"]] = facts
-        if len(fresh) == config.shard_clips:
-            latents.add(fresh, known)
-            fresh = {}
+            videos = read_samples(clip, [s.numbers for s in missing], missing[0].facts)
+            for sample, video in zip(missing, videos, strict=True):
+                key = sample.line["key"]
+                fresh[key] = encode_float16(vae, video[None], CHUNK)[0].contiguous()
+                known[key] = sample.facts
+                if len(fresh) == config.shard_clips:
+                    latents.add(fresh, known)
+                    fresh = {}
         if num_set_aside(lines) > allowed(len(clips), config) and not config.check_only:
             break
     if fresh:
@@ -223,29 +239,47 @@ def judge_and_encode(
     return lines
 
 
-def judge(
-    clip: Clip, rules: ClipRules, settings: Line, known: dict[str, Line]
-) -> tuple[Line, Line, Tensor | None]:
-    """A clip's line in the report, facts that follow from its file, frames (3, F, H, W) to encode.
+@dataclass(frozen=True)
+class Sample:
+    """One stretch of a clip that training sees, or a clip that is refused.
+
+    Attributes:
+        line: its line in the report, without `facts`.
+        facts: what follows from the clip's file and the settings; they belong to the line too.
+        numbers: its frames in the file, if they are to be encoded; else empty.
+    """
+
+    line: Line
+    facts: Line
+    numbers: list[int] = field(default_factory=list)
+
+
+def judge(clip: Clip, rules: ClipRules, settings: Line, known: dict[str, Line]) -> list[Sample]:
+    """The samples of a clip; one with a reason if it is refused.
 
     Args:
-        settings: with the file's content, what the key of its latents follows from.
+        settings: with the file's content, what the keys of its latents follow from.
         known: facts about what is stored already, by key; its frames are not read again.
     """
     line: Line = {"clip": clip.name, "verdict": "ok"}
     facts: Line = {}
-    video = None
     try:
         line["caption"] = read_caption(clip)
-        line["key"] = key_of(settings, sha256_file(clip.path))
-        if line["key"] in known:
-            facts = known[line["key"]]
-        else:
-            video = read_clip(clip, rules, facts)
+        content = sha256_file(clip.path)
+        count = known.get(key_of(settings, content, 0), {}).get("samples", 1)
+        keys = [key_of(settings, content, i) for i in range(count)]
+        if all(key in known for key in keys):
+            return [Sample(line | {"key": key}, known[key]) for key in keys]
+        taken = judge_clip(clip, rules, facts)
     except (WanError, OSError) as error:
         reason = str(error).replace(f"{clip.path.parent}/", "")  # a report may be handed on
-        line |= {"verdict": SET_ASIDE, "reason": reason}
-    return line, facts, video
+        return [Sample(line | {"verdict": SET_ASIDE, "reason": reason}, facts)]
+    judged = []
+    for i, numbers in enumerate(taken):
+        key = key_of(settings, content, i)
+        place = {"sample": i + 1, "samples": len(taken), "used_frames": [numbers[0], numbers[-1]]}
+        judged.append(Sample(line | {"key": key}, facts | place, [] if key in known else numbers))
+    return judged
 
 
 def num_set_aside(lines: list[Line]) -> int:
@@ -267,20 +301,61 @@ def too_many_set_aside(
     if len(bad) <= allowed(num_clips, config) and (len(bad) < num_clips or not num_clips):
         return None
     first = "; ".join(f"{line['clip']}: {line['reason']}" for line in bad[:3])
+    judged = sum(line.get("sample", 1) == 1 for line in lines)
     return (
-        f"{len(bad)} of the first {len(lines)} clips ({num_clips} in all) are set aside, "
+        f"{len(bad)} of the first {judged} clips ({num_clips} in all) are set aside, "
         f"{min(allowed(num_clips, config), num_clips - 1)} may be (max_set_aside_share=, "
         f"max_set_aside=): {first}; all reasons are in {report}"
     )
 
 
 def summary(lines: list[Line], prompts: list[str], folder: Path) -> str:
-    sizes = Counter(line["size"] for line in lines if line["verdict"] == "ok")
-    parts = [f"{count} clips of {size}" for size, count in sizes.items()]
+    """What the command ends with: clips by size and what they lost, prompts, what was set aside."""
+    by_size: dict[str, list[Line]] = {}
+    for line in lines:
+        if line["verdict"] == "ok":
+            by_size.setdefault(line["size"], []).append(line)
+    parts = [
+        f"{clips_of(found)} of {size} ({cropped_away(found)})" for size, found in by_size.items()
+    ]
     parts += [f"{len(prompts)} prompts"] if prompts else []
     cut = sum(line.get("caption_cut", False) for line in lines)
     return (
         f"{folder}: {', '.join(parts)}; {num_set_aside(lines)} clips set aside, {cut} captions cut"
+    )
+
+
+def clips_of(lines: list[Line]) -> str:
+    """How many clips, and in how many samples if these are more."""
+    clips = sum(line["sample"] == 1 for line in lines)
+    return f"{clips} clips" + (f" in {len(lines)} samples" if len(lines) > clips else "")
+
+
+def cropped_away(lines: list[Line]) -> str:
+    shares = [line["cropped_share"] for line in lines]
+    mean = sum(shares) / len(shares)
+    return f"{mean:.0%} of the picture cropped away, {max(shares):.0%} at most"
+
+
+def dropped_seconds(lines: list[Line], frames: str) -> str | None:
+    """One sentence if more than half of the good videos' seconds are in no sample."""
+    total = used = reached = 0.0
+    for line in lines:
+        if line["verdict"] != "ok" or "fps" not in line:  # a picture
+            continue
+        if line["sample"] == 1:
+            total += line["decoded_frames"] / line["fps"]
+            reached = 0.0
+        start = line["used_frames"][0] / line["fps"]
+        end = start + parse_size(line["size"])[0] / (line["retimed_to"] or line["fps"])
+        used += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    if used >= total / 2:
+        return None
+    return (
+        f"only {used:.1f} of the clips' {total:.1f} seconds are used, {1 - used / total:.0%} are "
+        f"dropped: frames={frames} {FRAMES[frames]}; frames=chunk takes clips whole, in several "
+        "samples"
     )
 
 

@@ -134,6 +134,25 @@ def parse_json(
             `MAX_DEPTH` levels.
     """
 
+    values = _parsed(content, source, advice, infinite)
+    if not isinstance(values, dict):
+        raise WanError(f"{source}: its JSON is not an object; {advice}")
+    _check_nesting(values, source, advice)
+    return values
+
+
+def parse_json_list(content: str | bytes, source: str, advice: str = AGAIN) -> list[Any]:
+    """The JSON array in a text that may come from a stranger; see `parse_json`."""
+    values = _parsed(content, source, advice, infinite=False)
+    if not isinstance(values, list):
+        raise WanError(f"{source}: its JSON is not an array; {advice}")
+    _check_nesting(values, source, advice)
+    return values
+
+
+def _parsed(content: str | bytes, source: str, advice: str, infinite: bool) -> Any:
+    """Any JSON value, with the checks of `parse_json` that are made while it is parsed."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -166,20 +185,16 @@ def parse_json(
     }
     try:
         text = content.decode() if isinstance(content, bytes) else content
-        values = json.loads(text, **hooks)
+        return json.loads(text, **hooks)
     except WanError:
         raise
     except RecursionError as error:
         raise WanError(f"{source}: its JSON {TOO_DEEP}; {advice}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise WanError(f"{source}: not valid JSON ({error}); {advice}") from error
-    if not isinstance(values, dict):
-        raise WanError(f"{source}: its JSON is not an object; {advice}")
-    _check_nesting(values, source, advice)
-    return values
 
 
-def _check_nesting(values: dict[str, Any], source: str, advice: str) -> None:
+def _check_nesting(values: dict[str, Any] | list[Any], source: str, advice: str) -> None:
     """Refuse JSON that is nested too deeply, and texts with half of a UTF-16 character."""
     level: list[Any] = [values]
     for _ in range(MAX_DEPTH):

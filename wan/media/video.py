@@ -23,7 +23,7 @@ from wan.files import written_beside
 
 Frames = NDArray[np.uint8]
 
-BT709, UNSPECIFIED = 1, 2  # numbers in H.264's colour fields
+BT709 = 1  # the number in H.264's colour fields
 FRAMES_AT_ONCE = 8  # frames converted at a time
 CRF = 17  # visually lossless; 0 would be lossless, 23 is x264's default
 
@@ -253,11 +253,11 @@ def read_video(path: str | Path, max_frames: int = 10_000) -> tuple[Frames, Vide
 def rgb_frame(frame: av.VideoFrame) -> Frames:
     """One frame as (H, W, 3) uint8 RGB.
 
-    Untagged files are read as bt709; the decoder follows other tags.
+    The matrix and range are those that the file is tagged with. A file without a tag is BT.601 of
+    limited range, swscale's default: writers that set no tag (imageio, OpenCV, diffusers, a plain
+    ffmpeg) convert with it, and other readers do too.
     """
-    untagged = int(frame.colorspace) in (BT709, UNSPECIFIED)
-    source = Colorspace.ITU709 if untagged else None
-    return np.asarray(frame.to_ndarray(format="rgb24", src_colorspace=source))
+    return np.asarray(frame.to_ndarray(format="rgb24"))
 
 
 def contact_sheet(frames: Frames, max_frames: int = 12, max_width: int = 320) -> Image.Image:
