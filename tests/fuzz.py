@@ -45,7 +45,7 @@ from infer.rerun.request import job_of
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.jobs import read_jobs
 from train.checkpoint import MANIFEST, load_latest, save_checkpoint
-from train.clips import list_entry, list_rows
+from train.clips import listed_clips
 from train.metrics import MetricsLog, read_metrics
 from wan.errors import MAX_MESSAGE, WanError, visible
 from wan.files import read_sealed, unsealed, write_sealed
@@ -345,8 +345,7 @@ def read_run(folder: Path) -> None:
 
 def read_clip_list(folder: Path) -> None:
     for name in ("clips.jsonl", "clips.csv"):
-        path = folder / name
-        assert [list_entry(path, number, row) for number, row in list_rows(path)]
+        assert listed_clips(folder / name)
 
 
 def damaged_lists(folder: Path, how: Damage) -> None:
