@@ -345,7 +345,7 @@ def read_run(folder: Path) -> None:
 
 def read_clip_list(folder: Path) -> None:
     for name in ("clips.jsonl", "clips.csv"):
-        assert listed_clips(folder / name)
+        assert all(isinstance(clip.name, str) for clip in listed_clips(folder / name))
 
 
 def damaged_lists(folder: Path, how: Damage) -> None:
@@ -366,7 +366,7 @@ def read_store(folder: Path) -> None:
 
 
 def read_log(folder: Path) -> None:
-    assert read_metrics(folder / "metrics.jsonl")
+    assert all(isinstance(row["step"], int) for row in read_metrics(folder / "metrics.jsonl"))
 
 
 RECORD = "video.json"

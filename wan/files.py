@@ -82,11 +82,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
         WanError: it is no regular file, or larger.
     """
     with open_regular(path) as file:
-        content = file.read(limit + 1)
-        if len(content) > limit:
-            size = max(len(content), os.fstat(file.fileno()).st_size)
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
             raise WanError(f"{path}: {size:,} bytes, at most {limit:,} are read of such a file")
-    return content
+        return file.read(size)  # not more, if it grows meanwhile: no limit is allocated either
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:

@@ -285,7 +285,7 @@ def read_scheduler(source: Any, where: str = "scheduler") -> SchedulerSettings:
     """
     fields = scheduler_fields(source)
     name = fields.get("_class_name")
-    if name not in FIELDS:
+    if not isinstance(name, str) or name not in FIELDS:
         raise WanError(
             f"{where}: {name or 'no _class_name'} is not supported; choose one of "
             f"{', '.join(CLASSES)}"
@@ -336,7 +336,7 @@ def read_scheduler_or_default(fields: Mapping[str, Any], where: str) -> Schedule
     Raises:
         WanError: a known scheduler without its shift: the file is damaged.
     """
-    name = fields.get("_class_name")
+    name = str(fields.get("_class_name"))
     if name in SHIFTS and fields.get(SHIFTS[name]) is None:
         raise WanError(f"{where}: no {SHIFTS[name]}; the file is not complete")
     try:
