@@ -23,7 +23,14 @@ from train.data import LatentCache, open_data
 from train.export import export_model
 from train.loop import CLIPS, MODEL_DIGEST, run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
-from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
+from train.optim import (
+    EMA,
+    apply_gradients,
+    learning_rate,
+    make_optimizers,
+    trainable,
+    warn_of_warmup,
+)
 from train.parallel import Ranks, start
 from train.rollout import sampler_velocity
 from train.state import TrainState
@@ -191,6 +198,8 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
             "write over; choose another output_dir="
         )
     settings = read_settings(config, source)
+    if ranks.is_main:
+        warn_of_warmup(config.loop.steps, config.warmup)
     folder.mkdir(parents=True, exist_ok=True)
 
     with ranks.main_first():  # it encodes clips
