@@ -179,12 +179,14 @@ class DistillConfig(TransformerTrainConfig):
     )
     max_drift: float = option(
         3.0,
-        "the run stops if the student's spread leaves the teacher's by this factor (3: a third to "
-        "threefold)",
+        "the run stops if clips of the student spread this much more or less than any of the "
+        "teacher's, early in the chain or finished",
         above=1,
     )
     omit: list[float] = share(
-        [], "for the world: chances that captions leave things unsaid, in turn; []: always 0.15"
+        [],
+        "for the world without clips: chances that captions leave things unsaid, in turn; []: "
+        "always 0.15",
     )
 
     def __post_init__(self) -> None:
@@ -197,13 +199,18 @@ class DistillConfig(TransformerTrainConfig):
                 f"loop.steps={self.loop.steps}: the student moves in every {ratio}th step "
                 f"(scores.critic_ratio) after the first {first} (scores.critic_warmup): never"
             )
-        if self.omit and (self.data.kind != "world" or self.gan.weight or self.first_frame_share):
-            raise WanError(
-                f"omit={self.omit}: is for captions alone; with data.kind=folder, gan.weight or "
-                "first_frame_share they are those of the clips"
-            )
         if self.gan.weight and not self.dmd_weight:
             raise WanError("gan.weight without dmd_weight: the term stands beside DMD's, not alone")
+
+    @property
+    def needs_clips(self) -> bool:
+        """Whether a term reads latents of clips."""
+        return bool(self.gan.weight or self.first_frame_share)
+
+    @property
+    def draws_captions(self) -> bool:
+        """Whether captions are drawn from the miniature's world, as `omit` says."""
+        return self.data.kind == "world" and not self.needs_clips
 
     @property
     def regression_guidance(self) -> float:

@@ -37,7 +37,7 @@ from wan.models.attention_config import AttentionConfig
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.pipeline.config import BASE, SamplingDefaults, read_pipeline_config, write_configs
-from wan.sampling.schedule import few_step_schedule
+from wan.sampling.noise import sample_generators
 from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import STUDENT, TEACHER
@@ -216,7 +216,7 @@ def test_without_guidance_a_critic_that_is_the_teacher_gives_no_direction(
 ):
     scores = ScoreConfig(guidance_scale=1.0, critic_ratio=2)
     run, _ = fresh_run(settings(tmp_path, teacher, scores=scores), monkeypatch)
-    _, values = run.matching_loss(0, torch.Generator().manual_seed(0))
+    _, values = run.matching_loss(0, *run.batches(0, torch.Generator().manual_seed(0)))
     assert values["dmd_gradient"] == 0
 
 
@@ -229,7 +229,9 @@ def test_the_discriminator_learns_and_the_student_sees_it(tmp_path, teacher, mon
 
     def loss(dmd_weight: float) -> float:
         run.config = replace(run.config, dmd_weight=dmd_weight)
-        return float(run.matching_loss(0, torch.Generator().manual_seed(0))[0].detach())
+        return float(
+            run.matching_loss(0, *run.batches(0, torch.Generator().manual_seed(0)))[0].detach()
+        )
 
     whole, half = loss(1.0), loss(0.5)
     run.discriminator = None
@@ -248,7 +250,7 @@ def test_regression_asks_at_the_times_at_which_the_student_samples(tmp_path, tea
     run, _ = fresh_run(config, monkeypatch)
     asked: set[float] = set()
     run.student.register_forward_pre_hook(lambda module, inputs: asked.update(inputs[1].tolist()))
-    run.regression_loss(0, torch.Generator().manual_seed(0))
+    run.regression_loss(0, *next(run.pairs(torch.Generator().manual_seed(0))))
     assert asked == {1000.0, 757.0, 522.0}
 
 
@@ -340,9 +342,9 @@ def test_clips_of_one_frame_are_made_whole(tmp_path, teacher, monkeypatch):
         return replace(clips, latents=clips.latents[:, :, :1])
 
     run.draw = pictures
-    batch = run.batch(0, torch.Generator())
+    (batch,) = run.batches(0, torch.Generator())
     assert batch.condition.first_frame is None
-    assert batch.shape[1] == 1
+    assert batch.noise.shape[2] == 1
     assert all(math.isfinite(value) for value in run.train_step(state).values())
 
 
@@ -420,14 +422,62 @@ def test_a_gradient_of_the_discriminator_that_is_not_finite_is_named(
 def test_a_student_whose_spread_leaves_the_teachers_stops_the_run(
     tmp_path, teacher, monkeypatch, factor
 ):
-    run, _ = fresh_run(settings(tmp_path, teacher, max_drift=3.0), monkeypatch)
+    run, state = fresh_run(settings(tmp_path, teacher, max_drift=3.0), monkeypatch)
     panel = load_file(tmp_path / "run/teacher_panel.safetensors")["latents"]
     assert run.teacher_std == pytest.approx(float(panel.std()))
-    run.matching_loss(0, torch.Generator().manual_seed(0))
-    run.schedule = few_step_schedule([1000])
-    monkeypatch.setattr(dmd, "roll_out", lambda *args: factor * torch.randn(3, 16, 3, 4, 4))
+    run.update_student(state, torch.Generator().manual_seed(0))
+    clips = torch.randn(3, 16, 3, 4, 4)
+    monkeypatch.setattr(dmd, "roll_out", lambda *args: (factor * clips).requires_grad_())
     with pytest.raises(WanError, match=r"step 0: diverged: .* lower lr"):
-        run.matching_loss(0, torch.Generator().manual_seed(0))
+        run.update_student(state, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("exits", [0, 1, 2])
+def test_a_student_that_is_its_teacher_is_healthy_wherever_its_clips_leave_the_chain(
+    tmp_path, teacher, monkeypatch, exits
+):
+    """What the teacher sees grows along the chain to a third of what finished samples have."""
+    run, _ = fresh_run(settings(tmp_path, teacher, max_drift=1.5), monkeypatch)
+    left = torch.full((3,), exits)
+    clips = torch.randn(3, 16, 3, 4, 4)
+    clips /= dmd.spread_of_clips(clips)[:, None, None, None, None]
+
+    def chain(dit, captions, generators, on_x0):
+        assert dit is run.teacher
+        for spread in (1, 2, 3):
+            on_x0(spread * clips[: len(captions)])
+
+    monkeypatch.setattr(run, "sample_few", chain)
+    run.measure_teacher(["a", "b", "c"], 10 * clips)
+    for spread in (1 + exits, 10):  # the student begins with the one and ends with the other
+        run.check_spread(0, run.spreads(spread * clips, left))
+    for spread in (0.6 * (1 + exits), 16):
+        with pytest.raises(WanError, match="diverged"):
+            run.check_spread(0, run.spreads(spread * clips, left))
+
+
+def test_the_spread_of_the_teacher_is_that_of_what_it_sees_at_the_students_steps(
+    tmp_path, teacher, monkeypatch
+):
+    run, _ = fresh_run(settings(tmp_path, teacher), monkeypatch)
+    seen = []
+    with torch.no_grad():
+        generators = sample_generators([dmd.PANEL_SEED], 1)
+        last = run.sample_few(run.student, ["a red circle"], generators, seen.append)
+    assert len(seen) == 3
+    assert torch.allclose(seen[-1], last, atol=1e-5)
+    run.measure_teacher(["a red circle"], 1e3 * seen[0])  # the student is the teacher still
+    assert [low for low, _ in run.healthy] == [float(x0.std()) for x0 in seen]
+
+
+def test_what_captions_leave_unsaid_has_no_part_where_they_come_with_the_data(
+    tmp_path, teacher, capsys
+):
+    loop = LoopConfig(steps=2, save_every=2)
+    distill(settings(tmp_path / "drawn", teacher, omit=[0.5], loop=loop))
+    assert "omit" not in capsys.readouterr().err
+    distill(settings(tmp_path / "clips", teacher, omit=[0.5], loop=loop, gan=GANConfig(0.1)))
+    assert "omit=[0.5] is for drawn captions" in capsys.readouterr().err
 
 
 def test_the_teachers_panel_is_kept_for_the_same_teacher_and_guidance_only(
@@ -478,7 +528,6 @@ def test_a_student_is_no_teacher(tmp_path, teacher):
         ),
         ({"export": "nicest"}, "last, best"),
         ({"omit": [0.15, 1.5]}, "omit=1.5: must be between 0 and 1"),
-        ({"omit": [0.5], "gan": GANConfig(0.1)}, "those of the clips"),
         ({"first_frame_share": 2.0}, "between 0 and 1|lie in"),
     ],
 )

@@ -15,7 +15,7 @@ from torch import nn
 
 from configs.training import LoopConfig
 from train.checkpoint import best_checkpoint, list_checkpoints, load_latest
-from train.loop import check_unchanged, run_training, step_generator
+from train.loop import Diverged, check_unchanged, run_training, step_generator
 from train.metrics import read_metrics
 from train.optim import EMA, make_optimizers
 from train.parallel import Ranks
@@ -138,8 +138,44 @@ def test_a_number_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     def broken(state):
         return {"loss": float("nan") if state.step == 2 else 1.0}
 
-    with pytest.raises(WanError, match="step 2: loss is nan"):
+    with pytest.raises(WanError, match=r"step 2: loss is nan.*step-0000002: the same command"):
         run_training(state, broken, LoopConfig(steps=5, save_every=1), tmp_path, {})
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_speaks_of_none(tmp_path):
+    def broken(state):
+        raise Diverged("step 0: a weight is nan")
+
+    with pytest.raises(Diverged, match=r"a weight is nan.*No checkpoint .* lower lr="):
+        run_training(make_state(), broken, LoopConfig(steps=5, save_every=1), tmp_path, {})
+
+
+def test_a_step_that_a_run_has_passed_is_loaded_and_nothing_is_written(tmp_path):
+    def config(steps):
+        return LoopConfig(steps=steps, save_every=2, keep_last=3)
+
+    def settings(steps):
+        return {"loop": {"steps": steps}}
+
+    run_training(make_state(), train_step, config(6), tmp_path, settings(6))
+    there = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    state = make_state()
+    assert run_training(state, no_step, config(4), tmp_path, settings(4))
+    assert_same(state.to_tree(), straight_to(tmp_path / "four", config(4)))
+    with pytest.raises(WanError, match=r"loop\.steps=5: .* step 6, .* of 2, 4, 6 are there"):
+        run_training(make_state(), no_step, config(5), tmp_path, settings(5))
+    now = {path: path.read_bytes() for path in tmp_path.rglob("*") if path in there}
+    assert now == there
+
+
+def no_step(state):
+    raise AssertionError("there is nothing to train")
+
+
+def straight_to(folder, config):
+    state = make_state()
+    run_training(state, train_step, config, folder, {})
+    return state.to_tree()
 
 
 def test_a_resume_drops_lines_that_will_be_repeated_and_half_a_line(tmp_path):

@@ -11,6 +11,7 @@ from train.optim import (
     learning_rate,
     make_optimizers,
     orthogonalize,
+    warn_of_warmup,
 )
 from wan.errors import WanError
 
@@ -111,3 +112,12 @@ def test_average_follows_a_change_with_its_decay():
     nn.init.ones_(layer.weight)
     average.update(layer)
     assert average.weights["weight"].item() == pytest.approx(0.5)
+
+
+def test_a_warmup_longer_than_the_run_is_warned_of(capsys):
+    warn_of_warmup(100, 100)
+    assert not capsys.readouterr().err
+    assert learning_rate(99, 1.0, 100, 100) == 1
+    warn_of_warmup(6, 100)
+    assert "ends at 0.06 of what was asked for" in capsys.readouterr().err
+    assert learning_rate(5, 1.0, 6, 100) == 0.06

@@ -41,6 +41,7 @@ from train.dmd import Clips, Distillation, Networks, latent_shape, student_sched
 from train.estimate import TrainingRun, estimate_that_fits, format_estimate
 from train.export import export_model
 from train.loop import run_training
+from train.optim import warn_of_warmup
 from train.parallel import Ranks, start
 from train.state import TrainState
 from train.tensor_cache import key_of
@@ -94,9 +95,8 @@ def open_source(
     config: DistillConfig, settings: PipelineConfig, source: Path, device: torch.device
 ) -> tuple[Callable[[int], Clips], Texts, str | None]:
     """A function that draws batches, one that encodes captions, and the digest of a data folder."""
-    needs_clips = bool(config.gan.weight or config.first_frame_share)
     size, seed = config.batch_size, config.seed
-    if config.data.kind == "world" and not needs_clips:
+    if config.draws_captions:
         texts = world_texts(settings, source, device, config.max_text_tokens)
         return world_captions(config), texts, None
     cache, texts, _ = open_data(config.data, settings, source, device, config.max_text_tokens)
@@ -108,7 +108,7 @@ def open_source(
     def draw_prompts(step: int) -> Clips:
         return Clips(cache.prompts(step, size, seed))
 
-    return draw_clips if needs_clips else draw_prompts, texts, cache.digest
+    return draw_clips if config.needs_clips else draw_prompts, texts, cache.digest
 
 
 def student_settings(config: DistillConfig, settings: PipelineConfig) -> PipelineConfig:
@@ -182,6 +182,16 @@ def read_teacher(config: DistillConfig, source: Path) -> PipelineConfig:
     return settings
 
 
+def warn_of_omit(config: DistillConfig) -> None:
+    """Say so where captions come with clips or a folder, and a preset's `omit` has no part."""
+    if config.omit and not config.draws_captions:
+        print(
+            f"warning: omit={config.omit} is for drawn captions of the miniature's world and not "
+            "used: these come with the data (omit=[] says so)",
+            file=sys.stderr,
+        )
+
+
 def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
     """Refuse captions of the miniature's world for a model of something else."""
     _, _, height, width = latent_shape(config, settings)
@@ -217,11 +227,15 @@ def distill(config: DistillConfig) -> int:
 
 
 def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
+    ranks.share(config.batch_size, config.gradient_accumulation)  # refuses before anything is made
     with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
     folder = expanded(config.output_dir)
     settings = read_teacher(config, source)
     check_world(config, settings)
+    if ranks.is_main:
+        warn_of_warmup(config.loop.steps, config.warmup)
+        warn_of_omit(config)
     folder.mkdir(parents=True, exist_ok=True)
     vae = load_frozen(source, "vae", settings.vae, ranks.device, torch.float32)
     with ranks.main_first():  # it may encode clips
@@ -241,7 +255,7 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     if not run_training(state, run.train_step, config.loop, folder, identity, validate, ranks):
         return INTERRUPTED
     if config.export == "best":
-        best = best_checkpoint(folder / "checkpoints")
+        best = best_checkpoint(folder / "checkpoints", state.step)
         if best is None:
             raise WanError(f"export=best: no checkpoint in {folder} was measured; use export=last")
         state.load_tree(load_checkpoint(best, ranks))
@@ -270,6 +284,8 @@ def make_validation(
     captions *= 2  # two clips of each, which should differ
     reference = teacher_panel(run, settings, vae, captions, folder, teacher_digest)
     run.teacher_std = float(reference.latents.std())
+    if config.dmd_weight:
+        run.measure_teacher(captions, reference.latents)
     write_clip = partial(write_mp4, fps=settings.defaults.fps)
 
     def validate(state: TrainState) -> dict[str, float]:

@@ -4,7 +4,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,14 @@ import torch
 
 from configs.schema import kept_settings
 from configs.training import LoopConfig
-from train.checkpoint import load_latest, save_checkpoint
+from train.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    name_of,
+    save_checkpoint,
+    step_of,
+)
 from train.metrics import MetricsLog, media_files
 from train.parallel import ALONE, Ranks
 from train.state import TrainState
@@ -46,10 +53,15 @@ FREE_SETTINGS = {
     # How the same numbers are computed, up to rounding.
     "compile",
     "checkpoint_blocks",
+    "gradient_accumulation",
     "parallel.shard",
     "parallel.replicate",
     "parallel.sequence",
 }
+
+
+class Diverged(WanError):
+    """Training cannot go on: a number is not finite, or a network has run away."""
 
 
 def run_training(
@@ -62,6 +74,9 @@ def run_training(
     ranks: Ranks = ALONE,
 ) -> bool:
     """Train to `config.steps`, continuing from the newest checkpoint in `folder` if there is one.
+
+    Where the run has gone beyond `config.steps`, the state of just that step is loaded, and nothing
+    is trained or written.
 
     Args:
         settings: of the whole run, as `dataclasses.asdict` gives them; they are kept in
@@ -79,9 +94,11 @@ def run_training(
         True at the last step; False after a Ctrl-C or SIGTERM, which ends the run with a checkpoint
         after the step in progress. A second one ends the process at once.
     Raises:
-        WanError: a logged number is not finite (names the step; nothing is saved after that), or
-            the checkpoints there were made with other settings; another run writes there; or
-            processes read different data.
+        Diverged: a logged number is not finite, or `train_step` says so; names the step and what
+            to go on from. Nothing is saved after that.
+        WanError: the checkpoints there were made with other settings; they are beyond
+            `config.steps` and none is of that step; another run writes there; or processes read
+            different data.
         OSError: the metrics or a checkpoint could not be written. As after any other end, the same
             command goes on from the last checkpoint.
     """
@@ -93,6 +110,8 @@ def run_training(
             if ranks.is_main:
                 stack.enter_context(only_writer(folder))
         seen = resume(state, config, checkpoints, settings, ranks)
+        if state.step >= config.steps:
+            return True
         stop_requested = stack.enter_context(stop_signals())
         log: MetricsLog | None = None
         if ranks.is_main:
@@ -107,9 +126,12 @@ def run_training(
 
         numbers, stopping = Numbers(seen), False
         while state.step < config.steps and not stopping:
-            values = ranks.mean(train_step(state))
+            try:
+                values = ranks.mean(train_step(state))
+                check_finite(state.step, values)
+            except Diverged as error:
+                raise Diverged(f"{error}. {way_on(checkpoints)}") from error
             stopping = ranks.any(stop_requested())  # one answer for all, whenever the signal came
-            check_finite(state.step, values, checkpoints)
             numbers.add(values)
             state.step += 1
             last = state.step == config.steps
@@ -137,19 +159,35 @@ def run_training(
 def resume(
     state: TrainState, config: LoopConfig, checkpoints: Path, settings: dict[str, Any], ranks: Ranks
 ) -> dict[str, list[float]]:
-    """Bring `state` to the newest checkpoint, if there is one; returns what `Numbers` had seen."""
+    """Bring `state` to the newest checkpoint, if there is one; returns what `Numbers` had seen.
+
+    A run that has gone further is brought to the checkpoint of `config.steps`.
+    """
     if len(set(ranks.gather(settings.get("data_digest")))) > 1:
         raise WanError(
             "data.folder: train.preprocess changed it while processes opened it; start again"
         )
-    tree = load_latest(checkpoints, ranks)
-    if tree is None:
+    reached = ranks.first([step_of(folder) for folder in list_checkpoints(checkpoints)])
+    beyond = max(reached, default=0) > config.steps
+    if beyond and config.steps not in reached:
+        raise WanError(
+            f"loop.steps={config.steps}: the run in {checkpoints.parent} has reached step "
+            f"{max(reached)}, and there is no checkpoint of step {config.steps}; those of "
+            f"{', '.join(map(str, reached))} are there: give one of these, or another output_dir="
+        )
+    if beyond:
+        tree = load_checkpoint(checkpoints / name_of(config.steps), ranks)
+    elif (tree := load_latest(checkpoints, ranks)) is None:
         return {}
     if not config.allow_changes:
-        check_unchanged(kept_settings(tree["settings"], checkpoints.parent), settings)
+        free = {"loop.steps"} if beyond else set()  # it has its part in training alone
+        check_unchanged(kept_settings(tree["settings"], checkpoints.parent), settings, free)
     state.load_tree(tree)
     if ranks.is_main:
-        print(f"continuing from step {state.step} of {config.steps}", file=sys.stderr)
+        words = f"continuing from step {state.step} of {config.steps}"
+        if beyond:
+            words = f"step {state.step} of a run that has reached {max(reached)}: nothing to train"
+        print(words, file=sys.stderr)
     return tree["seen"]
 
 
@@ -201,23 +239,36 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def check_finite(step: int, values: dict[str, float], checkpoints: Path) -> None:
+def check_finite(step: int, values: dict[str, float]) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            raise WanError(
-                f"step {step}: {name} is {value}; the run stops here. "
-                f"Checkpoints up to this step are in {checkpoints}"
-            )
+            raise Diverged(f"step {step}: {name} is {value}; the run stops here")
 
 
-def check_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
+def way_on(checkpoints: Path) -> str:
+    """What may be done about a run that diverged."""
+    found = list_checkpoints(checkpoints)
+    if not found:
+        return "No checkpoint was made before that: begin again with a lower lr= or longer warmup="
+    return (
+        f"The newest checkpoint is {found[-1]}: the same command goes on from there, with a lower "
+        "lr= if loop.allow_changes=true is added"
+    )
+
+
+def check_unchanged(
+    saved: dict[str, Any], given: dict[str, Any], more_free: Collection[str] = ()
+) -> None:
     """Refuse to continue a run as another one.
 
+    Args:
+        more_free: settings that may differ beside `FREE_SETTINGS`.
     Raises:
         WanError: lists the settings that differ.
     """
     before, now = dict(flat(saved)), dict(flat(given))
-    free = FREE_SETTINGS | ({MODEL_DIGEST} - before.keys())  # older checkpoints have none
+    free = FREE_SETTINGS | set(more_free)
+    free |= {MODEL_DIGEST} - before.keys()  # older checkpoints have none
     if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
         free = free | {"data.folder"}
     changed = [

@@ -1,6 +1,7 @@
 """Optimisers, learning-rate schedules and weight averages."""
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -123,6 +124,17 @@ def learning_rate(step: int, peak: float, steps: int, warmup: int, final: float 
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def warn_of_warmup(steps: int, warmup: int) -> None:
+    """Say so where a run ends before its learning rate has reached what was asked for."""
+    if warmup > steps:
+        print(
+            f"warning: warmup={warmup} is longer than the run: after loop.steps={steps} the "
+            f"learning rate ends at {steps / warmup:.2g} of what was asked for, and never falls; "
+            f"lower warmup= (to about {max(1, steps // 10)}) or raise loop.steps=",
+            file=sys.stderr,
+        )
 
 
 def apply_gradients(

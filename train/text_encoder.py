@@ -25,7 +25,7 @@ from configs.command_line import CommandLine
 from configs.training import TextEncoderTrainConfig
 from train.export import export_part
 from train.loop import run_training, step_generator
-from train.optim import apply_gradients, learning_rate, make_optimizers
+from train.optim import apply_gradients, learning_rate, make_optimizers, warn_of_warmup
 from train.state import TrainState
 from wan.errors import WanError, check_names
 from wan.files import expanded, read_json, write_json
@@ -424,6 +424,7 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     """
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    warn_of_warmup(config.loop.steps, config.warmup)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer(config, folder / "tokenizer")

@@ -21,7 +21,14 @@ from configs.command_line import CommandLine
 from configs.training import VAETrainConfig
 from train.export import export_part
 from train.loop import run_training, step_generator
-from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
+from train.optim import (
+    EMA,
+    apply_gradients,
+    learning_rate,
+    make_optimizers,
+    trainable,
+    warn_of_warmup,
+)
 from train.state import TrainState
 from wan.errors import WanError
 from wan.files import expanded, read_json, write_json
@@ -190,6 +197,7 @@ def build_vae(config: VAETrainConfig) -> WanVAE:
 def train_vae(config: VAETrainConfig) -> int:
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    warn_of_warmup(config.loop.steps, config.warmup)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     vae = build_vae(config)
