@@ -69,6 +69,13 @@ FOREIGN_NAMES = {
     "lora_path": "lora",
     "lora_scale": "lora_strength",
     "lora_weight": "lora_strength",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "gradient_accumulate_every": "gradient_accumulation",
+    "grad_accum": "gradient_accumulation",
+    "grad_accum_steps": "gradient_accumulation",
+    "accumulate_grad_batches": "gradient_accumulation",
+    "accumulation_steps": "gradient_accumulation",
+    "train_batch_size": "batch_size",
 }
 
 FLAGS = {

@@ -137,6 +137,9 @@ class TransformerTrainConfig(OptimConfig):
         "none", "activation checkpointing: none, full, selective", choices=CHECKPOINT_BLOCKS
     )
     batch_size: int = count(32, "clips per step, of all processes together")
+    gradient_accumulation: int = count(
+        1, "parts of a step's clips that are computed one after another; batch_size counts all"
+    )
     first_frame_share: float = share(0.0, "share of batches with a clean first frame (TI2V)")
     weight_decay: float = option(0.01, "weight decay of matrices; other weights have none")
     max_text_tokens: int = option(

@@ -216,7 +216,7 @@ def test_without_guidance_a_critic_that_is_the_teacher_gives_no_direction(
 ):
     scores = ScoreConfig(guidance_scale=1.0, critic_ratio=2)
     run, _ = fresh_run(settings(tmp_path, teacher, scores=scores), monkeypatch)
-    _, values = run.matching_loss(0, torch.Generator().manual_seed(0))
+    _, values = run.matching_loss(0, *run.batches(0, torch.Generator().manual_seed(0)))
     assert values["dmd_gradient"] == 0
 
 
@@ -229,7 +229,9 @@ def test_the_discriminator_learns_and_the_student_sees_it(tmp_path, teacher, mon
 
     def loss(dmd_weight: float) -> float:
         run.config = replace(run.config, dmd_weight=dmd_weight)
-        return float(run.matching_loss(0, torch.Generator().manual_seed(0))[0].detach())
+        return float(
+            run.matching_loss(0, *run.batches(0, torch.Generator().manual_seed(0)))[0].detach()
+        )
 
     whole, half = loss(1.0), loss(0.5)
     run.discriminator = None
@@ -248,7 +250,7 @@ def test_regression_asks_at_the_times_at_which_the_student_samples(tmp_path, tea
     run, _ = fresh_run(config, monkeypatch)
     asked: set[float] = set()
     run.student.register_forward_pre_hook(lambda module, inputs: asked.update(inputs[1].tolist()))
-    run.regression_loss(0, torch.Generator().manual_seed(0))
+    run.regression_loss(0, *next(run.pairs(torch.Generator().manual_seed(0))))
     assert asked == {1000.0, 757.0, 522.0}
 
 
@@ -340,9 +342,9 @@ def test_clips_of_one_frame_are_made_whole(tmp_path, teacher, monkeypatch):
         return replace(clips, latents=clips.latents[:, :, :1])
 
     run.draw = pictures
-    batch = run.batch(0, torch.Generator())
+    (batch,) = run.batches(0, torch.Generator())
     assert batch.condition.first_frame is None
-    assert batch.shape[1] == 1
+    assert batch.noise.shape[2] == 1
     assert all(math.isfinite(value) for value in run.train_step(state).values())
 
 
@@ -420,13 +422,14 @@ def test_a_gradient_of_the_discriminator_that_is_not_finite_is_named(
 def test_a_student_whose_spread_leaves_the_teachers_stops_the_run(
     tmp_path, teacher, monkeypatch, factor
 ):
-    run, _ = fresh_run(settings(tmp_path, teacher, max_drift=3.0), monkeypatch)
+    run, state = fresh_run(settings(tmp_path, teacher, max_drift=3.0), monkeypatch)
     panel = load_file(tmp_path / "run/teacher_panel.safetensors")["latents"]
     assert run.teacher_std == pytest.approx(float(panel.std()))
-    run.matching_loss(0, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(dmd, "roll_out", lambda *args: factor * torch.randn(3, 16, 3, 4, 4))
+    run.update_student(state, torch.Generator().manual_seed(0))
+    clips = torch.randn(3, 16, 3, 4, 4)
+    monkeypatch.setattr(dmd, "roll_out", lambda *args: (factor * clips).requires_grad_())
     with pytest.raises(WanError, match=r"step 0: diverged: .* lower lr"):
-        run.matching_loss(0, torch.Generator().manual_seed(0))
+        run.update_student(state, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("exits", [0, 1, 2])
@@ -447,10 +450,10 @@ def test_a_student_that_is_its_teacher_is_healthy_wherever_its_clips_leave_the_c
     monkeypatch.setattr(run, "sample_few", chain)
     run.measure_teacher(["a", "b", "c"], 10 * clips)
     for spread in (1 + exits, 10):  # the student begins with the one and ends with the other
-        run.check_spread(0, spread * clips, left)
+        run.check_spread(0, run.spreads(spread * clips, left))
     for spread in (0.6 * (1 + exits), 16):
         with pytest.raises(WanError, match="diverged"):
-            run.check_spread(0, spread * clips, left)
+            run.check_spread(0, run.spreads(spread * clips, left))
 
 
 def test_the_spread_of_the_teacher_is_that_of_what_it_sees_at_the_students_steps(

@@ -69,7 +69,7 @@ def test_the_student_leaves_the_critic_for_the_guided_teacher(iteration, monkeyp
     run, _ = iteration
     found = watch(monkeypatch, "add_noise", "loss_with_gradient")
     with torch.enable_grad():
-        run.matching_loss(0, generator())
+        run.matching_loss(0, *run.batches(0, generator()))
     (x0, noise, sigma), (moved, gradient) = found["add_noise"], found["loss_with_gradient"]
     assert moved is x0
     x = (1 - wide(sigma)) * x0 + wide(sigma) * noise
@@ -119,7 +119,7 @@ def test_clips_are_real_samples_fake_and_the_student_pays_for_being_found_out(
     clips, samples = run.draw(0).latents, found["add_noise"][0]
     for sides, latents in zip(found["discriminator_loss"], (clips, samples), strict=True):
         torch.testing.assert_close(sides, latents.mean(dim=(1, 2, 3, 4)))
-    run.matching_loss(0, generator())
+    run.matching_loss(0, *run.batches(0, generator()))
     assert verdicts[-1] is found["loss_with_gradient"][0]
     torch.testing.assert_close(found["adversarial_loss"][0], verdicts[-1].mean(dim=(1, 2, 3, 4)))
 
@@ -137,7 +137,7 @@ def test_regression_is_from_a_state_to_the_end_of_its_own_caption(tmp_path, teac
     monkeypatch.setattr(type(run.trajectories), "batch", drawn_batch)
     found = watch(monkeypatch, "x0_at_exits")
     with torch.no_grad():
-        loss = run.regression_loss(0, generator())
+        loss = run.regression_loss(0, *next(run.pairs(generator())))
         ((rows, steps),) = drawn
         assert len({run.trajectories.captions[row] for row in rows}) > 1
         paths = torch.stack([run.trajectories.store.read(run.trajectories.keys[r]) for r in rows])
@@ -162,7 +162,7 @@ def test_settings_reach_the_chain_and_the_score_levels(tmp_path, teacher, monkey
     )
     run, _ = fresh_run(config, monkeypatch)
     found = watch(monkeypatch, "roll_out", "draw_exits", "sample_score_sigmas")
-    run.matching_loss(0, generator())
+    run.matching_loss(0, *run.batches(0, generator()))
     assert found["draw_exits"][:3] == (3, 2, "late")
     _, _, schedule, _, noises, deterministic, _, truncate_gradient = found["roll_out"]
     assert (schedule.timesteps.tolist(), len(noises)) == ([1000, 600], 2)

@@ -92,7 +92,13 @@ SAID = [f"caption {i}" for i in range(64)]
 
 def one_step(**changes):
     """Losses of a step on 64 clips, and what network and text encoder were asked."""
-    texts = []
+    texts, dit = [], Recorder()
+    loss, _ = whole_step(dit, texts, **changes)
+    return loss, dit.asked[0][0], dit.asked[0][1], texts[0]
+
+
+def whole_step(dit, texts, **changes):
+    """Loss of a step of a network on 64 clips, and the norm of its gradient."""
 
     def encode(captions):
         texts.append(captions)
@@ -101,10 +107,35 @@ def one_step(**changes):
     class Clips:
         batch = staticmethod(lambda step, size, seed: (CLIPS, SAID))
 
-    dit, config = Recorder(), FinetuneConfig(batch_size=64, bfloat16=False, **changes)
+    config = FinetuneConfig(batch_size=64, bfloat16=False, **changes)
     state = TrainState({"dit": dit}, make_optimizers(dit, "adamw", 1e-3), {"dit": EMA(dit, 0.9)})
     values = make_train_step(dit, encode, Clips, config, ALONE)(state)
-    return values["loss"], dit.asked[0][0], dit.asked[0][1], texts[0]
+    return values["loss"], values["grad_norm"]
+
+
+def test_a_batch_in_parts_is_the_batch():
+    """In its draws to the bit; its loss and gradient to rounding."""
+    found = {}
+    for parts in (1, 4):
+        dit, texts = Recorder(), []
+        changes = {"caption_dropout": 0.25, "first_frame_share": 1.0}
+        numbers = whole_step(dit, texts, gradient_accumulation=parts, **changes)
+        assert len(dit.asked) == parts
+        asked = [torch.cat([call[i] for call in dit.asked]) for i in (0, 1)]
+        found[parts] = asked, [text for part in texts for text in part], numbers
+    (asked, texts, numbers), (asked_in_parts, texts_in_parts, numbers_in_parts) = found.values()
+    assert all(map(torch.equal, asked, asked_in_parts))
+    assert texts == texts_in_parts
+    assert numbers_in_parts == pytest.approx(numbers, rel=1e-5)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused_before_anything_is_made(tmp_path):
+    config = FinetuneConfig(
+        output_dir=str(tmp_path / "run"), checkpoint="none", batch_size=6, gradient_accumulation=4
+    )
+    with pytest.raises(WanError, match=r"batch_size=6: .* gradient_accumulation=4; .* 4 and 8"):
+        finetune(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_asks_for_the_velocity_of_its_clips_at_the_levels_it_says():

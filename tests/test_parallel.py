@@ -430,6 +430,9 @@ def test_a_batch_is_shared_out_evenly_or_not_at_all():
     assert ranks.share(6) == slice(3, 6)
     with pytest.raises(WanError, match="multiple of the 2 groups"):
         ranks.share(5)
+    assert ranks.share(8, parts=2) == slice(4, 8)
+    with pytest.raises(WanError, match=r"gradient_accumulation=2; nearest: 4 and 8"):
+        ranks.share(6, parts=2)
 
 
 def test_numbers_that_only_some_processes_have_are_averaged_over_those():
@@ -496,7 +499,15 @@ RUNS = {
         "regression": RegressionConfig(weight=0.5, num_pairs=5, steps=4),
         "loop": SHORT,
     },
+    "many": {
+        "batch_size": 4,
+        "gan": GANConfig(0.5, 0.5),
+        "scores": BOTH,
+        "regression": RegressionConfig(weight=0.5, num_pairs=5, steps=4),
+        "loop": SHORT,
+    },
 }
+IN_PARTS = "many, in parts"
 # Run, how it is shared out, and what it goes on from.
 IN_TWO = {
     "plain": ("plain", ParallelConfig()),
@@ -507,6 +518,7 @@ IN_TWO = {
     "lora": ("lora", ParallelConfig()),
     "whole chain": ("whole chain", ParallelConfig()),
     "whole chain, sequence": ("whole chain", ParallelConfig(sequence=2)),
+    IN_PARTS: ("many", ParallelConfig()),
     "one, then two": ("plain", ParallelConfig()),
     "two, then two": ("plain", ParallelConfig()),
 }
@@ -515,7 +527,7 @@ IN_TWO = {
 def distill_config(folder: Path, restless: Path, run: str, **changes) -> DistillConfig:
     """Three captions are validated: with two processes, one of them makes two."""
     config = settings(folder, restless, batch_size=2, validation_captions=3)
-    return replace(config, lr=1e-2, critic_lr=1e-2, **RUNS[run], **changes)
+    return replace(config, lr=1e-2, critic_lr=1e-2, **(RUNS[run] | changes))
 
 
 def calm_optimizers(*arguments, **options) -> dict[str, torch.optim.Optimizer]:
@@ -536,7 +548,9 @@ def distill_in_two(rank: int, root: Path, restless: Path, ports: list[int]) -> N
         os.environ["MASTER_PORT"] = str(port)
         if name == "two, then two" and rank == 0:
             until_second_step(root / "two/plain/run", root / "two" / name / "run")
-        assert distill(distill_config(root / "two" / name, restless, run, parallel=parallel)) == 0
+        config = distill_config(root / "two" / name, restless, run, parallel=parallel)
+        parts = 2 if name == IN_PARTS else 1
+        assert distill(replace(config, gradient_accumulation=parts)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -558,6 +572,8 @@ def distilled(root, restless) -> Path:
         patch.setattr(dmd, "make_optimizers", calm_optimizers)
         for run in RUNS:
             assert distill(distill_config(one / run, restless, run)) == 0
+        parts = distill_config(one / IN_PARTS, restless, "many", gradient_accumulation=4)
+        assert distill(parts) == 0
         until_second_step(one / "plain/run", two / "one, then two/run")
         mp.spawn(distill_in_two, (root, restless, free_ports(len(IN_TWO))), nprocs=2)
         until_second_step(two / "plain/run", one / "two, then one/run")
@@ -588,6 +604,17 @@ def test_two_processes_distil_the_student_of_one(distilled, restless, name):
             if key.startswith(LOGGED):
                 assert other[key] == pytest.approx(line[key], rel=3e-5), key
     assert_same_weights(student_weights(one), student_weights(two))
+
+
+def test_a_distillation_in_parts_is_that_of_the_batch(distilled, restless):
+    whole, parts = (
+        distill_config(distilled / "one" / n, restless, "many") for n in ("many", IN_PARTS)
+    )
+    assert_same_weights(student_weights(whole), student_weights(parts))
+    for line, other in zip(metrics(whole), metrics(parts), strict=True):
+        for key in line:
+            if key.startswith(LOGGED):
+                assert other[key] == pytest.approx(line[key], rel=3e-5), key
 
 
 def test_a_resumed_distillation_in_two_repeats_an_unbroken_one_bit_for_bit(distilled, restless):

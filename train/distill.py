@@ -227,6 +227,7 @@ def distill(config: DistillConfig) -> int:
 
 
 def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
+    ranks.share(config.batch_size, config.gradient_accumulation)  # refuses before anything is made
     with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
     folder = expanded(config.output_dir)

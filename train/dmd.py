@@ -5,7 +5,7 @@ DMD, arXiv:2311.18828: the optional regression. The formulas are in `train.losse
 chain in `train.rollout`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from train.losses import (
     sample_score_sigmas,
 )
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
-from train.parallel import Ranks
+from train.parallel import Ranks, even_slices, joined
 from train.rollout import (
     autocast,
     draw_exits,
@@ -61,19 +61,28 @@ class Clips:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is made from: this process's samples.
+    """What an update is made from: this process's samples, or a part of them.
 
     Attributes:
         condition: encoded captions.
         null: the encoded negative prompt, repeated once per caption.
-        shape: (C, T, H, W) of what is to be made.
         clips: (B, C, T, H, W), or None.
+        exits: (B,), at which step each sample leaves the chain.
+        for_all: as `states_at_exits` takes it: the last exit of all processes, or 0 alone.
+        chain: K of (B, C, T, H, W): the noise that the student's chain starts from, then what each
+            step puts back.
+        sigma: (B,), noise levels at which scores are compared.
+        noise: (B, C, T, H, W), what samples are noised with there.
     """
 
     condition: Condition
     null: Condition
-    shape: Sequence[int]
     clips: Tensor | None
+    exits: Tensor
+    for_all: int
+    chain: list[Tensor]
+    sigma: Tensor
+    noise: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,10 @@ class Distillation:
         # By the step that a sample leaves the chain at: the least and greatest spread of a clip.
         self.healthy = [(1.0, 1.0)] * len(config.student.timesteps)
         self.device = texts.device
-        self.own = ranks.share(config.batch_size)
+        self.own = ranks.share(config.batch_size, config.gradient_accumulation)
+        # Rows of them that are in memory at once: in sampling as in training.
+        self.chunk = (self.own.stop - self.own.start) // config.gradient_accumulation
+        self.rows = even_slices(self.own.stop - self.own.start, config.gradient_accumulation)
         self.schedule = student_schedule(config)
         self.shape = latent_shape(config, settings)
         self.gan_blocks: list[int] = []
@@ -156,13 +168,20 @@ class Distillation:
         total = 0.0
         # One backward pass per term: no two of them hold their activations at once.
         if config.dmd_weight:
-            loss, values = self.matching_loss(state.step, generator)
-            total += self.backward(loss)
+            found = []
+            for batch in self.batches(state.step, generator):
+                loss, numbers = self.matching_loss(state.step, batch)
+                total += self.backward(loss)
+                found.append(numbers)
+            values = joined(found)
+            self.check_spread(state.step, values)
         if self.trajectories is not None:
-            loss = self.regression_loss(state.step, generator)
-            values["regression"] = float(loss.detach())
+            values["regression"] = 0.0
             weight = config.regression.weight_at(state.step, config.loop.steps)
-            total += self.backward(weight * loss)
+            for numbers, exits in self.pairs(generator):
+                loss = self.regression_loss(state.step, numbers, exits)
+                values["regression"] += float(loss.detach()) / len(self.rows)
+                total += self.backward(weight * loss)
         check_gradients(state.step, "student", self.student)
         lr = self.rate(state.step, config.lr)
         parameters = trainable(self.student).values()
@@ -176,20 +195,17 @@ class Distillation:
         counted = {"memory_gb": peak_memory_gb(self.device), CLIPS: float(config.batch_size)}
         return values | {"loss_student": total, "lr": lr, **counted}
 
-    @staticmethod
-    def backward(loss: Tensor) -> float:
+    def backward(self, loss: Tensor) -> float:
+        """Add the gradient of a part's mean loss; returns its share of the whole mean."""
+        loss = loss / len(self.rows)
         loss.backward()
         return float(loss.detach())
 
-    def matching_loss(
-        self, step: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, float]]:
+    def matching_loss(self, step: int, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """DMD's weighted loss on fresh samples of the student, the adversarial term added."""
         config, scores = self.config, self.config.scores
-        batch = self.batch(step, generator)
-        condition, null = batch.condition, batch.null
-        x0, exits = self.sample_student(batch, generator)
-        sigma, noise = self.score_levels(generator), self.noise(batch.shape, generator)
+        condition, null, sigma, noise = batch.condition, batch.null, batch.sigma, batch.noise
+        x0 = self.sample_student(batch)
         weight = condition.frame_weight(x0.shape[2])
         with torch.no_grad(), self.autocast():
             x = add_noise(x0, noise, sigma)
@@ -197,7 +213,6 @@ class Distillation:
             x0_teacher = guided_x0(self.teacher, x, sigma, condition, null, scores.guidance_scale)
             gradient = dmd_gradient(x0, x0_teacher, x0_critic, weight)
         check_finite(step, x0_student=x0, x0_critic=x0_critic, x0_teacher=x0_teacher)
-        self.check_spread(step, x0.detach(), exits)
         loss = config.dmd_weight * loss_with_gradient(x0, gradient)
         values = {
             "dmd_gradient": float(gradient.square().mean().sqrt()),
@@ -205,11 +220,12 @@ class Distillation:
             "student_mean": float(x0.detach().mean()),
             "student_std": float(x0.detach().std()),
             "student_drift": float(x0.detach().std()) / self.teacher_std,
+            **self.spreads(x0.detach(), batch.exits),
             "student_max": float(x0.detach().abs().max()),
             "student_saturated": saturated_share(x0),
             "teacher_saturated": saturated_share(x0_teacher),
         }
-        counts = torch.bincount(exits, minlength=len(self.schedule)).tolist()
+        counts = torch.bincount(batch.exits, minlength=len(self.schedule)).tolist()
         values |= {f"exits_{i}": float(count) for i, count in enumerate(counts)}
         if self.discriminator is not None:
             with self.autocast():
@@ -219,7 +235,13 @@ class Distillation:
             values["gan_student"] = float(adversarial.detach())
         return loss, values
 
-    def check_spread(self, step: int, x0: Tensor, exits: Tensor) -> None:
+    def spreads(self, x0: Tensor, exits: Tensor) -> dict[str, float]:
+        """Mean spread of clips (B, C, T, H, W), and the least and greatest healthy ones for it."""
+        low, high = torch.tensor(self.healthy)[exits].mean(0).tolist()
+        own = float(spread_of_clips(x0).mean())
+        return {"clip_spread": own, "clip_spread_low": low, "clip_spread_high": high}
+
+    def check_spread(self, step: int, values: dict[str, float]) -> None:
         """Stop where the samples of all processes spread more or less than the teacher's can.
 
         Early in the chain x0 is close to a mean over all clips of a caption, whose spread is small;
@@ -229,23 +251,28 @@ class Distillation:
         Raises:
             Diverged: the mean over clips is beyond `max_drift` times what `measure_teacher` found.
         """
-        low, high = torch.tensor(self.healthy)[exits.cpu()].mean(0).tolist()
-        own = {"spread": float(spread_of_clips(x0).mean()), "low": low, "high": high}
-        found, factor = self.ranks.mean(own), self.config.max_drift
-        if not found["low"] / factor < found["spread"] < found["high"] * factor:
+        names = ("clip_spread", "clip_spread_low", "clip_spread_high")
+        found = self.ranks.mean({name: values[name] for name in names})
+        (spread, low, high), factor = (found[name] for name in names), self.config.max_drift
+        if not low / factor < spread < high * factor:
             raise Diverged(
-                f"step {step}: diverged: the student's clips spread by {found['spread']:.3g}, the "
-                f"teacher's by {found['low']:.3g} to {found['high']:.3g} from the same steps on "
+                f"step {step}: diverged: the student's clips spread by {spread:.3g}, the "
+                f"teacher's by {low:.3g} to {high:.3g} from the same steps on "
                 f"(max_drift={factor:g}); lower lr or scores.guidance_scale"
             )
 
-    def regression_loss(self, step: int, generator: torch.Generator) -> Tensor:
+    def pairs(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers of trajectories and steps of the chain (B,), part by part."""
+        assert self.trajectories is not None
+        count = len(self.trajectories.captions)
+        numbers = torch.randint(count, (self.config.batch_size,), generator=generator)[self.own]
+        exits = self.exits("stratified", generator)[self.own]
+        for rows in self.rows:
+            yield numbers[rows], exits[rows]
+
+    def regression_loss(self, step: int, numbers: Tensor, exits: Tensor) -> Tensor:
         """Squared distance of the student's x0 from where the teacher's trajectory ends."""
         assert self.trajectories is not None
-        config = self.config
-        count = len(self.trajectories.captions)
-        numbers = torch.randint(count, (config.batch_size,), generator=generator)[self.own]
-        exits = self.exits("stratified", generator)[self.own]
         x, target, captions = self.trajectories.batch(numbers.tolist(), exits)
         condition = Condition(*self.texts(captions))
         with self.autocast():
@@ -256,29 +283,15 @@ class Distillation:
     def update_critic(self, state: TrainState, generator: torch.Generator) -> dict[str, float]:
         """Flow matching on new samples of the student as it is now."""
         config = self.config
-        batch = self.batch(state.step, generator)
-        condition = batch.condition
-        with torch.no_grad():
-            x0, _ = self.sample_student(batch, generator)
-        self.ranks.reshard(self.student)
-        sigma, noise = self.score_levels(generator), self.noise(batch.shape, generator)
-        weight = condition.frame_weight(x0.shape[2])
-        with self.autocast():
-            x = add_noise(x0, noise, sigma)
-            velocity = predict_velocity(self.critic, x, NUM_TIMESTEPS * sigma, condition)
-        target = velocity_target(x0, noise)
-        loss = flow_matching_loss(velocity, target, weight)
-        values = {"critic_loss": float(loss.detach()), **loss_by_level(velocity, target, sigma)}
+        found = []
+        for batch in self.batches(state.step, generator):
+            loss, numbers = self.critic_loss(batch)
+            self.backward(loss)
+            found.append(numbers)
+        values = joined(found)
         optimizers = {"critic": state.optimizers["critic"]}
         if self.discriminator is not None:
-            assert batch.clips is not None
-            with self.autocast():
-                verdicts = [self.logits(x, noise, sigma, condition) for x in (batch.clips, x0)]
-            told_apart = discriminator_loss(*verdicts)
-            loss = loss + config.gan.critic_weight * told_apart
-            values["gan_critic"] = float(told_apart.detach())
             optimizers["discriminator"] = state.optimizers["discriminator"]
-        loss.backward()
         for name in optimizers:
             check_gradients(state.step, name, state.modules[name])
         lr = self.rate(state.step, config.critic_lr)
@@ -287,37 +300,69 @@ class Distillation:
         counted = {"memory_gb": peak_memory_gb(self.device), CLIPS: float(config.batch_size)}
         return values | {"critic_lr": lr, **counted}
 
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Flow matching on samples of the student, the discriminator's loss added."""
+        condition, sigma, noise = batch.condition, batch.sigma, batch.noise
+        with torch.no_grad():
+            x0 = self.sample_student(batch)
+        self.ranks.reshard(self.student)
+        weight = condition.frame_weight(x0.shape[2])
+        with self.autocast():
+            x = add_noise(x0, noise, sigma)
+            velocity = predict_velocity(self.critic, x, NUM_TIMESTEPS * sigma, condition)
+        target = velocity_target(x0, noise)
+        loss = flow_matching_loss(velocity, target, weight)
+        values = {"critic_loss": float(loss.detach()), **loss_by_level(velocity, target, sigma)}
+        if self.discriminator is not None:
+            assert batch.clips is not None
+            with self.autocast():
+                verdicts = [self.logits(x, noise, sigma, condition) for x in (batch.clips, x0)]
+            told_apart = discriminator_loss(*verdicts)
+            loss = loss + self.config.gan.critic_weight * told_apart
+            values["gan_critic"] = float(told_apart.detach())
+        return loss, values
+
     # --- what both updates need -------------------------------------------------------------------
 
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
-        """The batch of one step.
+    def batches(self, step: int, generator: torch.Generator) -> Iterator[Batch]:
+        """This process's samples of one update, in `gradient_accumulation` parts.
 
         With probability `first_frame_share` its first frames are given, unless clips are of a
         single frame, of which nothing would be left to make.
         """
         drawn = self.draw(step)
-        clips = None if drawn.latents is None else drawn.latents[self.own].to(self.device)
-        first = None
-        if float(torch.rand((), generator=generator)) < self.config.first_frame_share:
-            assert clips is not None
-            first = clips[:, :, :1] if clips.shape[2] > 1 else None
-        context, num_tokens = self.texts(drawn.captions[self.own])
-        negative = self.texts([self.config.scores.negative_prompt] * len(context))
+        clips = None if drawn.latents is None else drawn.latents[self.own]
+        captions = drawn.captions[self.own]
+        given = float(torch.rand((), generator=generator)) < self.config.first_frame_share
+        assert clips is not None or not given
         shape = self.shape if clips is None else clips.shape[1:]
-        given = Condition(context, num_tokens, first)
-        return Batch(given, Condition(*negative, first), shape, clips)
-
-    def sample_student(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Samples of the student (B, C, T, H, W) and the step each left the chain at (B,)."""
-        student = self.config.student
-        exits = self.exits(student.exits, generator)
+        exits = self.exits(self.config.student.exits, generator)
         for_all = int(exits.max()) if self.ranks.size > 1 else 0
         exits = exits[self.own]
-        noises = [self.noise(batch.shape, generator) for _ in range(len(self.schedule))]
-        chain = (self.schedule, exits, noises, student.deterministic, for_all)
+        chain = [self.noise(shape, generator) for _ in range(len(self.schedule))]
+        sigma, noise = self.score_levels(generator), self.noise(shape, generator)
+        negative = self.config.scores.negative_prompt
+        for rows in self.rows:
+            part = None if clips is None else clips[rows].to(self.device)
+            first = part[:, :, :1] if part is not None and given and shape[1] > 1 else None
+            condition = Condition(*self.texts(captions[rows]), first)
+            yield Batch(
+                condition,
+                Condition(*self.texts([negative] * len(condition.context)), first),
+                part,
+                exits[rows],
+                for_all,
+                [each[rows].to(self.device) for each in chain],
+                sigma[rows].to(self.device),
+                noise[rows].to(self.device),
+            )
+
+    def sample_student(self, batch: Batch) -> Tensor:
+        """Samples of the student, (B, C, T, H, W)."""
+        student = self.config.student
+        chain = (self.schedule, batch.exits, batch.chain, student.deterministic, batch.for_all)
         with self.autocast():
-            x0 = roll_out(self.student, batch.condition, *chain, student.truncate_gradient)
-        return x0, exits
+            return roll_out(self.student, batch.condition, *chain, student.truncate_gradient)
 
     # Randomness is drawn for the whole batch: a process takes its own samples of it.
 
@@ -329,11 +374,11 @@ class Distillation:
         scores, batch = self.config.scores, self.config.batch_size
         bounds = (scores.lowest, scores.highest)
         sigma = sample_score_sigmas(batch, scores.shift, bounds, generator, scores.clamp)
-        return sigma[self.own].to(self.device)
+        return sigma[self.own]
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         noise = torch.randn(self.config.batch_size, *shape, generator=generator)
-        return noise[self.own].to(self.device)
+        return noise[self.own].clone()  # or the whole batch's would stay in memory
 
     def logits(self, x0: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         assert self.discriminator is not None
@@ -356,11 +401,6 @@ class Distillation:
         condition = Condition(*self.texts(list(captions)))
         null = Condition(*self.texts([self.config.scores.negative_prompt] * len(captions)))
         return sampler_velocity(self.teacher, condition, null, guidance, self.config.bfloat16)
-
-    @property
-    def chunk(self) -> int:
-        """Clips that this process has in memory at once: in sampling as in training."""
-        return self.own.stop - self.own.start
 
     def start(self, generators: list[torch.Generator]) -> Tensor:
         """Pure noise of one sample each."""

@@ -17,7 +17,7 @@ from functools import reduce
 from typing import Any
 
 from configs.distillation import DistillConfig
-from train.parallel import share_out
+from train.parallel import check_batch_size, share_out
 from train.rollout import mean_forwards
 from wan.errors import WanError
 from wan.models.dit_config import DiTConfig
@@ -26,6 +26,7 @@ from wan.weights.names import short
 
 RECOMPUTE = ("none", "selective", "full")  # of `wan.models.recompute`, the fewest kept bytes last
 ONE_COPY = {"parallel.shard": None, "parallel.replicate": 1}  # of the weights, over all GPUs
+ONE_CLIP = {"gradient_accumulation": 1}  # where each group of GPUs has one
 RESERVE = 0.08  # of the GPU: CUDA's context, NCCL's buffers, what the allocator cannot join
 
 
@@ -53,11 +54,8 @@ class TrainingRun:
         sequence, heads = self.config.parallel.sequence, self.dit.num_attention_heads
         if heads % sequence:
             raise WanError(f"parallel.sequence={sequence}: must divide the {heads} heads")
-        if self.config.batch_size % self.num_groups:
-            raise WanError(
-                f"batch_size={self.config.batch_size}: counts the clips of all GPUs and must be a "
-                f"multiple of the {self.num_groups} groups that see different ones"
-            )
+        parts = self.config.gradient_accumulation
+        check_batch_size(self.config.batch_size, self.num_groups, parts, "GPUs")
 
     @property
     def num_groups(self) -> int:
@@ -70,8 +68,9 @@ class TrainingRun:
         return self.config.machines.num_gpus // self.config.parallel.replicate
 
     @property
-    def clips_per_group(self) -> float:
-        return self.config.batch_size / self.num_groups
+    def clips_at_once(self) -> int:
+        """Clips that a group of GPUs has in memory together."""
+        return self.config.batch_size // self.num_groups // self.config.gradient_accumulation
 
     @property
     def matching(self) -> bool:
@@ -188,7 +187,7 @@ def activation_bytes(run: TrainingRun, rank: int, forwards: int = 1) -> float:
         "selective": (stream + attention, block),
         "full": (stream, block),
     }[run.config.checkpoint_blocks]
-    return (forwards * (dit.num_layers * kept + outside) + again) * run.clips_per_group
+    return (forwards * (dit.num_layers * kept + outside) + again) * run.clips_at_once
 
 
 def workspace_bytes(run: TrainingRun) -> float:
@@ -198,7 +197,7 @@ def workspace_bytes(run: TrainingRun) -> float:
     """
     tokens = -(-run.num_tokens // run.config.parallel.sequence)
     one = tokens * (8 * run.dit.width + 2 * run.compute_bytes * run.dit.ffn_dim)
-    return float(one * (1 + run.guidance) * run.clips_per_group)
+    return float(one * (1 + run.guidance) * run.clips_at_once)
 
 
 def gathered_bytes(run: TrainingRun) -> float:
@@ -314,7 +313,7 @@ def remedies(run: TrainingRun) -> list[str]:
     every = sums[-1]
     for factor in (2, 4, 8, 16, 32):
         num_gpus = factor * run.config.machines.num_gpus  # with a clip for each
-        more = {"machines.num_gpus": num_gpus, "batch_size": num_gpus} | ONE_COPY
+        more = {"machines.num_gpus": num_gpus, "batch_size": num_gpus} | ONE_CLIP | ONE_COPY
         sums += [more, every | more | {"parallel.sequence": 1}]
     return found[:4] or next(([way] for change in sums if (way := fitting(run, change))), [])
 
@@ -325,11 +324,13 @@ def changes(run: TrainingRun) -> Iterator[dict[str, Any]]:
     for mode in RECOMPUTE[RECOMPUTE.index(config.checkpoint_blocks) + 1 :]:
         yield {"checkpoint_blocks": mode}
     yield ONE_COPY
-    yield {"batch_size": run.num_groups}
+    yield {"gradient_accumulation": config.gradient_accumulation * run.clips_at_once}
+    yield {"batch_size": run.num_groups} | ONE_CLIP
     for sequence in (2, 4, 8):
         divides = num_gpus % sequence == run.dit.num_attention_heads % sequence == 0
         if sequence > config.parallel.sequence and divides:
-            yield {"parallel.sequence": sequence, "batch_size": num_gpus // sequence} | ONE_COPY
+            clips = {"batch_size": num_gpus // sequence} | ONE_CLIP
+            yield {"parallel.sequence": sequence} | clips | ONE_COPY
     yield {"student.truncate_gradient": True}
     critic = {"scores.critic_lora.rank": config.scores.critic_lora.rank or 64}
     yield critic

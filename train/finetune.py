@@ -31,7 +31,7 @@ from train.optim import (
     trainable,
     warn_of_warmup,
 )
-from train.parallel import Ranks, start
+from train.parallel import Ranks, even_slices, start
 from train.rollout import sampler_velocity
 from train.state import TrainState
 from train.validation import read_clips, world_panel
@@ -127,7 +127,8 @@ def make_train_step(
 ) -> Callable[[TrainState], dict[str, float]]:
     """One step of flow matching on this process's share of a batch."""
     device = ranks.device
-    own = ranks.share(config.batch_size)
+    own = ranks.share(config.batch_size, config.gradient_accumulation)
+    parts = even_slices(own.stop - own.start, config.gradient_accumulation)
     weights = list(trainable(dit).values())
 
     def train_step(state: TrainState) -> dict[str, float]:
@@ -141,19 +142,27 @@ def make_train_step(
         given = given and x0.shape[2] > 1  # of a single frame nothing would be left to make
 
         # All draws are of the whole batch: what a sample is does not depend on who computes it.
-        x0, noise, sigma = (whole[own].to(device) for whole in (x0, noise, sigma))
-        context, num_tokens = texts(captions[own])
+        mine = (x0[own], noise[own], sigma[own], captions[own])
+        total = sum(one_part(*(each[rows] for each in mine), given) for rows in parts)
+        lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
+        norm = apply_gradients(state.optimizers, weights, lr, config.grad_clip)
+        state.averages["dit"].update(dit)
+        return {"loss": total, "grad_norm": norm, "lr": lr, CLIPS: float(config.batch_size)}
+
+    def one_part(
+        x0: Tensor, noise: Tensor, sigma: Tensor, captions: list[str], given: bool
+    ) -> float:
+        """Add a part's gradient to the weights'; returns its part of the mean loss."""
+        x0, noise, sigma = (each.to(device) for each in (x0, noise, sigma))
+        context, num_tokens = texts(captions)
         condition = Condition(context, num_tokens, x0[:, :, :1] if given else None)
         x = add_noise(x0, noise, sigma)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
             velocity = predict_velocity(dit, x, NUM_TIMESTEPS * sigma, condition)
         weight = condition.frame_weight(x.shape[2])
-        loss = flow_matching_loss(velocity, velocity_target(x0, noise), weight)
+        loss = flow_matching_loss(velocity, velocity_target(x0, noise), weight) / len(parts)
         loss.backward()
-        lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
-        norm = apply_gradients(state.optimizers, weights, lr, config.grad_clip)
-        state.averages["dit"].update(dit)
-        return {"loss": loss.item(), "grad_norm": norm, "lr": lr, CLIPS: float(config.batch_size)}
+        return loss.item()
 
     return train_step
 
@@ -189,6 +198,7 @@ def finetune(config: FinetuneConfig) -> int:
 
 
 def train(config: FinetuneConfig, ranks: Ranks) -> int:
+    ranks.share(config.batch_size, config.gradient_accumulation)  # refuses before anything is made
     with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
     folder = expanded(config.output_dir)

@@ -53,6 +53,7 @@ FREE_SETTINGS = {
     # How the same numbers are computed, up to rounding.
     "compile",
     "checkpoint_blocks",
+    "gradient_accumulation",
     "parallel.shard",
     "parallel.replicate",
     "parallel.sequence",

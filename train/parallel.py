@@ -53,6 +53,45 @@ COUNTS = ("exits_",)  # of clips: added up over the groups that see different on
 GREATEST = ("student_max", "memory_gb")
 
 
+def joined(parts: Sequence[dict[str, float]], copies: int = 1) -> dict[str, float]:
+    """The numbers of several parts of a batch as those of the whole: means, `COUNTS`, `GREATEST`.
+
+    Args:
+        copies: how many of the parts see the same clips.
+    """
+
+    def join(name: str, found: list[float]) -> float:
+        if name.startswith(COUNTS):
+            return sum(found) / copies  # those that share a clip all count it
+        return max(found) if name.startswith(GREATEST) else sum(found) / len(found)
+
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: join(name, [part[name] for part in parts if name in part]) for name in names}
+
+
+def even_slices(count: int, parts: int) -> list[slice]:
+    """So many samples in equal parts, one after another."""
+    size = count // parts
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def check_batch_size(batch_size: int, groups: int, parts: int, units: str) -> None:
+    """Refuse a batch that groups of processes or GPUs cannot share out in equal parts.
+
+    Raises:
+        WanError: names the nearest sizes that can be.
+    """
+    unit = groups * parts
+    if batch_size % unit:
+        low = batch_size // unit * unit
+        nearest = f"{low} and {low + unit}" if low else str(unit)
+        raise WanError(
+            f"batch_size={batch_size}: counts the clips of all {units} and must be a multiple of "
+            f"the {groups} groups that see different ones, times gradient_accumulation={parts}; "
+            f"nearest: {nearest}"
+        )
+
+
 class Ranks:
     """One process, alone: nothing to share and nothing to agree on.
 
@@ -101,17 +140,15 @@ class Ranks:
     def reunite(self, module: nn.Module) -> None:
         """Undo `prepare` in the main process, on the CPU; others must not use the module again."""
 
-    def share(self, batch_size: int) -> slice:
+    def share(self, batch_size: int, parts: int = 1) -> slice:
         """This process's samples of a batch.
 
+        Args:
+            parts: in how many `even_slices` the process computes them.
         Raises:
             WanError: the batch cannot be shared out evenly.
         """
-        if batch_size % self.data_size:
-            raise WanError(
-                f"batch_size={batch_size}: counts the clips of all processes and must be a "
-                f"multiple of the {self.data_size} groups that see different ones"
-            )
+        check_batch_size(batch_size, self.data_size, parts, "processes")
         share = batch_size // self.data_size
         return slice(self.data_rank * share, (self.data_rank + 1) * share)
 
@@ -129,15 +166,7 @@ class Ranks:
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """Each number averaged over the processes that have it; but see `COUNTS`, `GREATEST`."""
-        everyone = self.gather(values)
-        names = dict.fromkeys(name for each in everyone for name in each)
-        known = {name: [each[name] for each in everyone if name in each] for name in names}
-        return {name: self._joined(name, found) for name, found in known.items()}
-
-    def _joined(self, name: str, found: list[float]) -> float:
-        if name.startswith(COUNTS):
-            return sum(found) * self.data_size / self.size  # those that share a clip all count it
-        return max(found) if name.startswith(GREATEST) else sum(found) / len(found)
+        return joined(self.gather(values), self.size // self.data_size)
 
     def spread(
         self, make: Callable[[list[int]], Tensor], numbers: Sequence[int], chunk: int
