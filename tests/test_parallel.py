@@ -430,6 +430,9 @@ def test_a_batch_is_shared_out_evenly_or_not_at_all():
     assert ranks.share(6) == slice(3, 6)
     with pytest.raises(WanError, match="multiple of the 2 groups"):
         ranks.share(5)
+    assert ranks.share(8, parts=2) == slice(4, 8)
+    with pytest.raises(WanError, match=r"gradient_accumulation=2; nearest: 4 and 8"):
+        ranks.share(6, parts=2)
 
 
 def test_numbers_that_only_some_processes_have_are_averaged_over_those():
