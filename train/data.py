@@ -40,6 +40,7 @@ from wan.miniature.world import Scene, render, sample_scene, scene_rng
 from wan.models.tokenizer import Tokenizer
 from wan.models.vae import WanVAE
 from wan.pipeline.config import PipelineConfig, part_folder
+from wan.settings import check_kinds, is_of
 from wan.weights.checked import read_checked, write_checked
 
 SHARD = 512  # clips per file of the world's cache
@@ -345,7 +346,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]
         complete = index["report_sha256"] == hashlib.sha256(report).hexdigest()
         texts = report.decode().split("\n") if complete else []
         lines = [parse_json(text, f"{folder / REPORT}") for text in texts if text]
-    except (FileNotFoundError, KeyError):  # what is written last
+    except (FileNotFoundError, KeyError, UnicodeDecodeError):  # what is written last
         complete = False
     except WanError as error:
         raise WanError(f"data.folder={folder}: {error}; {again}") from error
@@ -354,9 +355,40 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]
             f"data.folder={folder}: the last run of train.preprocess there did not finish, or its "
             f"{REPORT} is damaged; {again}"
         )
+    try:
+        check_index(index, lines, folder)
+    except WanError as error:
+        raise WanError(f"data.folder={folder}: {error}; {again}") from error
     # The digest of what older releases wrote: a resumed run must find its data unchanged.
     written = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     return index, lines, hashlib.sha256(written.encode()).hexdigest()
+
+
+TEXT = (str,)
+TEXT_OR_NONE = (str, type(None))
+INDEX_KINDS = {
+    "identity": (dict,),
+    "latent_shapes": (dict,),
+    "prompts": (list,),
+    "negative_prompt": TEXT_OR_NONE,
+    "content_sha256": TEXT,
+}
+LINE_KINDS = {"verdict": TEXT, "caption": TEXT_OR_NONE, "key": TEXT, "size": TEXT}
+IDENTITY_KINDS = {"vae": TEXT, "text_encoder": TEXT, "max_text_tokens": (int,), "text_dtype": TEXT}
+
+
+def check_index(index: dict[str, Any], lines: list[dict[str, Any]], folder: Path) -> None:
+    """Refuse an index or a report whose entries are missing or of other types."""
+    source = str(folder / INDEX)
+    check_kinds(index, INDEX_KINDS, source, INDEX_KINDS)
+    check_kinds(index["identity"], IDENTITY_KINDS, f"{source}, identity", IDENTITY_KINDS)
+    shapes = index["latent_shapes"].values()
+    is_shape = [isinstance(s, list) and [is_of(int, n) for n in s] == [True] * 4 for s in shapes]
+    if not all(is_shape) or not all(isinstance(prompt, str) for prompt in index["prompts"]):
+        raise WanError(f"{source}: damaged, its prompts are no texts or its shapes no sizes")
+    for number, line in enumerate(lines, 1):
+        good = LINE_KINDS if line.get("verdict") == "ok" else ("verdict",)
+        check_kinds(line, LINE_KINDS, f"{folder / REPORT}, line {number}", good)
 
 
 def text_key(index: dict[str, Any], text: str) -> str:

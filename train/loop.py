@@ -27,6 +27,7 @@ from train.state import TrainState
 from train.tensor_cache import only_writer
 from wan.errors import WanError
 from wan.files import write_json
+from wan.settings import Kinds, check_kinds, is_of
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -156,6 +157,11 @@ def run_training(
     return state.step >= config.steps
 
 
+TREE_KINDS: Kinds = {"step": (int,)} | dict.fromkeys(
+    ("settings", "seen", "modules", "optimizers", "averages"), (dict,)
+)
+
+
 def resume(
     state: TrainState, config: LoopConfig, checkpoints: Path, settings: dict[str, Any], ranks: Ranks
 ) -> dict[str, list[float]]:
@@ -179,6 +185,12 @@ def resume(
         tree = load_checkpoint(checkpoints / name_of(config.steps), ranks)
     elif (tree := load_latest(checkpoints, ranks)) is None:
         return {}
+    check_kinds(tree, TREE_KINDS, f"{checkpoints}, the state of a checkpoint", TREE_KINDS)
+    if not all(
+        isinstance(numbers, list) and all(is_of(float, n) for n in numbers)
+        for numbers in tree["seen"].values()
+    ):
+        raise WanError(f"{checkpoints}: damaged, what a checkpoint has seen are no numbers")
     if not config.allow_changes:
         free = {"loop.steps"} if beyond else set()  # it has its part in training alone
         check_unchanged(kept_settings(tree["settings"], checkpoints.parent), settings, free)

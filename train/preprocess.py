@@ -47,6 +47,7 @@ from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import component_config, part_folder
 from wan.runtime.offload import resolve_device
+from wan.settings import check_kinds
 from wan.weights.digests import sha256_file
 from wan.weights.hub import resolve_model
 
@@ -183,7 +184,9 @@ def claim(folder: Path, index: Line) -> None:
             "command; choose another"
         )
     try:
-        there, now = read_sealed(path).get("identity", {}), index["identity"]
+        before, now = read_sealed(path), index["identity"]
+        check_kinds(before, {"identity": (dict,)}, str(path), ("identity",))
+        there = before["identity"]
     except WanError as error:
         if not any(map(is_shard, shards)):
             raise

@@ -52,7 +52,7 @@ class TrainState:
                     group.update(values)
             for name, average in self.averages.items():
                 average.load_state_dict(tree["averages"][name])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise WanError(
                 f"the checkpoints in the output folder belong to another run ({error}); "
                 "choose another output_dir="

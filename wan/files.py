@@ -85,7 +85,11 @@ def read_bytes(path: Path, limit: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise WanError(f"{path}: {size:,} bytes, at most {limit:,} are read of such a file")
-        return file.read(size)  # not more, if it grows meanwhile: no limit is allocated either
+        try:
+            return file.read(size)  # not more, if it grows meanwhile: no limit is allocated either
+        except OSError as error:
+            error.filename = str(path)  # a read does not say where
+            raise
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:

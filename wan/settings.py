@@ -1,11 +1,13 @@
-"""Dataclasses of settings whose fields say which values they may have.
+"""Dataclasses of settings whose fields say which values they may have, and kinds of records.
 
 A model's settings come from a file that may be damaged or hostile, so each field is checked for
-its type and its range by the dataclass that owns it, before anything is built or allocated.
+its type and its range by the dataclass that owns it, before anything is built or allocated. Records
+of other things are checked for the types of their entries.
 """
 
 import math
 import types
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -78,6 +80,35 @@ def is_of(kind: type, value: Any) -> bool:
     if kind is float:
         return isinstance(value, int | float) and math.isfinite(value)
     return isinstance(value, kind)
+
+
+Kinds = Mapping[str, tuple[type, ...]]  # name of an entry -> the types that its value may have
+
+
+def check_kinds(values: Any, kinds: Kinds, source: str, needed: Collection[str] = ()) -> None:
+    """Check that a record that was read has its entries, each of a type that it may have.
+
+    Args:
+        values: what was read; entries without a kind are left alone.
+        source: where it was read, for messages.
+        needed: entries that must be there.
+
+    Raises:
+        WanError: it is no object, lacks an entry, or one is of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise WanError(f"{source}: damaged, a {type(values).__name__} where an object is needed")
+    if missing := [name for name in needed if name not in values]:
+        raise WanError(f"{source}: damaged, no {', '.join(missing)} in it")
+    for name in kinds.keys() & values.keys():
+        if not any(value_is(kind, values[name]) for kind in kinds[name]):
+            words = " or ".join("null" if k is type(None) else k.__name__ for k in kinds[name])
+            raise WanError(f"{source}: damaged, its {name} is no {words}")
+
+
+def value_is(kind: type, value: Any) -> bool:
+    """`is_of` for the types of numbers and truth, else the type itself."""
+    return is_of(kind, value) if kind in WORDS else isinstance(value, kind)
 
 
 def check_number(name: str, value: Any, low: Bound, high: Bound = NO_BOUND) -> None:

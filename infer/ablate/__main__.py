@@ -142,7 +142,10 @@ def has_reference(cell: Cell) -> bool:
     if not cell.reference.is_file():
         return False
     try:
-        return "frames" in read_checked(cell.reference)
+        frames = read_checked(cell.reference).get("frames")
+        if frames is None or frames.dtype != torch.uint8 or frames.shape[3:] != (3,):
+            raise WanError(f"{cell.reference}: damaged, it holds no frames (F, H, W, 3)")
+        return True
     except WanError as error:
         print(f"the reference of {cell.name}: {error}; it is made again", file=sys.stderr)
         cell.reference.unlink()

@@ -27,6 +27,7 @@ from infer.evaluate.video_grid import video_grid
 from wan.errors import WanError
 from wan.files import read_sealed, write_json, write_text
 from wan.media.video import read_video, write_video
+from wan.settings import Kinds, check_kinds
 
 WORLD_NOTE = (
     "Clips of captions of the miniature's world, read by its detectors. Text adherence: everything "
@@ -60,6 +61,9 @@ REFERENCE = (
 )
 
 
+CLIP_KINDS: Kinds = {"seconds": (float,), "measures": (dict,), "joint": (bool, float, type(None))}
+
+
 @dataclass(frozen=True)
 class Cell:
     """A setting with one seed, and with one prompt or the captions of the world.
@@ -91,6 +95,12 @@ class Cell:
 
     def record(self) -> dict[str, Any]:
         record = read_sealed(self.file)
+        check_kinds(record, {"clips": (list,), "plan": (dict, type(None))}, str(self.file))
+        for clip in record.get("clips", ()):
+            source = f"{self.file}, a clip"
+            check_kinds(clip, CLIP_KINDS, source, ("seconds", "measures"))
+            values = clip["measures"]
+            check_kinds(values, dict.fromkeys(values, (float, type(None))), source)
         return record if self.clips is None else cut(record, self.clips.question)
 
 

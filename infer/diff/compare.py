@@ -173,7 +173,9 @@ def _named(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Level
     differing = [key for key in keys if one.get(key) != other.get(key)]
     if not differing:
         return Level(name, SAME)
-    shown = [f"{key} {_two(one.get(key), other.get(key))}" for key in differing[:3]]
+    shown = [f"{_short(key)} {_two(one.get(key), other.get(key))}" for key in differing[:3]]
+    if "threads" in differing:
+        shown.append("OMP_NUM_THREADS= chooses the threads, and sums depend on them")
     more = f"; and {len(differing) - 3} more" if differing[3:] else ""
     return Level(name, DIFFERENT, "; ".join(shown) + more)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from wan.errors import WanError
 from wan.files import expanded, parse_json, read_sealed
+from wan.settings import Kinds, check_kinds
 
 ENDINGS = (".json", ".mp4", ".png", ".latents.safetensors")
 VERSION = 1
 # What a record may hold of what is read here: the kinds of each entry's value.
-KINDS: dict[str, tuple[type, ...]] = {
+KINDS: Kinds = {
     "record_version": (int,),
     "prompt": (str,),
     "negative_prompt": (str, type(None)),
@@ -128,11 +129,7 @@ def checked(values: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: not the record of a video (no {', '.join(missing)} in it); give one that "
             "infer.sample wrote"
         )
-    for name, kinds in KINDS.items():
-        value = values.get(name)
-        if name in values and (not isinstance(value, kinds) or isinstance(value, bool)):
-            words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise WanError(f"{path}: damaged, its {name} is no {words}")
+    check_kinds(values, KINDS, str(path))
     digests = [*values.get("steps_sha256", []), *values.get("text_sha256", {}).values()]
     digests += (values.get("weights_sha256") or {}).values()
     if not all(isinstance(digest, str) for digest in digests):

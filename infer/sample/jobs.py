@@ -1,6 +1,7 @@
 """The jobs of a command: one from the command line, or one per line of a prompt file."""
 
 import json
+import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterator
@@ -142,13 +143,11 @@ def read_jobs(config: SampleConfig, sources: dict[str, str]) -> Jobs:
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """The lines of a text that are not empty, with their numbers from 1."""
-    start, number = 0, 1
-    while start <= len(text):
-        end = text.find("\n", start)
-        end = len(text) if end < 0 else end
-        if line := text[start:end].strip():
-            yield number, line
-        start, number = end + 1, number + 1
+    number, end = 1, 0
+    for line in re.finditer(r"\S[^\n]*", text):  # one step for each, however many are empty
+        number += text.count("\n", end, line.start())
+        end = line.end()
+        yield number, line[0].strip()
 
 
 def _check_own(values: dict[str, Any], config: SampleConfig) -> None:

@@ -161,9 +161,9 @@ def _check_still(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise WanError(f"{name}: {_too_large(f'{image.width}x{image.height} pixels')}")
     # MPO is how Pillow names a phone's JPEG that holds previews or depth maps after the photo.
-    num_frames = getattr(image, "n_frames", 1)
-    if num_frames > 1 and image.format != "MPO":
-        raise WanError(f"{name}: {num_frames} frames or pages; save the wanted one as PNG")
+    # Whether there is a second frame is known at once; to count them all, a file is read whole.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise WanError(f"{name}: several frames or pages; save the wanted one as PNG")
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
