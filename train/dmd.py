@@ -178,8 +178,8 @@ class Distillation:
         if self.trajectories is not None:
             values["regression"] = 0.0
             weight = config.regression.weight_at(state.step, config.loop.steps)
-            for numbers, exits in self.pairs(generator):
-                loss = self.regression_loss(state.step, numbers, exits)
+            for which, exits in self.pairs(generator):
+                loss = self.regression_loss(state.step, which, exits)
                 values["regression"] += float(loss.detach()) / len(self.rows)
                 total += self.backward(weight * loss)
         check_gradients(state.step, "student", self.student)

@@ -142,8 +142,10 @@ def make_train_step(
         given = given and x0.shape[2] > 1  # of a single frame nothing would be left to make
 
         # All draws are of the whole batch: what a sample is does not depend on who computes it.
-        mine = (x0[own], noise[own], sigma[own], captions[own])
-        total = sum(one_part(*(each[rows] for each in mine), given) for rows in parts)
+        x0, noise, sigma, captions = x0[own], noise[own], sigma[own], captions[own]
+        total = sum(
+            one_part(x0[rows], noise[rows], sigma[rows], captions[rows], given) for rows in parts
+        )
         lr = learning_rate(state.step, config.lr, config.loop.steps, config.warmup, final=0.02)
         norm = apply_gradients(state.optimizers, weights, lr, config.grad_clip)
         state.averages["dit"].update(dit)

@@ -181,9 +181,9 @@ def resume(
             f"{max(reached)}, and there is no checkpoint of step {config.steps}; those of "
             f"{', '.join(map(str, reached))} are there: give one of these, or another output_dir="
         )
-    if beyond:
-        tree = load_checkpoint(checkpoints / name_of(config.steps), ranks)
-    elif (tree := load_latest(checkpoints, ranks)) is None:
+    wanted = checkpoints / name_of(config.steps)
+    tree = load_checkpoint(wanted, ranks) if beyond else load_latest(checkpoints, ranks)
+    if tree is None:
         return {}
     check_kinds(tree, TREE_KINDS, f"{checkpoints}, the state of a checkpoint", TREE_KINDS)
     if not all(
