@@ -79,10 +79,9 @@ def lasting(stream: "TextIO | None", number: int) -> "TextIO":
         stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if type(stream) is not io.TextIOWrapper:
         return stream  # of a test or of a notebook
-    as_it_was = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-    encoding = stream.encoding
+    buffered, through, encoding = stream.line_buffering, stream.write_through, stream.encoding
     # What the encoding lacks is printed as an escape, not refused.
-    return LastingStream(stream.detach(), encoding, "backslashreplace", **as_it_was)
+    return LastingStream(stream.detach(), encoding, "backslashreplace", None, buffered, through)
 
 
 class LastingStream(io.TextIOWrapper):

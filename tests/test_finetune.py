@@ -261,8 +261,8 @@ def test_a_lora_says_what_attention_it_was_trained_with_and_warns_of_another(tmp
 
 def test_what_a_killed_export_left_is_removed(tmp_path, cache_dir):
     config = settings(tmp_path, cache_dir)
-    leftover = tmp_path / "run" / ".model-1" / "vae"
-    leftover.mkdir(parents=True)
+    (tmp_path / "run" / ".model.0123abcd.part" / "vae").mkdir(parents=True)
+    (tmp_path / "run" / ".model.0123abcd.tmp").touch()  # its lock went with its process
     finetune(config)
     assert [path.name for path in (tmp_path / "run").glob("*model*")] == ["model"]
 
