@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from test_pipeline import build, write_tokenizer
 
-from configs.cli import execute
+from configs.cli import Run, execute
 from configs.rerun import RerunConfig
 from configs.schema import SampleConfig, SamplerConfig
 from infer.diff.compare import compare
@@ -44,8 +44,10 @@ from infer.diff.records import read_record
 from infer.rerun.request import job_of
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.jobs import read_jobs
+from train import preprocess
 from train.checkpoint import MANIFEST, load_latest, save_checkpoint
 from train.clips import listed_clips
+from train.data import INDEX, REPORT, folder_cache
 from train.metrics import MetricsLog, read_metrics
 from wan.errors import MAX_MESSAGE, WanError, visible
 from wan.files import read_sealed, unsealed, write_sealed
@@ -343,6 +345,23 @@ def read_run(folder: Path) -> None:
     assert isinstance(state, dict)
 
 
+def damaged_data(folder: Path, how: Damage) -> None:
+    """The index or the report of preprocessed clips, with digests that are right again."""
+    index, report = folder / "data" / INDEX, folder / "data" / REPORT
+    values = read_sealed(index)
+    if how.random.random() < 0.5:
+        lines = [json.loads(line) for line in report.read_text().splitlines()]
+        report.write_bytes(b"\n".join(how.json(line) for line in lines) + b"\n")
+        values["report_sha256"] = sha256_file(report)
+        write_sealed(index, values)
+    else:
+        index.write_bytes(how.json(values))
+
+
+def read_data(folder: Path) -> None:
+    assert folder_cache(folder / "data", None).shapes
+
+
 def read_clip_list(folder: Path) -> None:
     for name in ("clips.jsonl", "clips.csv"):
         assert all(isinstance(clip.name, str) for clip in listed_clips(folder / name))
@@ -399,9 +418,14 @@ TARGETS = (
     Target("picture", damaged_pictures, read_pictures),
     Target("list of clips", damaged_lists, read_clip_list),
     Target("checkpoint of training", damaged_run, read_run),
+    Target("preprocessed clips", damaged_data, read_data),
     Target("metrics of training", damaged_bytes("metrics.jsonl"), read_log),
     Target("tensors of a store", damaged_weights("store.safetensors"), read_store),
 )
+
+
+def run_preprocess(run: Run[Any]) -> int:
+    return preprocess.preprocess(run.config)
 
 
 def write_samples(folder: Path) -> None:
@@ -458,6 +482,13 @@ def write_samples(folder: Path) -> None:
     pixels = torch.randint(0, 256, (12, 16, 3), generator=generator, dtype=torch.uint8)
     for ending in ("png", "jpg"):
         Image.fromarray(pixels.numpy()).save(folder / f"picture.{ending}")
+    (folder / "one").mkdir()
+    shutil.copy(folder / "picture.png", folder / "one")
+    (folder / "one" / "picture.txt").write_text(PROMPT)
+    words = [f"checkpoint={folder}", f"clips={folder / 'one'}", f"output_dir={folder / 'data'}"]
+    more = ["sizes=[1x16x16]", "max_upscale=4", "device=cpu", "max_text_tokens=16"]
+    if code := execute(run_preprocess, preprocess.LINE, "", [*words, *more]):
+        raise RuntimeError(f"train.preprocess ended with {code}")
     (folder / "prompts.txt").write_text(
         f'{PROMPT}\n{{"prompt": "a cat", "seed": 3, "steps": 2, "fps": 8.5}}\n\n'
         '{"prompt": "two", "timesteps": [1000, 500], "image": "cat.png"}\n'

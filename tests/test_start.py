@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def command(*words, cwd, before=(), environment=None, **options) -> subprocess.P
         **(environment or {}),
     }
     variables = {name: value for name, value in variables.items() if value is not None}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    # Where the tests run in the background, Ctrl-C is ignored, and a child inherits that.
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": heeded, **options}
     return subprocess.Popen([sys.executable, "-m", *words], cwd=cwd, env=variables, **pipes)
 
 
@@ -116,7 +119,8 @@ def test_as_a_library_the_packages_change_nothing():
         "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
         "assert (sys.stdout, sys.path) == before\n"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, preexec_fn=heeded)
 
 
 # --- streams --------------------------------------------------------------------------------------
@@ -180,7 +184,14 @@ def test_a_prompt_of_any_script_passes_where_the_locale_knows_ascii_only(tmp_pat
 
 # --- places ---------------------------------------------------------------------------------------
 
-NO_HOME = {"HOME": None, "USER": None, "LOGNAME": None, "LNAME": None, "USERNAME": None}
+NO_HOME = {
+    "XDG_CACHE_HOME": None,
+    "HOME": None,
+    "USER": None,
+    "LOGNAME": None,
+    "LNAME": None,
+    "USERNAME": None,
+}
 
 
 @pytest.fixture

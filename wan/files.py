@@ -21,8 +21,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from wan.errors import WanError
 
@@ -53,7 +54,7 @@ FILE_KINDS = {
 }
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading its bytes.
 
     A pipe or a device is refused at once, where a plain `open` may wait for ever.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.evaluation import CAPTION_SETS, EvaluateConfig, StudyConfig
+from configs.schema import kept_settings
 from infer.evaluate.measure import read_features
 from infer.evaluate.report import (
     INTERVALS,
@@ -62,7 +63,7 @@ def read_settings(config: StudyConfig, folder: Path) -> list[Row]:
         try:
             records = {captions: read_sealed(file) for captions, file in files.items()}
             features = read_features(files["single"])
-            problem = why_unusable(records, asked)
+            problem = why_unusable(records, asked, folder / name)
         except WanError as error:
             problem = str(error)
         if problem:
@@ -79,12 +80,13 @@ def read_settings(config: StudyConfig, folder: Path) -> list[Row]:
 
 
 def why_unusable(
-    records: dict[str, dict[str, Any]], asked: dict[str, EvaluateConfig]
+    records: dict[str, dict[str, Any]], asked: dict[str, EvaluateConfig], folder: Path
 ) -> str | None:
-    """What keeps stored records from answering the questions of a setting, if anything does."""
+    """What keeps the records in a folder from answering the questions of a setting, if anything."""
 
     def but_number(question: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in question.items() if name != "num_captions"}
+        kept = kept_settings(question, folder)  # paths as the records have them
+        return {name: value for name, value in kept.items() if name != "num_captions"}
 
     questions = {captions: but_number(one.question()) for captions, one in asked.items()}
     if any(but_number(records[c]["config"]) != questions[c] for c in asked):
