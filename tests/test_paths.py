@@ -120,7 +120,12 @@ def test_shared_parts_lie_in_the_model_or_among_the_shipped(way, place, model, p
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"vae": 3}, "a folder's name"), ({"../vae": "vae"}, "unknown"), ({"vae": ["a"]}, "name")],
+    [
+        ({"vae": 3}, "a folder's name"),
+        ({"../vae": "vae"}, "unknown"),
+        ({"vae": ["a"]}, "name"),
+        ({"vae": "va\0e"}, "no file can have this name"),
+    ],
 )
 def test_shared_parts_of_another_form(model, values, words):
     (model / "shared_parts.json").write_text(json.dumps(values))

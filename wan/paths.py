@@ -35,7 +35,10 @@ def inside(path: Path, *roots: Path) -> Path:
     """
     if ".." not in path.parts and path.absolute().is_relative_to(SHIPPED_MODELS):
         return path  # an installer may have linked the files of this project
-    real = Path(os.path.realpath(path))
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError as error:  # a zero byte
+        raise WanError(f"{path}: no file can have this name ({error})") from error
     allowed = [SHIPPED_MODELS, *roots, *(cache for root in roots for cache in hub_caches(root))]
     if any(real.is_relative_to(os.path.realpath(place)) for place in allowed):
         return path
