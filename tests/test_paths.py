@@ -125,6 +125,7 @@ def test_shared_parts_lie_in_the_model_or_among_the_shipped(way, place, model, p
         ({"../vae": "vae"}, "unknown"),
         ({"vae": ["a"]}, "name"),
         ({"vae": "va\0e"}, "no file can have this name"),
+        ({"vae": "x" * 256}, "no file can have this name"),
     ],
 )
 def test_shared_parts_of_another_form(model, values, words):

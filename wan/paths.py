@@ -17,6 +17,7 @@ from wan.errors import WanError
 ABSOLUTE = re.compile(r"(?<![\w.:/~-])~?(?:/[^\s/:'\",;()<>|]+)+")
 END_OF_NAME = r"(?![\w-]|\.\w)"
 SHIPPED_MODELS = Path(__file__).parent / "miniature"
+LONGEST_NAME = 255  # bytes of one part of a path, on every common disk
 REMEDY = (
     "a model's folder is read only where it holds its files itself: copy them there, or give the "
     "real place as the model, or as one part of it with transformer=, transformer_2=, vae=, "
@@ -39,6 +40,8 @@ def inside(path: Path, *roots: Path) -> Path:
         real = Path(os.path.realpath(path))
     except ValueError as error:  # a zero byte
         raise WanError(f"{path}: no file can have this name ({error})") from error
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        raise WanError(f"{path}: no file can have this name (longer than {LONGEST_NAME} bytes)")
     allowed = [SHIPPED_MODELS, *roots, *(cache for root in roots for cache in hub_caches(root))]
     if any(real.is_relative_to(os.path.realpath(place)) for place in allowed):
         return path
