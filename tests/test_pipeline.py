@@ -120,6 +120,15 @@ def build(tokenizer_folder, pipeline_class=WanPipeline, two_experts=False, **set
     )
 
 
+def write_models(folder) -> None:
+    """Write a TI2V base model, a student and a two-expert model below a folder."""
+    tokenizer = folder / "tokenizer"
+    write_tokenizer(tokenizer)
+    build(tokenizer, expand_timesteps=True).save_pretrained(folder / "base")
+    build(tokenizer, WanDMDPipeline, timesteps=(1000, 757, 522)).save_pretrained(folder / "student")
+    build(tokenizer, two_experts=True).save_pretrained(folder / "experts")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     threads = torch.get_num_threads()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import build, write_tokenizer
+from test_pipeline import write_models
 from test_sample import style
 
 import infer.rerun.__main__ as rerun
@@ -21,7 +21,6 @@ from infer.sample.__main__ import LINE as SAMPLE_LINE
 from infer.sample.__main__ import SampleCommand
 from wan.files import read_sealed
 from wan.media.video import read_video, write_video
-from wan.pipeline.pipeline import WanDMDPipeline
 
 COMMANDS = {
     "sample": (SampleCommand(), SAMPLE_LINE),
@@ -34,11 +33,7 @@ COMMANDS = {
 def models(tmp_path_factory):
     """Folders of a TI2V base model, a student and a two-expert model, tiny and untrained."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = folder / "tokenizer"
-    write_tokenizer(tokenizer)
-    build(tokenizer, expand_timesteps=True).save_pretrained(folder / "base")
-    build(tokenizer, WanDMDPipeline, timesteps=(1000, 757, 522)).save_pretrained(folder / "student")
-    build(tokenizer, two_experts=True).save_pretrained(folder / "experts")
+    write_models(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline import build, write_tokenizer
+from test_pipeline import write_models
 
 import infer.loading
 import infer.sample.generate
@@ -52,11 +52,7 @@ PROMPT = 'a red circle, moving: ${right} (or "left")'
 def models(tmp_path_factory):
     """Folders of a TI2V base model, a student and a two-expert model."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = folder / "tokenizer"
-    write_tokenizer(tokenizer)
-    build(tokenizer, expand_timesteps=True).save_pretrained(folder / "base")
-    build(tokenizer, WanDMDPipeline, timesteps=(1000, 757, 522)).save_pretrained(folder / "student")
-    build(tokenizer, two_experts=True).save_pretrained(folder / "experts")
+    write_models(folder)
     return folder
 
 

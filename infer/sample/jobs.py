@@ -22,6 +22,7 @@ from configs.schema import (
 )
 from wan.errors import WanError, errors_about
 from wan.files import expanded, parse_json, read_text
+from wan.settings import is_of
 
 NOT_A_JOB = 'a prompt that starts so is written {"prompt": "..."}'
 # As the source of a value: a line of a prompt file, or the record of a video that is made again.
@@ -216,13 +217,9 @@ def _parse_line(line: str) -> dict[str, Any]:
             words = " or ".join(k.__name__ for k in kinds)
             raise WanError(f"{key}={value!r}: need {words}")
         check_text(key, str(value))
-    if not all(_is_number(t) for t in values.get("timesteps", [])):
+    if not all(is_of(float, t) for t in values.get("timesteps", [])):
         raise WanError(f"timesteps={values['timesteps']}: need a list of numbers")
     return values
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _sampler(base: SamplerConfig, given: dict[str, Any]) -> SamplerConfig:

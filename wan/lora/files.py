@@ -33,6 +33,7 @@ from wan.lora.names import (
     target,
 )
 from wan.paths import inside
+from wan.settings import is_of
 from wan.weights.hub import HUB_ID
 from wan.weights.names import grouped
 from wan.weights.safetensors_file import map_tensors, read_header
@@ -380,7 +381,7 @@ def read_peft_config(path: str, source: str, text: str, expert: str) -> PeftConf
     refuse_other_settings(path, source, entries)
     alpha, pattern = entries.get("lora_alpha"), entries.get("alpha_pattern") or {}
     if not isinstance(pattern, dict) or not all(
-        value is None or is_number(value) for value in (alpha, *pattern.values())
+        value is None or is_of(float, value) for value in (alpha, *pattern.values())
     ):
         raise WanError(f"LoRA {path}: {source}: lora_alpha and alpha_pattern must hold numbers")
     patterns = tuple((module_pattern(path, source, key), value) for key, value in pattern.items())
@@ -426,10 +427,6 @@ def refuse_other_settings(path: str, source: str, entries: dict[str, Any]) -> No
             f"LoRA {path}: {source} says init_lora_weights={start!r}, which also changes the base "
             "weights; convert it to plain LoRA with peft's path_initial_model_for_weight_conversion"
         )
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -503,7 +500,7 @@ def layer_changes(
 def unusable(tensor: Tensor, role: str) -> str | None:
     """Why no model can use a tensor in this role; None if it is usable."""
     if role == "alpha":
-        if tensor.numel() != 1 or not is_number(tensor.item()) or tensor.item() == 0:
+        if tensor.numel() != 1 or not is_of(float, tensor.item()) or tensor.item() == 0:
             return "alpha that is not one finite number other than 0"
     elif role == "rank":
         if tensor.numel() != 1:
