@@ -12,7 +12,7 @@ given again, and their content is compared with the record's. Exit codes: 0 the 
 different, or the result shows no picture; 2 the command has an error; 130 stopped with Ctrl-C.
 """
 
-from configs.cli import INTERRUPTED, Run, run
+from configs.cli import INTERRUPTED, Run, loading, run
 from configs.command_line import CommandLine
 from configs.rerun import RerunConfig
 from configs.schema import PARTS
@@ -35,7 +35,7 @@ def main(run: Run[RerunConfig]) -> int:
     if not config.record:
         raise WanError("no record: python -m infer.rerun FILE, a record or an mp4 of infer.sample")
     record = read_record(config.record)
-    # Imported here, because PyTorch takes seconds to load and a mistyped name should not.
+    loading()
     from infer.loading import ModelCache
     from infer.rerun.request import job_of
     from infer.sample.generate import make_video, prepare

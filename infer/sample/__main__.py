@@ -16,7 +16,7 @@ reached so far are kept).
 
 from typing import Any
 
-from configs.cli import INTERRUPTED, Run, run
+from configs.cli import INTERRUPTED, Run, loading, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
 from configs.schema import PARTS, SampleConfig
 from infer.sample.jobs import read_jobs
@@ -48,7 +48,8 @@ class SampleCommand:
         Errors in the request are raised before weights are downloaded or read.
         """
         jobs = read_jobs(run.config, run.sources)
-        # Imported here, because PyTorch takes seconds to load and a mistyped option should not.
+        if self._models is None:
+            loading()
         from infer.loading import ModelCache
         from infer.sample.generate import make_video, prepare
 
