@@ -128,15 +128,6 @@ def run(main: Main, line: CommandLine, description: str) -> NoReturn:
     sys.exit(code)
 
 
-def loading() -> None:
-    """Say what a command does first: its own import of PyTorch, which takes seconds.
-
-    Commands import what works inside `main`, after their arguments were read, so that a mistyped
-    option and `--help` need not wait for it.
-    """
-    print("loading PyTorch", file=sys.stderr, flush=True)
-
-
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning on one line, without the place in the code where it was raised."""
     print("warning: " + " ".join(shortened(visible(str(message))).split()), file=sys.stderr)

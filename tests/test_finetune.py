@@ -12,7 +12,7 @@ import torch
 from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
 from train.checkpoint import load_latest
 from train.data import LatentCache
-from train.finetune import finetune, make_train_step
+from train.finetune.run import finetune, make_train_step
 from train.optim import EMA, make_optimizers
 from train.parallel import ALONE
 from train.state import TrainState
@@ -213,7 +213,7 @@ def test_a_run_cut_in_two_gives_the_weights_of_one_run(tmp_path, cache_dir):
 
         return counted
 
-    import train.finetune as module
+    import train.finetune.run as module
 
     original = module.make_train_step
     module.make_train_step = lambda *args: stop_after_two(original(*args))

@@ -15,17 +15,17 @@ from test_clips import damage, make_clip
 from test_data import TINY
 
 import train.data
-import train.preprocess
+import train.preprocess.run
 from configs.cli import compose_runs
 from configs.command_line import CommandLine
 from configs.data import DataConfig, PreprocessConfig, parse_size
 from configs.training import FinetuneConfig, LoopConfig
 from train.conditioning import component_digests
 from train.data import folder_cache, open_data
-from train.finetune import finetune
-from train.preprocess import preprocess
+from train.finetune.run import finetune
+from train.preprocess.run import preprocess
 from train.tensor_cache import TensorStore, open_to_read
-from train.vae import export
+from train.vae.run import export
 from wan.errors import WanError
 from wan.files import read_sealed, remove_leftovers, write_json
 from wan.models.dit_config import DiTConfig
@@ -127,7 +127,7 @@ def test_a_clip_may_become_several_samples_that_are_stored_and_resumed_one_by_on
             raise Killed
         return train.data.encode_float16(vae, video, chunk)
 
-    monkeypatch.setattr(train.preprocess, "encode_float16", encode)
+    monkeypatch.setattr(train.preprocess.run, "encode_float16", encode)
     with pytest.raises(Killed):
         preprocess(config)
     assert preprocess(config) == 0
@@ -250,7 +250,7 @@ def test_a_killed_run_goes_on_after_its_last_shard(clips, tmp_path, model, monke
         encoded.append(video)
         return train.data.encode_float16(vae, video, chunk)
 
-    monkeypatch.setattr(train.preprocess, "encode_float16", encode)
+    monkeypatch.setattr(train.preprocess.run, "encode_float16", encode)
     kill_at = 3
     with pytest.raises(Killed):
         preprocess(config)
@@ -396,7 +396,7 @@ def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model, mo
     make_clip(clips / "a.mp4")
     preprocess(settings(tmp_path, model))
     with monkeypatch.context() as later:
-        later.setattr(train.preprocess, "RECIPE", 99)
+        later.setattr(train.preprocess.run, "RECIPE", 99)
         with pytest.raises(WanError, match=r"\(recipe: \d there, 99 now\); it can be trained on"):
             preprocess(settings(tmp_path, model))
     with pytest.raises(WanError, match=r"other settings \(fps: 8.0 there, 8.05 now\)"):
@@ -424,7 +424,7 @@ def test_prompts_alone_are_enough_and_stored_as_encoded(tmp_path, model):
     assert cache.shapes == [(2, 2, 2, 4)]
     assert sorted(cache.prompts(0, 2, seed=0)) == ["a red circle", "ein Kreis, {rot}"]
     rows = cache.tokens_of(["a red circle", "", "blur"])
-    shown = train.preprocess.Tokenizer.from_folder(model / "tokenizer")
+    shown = train.preprocess.run.Tokenizer.from_folder(model / "tokenizer")
     assert len(rows[0]) == len(shown("a red circle").ids)
     assert [row.shape[1] for row in rows] == [128] * 3
     with pytest.raises(WanError, match="no embedding of 'a blue"):

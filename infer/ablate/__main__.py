@@ -15,8 +15,9 @@ where it stopped. What fails is named at the end, with exit code 1; the rest is 
 """
 
 from configs.ablation import AblateConfig
-from configs.cli import Run, loading, run
+from configs.cli import Run, run
 from configs.command_line import CommandLine, Shortcut
+from configs.progress import loading_pytorch
 
 LINE = CommandLine(
     AblateConfig,
@@ -28,9 +29,8 @@ LINE = CommandLine(
 
 
 def main(run: Run[AblateConfig]) -> int:
-    loading()
-    from infer.ablate.run import ablate
-
+    with loading_pytorch():
+        from infer.ablate.run import ablate
     return ablate(run)
 
 

@@ -13,8 +13,9 @@ that were missed, in time or in memory, are named at the end; profile=true says 
 """
 
 from configs.benchmark import BenchConfig
-from configs.cli import Run, loading, run
+from configs.cli import Run, run
 from configs.command_line import ATTENTION, CommandLine
+from configs.progress import loading_pytorch
 
 LINE = CommandLine(
     BenchConfig,
@@ -25,9 +26,8 @@ LINE = CommandLine(
 
 
 def main(run: Run[BenchConfig]) -> None:
-    loading()
-    from infer.bench.run import bench
-
+    with loading_pytorch():
+        from infer.bench.run import bench
     bench(run.config)
 
 

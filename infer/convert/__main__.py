@@ -18,9 +18,10 @@ With base=.. rank=.. it writes a LoRA file instead: the part of source - base th
 A JSON file beside it says how much of the difference is lost, layer by layer.
 """
 
-from configs.cli import Run, loading, run
+from configs.cli import Run, run
 from configs.command_line import CommandLine
 from configs.conversion import ConvertConfig
+from configs.progress import loading_pytorch
 from configs.schema import PARTS
 
 LINE = CommandLine(
@@ -32,9 +33,8 @@ LINE = CommandLine(
 
 
 def main(run: Run[ConvertConfig]) -> None:
-    loading()
-    from infer.convert.run import convert
-
+    with loading_pytorch():
+        from infer.convert.run import convert
     convert(run.config)
 
 

@@ -13,9 +13,10 @@ source=renders gives its floor. Diversity needs captions that leave something op
 seeds of each: omit=0.5 seeds_per_caption=8 split=train.
 """
 
-from configs.cli import Run, loading, run
+from configs.cli import Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
 from configs.evaluation import EvaluateConfig
+from configs.progress import loading_pytorch
 from configs.schema import PARTS
 
 LINE = CommandLine(
@@ -34,9 +35,8 @@ LINE = CommandLine(
 
 
 def main(run: Run[EvaluateConfig]) -> None:
-    loading()
-    from infer.evaluate.run import evaluate_source
-
+    with loading_pytorch():
+        from infer.evaluate.run import evaluate_source
     evaluate_source(run)
 
 

@@ -11,9 +11,10 @@ Prints a row per comparison, and the first tensor that diverges. Exits with 1 if
 Needs pip install -e .[parity]
 """
 
-from configs.cli import Run, loading, run
+from configs.cli import Run, run
 from configs.command_line import CommandLine
 from configs.parity import ParityConfig
+from configs.progress import loading_pytorch
 
 LINE = CommandLine(
     ParityConfig,
@@ -23,9 +24,8 @@ LINE = CommandLine(
 
 
 def main(run: Run[ParityConfig]) -> int:
-    loading()
-    from infer.parity.run import parity
-
+    with loading_pytorch():
+        from infer.parity.run import parity
     return parity(run.config)
 
 

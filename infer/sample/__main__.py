@@ -16,8 +16,9 @@ reached so far are kept).
 
 from typing import Any
 
-from configs.cli import INTERRUPTED, Run, loading, run
+from configs.cli import INTERRUPTED, Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
+from configs.progress import loading_pytorch
 from configs.schema import PARTS, SampleConfig
 from infer.sample.jobs import read_jobs
 
@@ -48,11 +49,9 @@ class SampleCommand:
         Errors in the request are raised before weights are downloaded or read.
         """
         jobs = read_jobs(run.config, run.sources)
-        if self._models is None:
-            loading()
-        from infer.loading import ModelCache
-        from infer.sample.generate import make_video, prepare
-
+        with loading_pytorch():
+            from infer.loading import ModelCache
+            from infer.sample.generate import make_video, prepare
         self._models = self._models or ModelCache()
         session = prepare(run, jobs, self._models)
         code = 0

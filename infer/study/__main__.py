@@ -10,17 +10,17 @@ setting that fails is named at the end; the others are still made. Options of a 
 as in settings.teacher_unipc_50.share=0.1.
 """
 
-from configs.cli import Run, loading, run
+from configs.cli import Run, run
 from configs.command_line import CommandLine
 from configs.evaluation import StudyConfig
+from configs.progress import loading_pytorch
 
 LINE = CommandLine(StudyConfig, "study", text_keys=(), path_keys=("output_dir", "checkpoint"))
 
 
 def main(run: Run[StudyConfig]) -> int:
-    loading()
-    from infer.study.run import study
-
+    with loading_pytorch():
+        from infer.study.run import study
     return study(run)
 
 

@@ -1,19 +1,4 @@
-"""Distil a few-step student from a many-step teacher by distribution matching.
-
-    python -m train.distill                                 # the miniature, three steps
-    python -m train.distill method=fastwan3 plan=true       # what the released recipe would take
-
-A many-step teacher becomes a student of one to four steps (DMD2, arXiv:2405.14867, without
-pictures of the real world: captions are enough). Three networks, all from the teacher's weights:
-
-    student   makes clips as it will when sampling; trained along critic minus teacher
-    critic    learns by flow matching what the student's clips look like; the fake score
-    teacher   frozen, guided; the real score
-
-Optional terms: an adversarial one on features of critic or teacher (needs clips), and regression on
-the teacher's own trajectories, which alone (dmd_weight=0) is knowledge distillation. What comes out
-is a folder in the released layout, or a LoRA file.
-"""
+"""Teacher, critic and student trained together and exported: the work of `train.distill`."""
 
 import copy
 import sys
@@ -25,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.cli import INTERRUPTED, run
-from configs.command_line import ATTENTION, CommandLine
+from configs.cli import INTERRUPTED
 from configs.distillation import DistillConfig
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
@@ -63,17 +47,6 @@ from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import CONFIGS, resolve_model
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import read_header
-
-LINE = CommandLine(
-    DistillConfig,
-    "distill",
-    text_keys=("scores.negative_prompt",),
-    path_keys=(
-        *("output_dir", "checkpoint", "student.start", "regression.folder"),
-        *("data.folder", "data.cache_dir"),
-    ),
-    shortcuts=ATTENTION,
-)
 
 
 def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
@@ -389,7 +362,3 @@ def make_trajectories(
         run.ranks,
         run.chunk,
     )
-
-
-if __name__ == "__main__":
-    run(lambda run: distill(run.config), LINE, __doc__ or "")

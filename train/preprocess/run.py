@@ -1,13 +1,4 @@
-"""Encode clips and captions once, into what training reads.
-
-    python -m train.preprocess clips=clips/
-
-A folder (`name.mp4` beside `name.txt`) or a list of clips, images as clips of one frame, and texts
-without clips (`prompts=`). Each clip is decoded to its end, judged, brought to the size that keeps
-most of the picture, and encoded: its start, or several samples of it (`frames=`). report.jsonl says
-what became of it. Damaged clips are set aside with a reason; too many of them fail the run, which
-then leaves check.jsonl. To resume, or to add clips, run the same command again.
-"""
+"""Clips and texts judged, encoded and stored: the work of `train.preprocess`."""
 
 import hashlib
 import json
@@ -24,8 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.cli import run
-from configs.command_line import CommandLine
 from configs.data import FRAMES, PreprocessConfig, parse_size
 from train.clips import (
     RECIPE,
@@ -50,13 +39,6 @@ from wan.runtime.offload import resolve_device
 from wan.settings import check_kinds
 from wan.weights.digests import sha256_file
 from wan.weights.hub import resolve_model
-
-LINE = CommandLine(
-    PreprocessConfig,
-    "preprocess",
-    text_keys=("negative_prompt",),
-    path_keys=("clips", "prompts", "output_dir", "checkpoint"),
-)
 
 CHECK = "check.jsonl"  # the report of check_only=true and of runs that fail: both change no data
 CHUNK = 16  # frames that the autoencoder takes at a time
@@ -378,7 +360,3 @@ def encode_texts(
             encoded = {text_key(index, t): tokens_of([t])[0].cpu().contiguous() for t in part}
             store.add(encoded, {key: {} for key in encoded})
             progress.update(len(part))
-
-
-if __name__ == "__main__":
-    run(lambda run: preprocess(run.config), LINE, __doc__ or "")
