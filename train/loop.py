@@ -45,6 +45,7 @@ FREE_SETTINGS = {
     "output_dir",
     "threads",
     "export",
+    "few_step",
     "regression.folder",
     "loop.log_every",
     "loop.save_every",

@@ -36,6 +36,7 @@ from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import (
     BASE,
+    FEW_STEP,
     PipelineConfig,
     SamplingDefaults,
     component_config,
@@ -58,6 +59,13 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
     """The released settings, or for a network from scratch those of the frozen parts and `dit`."""
     if not config.from_scratch:
         settings = read_pipeline_config(folder)
+        if settings.class_name == FEW_STEP and not config.few_step:
+            raise WanError(
+                f"checkpoint={config.checkpoint}: is a few-step student. Flow matching teaches the "
+                "velocity between any two noise levels, of which its few jumps know nothing: it "
+                "would unlearn them. Train the model that it was distilled from, as a LoRA that "
+                "the student takes too, or distil again; few_step=true trains it all the same"
+            )
         check_trainable(settings, folder, config.first_frame_share)
         return settings
     parts = {
