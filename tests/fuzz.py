@@ -44,7 +44,7 @@ from infer.diff.records import read_record
 from infer.rerun.request import job_of
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.jobs import read_jobs
-from train import preprocess
+from train.preprocess import __main__ as preprocess
 from train.checkpoint import MANIFEST, load_latest, save_checkpoint
 from train.clips import listed_clips
 from train.data import INDEX, REPORT, folder_cache
@@ -425,7 +425,7 @@ TARGETS = (
 
 
 def run_preprocess(run: Run[Any]) -> int:
-    return preprocess.preprocess(run.config)
+    return preprocess.main(run)
 
 
 def write_samples(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Teacher, critic and student trained together and exported: the work of `train.distill`."""
 
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from configs.cli import INTERRUPTED
 from configs.distillation import DistillConfig
+from configs.training import LoRAConfig
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
     Texts,
@@ -38,9 +38,11 @@ from wan.media.video import to_uint8, write_video
 from wan.miniature.captions import OMIT, caption
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.attention import network_attention
+from wan.models.attention_config import AttentionConfig
 from wan.models.dit import WanDiT
 from wan.models.vae import WanVAE
 from wan.pipeline.config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
+from wan.pipeline.folder import load_part
 from wan.sampling.schedule import euler_schedule
 from wan.weights.checked import read_checked, write_checked
 from wan.weights.checkpoint import open_checkpoint
@@ -103,39 +105,47 @@ def student_settings(config: DistillConfig, settings: PipelineConfig) -> Pipelin
 def load_networks(
     config: DistillConfig, settings: PipelineConfig, source: Path, ranks: Ranks
 ) -> Networks:
-    """Teacher, student and critic, in float32, ready for this process."""
-    half = torch.bfloat16 if config.bfloat16 else torch.float32
+    """Teacher, student and critic, in float32, ready for this process.
 
-    teacher = load_frozen(
-        source,
-        "transformer",
-        settings.transformer,
-        ranks.loading_device,
-        torch.float32,
-        attention=config.score_attention,
-        checkpoint_blocks=config.checkpoint_blocks,
-    )
-    critic = copy.deepcopy(teacher).requires_grad_(True)
-    student = copy.deepcopy(critic)
-    student.set_attention(config.attention)
-    for module in (teacher, student):
-        module.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
+    Each is read and sharded before the next: every process holds one whole network at a time.
+    """
+    half = torch.bfloat16 if config.bfloat16 else torch.float32
+    start_from = None
     if config.student.start is not None:
         try:
             folder = resolve_model(config.student.start)
         except WanError as error:
             raise WanError(f"student.start={error}; train that student first") from error
         start_from = open_checkpoint(part_folder(folder, "transformer"), model=folder)
-        student.load_state_dict(load_state(start_from, "transformer"))
-    for module, lora in ((student, config.student.lora), (critic, config.scores.critic_lora)):
-        if lora.rank:
+
+    def load(attention: AttentionConfig, lora: LoRAConfig | None) -> WanDiT:
+        """A network from the teacher's weights; the frozen one has no settings of a LoRA."""
+        trained = lora is not None
+        dit: WanDiT = load_part(
+            source,
+            "transformer",
+            settings.transformer,
+            {"attention": attention, "checkpoint_blocks": config.checkpoint_blocks},
+            dtype=torch.float32,
+            device=ranks.loading_device,
+            share_mapping=ranks.size > 1 or not trained,  # shards are copies of their own
+        )
+        dit.requires_grad_(trained)
+        dit.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
+        if lora is config.student.lora and start_from is not None:
+            dit.load_state_dict(load_state(start_from, "transformer"))
+        if lora is not None and lora.rank:
             generator = torch.Generator().manual_seed(config.seed)
-            add_lora(module, lora.rank, lora.alpha, generator=generator)
-    for module in (teacher, student, critic):
+            add_lora(dit, lora.rank, lora.alpha, generator=generator)
         if config.compile:
-            for block in module.blocks:
+            for block in dit.blocks:
                 block.compile()
-        ranks.prepare(module, config.bfloat16)
+        ranks.prepare(dit, config.bfloat16)
+        return dit
+
+    teacher = load(config.score_attention, None)
+    student = load(config.attention, config.student.lora)
+    critic = load(config.score_attention, config.scores.critic_lora)
     return Networks(student, teacher, critic)
 
 
