@@ -49,9 +49,9 @@ def loading_pytorch() -> Iterator[None]:
     """Surrounds the imports of what works, in the `main` of a command.
 
     They stand there because PyTorch takes seconds to load: `--help` and a mistyped option, which
-    are answered before, need not wait for it.
+    are answered before, need not wait for it. It is said on a terminal only.
     """
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or not sys.stderr.isatty():
         yield
         return
     with doing("loading PyTorch"):
