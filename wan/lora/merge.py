@@ -346,7 +346,7 @@ def pairs_to_train(module: nn.Module, lora: LoRA) -> dict[str, LowRank]:
     others += [f"{name}.weight" for name in pairs if type(layers[name]) is not nn.Linear]
     if others:
         raise WanError(
-            f"LoRA {lora.path}: training goes on with pairs of linear layers only, and it also "
+            f"LoRA {lora.path}: training goes on with pairs of plain linear layers only; it also "
             f"changes {grouped(sorted(others))}; merge it into the model (load_lora_weights, "
             "fuse_lora, save_pretrained) and train a new LoRA on that"
         )
