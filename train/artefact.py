@@ -40,15 +40,15 @@ Weights = Mapping[str, Tensor]  # trained weights by our names, whole, on the CP
 
 
 class Artefact(Protocol):
-    """One file or folder that is made of trained weights.
+    """One file or folder that is made of trained weights."""
 
-    Attributes:
-        final: its name in the run's folder at the end of the run.
-        ending: what follows the name of a step elsewhere, such as ".safetensors"; "" of a folder.
-    """
+    @property
+    def final(self) -> str:
+        """Its name in the run's folder at the end of the run."""
 
-    final: str
-    ending: str
+    @property
+    def ending(self) -> str:
+        """What follows the name of a step elsewhere: ".safetensors", or "" of a folder."""
 
     def write(self, weights: Weights, place: Path) -> None:
         """Write it, complete or not at all; what is there is replaced."""
