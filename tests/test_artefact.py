@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,3 +224,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(runs, tmp_path,
     assert "trying the checkpoint before it" in err
     with pytest.raises(WanError, match="sha256"):
         export_kept(ExportConfig(str(tmp_path / "run"), step=4, output=str(tmp_path / "y")))
+
+
+def test_help_and_a_mistyped_option_load_no_pytorch():
+    script = "import train.export, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True)
