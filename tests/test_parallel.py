@@ -458,12 +458,12 @@ def test_samples_are_made_in_chunks_by_each_group_its_share():
         return torch.tensor(rows)
 
     ranks = Ranks(torch.device("cpu"))
-    assert ranks.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
+    assert ranks.spread_tensors(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
     assert asked == [[0, 1], [2, 3], [4]]
     asked.clear()
     ranks.size, ranks.data_size, ranks.data_rank = 4, 2, 1
     ranks.gather = lambda value: [torch.tensor([0, 1, 2])] * 2 + [value] * 2
-    assert ranks.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
+    assert ranks.spread_tensors(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
     assert asked == [[3, 4], [4]]  # as many calls as the other group: networks are sharded
 
 

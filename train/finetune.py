@@ -34,10 +34,11 @@ from train.optim import (
 from train.parallel import Ranks, even_slices, start
 from train.rollout import sampler_velocity
 from train.state import TrainState
-from train.validation import read_clips, world_panel
+from train.validation import decode_clip, read_clip, shares, world_panel
 from wan.errors import WanError
 from wan.files import expanded, read_json
 from wan.lora.merge import add_lora
+from wan.miniature.detect import Score
 from wan.miniature.world import NUM_FRAMES, STAGE
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
@@ -179,17 +180,22 @@ def validate(
     side = STAGE // vae.config.spatial_stride
     shape = (vae.config.z_dim, vae.config.latent_frames(NUM_FRAMES), side, side)
 
-    def sample(numbers: list[int]) -> Tensor:
+    def found(numbers: list[int]) -> list[Score]:
         said = [captions[number].text for number in numbers]
         context, num_tokens = texts(said + [""] * len(said))
         condition, null = (Condition(part, num_tokens) for part in context.chunk(2))
         guidance, bfloat16 = config.validation_guidance, config.bfloat16
         velocity = sampler_velocity(dit, condition, null, guidance, bfloat16)
         x = draw_noise(shape, sample_generators(numbers, len(numbers))).to(texts.device)
-        return vae.decode_normalized(sample_euler(velocity, x, schedule), None).float()
+        latents = sample_euler(velocity, x, schedule)
+        return [
+            read_clip(decode_clip(vae, clip), captions[number])
+            for number, clip in zip(numbers, latents, strict=True)
+        ]
 
-    videos = ranks.spread(sample, range(len(captions)), chunk=32)
-    return read_clips(videos, captions, "val")
+    own = ranks.share(config.batch_size, config.gradient_accumulation)
+    at_once = (own.stop - own.start) // config.gradient_accumulation  # as in training
+    return shares(ranks.spread(found, range(len(captions)), at_once), "val")
 
 
 def finetune(config: FinetuneConfig) -> int:
