@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from configs.data import DataConfig
+from configs.data import DataConfig, parse_size
 from configs.parallel import ParallelConfig
 from configs.schema import (
+    MAX_STEPS,
     Options,
     check_device,
     check_every_step,
+    check_prompt,
     count,
     option,
     positive,
@@ -27,6 +29,10 @@ def check_grad_clip(name: str, value: float) -> None:
         raise WanError(f"{name}={value}: must be above 0; to clip nothing, set 1e9")
 
 
+def check_size(name: str, text: str) -> None:
+    parse_size(text, name)
+
+
 @dataclass
 class LoopConfig(Options):
     """How long to train and what to keep."""
@@ -38,6 +44,7 @@ class LoopConfig(Options):
     save_every: int = count(200, "steps between checkpoints")
     keep_last: int = count(2, "checkpoints kept; with 1, a damaged newest one loses the run")
     wandb_project: str | None = option(None, "mirror metrics to this wandb project")
+    tensorboard: bool = option(False, "mirror metrics to output_dir/tensorboard")
     allow_changes: bool = option(False, "go on from checkpoints of a run with other settings")
 
 
@@ -182,6 +189,35 @@ class FinetuneConfig(TransformerTrainConfig):
     )
     validation_steps: int = count(12, "Euler steps of those samples")
     validation_guidance: float = option(3.0, "guidance of those samples")
+    validation_clips: int = option(
+        0,
+        "for data.kind=folder: clips that are not trained on; their loss is measured at each save",
+        at_least=0,
+    )
+    sample_prompts: list[str] = option(
+        [],
+        "a prompt, or a .txt file of prompts, to sample at each save; give it again for more",
+        check=check_prompt,
+    )
+    sample_every: int | None = option(
+        None,
+        "steps between samples, a multiple of loop.save_every; null: at every save",
+        at_least=1,
+    )
+    sample_size: str | None = option(
+        None, "frames x height x width of samples; null: that of most clips", check=check_size
+    )
+    sample_steps: int | None = option(
+        None, "their steps; null: the model's own", at_least=1, at_most=MAX_STEPS
+    )
+    sample_shift: float | None = positive(None, "their shift; null: the model's own")
+    sample_guidance: float | None = option(
+        None, "their guidance; null: the model's own; 1: none", at_least=0
+    )
+    sample_negative_prompt: str | None = option(
+        None, "null: the official one for released base models, else the empty one"
+    )
+    sample_seed: int = seed_option(0, "their noise, the same for each prompt")
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
@@ -190,6 +226,12 @@ class FinetuneConfig(TransformerTrainConfig):
             raise WanError(
                 f"validation_captions={self.validation_captions} with data.kind={self.data.kind}: "
                 "the detectors read the miniature's world only; set it to 0"
+            )
+        if self.validation_clips and self.data.kind != "folder":
+            raise WanError(
+                f"validation_clips={self.validation_clips} with data.kind={self.data.kind}: clips "
+                "of a folder are held out; for the world, validation_captions= are of scenes that "
+                "no training sees"
             )
         if self.from_scratch and self.lora.rank:
             raise WanError("from_scratch=true and lora.rank > 0: a LoRA needs a base to adapt")

@@ -40,6 +40,7 @@ from train.dmd import Clips, Distillation, Networks, latent_shape, student_sched
 from train.estimate import TrainingRun, estimate_that_fits, format_estimate
 from train.export import export_model
 from train.loop import run_training
+from train.metrics import check_mirrors
 from train.optim import warn_of_warmup
 from train.parallel import Ranks, start
 from train.state import TrainState
@@ -231,6 +232,7 @@ def distill(config: DistillConfig) -> int:
     torch.set_num_threads(config.threads)
     student_schedule(config)  # refuses a wrong list before anything is loaded
     config.data.check_source()
+    check_mirrors(config.loop)
     with start(config.parallel, config.device) as ranks:
         return run_distillation(config, ranks)
 

@@ -8,8 +8,9 @@ not loaded for encoded clips. What comes out is a complete folder in the release
 file.
 """
 
+import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ from configs.training import FinetuneConfig
 from train.conditioning import Texts, check_trainable, transformer_digest
 from train.data import LatentCache, open_data
 from train.export import export_model
+from train.held_out import held_out_loss, hold_out, said_of
 from train.loop import CLIPS, MODEL_DIGEST, run_training, step_generator
 from train.losses import flow_matching_loss, sample_sigmas
+from train.metrics import check_mirrors
 from train.optim import (
     EMA,
     apply_gradients,
@@ -33,6 +36,7 @@ from train.optim import (
 )
 from train.parallel import Ranks, even_slices, start
 from train.rollout import sampler_velocity
+from train.samples import Sampler, open_sampler, sample_prompts, sampling_plan
 from train.state import TrainState
 from train.validation import decode_clip, read_clip, shares, world_panel
 from wan.errors import WanError
@@ -66,7 +70,8 @@ from wan.weights.load import load_module
 LINE = CommandLine(
     FinetuneConfig,
     "finetune",
-    text_keys=(),
+    text_keys=("sample_negative_prompt",),
+    text_lists=("sample_prompts",),
     path_keys=("output_dir", "checkpoint", "data.folder", "data.cache_dir"),
     shortcuts=ATTENTION,
 )
@@ -200,6 +205,8 @@ def validate(
 
 def finetune(config: FinetuneConfig) -> int:
     config.data.check_source()
+    check_mirrors(config.loop)
+    config = replace(config, sample_prompts=sample_prompts(config))  # as they are read now
     torch.set_num_threads(config.threads)
     with start(config.parallel, config.device) as ranks:
         return train(config, ranks)
@@ -216,6 +223,7 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
             "write over; choose another output_dir="
         )
     settings = read_settings(config, source)
+    plan = sampling_plan(config, settings)
     if ranks.is_main:
         warn_of_warmup(config.loop.steps, config.warmup)
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,6 +232,15 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
         cache, texts, vae = open_data(
             config.data, settings, source, ranks.device, config.max_text_tokens
         )
+    held: list[int] = []
+    if config.validation_clips:
+        cache, held = hold_out(cache, config.validation_clips)
+        if ranks.is_main:
+            print(said_of(cache, held), file=sys.stderr)
+    sampler: Sampler | None = None
+    if config.sample_prompts:
+        shape = max(zip(cache.buckets, cache.shapes, strict=True), key=lambda of: len(of[0]))[1]
+        sampler = open_sampler(config, settings, source, plan, shape, ranks, vae)
     dit = build_dit(config, settings, source, ranks)
     half = torch.bfloat16 if config.bfloat16 else torch.float32
     dit.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
@@ -235,11 +252,30 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
     )
 
     def on_save(state: TrainState) -> dict[str, float]:
-        if not config.validation_captions or vae is None:
+        every, last = config.sample_every, state.step == config.loop.steps
+        sampling = sampler is not None and (not every or state.step % every == 0 or last)
+        samples: dict[str, dict[int, Tensor]] = {}
+        values: dict[str, float] = {}
+
+        def look(weights: str, prefix: str) -> None:
+            """Measure and sample the network as it is now."""
+            if held:
+                loss = held_out_loss(dit, texts, cache, held, config.bfloat16, ranks, prefix)
+                values.update(loss)
+            if sampling and sampler is not None:
+                samples[weights] = sampler.sample(dit)
+
+        if not (held or sampling or config.validation_captions):
             return {}
+        look("current", "val_loss")
         with average.in_place(dit):
-            values = validate(dit, texts, vae, config, ranks)
+            if config.ema_decay:  # at 0 the average is the current weights
+                look("ema", "val_loss_ema")
+            if config.validation_captions and vae is not None:
+                values.update(validate(dit, texts, vae, config, ranks))
             ranks.reshard(dit)
+        if sampling and sampler is not None:
+            sampler.write(folder / "samples", state.step, samples)
         return values
 
     train_step = make_train_step(dit, texts, cache, config, ranks)

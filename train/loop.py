@@ -49,8 +49,18 @@ FREE_SETTINGS = {
     "loop.save_every",
     "loop.keep_last",
     "loop.wandb_project",
+    "loop.tensorboard",
     "loop.allow_changes",
     "data.cache_dir",
+    # What is looked at, and not trained on.
+    "sample_prompts",
+    "sample_every",
+    "sample_size",
+    "sample_steps",
+    "sample_shift",
+    "sample_guidance",
+    "sample_negative_prompt",
+    "sample_seed",
     # How the same numbers are computed, up to rounding.
     "compile",
     "checkpoint_blocks",
@@ -117,7 +127,7 @@ def run_training(
         log: MetricsLog | None = None
         if ranks.is_main:
             write_json(folder / "config.json", settings)
-            log = MetricsLog(folder, state.step, config.wandb_project, settings)
+            log = MetricsLog(folder, state.step, config.wandb_project, settings, config.tensorboard)
             stack.callback(log.close)
 
         def report(text: str, values: dict[str, float]) -> None:
@@ -281,6 +291,7 @@ def check_unchanged(
     before, now = dict(flat(saved)), dict(flat(given))
     free = FREE_SETTINGS | set(more_free)
     free |= {MODEL_DIGEST} - before.keys()  # older checkpoints have none
+    free |= {n for n, value in now.items() if n not in before and not value}  # newer, and off
     if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
         free = free | {"data.folder"}
     changed = [

@@ -21,6 +21,7 @@ from configs.command_line import CommandLine
 from configs.training import VAETrainConfig
 from train.export import export_part
 from train.loop import run_training, step_generator
+from train.metrics import check_mirrors
 from train.optim import (
     EMA,
     apply_gradients,
@@ -195,6 +196,7 @@ def build_vae(config: VAETrainConfig) -> WanVAE:
 
 
 def train_vae(config: VAETrainConfig) -> int:
+    check_mirrors(config.loop)
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     warn_of_warmup(config.loop.steps, config.warmup)

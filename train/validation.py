@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from train.parallel import Ranks
+from wan.errors import WanError
 from wan.media.images import write_image
 from wan.media.video import contact_sheet, to_uint8
 from wan.miniature.captions import Caption, caption
@@ -219,11 +220,19 @@ class Pictures:
         self.error: str | None = None
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Let `write` write the file of that name; an OSError is noted."""
-        try:
+        """Let `write` write the file of that name; an error is noted."""
+
+        def attempt() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / f"{self.step:07d}-{name}")
-        except OSError as error:
+
+        self.note(attempt)
+
+    def note(self, attempt: Callable[[], object]) -> None:
+        """Do something that the files need; an error is noted."""
+        try:
+            attempt()
+        except (OSError, WanError) as error:
             self.error = self.error or str(error)
 
     def close(self, ranks: Ranks) -> None:
