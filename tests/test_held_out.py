@@ -55,6 +55,13 @@ def test_which_clips_are_held_out_follows_from_names_alone():
     assert set(held) < set(more)
 
 
+def test_new_clips_move_none_that_was_trained_on_to_those_that_are_held_out():
+    grown = numbered([*NAMES, *"fghijklmnop"])
+    before = {NAMES[number] for number in hold_out(numbered(), 3)[1]}
+    after = {grown.sources[number] for number in hold_out(grown, 3)[1]}
+    assert after & set(NAMES) < before  # some of the new ones took the place of others
+
+
 def test_something_must_be_left_to_train_on():
     with pytest.raises(WanError, match=r"validation_clips=5: the data has 5 .* give 4 at most"):
         hold_out(numbered(), 5)

@@ -29,13 +29,16 @@ from configs.distillation import (
 from configs.parallel import ParallelConfig
 from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_checkpoint, load_latest
+from train.data import LatentCache
 from train.distill import distill
 from train.finetune import finetune
+from train.held_out import held_out_loss
 from train.loop import run_training, step_generator
 from train.optim import EMA, Muon, apply_gradients, make_optimizers
 from train.parallel import ALONE, Ranks, SequenceSplit, gathered, share_out, start
 from train.state import TrainState
 from wan.errors import WanError
+from wan.media.video import read_video
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.pipeline.config import SamplingDefaults, read_pipeline_config, write_configs
@@ -131,9 +134,27 @@ def finetune_config(folder: Path, cache: Path) -> FinetuneConfig:
         first_frame_share=0.5,
         validation_captions=2,
         validation_steps=2,
+        sample_prompts=["a red circle", "two", "three"],  # more than processes, and no multiple
+        sample_size="5x32x32",
+        sample_steps=2,
         data=DataConfig(cache_dir=str(cache), num_clips=4),
         loop=LoopConfig(steps=2, save_every=1, log_every=1),
     )
+
+
+def held_out(ranks: Ranks) -> dict[str, float]:
+    """The loss of the network on three clips."""
+    dit = make_state(ranks).modules["dit"]
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 4, 3, 2, 6, generator=generator)
+    context = torch.randn(3, 12, 10, generator=generator)
+    context[:, 5:] = 0
+    cache = LatentCache(latents, lambda number, rng: str(number))
+
+    def encode(captions: list[str]) -> tuple[torch.Tensor, int]:
+        return context[[int(one) for one in captions]], 5
+
+    return held_out_loss(dit, encode, cache, range(3), False, ranks, "val")
 
 
 # What follows runs in two processes.
@@ -153,6 +174,7 @@ def sharded(ranks: Ranks, root: Path) -> dict:
     for name, damage in DAMAGE.items():
         results[f"damaged {name}"] = damage_one(ranks, root / "shard", root / name, damage)
     results["muon"] = muon_update(ranks)
+    results["held out"] = held_out(ranks)
     ranks.reunite(dit := make_state(ranks).modules["dit"])
     results["reunited"] = [type(p.data) for p in dit.parameters()] if ranks.is_main else None
     return results
@@ -236,6 +258,7 @@ def replicated(ranks: Ranks, root: Path) -> dict:
 def split(ranks: Ranks, root: Path) -> dict:
     results = {"sequence": train(ranks, root / "sequence")}
     results["recomputed"] = train(ranks, root / "recomputed", recompute="full")
+    results["held out, sequence"] = held_out(ranks)
     return results
 
 
@@ -392,6 +415,21 @@ def test_the_command_gives_the_same_network_from_two_processes(root, two):
     assert a.keys() == b.keys()
     # Two warm-up steps of at most 2e-5 each, wherever Adam takes rounding for a gradient.
     assert all((a[name].float() - b[name].float()).abs().max() < 5e-5 for name in a)
+
+
+@pytest.mark.parametrize("name", ["held out", "held out, sequence"])
+def test_the_loss_on_held_out_clips_does_not_depend_on_the_number_of_processes(two, name):
+    assert two[name] == pytest.approx(held_out(ALONE), rel=1e-5)
+
+
+def test_two_processes_write_the_samples_of_one(root, two):
+    folders = [root / f"finetuned by {n}/samples" for n in ("one", "two")]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    assert len(names[0]) == 3 * 2 * 2  # prompts, weights, saves
+    for name in names[0]:
+        a, b = (read_video(folder / name)[0].astype(int) for folder in folders)
+        assert abs(a - b).max() <= 8  # a compressed file tells a rounding more
 
 
 def test_alone_nothing_is_wrapped_or_averaged():

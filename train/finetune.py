@@ -223,7 +223,7 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
             "write over; choose another output_dir="
         )
     settings = read_settings(config, source)
-    plan = sampling_plan(config, settings)
+    plan = sampling_plan(config, settings) if config.sample_prompts else None
     if ranks.is_main:
         warn_of_warmup(config.loop.steps, config.warmup)
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
         if ranks.is_main:
             print(said_of(cache, held), file=sys.stderr)
     sampler: Sampler | None = None
-    if config.sample_prompts:
+    if plan is not None:
         shape = max(zip(cache.buckets, cache.shapes, strict=True), key=lambda of: len(of[0]))[1]
         sampler = open_sampler(config, settings, source, plan, shape, ranks, vae)
     dit = build_dit(config, settings, source, ranks)

@@ -98,7 +98,7 @@ def run_training(
         on_save: measured and logged before each checkpoint (validation, sample clips), but for
             the one that a signal asks for between two others. If it returns `HEALTH`, the
             checkpoint where that was highest is kept beside the last ones. What it writes as
-            `media_files` finds it is mirrored to wandb too.
+            `media_files` finds it is mirrored too.
         ranks: of all processes, which step and stop together; numbers are averaged over them, and
             the main one prints and logs.
     Returns:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from configs.data import parse_size
 from configs.schema import check_prompt
@@ -68,12 +69,25 @@ def sample_prompts(config: FinetuneConfig) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
+def given_shape(config: FinetuneConfig, settings: PipelineConfig) -> tuple[int, ...] | None:
+    """(C, T, h, w) of the latents that `sample_size=` asks for; None if it is not given.
+
+    Raises:
+        WanError: the model cannot make this size.
+    """
+    if config.sample_size is None:
+        return None
+    frames, height, width = parse_size(config.sample_size, "sample_size")
+    return settings.latent_shape(height, width, frames)
+
+
 def sampling_plan(config: FinetuneConfig, settings: PipelineConfig) -> SamplingPlan:
     """How samples are made: as the model says, but for the options that are given.
 
     Raises:
         WanError: the options do not fit the model.
     """
+    given_shape(config, settings)
     named = {f"sample_{n}": getattr(config, f"sample_{n}") for n in OPTIONS[2:]}
     if settings.timesteps and (given := [n for n, value in named.items() if value is not None]):
         raise WanError(
@@ -138,24 +152,32 @@ class Sampler:
     def sample(self, dit: WanDiT) -> dict[int, Tensor]:
         """Latents (C, T, h, w) on the CPU, of the prompts that are this process's share."""
         made: dict[int, Tensor] = {}
+        share = -(-len(self.prompts) // self.ranks.data_size)
+        hidden = None if self.ranks.is_main else True  # None: where nobody looks
 
         def make(numbers: list[int]) -> list[None]:
             for number in numbers:
-                made[number] = self.sample_one(dit, self.prompts[number])
+                made[number] = self.sample_one(dit, self.prompts[number], bar)
             return [None] * len(numbers)
 
-        self.ranks.spread(make, range(len(self.prompts)), 1)
+        total = share * len(self.plan.schedule)
+        with tqdm(total=total, desc="samples", unit="step", leave=False, disable=hidden) as bar:
+            self.ranks.spread(make, range(len(self.prompts)), 1)
         self.ranks.reshard(dit)
         return made
 
-    def sample_one(self, dit: WanDiT, prompt: str) -> Tensor:
+    def sample_one(self, dit: WanDiT, prompt: str, bar: tqdm) -> Tensor:
         condition, null = (Condition(*self.texts([text])) for text in (prompt, self.negative))
         scale = self.plan.guidance_scale
         velocity = sampler_velocity(dit, condition, null, scale, self.bfloat16)
         generators = sample_generators(self.seed, 1)
         stepper = self.plan.stepper(renoise=lambda i: draw_noise(self.shape, generators))
         x = draw_noise(self.shape, generators).to(self.ranks.device)
-        return sample(velocity, x, stepper)[0].cpu()
+
+        def on_step(*_: object) -> None:
+            bar.update()
+
+        return sample(velocity, x, stepper, on_step)[0].cpu()
 
     def write(self, folder: Path, step: int, made: dict[str, dict[int, Tensor]]) -> None:
         """Write mp4 files that say step, weights, number and prompt; all processes call it.
@@ -200,9 +222,6 @@ def open_sampler(
         shape: of the latents of clips; `sample_size=` comes before it.
         vae: the autoencoder, if it is in memory anyway.
     """
-    if config.sample_size is not None:
-        frames, height, width = parse_size(config.sample_size, "sample_size")
-        shape = settings.latent_shape(height, width, frames)
     negative = config.sample_negative_prompt
     if negative is None:
         negative = OFFICIAL_NEGATIVE_PROMPT if settings.released_base else ""
@@ -218,7 +237,7 @@ def open_sampler(
         negative,
         encode_prompts(texts, settings, source, ranks, config.max_text_tokens),
         plan,
-        shape,
+        given_shape(config, settings) or shape,
         config.sample_seed,
         config.bfloat16,
         settings.defaults.fps,
