@@ -31,8 +31,8 @@ NOISE_SEED = 2_000_000  # of the first clip's noises; the next one has the next 
 def hold_out(cache: LatentCache, count: int) -> tuple[LatentCache, list[int]]:
     """Keep the clips of some videos from training.
 
-    All samples, captions and copies of a video stay together. Where clips are added to the data, new
-    ones may come in the place of some that were held out, but none that was trained on.
+    All samples, captions and copies of a video stay together. Where clips are added to the data,
+    new ones may take the place of some that were held out, but none that was trained on does.
 
     Args:
         count: how many videos are held out.
