@@ -198,7 +198,7 @@ class Tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         new = not any(folder.glob("*tfevents*"))
-        self.writer = SummaryWriter(str(folder), purge_step=None if new else first_step + 1)
+        self.writer: Any = SummaryWriter(str(folder), purge_step=None if new else first_step + 1)
         for row in rows if new else ():
             self.write(row["step"], row)
 
