@@ -62,6 +62,8 @@ class LatentCache:
         num_captions: number of captions: one per clip, then the prompts that have no clip.
         tokens_of: stored text embeddings, if there are any: captions -> (n, D) of each.
         digest: of a folder's content, so that a resumed run can tell whether it is the same.
+        sources: the name of the video that each clip was taken from, in a folder: samples, captions
+            and copies of one video have the same.
     """
 
     latents: Tensor | Sequence[Tensor]
@@ -71,6 +73,7 @@ class LatentCache:
     num_captions: int = 0
     tokens_of: TokensOf | None = None
     digest: str | None = None
+    sources: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.shapes = self.shapes or [tuple(self.latents[0].shape)]
@@ -318,7 +321,14 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
         len(captions),
         tokens_of,
         index_sha256,
+        sources_of(good),
     )
+
+
+def sources_of(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The name of each sample's video; that of the first one for files with the same content."""
+    first: dict[str, str] = {}
+    return [first.setdefault(line["key"], line.get("clip", line["key"])) for line in lines]
 
 
 def content_digest(
