@@ -55,7 +55,9 @@ class LoopConfig(Options):
 class OptimConfig(Options):
     """What every training command has."""
 
-    bfloat16: bool = option(True, "compute matrix products in bfloat16; weights stay float32")
+    bfloat16: bool | None = option(
+        None, "matrix products in bfloat16, weights stay float32; null: where that is fast"
+    )
     grad_clip: float = option(1.0, "largest gradient norm", check=check_grad_clip)
     loop: LoopConfig = field(default_factory=LoopConfig)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from configs.training import OptimConfig
 from train.optim import (
     EMA,
     Muon,
@@ -12,6 +13,7 @@ from train.optim import (
     make_optimizers,
     orthogonalize,
     warn_of_warmup,
+    with_precision,
 )
 from wan.errors import WanError
 
@@ -121,3 +123,11 @@ def test_a_warmup_longer_than_the_run_is_warned_of(capsys):
     warn_of_warmup(6, 100)
     assert "ends at 0.06 of what was asked for" in capsys.readouterr().err
     assert learning_rate(5, 1.0, 6, 100) == 0.06
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_chosen_where_it_is_fast_unless_it_is_given(monkeypatch, fast):
+    monkeypatch.setattr("train.optim.is_fast_in_bfloat16", lambda device: fast)
+    cpu = torch.device("cpu")
+    assert with_precision(OptimConfig(), cpu).bfloat16 is fast
+    assert with_precision(OptimConfig(bfloat16=not fast), cpu).bfloat16 is not fast

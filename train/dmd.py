@@ -393,7 +393,7 @@ class Distillation:
         return learning_rate(step, peak, config.loop.steps, config.warmup, config.final_lr)
 
     def autocast(self) -> torch.autocast:
-        return autocast(self.device, self.config.bfloat16)
+        return autocast(self.device, bool(self.config.bfloat16))
 
     # --- sampling for the panel and for trajectories ----------------------------------------------
 
@@ -403,7 +403,7 @@ class Distillation:
         """The guided teacher's velocity as samplers call it."""
         condition = Condition(*self.texts(list(captions)))
         null = Condition(*self.texts([self.config.scores.negative_prompt] * len(captions)))
-        return sampler_velocity(self.teacher, condition, null, guidance, self.config.bfloat16)
+        return sampler_velocity(self.teacher, condition, null, guidance, bool(self.config.bfloat16))
 
     def start(self, generators: list[torch.Generator]) -> Tensor:
         """Pure noise of one sample each."""
@@ -475,7 +475,7 @@ class Distillation:
             on_x0: is given the clean latents that the network sees at each step.
         """
         condition = Condition(*self.texts(captions))
-        network = sampler_velocity(dit, condition, condition, 1, self.config.bfloat16)
+        network = sampler_velocity(dit, condition, condition, 1, bool(self.config.bfloat16))
         sigmas = iter(self.schedule.sigmas.tolist())
 
         def velocity(x: Tensor, timestep: float) -> Tensor:

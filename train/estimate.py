@@ -110,9 +110,14 @@ class TrainingRun:
         return math.prod(self.dit.token_grid(self.latent_size))
 
     @property
+    def bfloat16(self) -> bool:
+        """Whether matrix products are in bfloat16, in which GPUs are fast."""
+        return self.config.bfloat16 is not False
+
+    @property
     def compute_bytes(self) -> int:
         """Bytes of a number in matrix products."""
-        return 2 if self.config.bfloat16 else 4
+        return 2 if self.bfloat16 else 4
 
 
 def with_options(run: TrainingRun, change: dict[str, Any]) -> TrainingRun:
@@ -179,7 +184,7 @@ def activation_bytes(run: TrainingRun, rank: int, forwards: int = 1) -> float:
     """
     dit, c, text = run.dit, run.compute_bytes, run.config.machines.text_rows
     tokens = -(-run.num_tokens // run.config.parallel.sequence)
-    autocast = run.config.bfloat16 and run.config.machines.num_gpus == 1
+    autocast = run.bfloat16 and run.config.machines.num_gpus == 1
     block = kept_by_block(dit, tokens, text, autocast=autocast, compute_bytes=c, rank=rank)
     outside = kept_outside(dit, tokens, text, compute_bytes=c, rank=rank)
     stream = 4.0 * tokens * dit.width
@@ -211,7 +216,7 @@ def gathered_bytes(run: TrainingRun) -> float:
     counts, c = count_parameters(run.dit), run.compute_bytes
     if run.config.machines.num_gpus == 1:  # copies of one forward, or of each that is kept whole
         copies = run.student_forwards if run.config.checkpoint_blocks == "none" else 1
-        return float(copies * 2 * counts.total) if run.config.bfloat16 else 0.0
+        return float(copies * 2 * counts.total) if run.bfloat16 else 0.0
     outside = counts.total - run.dit.num_layers * counts.block
     return 2.0 * counts.block * c + counts.block * (c + 4) + outside * 4
 

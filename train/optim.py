@@ -4,18 +4,31 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from configs.training import OptimConfig
 from train.parallel import gathered, sharded_like
 from wan.errors import WanError
+from wan.runtime.offload import is_fast_in_bfloat16
 
 # Quintic Newton-Schulz coefficients: five rounds push all singular values of a matrix with unit
 # norm into about [0.7, 1.2]. Source: Jordan et al., Muon (2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+C = TypeVar("C", bound=OptimConfig)
+
+
+def with_precision(config: C, device: torch.device) -> C:
+    """The settings with `bfloat16` decided for a device, where it was left open."""
+    if config.bfloat16 is not None:
+        return config
+    return replace(config, bfloat16=is_fast_in_bfloat16(device))
 
 
 def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:

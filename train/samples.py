@@ -239,7 +239,7 @@ def open_sampler(
         plan,
         given_shape(config, settings) or shape,
         config.sample_seed,
-        config.bfloat16,
+        bool(config.bfloat16),
         settings.defaults.fps,
         open_vae,
         ranks,

@@ -28,7 +28,7 @@ from train.kept import KeptRun
 from train.loop import START_DIGEST, run_training
 from train.lora import StartLoRA, kept_scales, read_start, train_lora, warn_of_attention
 from train.metrics import check_mirrors
-from train.optim import warn_of_warmup
+from train.optim import warn_of_warmup, with_precision
 from train.parallel import Ranks, start
 from train.state import TrainState
 from train.tensor_cache import key_of
@@ -160,7 +160,7 @@ def load_networks(
         if config.compile:
             for block in dit.blocks:
                 block.compile()
-        ranks.prepare(dit, config.bfloat16)
+        ranks.prepare(dit, bool(config.bfloat16))
         return dit
 
     teacher = load("teacher", config.score_attention)
@@ -300,7 +300,7 @@ def distill(config: DistillConfig) -> int:
     config.data.check_source()
     check_mirrors(config.loop)
     with start(config.parallel, config.device) as ranks:
-        return run_distillation(config, ranks)
+        return run_distillation(with_precision(config, ranks.device), ranks)
 
 
 def run_distillation(config: DistillConfig, ranks: Ranks) -> int:

@@ -27,6 +27,7 @@ from train.optim import (
     make_optimizers,
     trainable,
     warn_of_warmup,
+    with_precision,
 )
 from train.parallel import Ranks, even_slices, start
 from train.rollout import sampler_velocity
@@ -121,7 +122,7 @@ def build_dit(
     if config.compile:
         for block in dit.blocks:
             block.compile()
-    ranks.prepare(dit, config.bfloat16)
+    ranks.prepare(dit, bool(config.bfloat16))
     return dit
 
 
@@ -162,7 +163,7 @@ def make_train_step(
         context, num_tokens = texts(captions)
         condition = Condition(context, num_tokens, x0[:, :, :1] if given else None)
         x = add_noise(x0, noise, sigma)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(config.bfloat16)):
             velocity = predict_velocity(dit, x, NUM_TIMESTEPS * sigma, condition)
         weight = condition.frame_weight(x.shape[2])
         loss = flow_matching_loss(velocity, velocity_target(x0, noise), weight) / len(parts)
@@ -186,7 +187,7 @@ def validate(
         said = [captions[number].text for number in numbers]
         context, num_tokens = texts(said + [""] * len(said))
         condition, null = (Condition(part, num_tokens) for part in context.chunk(2))
-        guidance, bfloat16 = config.validation_guidance, config.bfloat16
+        guidance, bfloat16 = config.validation_guidance, bool(config.bfloat16)
         velocity = sampler_velocity(dit, condition, null, guidance, bfloat16)
         x = draw_noise(shape, sample_generators(numbers, len(numbers))).to(texts.device)
         latents = sample_euler(velocity, x, schedule)
@@ -233,7 +234,7 @@ def finetune(config: FinetuneConfig) -> int:
     config = replace(config, sample_prompts=sample_prompts(config))  # as they are read now
     torch.set_num_threads(config.threads)
     with start(config.parallel, config.device) as ranks:
-        return train(config, ranks)
+        return train(with_precision(config, ranks.device), ranks)
 
 
 def train(config: FinetuneConfig, ranks: Ranks) -> int:
@@ -287,7 +288,7 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
         def look(weights: str, prefix: str) -> None:
             """Measure and sample the network as it is now."""
             if held:
-                loss = held_out_loss(dit, texts, cache, held, config.bfloat16, ranks, prefix)
+                loss = held_out_loss(dit, texts, cache, held, bool(config.bfloat16), ranks, prefix)
                 values.update(loss)
             if sampling and sampler is not None:
                 samples[weights] = sampler.sample(dit)

@@ -20,7 +20,13 @@ from train.artefact import Artefacts, Weights, export_part
 from train.kept import KeptRun
 from train.loop import run_training, step_generator
 from train.metrics import check_mirrors
-from train.optim import apply_gradients, learning_rate, make_optimizers, warn_of_warmup
+from train.optim import (
+    apply_gradients,
+    learning_rate,
+    make_optimizers,
+    warn_of_warmup,
+    with_precision,
+)
 from train.parallel import ALONE
 from train.state import TrainState, load_trainable
 from wan.errors import WanError, check_names
@@ -279,7 +285,7 @@ def make_train_step(
         # Captions with hidden words can't know all labels, so they only guess the words.
         hidden = (torch.rand(ids.shape, generator=generator) < 0.2) & mask
         hidden[num_masked:] = False
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.bfloat16)):
             states = encoder(ids.masked_fill(hidden, mask_id), mask)
             label_logits = heads.labels(states[num_masked:])
             word_logits = heads.words(states[hidden])
@@ -443,6 +449,7 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
         WanError: a gate was missed; the report and the weights are written all the same.
     """
     check_mirrors(config.loop)
+    config = with_precision(config, torch.device("cpu"))
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     warn_of_warmup(config.loop.steps, config.warmup)

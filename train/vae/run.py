@@ -23,6 +23,7 @@ from train.optim import (
     make_optimizers,
     trainable,
     warn_of_warmup,
+    with_precision,
 )
 from train.parallel import ALONE
 from train.state import TrainState, load_trainable
@@ -103,7 +104,7 @@ def make_train_step(vae: WanVAE, config: VAETrainConfig):
                 config.crop_frames,
                 generator,
             )
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.bfloat16)):
             with torch.set_grad_enabled(not config.decoder_only):
                 mean, log_variance = vae.encode_moments(clips).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30, 20)
@@ -215,6 +216,7 @@ def left_by(run: KeptRun) -> Artefacts:
 
 def train_vae(config: VAETrainConfig) -> int:
     check_mirrors(config.loop)
+    config = with_precision(config, torch.device("cpu"))
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     warn_of_warmup(config.loop.steps, config.warmup)
