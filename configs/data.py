@@ -89,9 +89,9 @@ class PreprocessConfig(Options):
     max_set_aside: int | None = option(
         None, "instead of the share: fail when more clips than this are set aside", at_least=0
     )
-    check_only: bool = option(False, "judge all clips and write the report, encode nothing")
+    check_only: bool = option(False, "judge all clips and write check.jsonl, encode nothing")
     verify: bool = option(False, "read all that is stored again, encode anew what is damaged")
-    shard_clips: int = count(32, "clips per file; a killed run loses at most this many")
+    shard_clips: int = count(32, "clips per file; a killed process loses at most this many")
     max_text_tokens: int = option(
         512,
         "captions are cut there; the report says which. Transformers read 512 tokens",

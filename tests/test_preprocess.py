@@ -2,23 +2,31 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import test_clips
 import torch
+import torch.multiprocessing as mp
 from PIL import Image
 from test_clips import damage, make_clip
 from test_data import TINY
+from test_parallel import free_ports
 
 import train.data
 import train.preprocess
-from configs.cli import compose_runs
+from configs.cli import USER_ERROR, compose_runs
 from configs.command_line import CommandLine
 from configs.data import DataConfig, PreprocessConfig, parse_size
+from configs.start import interrupt_from_now_on
 from configs.training import FinetuneConfig, LoopConfig
 from train.conditioning import component_digests
 from train.data import folder_cache, open_data
@@ -182,15 +190,27 @@ def test_too_many_bad_clips_fail_the_run(clips, tmp_path, model):
     for name in ("a", "b"):
         make_clip(clips / f"{name}.mp4", caption=None)
     make_clip(clips / "c.mp4")
-    with pytest.raises(WanError, match=r"1 of the first 1 clips \(3 in all\).*0 may be"):
+    make_clip(clips / "d.mp4", caption=None, frames=3, fps=4)
+    with pytest.raises(WanError) as refused:  # by all reasons, and before anything is encoded
         preprocess(settings(tmp_path, model))
-    with pytest.raises(WanError, match="2 of the first 2 clips"):
+    for part in (
+        "3 of 4 clips are set aside, 0 may be",
+        "check_only=true judges them",
+        "a.mp4, b.mp4: its caption is missing",
+        "d.mp4: its caption is missing; write one sentence into a .txt file of its name beside it; "
+        "4 frames per second, fewer than fps=8; fits no size (5x32x32: has 3 frames at 8 fps)",
+    ):
+        assert part in str(refused.value)
+    assert len(report(tmp_path, "check.jsonl")) == 4
+    assert not list((tmp_path / "data").glob("latents-*"))
+    (clips / "d.mp4").unlink()
+    with pytest.raises(WanError, match="2 of 3 clips"):
         preprocess(settings(tmp_path, model, max_set_aside_share=0.34))
     with pytest.raises(WanError, match=r"did not finish|has not finished"):
         folder_cache(tmp_path / "data", None)
     assert preprocess(settings(tmp_path, model, max_set_aside_share=0.67)) == 0
     (clips / "c.mp4").unlink()
-    with pytest.raises(WanError, match="2 of the first 2 clips"):  # nothing is left
+    with pytest.raises(WanError, match="2 of 2 clips"):  # nothing is left
         preprocess(settings(tmp_path, model, max_set_aside=9))
 
 
@@ -198,7 +218,7 @@ def test_check_only_judges_all_and_changes_nothing_else(clips, tmp_path, model):
     make_clip(clips / "a.mp4", caption=None)
     make_clip(clips / "b.mp4")
     make_clip(clips / "c.mp4", frames=2)
-    with pytest.raises(WanError, match="2 of the first 3 clips"):
+    with pytest.raises(WanError, match=r"2 of 3 clips .*check\.jsonl has a line for each\."):
         preprocess(settings(tmp_path, model, check_only=True))
     verdicts = [row["verdict"] for row in report(tmp_path, "check.jsonl").values()]
     assert verdicts == ["set aside", "ok", "set aside"]
@@ -228,7 +248,7 @@ def test_a_run_that_fails_leaves_a_finished_folder_as_it_was(clips, tmp_path, mo
     preprocess(settings(tmp_path, model))
     digest = folder_cache(tmp_path / "data", None).digest
     make_clip(clips / "b.mp4", caption=None)
-    with pytest.raises(WanError, match=r"all reasons are in .*/data/check\.jsonl"):
+    with pytest.raises(WanError, match=r"/data/check\.jsonl has a line for each"):
         preprocess(settings(tmp_path, model))
     assert folder_cache(tmp_path / "data", None).digest == digest
     assert "caption is missing" in report(tmp_path, "check.jsonl")["b.mp4"]["reason"]
@@ -280,6 +300,80 @@ def test_a_killed_run_goes_on_after_its_last_shard(clips, tmp_path, model, monke
     assert preprocess(config) == 0
     assert len(encoded) == 1
     assert "another wall" in folder_cache(tmp_path / "data", None).batch(0, 6, seed=0)[1]
+
+
+def run_process(rank, config, killed, ports):
+    """One of two processes: a whole run, a refused one, and one in which the second is killed."""
+    torch.set_num_threads(1)
+    interrupt_from_now_on()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+    root = Path(config.output_dir).parent
+    with (
+        (root / f"said by {rank}").open("w") as said,
+        redirect_stderr(said),
+        redirect_stdout(said),
+    ):
+        assert preprocess(config) == 0
+        os.environ["MASTER_PORT"] = str(ports[1])
+        if rank:
+            assert preprocess(replace(killed, max_set_aside=0)) == USER_ERROR
+        else:  # only the main process says why
+            with pytest.raises(WanError, match="1 of 6 clips"):
+                preprocess(replace(killed, max_set_aside=0))
+    encode, encoded = train.data.encode_float16, []
+
+    def killed_or_stopped(vae, video, chunk=None):
+        if rank:
+            while not (root / "waits").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if encoded:
+            (root / "waits").touch()
+            signal.pause()  # until SIGTERM comes, as torchrun sends it to those that are left
+        encoded.append(video)
+        return encode(vae, video, chunk)
+
+    train.preprocess.encode_float16 = killed_or_stopped
+    os.environ["MASTER_PORT"] = str(ports[2])
+    preprocess(killed)
+
+
+def test_two_processes_share_the_clips_and_make_the_folder_of_one(
+    clips, tmp_path, model, monkeypatch
+):
+    for i in range(5):
+        make_clip(clips / f"{i}.mp4", caption=f"wall {i}", seed=i, frames=5 + 5 * (i == 1))
+    make_clip(clips / "mute.mp4", caption=None)
+    one = settings(tmp_path, model, max_set_aside=1, frames="chunk")
+    preprocess(one)
+    two, killed = (replace(one, output_dir=str(tmp_path / name)) for name in ("two", "killed"))
+    arguments = (two, killed, free_ports(3))
+    # Forked, as a process that starts anew loads PyTorch for seconds.
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        mp.start_processes(run_process, arguments, nprocs=2, start_method="fork")
+
+    def content(name):
+        made = folder_cache(tmp_path / name, component_digests(model))
+        lines = (tmp_path / name / "report.jsonl").read_text()
+        return made.digest, lines, [made.latents[i].tolist() for i in range(len(made))]
+
+    assert content("two") == content("data")
+    assert (tmp_path / "said by 1").read_text() == ""
+    said = (tmp_path / "said by 0").read_text()
+    assert "judged: 100%" in said
+    assert "| 5/5 [" in said  # of which the main process has encoded three
+
+    encoded = []
+
+    def count(vae, video, chunk=None):
+        encoded.append(video)
+        return train.data.encode_float16(vae, video, chunk)
+
+    monkeypatch.setattr(train.preprocess, "encode_float16", count)
+    preprocess(killed)
+    assert len(encoded) == 6 - 1  # what was ready where the signal came was stored
+    assert content("killed") == content("data")
 
 
 def test_damage_after_writing_is_noticed_and_can_be_repaired(clips, tmp_path, model, capsys):

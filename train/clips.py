@@ -16,6 +16,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -262,7 +263,7 @@ def read_caption(clip: Clip) -> str:
     """
     caption, where = clip.caption, "as its prompt"
     if isinstance(caption, Path):
-        where = f"into {caption.name}"
+        where = f"into a {caption.suffix} file of its name beside it"
         caption = read_text(caption) if caption.is_file() else ""
     if not isinstance(caption, str) or not caption.strip():
         raise WanError(f"its caption is missing; write one sentence {where}")
@@ -280,24 +281,38 @@ def judge_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> list[list
         For each sample the numbers of its frames, counted in the file from 0.
 
     Raises:
-        WanError: the clip is refused; says why.
+        WanError: the clip is refused; gives all reasons.
         OSError: it can't be read.
     """
+    reasons: list[str] = []
     if clip.path.suffix.lower() in PICTURES:
         _, height, width = load_image(clip.path).shape
         facts.update(decoded_frames=1, height=height, width=width)
         numbers, retimed = [0], False
     else:
-        if flaws := scan_video(clip.path, facts):
-            raise WanError(flaws[0])
-        check_rate(facts["fps"], rules, facts)
+        reasons += scan_video(clip.path, facts)
+        with noted(reasons):
+            check_rate(facts["fps"], rules, facts)
         numbers = frame_numbers(facts["decoded_frames"], facts["fps"], rules)
-        retimed = facts["retimed_to"] is not None
+        retimed = bool(facts.get("retimed_to"))
     found = (len(numbers), facts["height"], facts["width"])
-    size = best_size(found, rules, facts, retimed)
+    size = rules.sizes[0]
+    with noted(reasons):
+        size = best_size(found, rules, facts, retimed)
+    if reasons:
+        raise WanError("; ".join(reasons))
     facts["size"] = "x".join(map(str, size))
     starts = sample_starts(len(numbers), size[0], rules)
     return [numbers[start : start + size[0]] for start in starts]
+
+
+@contextmanager
+def noted(reasons: list[str]) -> Iterator[None]:
+    """Add what a `WanError` says to the reasons, and go on behind the block."""
+    try:
+        yield
+    except WanError as error:
+        reasons.append(str(error))
 
 
 def read_samples(clip: Clip, samples: list[list[int]], facts: dict[str, Any]) -> Iterator[Tensor]:
@@ -383,7 +398,7 @@ def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
     counts = f"its header says {info.declared_frames} frames, {decoded}"
     fewer, cut_short = count < info.declared_frames, bool(rate) and missing > 1.5 / rate
     even = bool((abs(np.diff(times) * rate - 1) < 0.5).all())  # up to half a frame
-    flaws = {
+    damage = {
         f"damaged: {decoded}, then the decoder stopped ({broken})": broken is not None,
         f"damaged: {counts}": fewer and cut_short,
         f"{counts}: cut without encoding (-c copy) or damaged; encode it anew": fewer,
@@ -391,14 +406,17 @@ def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
             cut_short and not info.declared_frames
         ),
         f"damaged: {damaged} of {count} frames": damaged > 0,
+    }
+    worst = [reason for reason, found in damage.items() if found][:1]  # one damage, told once
+    flaws = {
         f"players turn it by {rotation} degrees; write it upright first": rotation != 0,
         f"its pixels are {pixel_shape} times as wide as high; make them square first "
         "(ffmpeg -vf scale=trunc(iw*sar/2)*2:ih,setsar=1)": abs(pixel_shape - 1) > SAME_SHAPE,
         "interlaced; make whole frames of it first (ffmpeg -vf bwdif)": interlaced,
         "HDR colours; convert it to bt709 first": hdr,
-        "its frames come at uneven times; write it at a constant rate first": not even,
+        "its frames come at uneven times; write it at a constant rate first": not (even or worst),
     }
-    return [reason for reason, found in flaws.items() if found]
+    return worst + [reason for reason, found in flaws.items() if found]
 
 
 def _declared_end(container: av.container.InputContainer) -> float:
@@ -414,7 +432,7 @@ def _declared_end(container: av.container.InputContainer) -> float:
 
 def frame_numbers(count: int, fps: float, rules: ClipRules) -> list[int]:
     """Which frames of a clip stand for one at `rules.fps`: all, or the nearest in time."""
-    step = 1.0 if same_rate(fps, rules) else fps / rules.fps  # at least 1
+    step = 1.0 if same_rate(fps, rules) else max(1.0, fps / rules.fps)
     return [number for i in range(count) if (number := round(i * step)) < count]
 
 
