@@ -28,7 +28,15 @@ class DataConfig(Options):
         "world (rendered miniature scenes) or folder (of train.preprocess)",
         choices=("world", "folder"),
     )
-    folder: str | None = option(None, "for folder: the output_dir of train.preprocess")
+    folder: list[str] | None = option(
+        None, "for folder: the output_dir of train.preprocess, or several as [a,b]"
+    )
+    weights: list[float] | None = option(
+        None,
+        "for several folders: how often clips of each come, as in [3,1]; none: by their samples, "
+        "as if they were one folder",
+        above=0,
+    )
     check_weights: bool = option(True, "refuse a folder made with another vae or text encoder")
     cache_dir: str = option("runs/cache", "for the world: encoded latents are kept here")
     num_clips: int = count(8192, "for the world: how many scenes are rendered and encoded")
@@ -37,9 +45,23 @@ class DataConfig(Options):
         1, "for the world: how often an epoch has each clip with a circling object, the hard motion"
     )
 
+    def __post_init__(self) -> None:
+        if isinstance(self.folder, str):
+            self.folder = [self.folder]
+        super().__post_init__()
+
     def check_source(self) -> None:
-        """Kind and folder fit. Not in `__post_init__`: literal paths are filled in after it."""
-        if (self.kind == "folder") != (self.folder is not None):
+        """Kind, folders and weights fit. Not in `__post_init__`: literal paths are filled in after it."""
+        if self.weights is not None and len(self.weights) != len(self.folder or []):
+            raise WanError(
+                f"data.weights={self.weights}: need one for each of the {len(self.folder or [])} "
+                "folders in data.folder="
+            )
+        if len(set(self.folder or [])) < len(self.folder or []):
+            raise WanError(
+                f"data.folder={self.folder}: none twice; data.weights= says how often each comes"
+            )
+        if (self.kind == "folder") != bool(self.folder):
             raise WanError(
                 f"data.kind={self.kind}, data.folder={self.folder}: data.kind=folder reads what "
                 "train.preprocess wrote into data.folder=, the world has no folder"

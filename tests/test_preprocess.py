@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from configs.start import interrupt_from_now_on
 from configs.training import FinetuneConfig, LoopConfig
 from train.conditioning import component_digests
 from train.data import folder_cache, open_data
-from train.finetune import finetune
+from train.finetune import LINE, finetune
 from train.preprocess import preprocess
 from train.tensor_cache import TensorStore, open_to_read
 from train.vae import export
@@ -628,8 +629,82 @@ def test_training_on_a_folder_resumes_in_the_middle_of_an_epoch(
         for run in ("straight", "halves")
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
-    # Other data under the same name is noticed.
+    # Other data under the same name is noticed, and said by what differs.
     (clips / "0.txt").write_text("another caption")
-    preprocess(settings(tmp_path, model, sizes=["5x32x32", "5x32x64"]))
-    with pytest.raises(WanError, match="data_digest"):
+    again = settings(tmp_path, model, sizes=["5x32x32", "5x32x64"])
+    preprocess(again)
+    with pytest.raises(WanError, match=r"\(\S*data: other captions\)"):
         finetune(halves)
+    (clips / "0.txt").write_text("wall 0")
+    make_clip(clips / "more.mp4", size=(32, 64), seed=9)
+    preprocess(again)
+    changes = (
+        r"samples: 4 there, 5 now; \S*data: clips: 4 there, 5 now; \S*data: samples by size: 3"
+    )
+    with pytest.raises(WanError, match=changes):
+        finetune(halves)
+    data = config.data
+    both = replace(data, folder=[*data.folder, str(tmp_path / "other")])
+    retimed = replace(
+        again, output_dir=both.folder[1], retime=True, sizes=["5x32x32"], max_set_aside=9
+    )
+    preprocess(retimed)
+    with pytest.raises(WanError, match=r"data\.folder: 1 of them there, 2 now"):
+        finetune(replace(halves, data=both))
+    with pytest.raises(WanError, match=r"other: sizes: \['5x32x32', .* now; .*retime: False there"):
+        finetune(replace(halves, data=replace(data, folder=both.folder[1:])))
+
+
+def test_several_folders_are_one_data_set_if_they_go_together(clips, tmp_path, model):
+    for i in range(3):
+        make_clip(clips / f"{i}.mp4", caption=f"wall {i}", seed=i)
+    preprocess(settings(tmp_path, model))
+    for path in clips.iterdir():
+        path.unlink()
+    make_clip(clips / "a.mp4", caption="a", seed=7)
+    make_clip(clips / "wide.mp4", size=(32, 64), caption="wide", seed=8)
+    (tmp_path / "prompts.txt").write_text("a prompt")
+    other = settings(
+        tmp_path,
+        model,
+        output_dir=str(tmp_path / "other"),
+        sizes=["5x32x64", "5x32x32"],
+        prompts=str(tmp_path / "prompts.txt"),
+    )
+    preprocess(other)
+    folders = [tmp_path / "data", tmp_path / "other"]
+    cache = folder_cache(folders, component_digests(model), [1, 2])
+    assert cache.shapes == [(2, 2, 2, 2), (2, 2, 2, 4)]
+    assert cache.buckets == [[0, 1, 2, 3], [4]]
+    seen = Counter(text for step in range(18) for text in cache.batch(step, 1, seed=0)[1])
+    assert seen == {"wall 0": 2, "wall 1": 2, "wall 2": 2, "a": 6, "wide": 6}
+    assert len(cache.tokens_of(["wall 0", "wide", "a prompt", ""])) == 4
+    digests = {folder_cache(order, None).digest for order in (folders, folders[::-1], folders[0])}
+    assert len(digests) == 3
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(model, elsewhere)
+    export(WanVAE(replace(TINY, z_dim=3)), elsewhere / "vae")
+    preprocess(replace(other, checkpoint=str(elsewhere), output_dir=str(tmp_path / "third")))
+    with pytest.raises(WanError, match=r"channels of latents: \[2\] and \[3\]; another vae"):
+        folder_cache([*folders, tmp_path / "third"], None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [1]}, r"data.weights=\[1.*\]: need one for each of the 2 folders"),
+        ({"weights": [1, 0]}, "data.weights=0.*: must be a number above 0"),
+        ({"folder": ["a", "a"]}, "none twice"),
+    ],
+)
+def test_folders_and_weights_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(WanError, match=message):
+        DataConfig(**{"kind": "folder", "folder": ["a", "b"]} | options).check_source()
+
+
+def test_folders_are_typed_as_one_or_as_a_list():
+    line = ["data.kind=folder", "data.folder=[a,b c]", "data.weights=[3,0.5]"]
+    (run,) = compose_runs(LINE, line)
+    assert (run.config.data.folder, run.config.data.weights) == (["a", "b c"], [3, 0.5])
+    (run,) = compose_runs(LINE, ["data.folder=${runs}/a"])
+    assert run.config.data.folder == ["${runs}/a"]

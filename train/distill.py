@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +71,9 @@ LINE = CommandLine(
     text_keys=("scores.negative_prompt",),
     path_keys=(
         *("output_dir", "checkpoint", "student.start", "regression.folder"),
-        *("data.folder", "data.cache_dir"),
+        "data.cache_dir",
     ),
+    list_keys=("data.folder",),
     shortcuts=ATTENTION,
 )
 
@@ -93,12 +95,12 @@ def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
 
 def open_source(
     config: DistillConfig, settings: PipelineConfig, source: Path, device: torch.device
-) -> tuple[Callable[[int], Clips], Texts, str | None]:
-    """A function that draws batches, one that encodes captions, and the digest of a data folder."""
+) -> tuple[Callable[[int], Clips], Texts, dict[str, Any]]:
+    """A function that draws batches, one that encodes captions, and what a run keeps of the data."""
     size, seed = config.batch_size, config.seed
     if config.draws_captions:
         texts = world_texts(settings, source, device, config.max_text_tokens)
-        return world_captions(config), texts, None
+        return world_captions(config), texts, {}
     cache, texts, _ = open_data(config.data, settings, source, device, config.max_text_tokens)
 
     def draw_clips(step: int) -> Clips:
@@ -108,7 +110,7 @@ def open_source(
     def draw_prompts(step: int) -> Clips:
         return Clips(cache.prompts(step, size, seed))
 
-    return draw_clips if config.needs_clips else draw_prompts, texts, cache.digest
+    return draw_clips if config.needs_clips else draw_prompts, texts, cache.identity()
 
 
 def student_settings(config: DistillConfig, settings: PipelineConfig) -> PipelineConfig:
@@ -239,12 +241,10 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     vae = load_frozen(source, "vae", settings.vae, ranks.device, torch.float32)
     with ranks.main_first():  # it may encode clips
-        draw, texts, data_digest = open_source(config, settings, source, ranks.device)
+        draw, texts, data_identity = open_source(config, settings, source, ranks.device)
     networks = load_networks(config, settings, source, ranks)
-    identity = asdict(config)
+    identity = asdict(config) | data_identity
     identity["teacher_digest"] = ranks.first(transformer_digest(source) if ranks.is_main else "")
-    if data_digest is not None:
-        identity["data_digest"] = data_digest
     run = Distillation(config, settings, networks, texts, draw, ranks)
     if config.regression.weight:
         encoder = ranks.first(component_digests(source)["text_encoder"] if ranks.is_main else "")

@@ -66,7 +66,8 @@ LINE = CommandLine(
     FinetuneConfig,
     "finetune",
     text_keys=(),
-    path_keys=("output_dir", "checkpoint", "data.folder", "data.cache_dir"),
+    path_keys=("output_dir", "checkpoint", "data.cache_dir"),
+    list_keys=("data.folder",),
     shortcuts=ATTENTION,
 )
 
@@ -237,7 +238,7 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
         return values
 
     train_step = make_train_step(dit, texts, cache, config, ranks)
-    identity = asdict(config) | ({"data_digest": cache.digest} if cache.digest else {})
+    identity = asdict(config) | cache.identity()
     if not config.from_scratch:
         identity[MODEL_DIGEST] = ranks.first(transformer_digest(source) if ranks.is_main else "")
     if not run_training(state, train_step, config.loop, folder, identity, on_save, ranks):

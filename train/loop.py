@@ -21,6 +21,7 @@ from train.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from train.data import DATA_CONTENT, data_changes
 from train.metrics import MetricsLog, media_files
 from train.parallel import ALONE, Ranks
 from train.state import TrainState
@@ -282,8 +283,10 @@ def check_unchanged(
     free = FREE_SETTINGS | set(more_free)
     free |= {MODEL_DIGEST} - before.keys()  # older checkpoints have none
     if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
-        free = free | {"data.folder"}
-    changed = [
+        free |= {"data_digest", "data.folder"}
+    free |= {name for name in before | now if name.startswith(f"{DATA_CONTENT}.")}
+    changed = data_changes(saved, given) if "data_digest" in free else []
+    changed += [
         f"{name}: {before.get(name)} there, {now.get(name)} now"
         for name in before | now
         if before.get(name) != now.get(name) and name not in free
