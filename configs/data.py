@@ -8,6 +8,7 @@ from configs.schema import Options, check_device, check_prompt, count, option, p
 from wan.errors import WanError
 
 Size = tuple[int, int, int]  # frames, height, width
+MAX_REPEATS = 10_000  # of a clip in an epoch
 # Which frames of a clip are used, under musubi-tuner's names.
 FRAMES = {
     "head": "takes its first frames",
@@ -75,7 +76,8 @@ class PreprocessConfig(Options):
     clips: str | None = option(
         None,
         "a folder (name.mp4 beside name.txt), or a .jsonl, .csv or .json list of video, prompt; "
-        "also what musubi-tuner, FastVideo and Hugging Face's folders call them",
+        "also what musubi-tuner, FastVideo and Hugging Face's folders call them; or the dataset "
+        "file (.toml) of musubi-tuner or diffusion-pipe",
     )
     prompts: str | None = option(
         None, "a text file of further prompts, one per line; enough by itself if no clips are used"

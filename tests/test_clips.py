@@ -375,6 +375,7 @@ def test_captions_come_from_text_files_or_a_list(clips, tmp_path):
         ("metadata.jsonl", '{"file_name": "a.mp4", "text": "a fox"}'),
         ("videos2caption.json", '[{"path": "a.mp4", "cap": ["a fox"], "fps": 8.0}]'),
         ("videos2caption.json", '[{"path": "a.mp4", "cap": "a fox"}]'),
+        ("captions.json", '{"a.mp4": ["a fox"]}'),
     ],
 )
 @pytest.mark.parametrize("where", [".", "videos"])
@@ -391,6 +392,31 @@ def test_lists_of_other_trainers_are_read(tmp_path, name, text, where):
 def test_a_clip_with_several_captions_comes_with_each(tmp_path):
     (tmp_path / "l.json").write_text('[{"path": "a.mp4", "cap": ["one", "two"]}]')
     assert [clip.caption for clip in list_clips(tmp_path / "l.json")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "repeats"),
+    [
+        ("l.jsonl", '{"video": "a.mp4", "prompt": "x", "repeats": 3}', 3),
+        ("l.jsonl", '{"video_path": "a.mp4", "caption": "x", "num_repeats": 2}', 2),
+        ("l.csv", "video,prompt,repeats\na.mp4,x,4\n", 4),
+        ("l.csv", "video,prompt,repeats\na.mp4,x,\n", 1),
+        ("l.csv", "video,prompt,repeats\na.mp4,x,0.5\n", "line 2: repeats='0.5': must be a whole"),
+        (
+            "l.jsonl",
+            '{"video": "a.mp4", "prompt": "x", "repeats": 0}',
+            "repeats=0: must be a whole",
+        ),
+        ("l.jsonl", '{"video": "a.mp4", "repeats": 1, "num_repeats": 2}', "are the same; give one"),
+    ],
+)
+def test_a_list_may_say_how_often_a_clip_comes(tmp_path, name, text, repeats):
+    (tmp_path / name).write_text(text)
+    if isinstance(repeats, int):
+        assert [clip.repeats for clip in list_clips(tmp_path / name)] == [repeats]
+    else:
+        with pytest.raises(WanError, match=repeats):
+            list_clips(tmp_path / name)
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

@@ -689,6 +689,22 @@ def test_several_folders_are_one_data_set_if_they_go_together(clips, tmp_path, m
         folder_cache([*folders, tmp_path / "third"], None)
 
 
+def test_repeats_change_how_often_a_clip_comes_and_nothing_that_is_encoded(
+    clips, tmp_path, model, monkeypatch
+):
+    make_clip(clips / "a.mp4", caption="a")
+    make_clip(clips / "b.mp4", caption="b", seed=1)
+    preprocess(settings(tmp_path, model))
+    digest = folder_cache(tmp_path / "data", None).digest
+    rows = [{"video": "a.mp4", "prompt": "a", "repeats": 3}, {"video": "b.mp4", "prompt": "b"}]
+    (clips / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(train.preprocess, "encode_float16", None)
+    preprocess(settings(tmp_path, model, clips=str(clips / "l.jsonl")))
+    cache = folder_cache(tmp_path / "data", None)
+    assert Counter(cache.batch(0, 8, seed=0)[1]) == Counter(a=6, b=2)
+    assert cache.digest != digest
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.data import Size
+from configs.data import MAX_REPEATS, Size
 from configs.schema import PICTURES, check_text
 from wan.errors import WanError
 from wan.files import parse_json, parse_json_list, read_text
 from wan.media.images import load_image
 from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
+from wan.settings import is_of
 
 # How files become frames. Raise it when this file or wan/media changes what they give.
 # 1 read files without a colour tag as BT.709, and took the size with most pixels; 2 reads BT.601,
@@ -50,7 +51,8 @@ SPELLINGS = {
 ROW = 'video and prompt, as in {"video": "fox.mp4", "prompt": "a fox runs"}'
 LISTS = (".jsonl", ".csv", ".json")
 # The lists that others lay into a folder of clips.
-INSIDE = ("metadata.jsonl", "metadata.csv", "videos2caption.json")
+INSIDE = ("metadata.jsonl", "metadata.csv", "videos2caption.json", "captions.json")
+REPEATS = ("repeats", "num_repeats")  # fields of a list
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
 SAME_RATE = 0.01  # 23.976 stands for 24
@@ -64,11 +66,13 @@ class Clip:
     Attributes:
         name: its name in the report.
         caption: or the text file that it is read from.
+        repeats: how often it comes in an epoch.
     """
 
     name: str
     path: Path
     caption: str | Path
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,13 @@ def list_clips(source: Path) -> list[Clip]:
     elif source.suffix in LISTS:
         clips = listed_clips(source)
     else:
-        raise WanError(f"clips={source}: give a folder, or a list ({', '.join(LISTS)})")
+        endings = ", ".join((*LISTS, ".toml"))
+        raise WanError(f"clips={source}: give a folder, or a list ({endings})")
+    return checked(clips, source)
+
+
+def checked(clips: list[Clip], source: Path) -> list[Clip]:
+    """The clips of a source, if there are any and a report can hold their names."""
     if not clips:
         raise WanError(f"clips={source}: no clips there ({', '.join(VIDEOS + PICTURES)})")
     for clip in clips:
@@ -111,11 +121,22 @@ def list_clips(source: Path) -> list[Clip]:
     return clips
 
 
-def folder_clips(folder: Path) -> list[Clip]:
-    """Videos and pictures of a folder; files that are neither nor a caption are named on stderr."""
+def folder_clips(
+    folder: Path,
+    endings: tuple[str, ...] = VIDEOS + PICTURES,
+    caption: str = ".txt",
+    pattern: str = "**/*",
+) -> list[Clip]:
+    """Videos and pictures of a folder; files that are neither nor a caption are named on stderr.
+
+    Args:
+        endings: of the files that are clips.
+        caption: the ending of the text files beside them.
+        pattern: of the files that are looked at; by default those of subfolders too.
+    """
     found = sorted(
         path
-        for path in folder.rglob("*")
+        for path in folder.glob(pattern)
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if links := [path for path in found if path.is_symlink() and path.is_dir()]:
@@ -124,12 +145,12 @@ def folder_clips(folder: Path) -> list[Clip]:
             "the folder there or give a list of clips"
         )
     there = set(found)
-    texts = {composed(path): path for path in found if path.suffix == ".txt"}
+    texts = {composed(path): path for path in found if path.name.endswith(caption)}
     clips: list[Clip] = []
     used: set[Path] = set()
     for path in found:
-        if path.suffix.lower() in VIDEOS + PICTURES:
-            beside = path.with_suffix(".txt")
+        if path.suffix.lower() in endings:
+            beside = path.with_name(path.stem + caption)
             text = beside if beside in there else texts.get(composed(beside), beside)
             clips.append(Clip(path.relative_to(folder).as_posix(), path, text))
             used |= {path, text}
@@ -169,9 +190,10 @@ def listed_clips(source: Path) -> list[Clip]:
     clips = []
     for where, row in list_rows(source):
         name, captions = list_entry(row, f"{source}, {where}")
+        repeats = entry_repeats(row, f"{source}, {where}")
         paths = [find_path(folder / name, seen) for folder in folders]
         path = next(filter(os.path.exists, paths), source.parent / name)
-        clips += [Clip(name, path, caption) for caption in captions]
+        clips += [Clip(name, path, caption, repeats) for caption in captions]
     return clips
 
 
@@ -199,7 +221,15 @@ def list_rows(path: Path) -> list[tuple[str, Any]]:
     if path.suffix == ".csv":
         return csv_rows(path, text)
     if path.suffix == ".json":
-        entries = parse_json_list(text, str(path), f"need an array of {ROW}")
+        advice = f"need an array of {ROW}, or lists of captions by file name"
+        entries: list[Any]
+        if text.lstrip().startswith("{"):
+            by_name = parse_json(text, str(path), advice)
+            if not all(isinstance(captions, list) for captions in by_name.values()):
+                raise WanError(f"{path}: its JSON is not an array; {advice}")
+            entries = [{"file_name": name, "text": said} for name, said in by_name.items()]
+        else:
+            entries = parse_json_list(text, str(path), advice)
         return [(f"entry {number}", entry) for number, entry in enumerate(entries, 1)]
     lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [(at, parse_json(line, f"{path}, {at}", f"need {ROW}")) for at, line in lines]
@@ -245,6 +275,26 @@ def list_entry(row: Any, where: str) -> tuple[str, list[str]]:
         raise WanError(f"{where}: {' and '.join(keys)} may both be the caption; name it {own}")
     captions = row[keys[0]] if keys else ""
     return row[names[0]], captions if isinstance(captions, list) else [captions]
+
+
+def entry_repeats(row: dict[str, Any], where: str) -> int:
+    """How often a clip comes in an epoch, as one entry of a list has it; 1 if it does not say."""
+    given = {name: row[name] for name in REPEATS if row.get(name) not in (None, "")}
+    if len(given) > 1:
+        raise WanError(f"{where}: {' and '.join(given)} are the same; give one of them")
+    for name, value in given.items():
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        check_repeats(f"{where}: {name}", number)
+        return number
+    return 1
+
+
+def check_repeats(name: str, value: Any) -> None:
+    if not (is_of(int, value) and 1 <= value <= MAX_REPEATS):
+        raise WanError(
+            f"{name}={value!r}: must be a whole number from 1 to {MAX_REPEATS}; for fractions, "
+            "encode the clips into several folders and give data.weights= in training"
+        )
 
 
 def read_prompts(path: Path) -> list[str]:

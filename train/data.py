@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.data import DataConfig
+from configs.data import MAX_REPEATS, DataConfig
 from train.conditioning import (
     TEXT_LENGTH,
     CaptionEncoder,
@@ -604,6 +604,8 @@ def check_index(index: dict[str, Any], lines: list[dict[str, Any]], folder: Path
     for number, line in enumerate(lines, 1):
         good = NEEDED if line.get("verdict") == "ok" else ("verdict",)
         check_kinds(line, LINE_KINDS, f"{folder / REPORT}, line {number}", good)
+        if not 1 <= line.get("repeats", 1) <= MAX_REPEATS:
+            raise WanError(f"{folder / REPORT}, line {number}: damaged, its repeats are no number")
 
 
 def text_key(index: dict[str, Any], text: str) -> str:

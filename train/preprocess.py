@@ -45,6 +45,7 @@ from train.clips import (
 )
 from train.conditioning import CaptionEncoder, component_digests, load_frozen, text_dtype
 from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
+from train.dataset_toml import toml_clips
 from train.parallel import Ranks, start
 from train.tensor_cache import TensorStore, is_shard, key_of, only_writer, open_to_extend
 from wan.errors import WanError
@@ -136,7 +137,9 @@ class Preprocessing:
         clips: list[Clip] = []
         if config.clips is not None:
             say(f"clips={config.clips}: looking for clips")
-            clips = list_clips(expanded(config.clips))
+            path = expanded(config.clips)
+            is_toml = path.suffix == ".toml" and not path.is_dir()
+            clips = toml_clips(path, config) if is_toml else list_clips(path)
         prompts = read_prompts(expanded(config.prompts)) if config.prompts is not None else []
         said = f"{len(clips)} clips" * bool(clips), f"{len(prompts)} prompts" * bool(prompts)
         say(f"{' and '.join(filter(None, said))}; reading checkpoint={config.checkpoint}")
@@ -432,6 +435,7 @@ def judge(clip: Clip, rules: ClipRules, settings: Line, known: dict[str, Line]) 
         known: facts about what is stored already, by key; its frames are not read again.
     """
     line: Line = {"clip": clip.name, "verdict": "ok"}
+    line |= {"repeats": clip.repeats} if clip.repeats > 1 else {}
     facts: Line = {}
     reasons: list[str] = []
     taken: list[list[int]] = []
