@@ -4,7 +4,16 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from configs.schema import Options, check_device, check_prompt, count, option, positive, share
+from configs.schema import (
+    Options,
+    check_colour,
+    check_device,
+    check_prompt,
+    count,
+    option,
+    positive,
+    share,
+)
 from wan.errors import WanError
 
 Size = tuple[int, int, int]  # frames, height, width
@@ -107,6 +116,13 @@ class PreprocessConfig(Options):
     frame_samples: int | None = option(
         None, "for frames=uniform: how many samples of a clip", at_least=2
     )
+    image_background: list[int] | None = option(
+        None,
+        "red, green, blue (0 to 255) behind transparent pixels of pictures and videos; without it "
+        "such clips are set aside",
+        at_least=0,
+        at_most=255,
+    )
     max_crop: float = share(0.5, "set clips aside that lose more than this share of the picture")
     max_upscale: float = positive(1.5, "set clips aside that must be enlarged more than this")
     max_set_aside_share: float = share(0.05, "fail when more than this share is set aside")
@@ -128,6 +144,7 @@ class PreprocessConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parsed_sizes()
+        check_colour("image_background", self.image_background)
         for name, reader in (("frame_stride", "slide"), ("frame_samples", "uniform")):
             value = getattr(self, name)
             if self.frames == reader and value is None:

@@ -503,6 +503,27 @@ def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model, mo
         folder_cache(tmp_path / "data", {**digests, "text_encoder": "0"})
 
 
+def test_a_background_is_told_by_the_command_and_is_a_setting_of_the_folder(clips, tmp_path, model):
+    make_clip(clips / "a.mp4")
+    picture = Image.new("RGBA", (32, 32), (200, 100, 50, 0))
+    picture.save(clips / "b.png")
+    (clips / "b.txt").write_text("nothing")
+    config = settings(tmp_path, model, sizes=["5x32x32", "1x32x32"])
+    with pytest.raises(
+        WanError, match=r"image b\.png: has .* white with image_background=\[255,255"
+    ):
+        preprocess(config)
+    preprocess(replace(config, max_set_aside=1))
+    assert "image_background" not in read_sealed(tmp_path / "data/index.json")["identity"]
+    white = replace(config, image_background=[255, 255, 255])
+    with pytest.raises(WanError, match=r"image_background: None there, \[255, 255, 255\] now"):
+        preprocess(white)
+    preprocess(replace(white, output_dir=str(tmp_path / "white")))
+    assert len(folder_cache(tmp_path / "white", None)) == 2
+    with pytest.raises(WanError, match=r"image_background: \[255, 255, 255\] there, None now"):
+        preprocess(replace(config, output_dir=str(tmp_path / "white"), max_set_aside=1))
+
+
 def test_prompts_alone_are_enough_and_stored_as_encoded(tmp_path, model):
     (tmp_path / "prompts.txt").write_text("a red circle\n\n ein Kreis, {rot} \n")
     config = settings(

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,8 +31,16 @@ from configs.data import MAX_REPEATS, Size
 from configs.schema import PICTURES, check_text
 from wan.errors import WanError
 from wan.files import parse_json, parse_json_list, read_text
-from wan.media.images import load_image
-from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
+from wan.media.images import check_background, is_still, load_image
+from wan.media.video import (
+    Frames,
+    decoded_frames,
+    is_transparent,
+    open_video,
+    rgb_frame,
+    to_uint8,
+    video_info,
+)
 from wan.settings import is_of
 
 # How files become frames. Raise it when this file or wan/media changes what they give.
@@ -53,7 +61,7 @@ LISTS = (".jsonl", ".csv", ".json")
 # The lists that others lay into a folder of clips.
 INSIDE = ("metadata.jsonl", "metadata.csv", "videos2caption.json", "captions.json")
 REPEATS = ("repeats", "num_repeats")  # fields of a list
-VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
 SAME_RATE = 0.01  # 23.976 stands for 24
 SAME_SHAPE = 0.01  # scaling to even widths leaves pixels of 1280/1281
@@ -87,6 +95,7 @@ class ClipRules:
     frames: str = "head"
     frame_stride: int | None = None
     frame_samples: int | None = None
+    image_background: list[int] | None = None
 
 
 def list_clips(source: Path) -> list[Clip]:
@@ -335,12 +344,12 @@ def judge_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> list[list
         OSError: it can't be read.
     """
     reasons: list[str] = []
-    if clip.path.suffix.lower() in PICTURES:
-        _, height, width = load_image(clip.path).shape
+    if is_picture(clip.path):
+        _, height, width = load_image(clip.path, rules.image_background).shape
         facts.update(decoded_frames=1, height=height, width=width)
         numbers, retimed = [0], False
     else:
-        reasons += scan_video(clip.path, facts)
+        reasons += scan_video(clip.path, facts, rules.image_background)
         with noted(reasons):
             check_rate(facts["fps"], rules, facts)
         numbers = frame_numbers(facts["decoded_frames"], facts["fps"], rules)
@@ -362,10 +371,21 @@ def noted(reasons: list[str]) -> Iterator[None]:
     try:
         yield
     except WanError as error:
-        reasons.append(str(error))
+        reasons.append(error.on_command_line)
 
 
-def read_samples(clip: Clip, samples: list[list[int]], facts: dict[str, Any]) -> Iterator[Tensor]:
+def is_picture(path: Path) -> bool:
+    """Whether a clip is a still picture; a GIF may be either."""
+    ending = path.suffix.lower()
+    return ending in PICTURES or (ending == ".gif" and is_still(path))
+
+
+def read_samples(
+    clip: Clip,
+    samples: list[list[int]],
+    facts: dict[str, Any],
+    background: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
     """Decode, crop and scale samples of a judged clip: each is (3, F, H, W) in [-1, 1].
 
     Long files need no more memory than one sample.
@@ -373,35 +393,40 @@ def read_samples(clip: Clip, samples: list[list[int]], facts: dict[str, Any]) ->
     Args:
         samples: at least one of what `judge_clip` returned, in its order.
         facts: what it filled.
+        background: RGB in 0..255 behind transparent pixels.
     Raises:
         WanError, OSError: the file is no longer the one that was judged.
     """
     _, height, width = map(int, facts["size"].split("x"))
-    if clip.path.suffix.lower() in PICTURES:
-        picture = to_uint8(load_image(clip.path).unsqueeze(1))[0]
+    if is_picture(clip.path):
+        picture = to_uint8(load_image(clip.path, background).unsqueeze(1))[0]
         yield fit_frame(picture, facts["crop"], height, width).unsqueeze(1)
         return
     wanted, waiting = {number for sample in samples for number in sample}, list(samples)
     kept: dict[int, Tensor] = {}
     with open_video(clip.path) as container:
-        for number, frame in enumerate(container.decode(video=0)):
+        for number, frame in enumerate(decoded_frames(container, clip.path)):
             if number not in wanted:
                 continue
-            kept[number] = fit_frame(rgb_frame(frame), facts["crop"], height, width)
+            picture = rgb_frame(frame, background, f"video {clip.path}")
+            kept[number] = fit_frame(picture, facts["crop"], height, width)
             if number < waiting[0][-1]:
                 continue
             yield torch.stack([kept[n] for n in waiting.pop(0)], dim=1)
             if not waiting:
                 return
-            kept = {n: picture for n, picture in kept.items() if n >= waiting[0][0]}
+            kept = {n: one for n, one in kept.items() if n >= waiting[0][0]}
     raise WanError(f"video {clip.path}: was changed while it was read")
 
 
-def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
+def scan_video(
+    path: Path, facts: dict[str, Any], background: Sequence[int] | None = None
+) -> list[str]:
     """Decode all of a video and say what is wrong with it, in words, the worst first.
 
     Args:
         facts: what becomes known of the file is added to them.
+        background: RGB in 0..255 behind transparent pixels; without it they are wrong.
     Raises:
         FileNotFoundError: there is no such file.
         WanError: not a video, or its pictures change size.
@@ -409,13 +434,14 @@ def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
     times: list[float] = []
     sizes: dict[tuple[int, int], None] = {}
     count = damaged = rotation = 0
-    interlaced, broken, last = False, None, 0.0
+    interlaced, transparent, broken, last = False, False, None, 0.0
     with open_video(path) as container:
         stream = container.streams.video[0]
         rate = video_info(container, 0).fps
         try:
-            for frame in container.decode(stream):
+            for frame in decoded_frames(container, path):
                 count += 1
+                transparent = transparent or is_transparent(frame)
                 damaged += frame.is_corrupt  # parts of it are guessed
                 interlaced |= frame.interlaced_frame
                 rotation = frame.rotation
@@ -466,7 +492,11 @@ def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
         "HDR colours; convert it to bt709 first": hdr,
         "its frames come at uneven times; write it at a constant rate first": not (even or worst),
     }
-    return worst + [reason for reason, found in flaws.items() if found]
+    reasons = worst + [reason for reason, found in flaws.items() if found]
+    if transparent:
+        with noted(reasons):
+            check_background(background, f"video {path}")
+    return reasons
 
 
 def _declared_end(container: av.container.InputContainer) -> float:

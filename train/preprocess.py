@@ -73,6 +73,8 @@ NAMED = 3  # clips of one reason that an error names
 # The options that, with `sizes`, say what becomes of a clip.
 RULES = ("fps", "retime", "max_crop", "max_upscale", "frames", "frame_stride", "frame_samples")
 
+BACKGROUND = "image_background"  # one of them too, where it is given: older folders have none
+
 Line = dict[str, Any]
 T = TypeVar("T")
 
@@ -193,10 +195,10 @@ class Preprocessing:
             known: facts about what is stored, by key.
         """
         config = self.config
-        settings = {
-            name: self.index["identity"][name] for name in ("recipe", "vae", "sizes", *RULES)
-        }
-        rules = ClipRules(config.parsed_sizes(), **{name: getattr(config, name) for name in RULES})
+        of_clips = ("recipe", "vae", "sizes", *RULES, BACKGROUND)
+        settings = {n: value for n, value in self.index["identity"].items() if n in of_clips}
+        values = {name: getattr(config, name) for name in (*RULES, BACKGROUND)}
+        rules = ClipRules(config.parsed_sizes(), **values)
         own = self.own(self.clips)
         found = []
         with self.ranks.together(), self.progress("judged", len(self.clips), len(own)) as advance:
@@ -249,7 +251,8 @@ class Preprocessing:
                     vae = vae or load_frozen(
                         self.source, "vae", None, self.ranks.device, torch.float32
                     )
-                    videos = read_samples(clip, [s.numbers for s in samples], samples[0].facts)
+                    numbers, of_clip = [s.numbers for s in samples], samples[0].facts
+                    videos = read_samples(clip, numbers, of_clip, self.config.image_background)
                     for sample, video in zip(samples, videos, strict=True):
                         latents = encode_float16(vae, video[None], CHUNK)[0].contiguous()
                         fresh[sample.line["key"]] = latents
@@ -354,7 +357,8 @@ def as_text(lines: list[Line]) -> str:
 
 def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Line:
     """Everything that a folder's content follows from, apart from its clips and texts."""
-    names = ("sizes", *RULES, "max_text_tokens")
+    names = ["sizes", *RULES, "max_text_tokens"]
+    names += [BACKGROUND] if config.image_background is not None else []
     return {
         "recipe": RECIPE,
         **component_digests(source),
@@ -417,10 +421,10 @@ def claim(folder: Path, index: Line) -> None:
         print(f"warning: {error}; it is written again", file=sys.stderr)
         write_sealed(path, index)
         return
-    changed = [name for name in now if there.get(name) != now[name]]
+    changed = [name for name in now | there if there.get(name) != now.get(name)]
     if changed:
         told = [name for name in changed if name in there] or changed  # older ones have fewer
-        lines = "; ".join(f"{name}: {there.get(name)} there, {now[name]} now" for name in told)
+        lines = "; ".join(f"{name}: {there.get(name)} there, {now.get(name)} now" for name in told)
         raise WanError(
             f"output_dir={folder} holds data of other settings ({lines}); it can be trained on as "
             "it is, so choose another for these"
@@ -449,7 +453,7 @@ def judge(clip: Clip, rules: ClipRules, settings: Line, known: dict[str, Line]) 
             return [Sample(line | {"key": key}, known[key]) for key in keys]
         taken = judge_clip(clip, rules, facts)
     except (WanError, OSError) as error:
-        reasons.append(str(error))
+        reasons.append(error.on_command_line if isinstance(error, WanError) else str(error))
     if reasons:
         reason = "; ".join(reasons).replace(f"{clip.path.parent}/", "")  # it may be handed on
         return [Sample(line | {"verdict": SET_ASIDE, "reason": reason}, facts)]
