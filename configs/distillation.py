@@ -132,6 +132,8 @@ class PlanConfig(Options):
 
     num_gpus: int = count(8, "number of GPUs")
     gpu_memory_gb: float = positive(80.0, "memory of each GPU, 10^9 bytes")
+    gpus_per_machine: int = count(8, "GPUs, and so processes, of one machine")
+    host_memory_gb: float = positive(1000.0, "main memory of a machine, 10^9 bytes")
     tflops: float = positive(285.0, "rate of each GPU, measured or assumed; FastVideo's 5B: 285")
     text_rows: int = count(512, "text tokens that are attended")
     other_gb: float = option(0.0, "what else stays on each GPU, such as a text encoder", at_least=0)

@@ -163,6 +163,7 @@ class FinetuneConfig(TransformerTrainConfig):
 
     output_dir: str = option("runs/finetune", "checkpoints, metrics and the trained model/")
     from_scratch: bool = option(False, "start the transformer from random weights, sized by dit")
+    few_step: bool = option(False, "take a few-step student too, which unlearns its few steps")
     dit: dict[str, Any] = option({}, "for from_scratch: fields of transformer/config.json")
     sampling: dict[str, Any] = option({}, "for from_scratch: sampling_defaults of the result")
     seed: int = seed_option(0, "order of clips, noise, initial weights")

@@ -44,11 +44,11 @@ from infer.diff.records import read_record
 from infer.rerun.request import job_of
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.jobs import read_jobs
-from train import preprocess
 from train.checkpoint import MANIFEST, load_latest, save_checkpoint
 from train.clips import listed_clips
 from train.data import INDEX, REPORT, folder_cache
 from train.metrics import MetricsLog, read_metrics
+from train.preprocess import __main__ as preprocess
 from wan.errors import MAX_MESSAGE, WanError, visible
 from wan.files import read_sealed, unsealed, write_sealed
 from wan.lora.files import read_lora
@@ -425,7 +425,7 @@ TARGETS = (
 
 
 def run_preprocess(run: Run[Any]) -> int:
-    return preprocess.preprocess(run.config)
+    return preprocess.main(run)
 
 
 def write_samples(folder: Path) -> None:

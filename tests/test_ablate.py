@@ -13,8 +13,9 @@ from test_pipeline import build, write_tokenizer
 from configs.ablation import AblateConfig, GridConfig, ModelConfig, ReferenceConfig
 from configs.cli import Run, compose_runs, execute
 from configs.command_line import preset_names
-from infer.ablate import __main__ as ablate
-from infer.ablate.__main__ import LINE, MAX_PSNR, main
+from infer.ablate import run as ablate
+from infer.ablate.__main__ import LINE, main
+from infer.ablate.run import MAX_PSNR
 from infer.evaluate import store
 from wan.errors import WanError
 from wan.files import read_sealed, write_sealed

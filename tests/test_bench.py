@@ -11,9 +11,9 @@ from torch import nn
 
 from configs.benchmark import COMPARED, STAGES, BenchConfig
 from infer import machine as record
-from infer.bench import __main__ as bench
 from infer.bench import against_diffusers as bench_compare
 from infer.bench import loading as bench_load
+from infer.bench import run as bench
 from infer.bench import stages as bench_stages
 from infer.bench.against_diffusers import prompt_of
 from infer.bench.timing import (
@@ -78,7 +78,7 @@ def test_what_fails_later_loses_no_contest_that_is_done(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "compared", contests)
     with pytest.raises(RuntimeError, match="out of memory"):
-        bench.main(BenchConfig(output_dir=str(tmp_path)))
+        bench.bench(BenchConfig(output_dir=str(tmp_path)))
     record = json.loads((tmp_path / "bench.json").read_text())
     assert [outcome["target"] for outcome in record["outcomes"]] == ["text"]
 
@@ -112,7 +112,7 @@ def test_peak_memory_is_what_a_call_takes_and_gives_back():
 
 def test_every_target_runs_against_the_references(tmp_path, capsys):
     targets = [target for target in COMPARED if target != "load"]
-    bench.main(
+    bench.bench(
         BenchConfig(
             targets,
             checkpoint="random",
@@ -172,7 +172,7 @@ def test_unchecked_loading_is_told_apart_by_a_damaged_value(tmp_path):
 
 
 def test_stages_of_a_tiny_model_run_alone_and_are_profiled(tmp_path, capsys):
-    bench.main(
+    bench.bench(
         BenchConfig(
             stages="tiny",
             compile=False,
@@ -197,7 +197,7 @@ def test_compiled_stages_are_added_up_and_a_missed_aim_is_named(tmp_path, capsys
         raise WanError("not installed")
 
     monkeypatch.setattr(bench, "reference", absent)
-    bench.main(
+    bench.bench(
         BenchConfig(
             stages="tiny",
             compile_backend="eager",
@@ -228,7 +228,7 @@ def test_compiled_stages_are_added_up_and_a_missed_aim_is_named(tmp_path, capsys
 @pytest.mark.gpu
 def test_stages_run_on_a_gpu_once_parity_is_checked(tmp_path, capsys):
     config = BenchConfig(stages="tiny", device="cuda", repeats=2, compile=False)
-    bench.main(replace(config, output_dir=str(tmp_path)))
+    bench.bench(replace(config, output_dir=str(tmp_path)))
     text = capsys.readouterr().out
     assert "parity with diffusers: 3 of 3 rows ok" in text
     assert torch.cuda.get_device_name() in text.splitlines()[-2]
@@ -299,7 +299,7 @@ def test_what_computes_something_else_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "run_contest", lambda *_: pytest.fail("timed"))
     config = BenchConfig(stages="tiny", compile=False, output_dir=str(tmp_path))
     with pytest.raises(WanError, match=r"nothing is timed; first: decode, \(3, 4, 4\) latents"):
-        bench.main(config)
+        bench.bench(config)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import torch
 
-from train.distill import is_panel
+from train.distill.run import is_panel
 from wan.errors import WanError
 from wan.weights.checked import SHA256, read_checked, write_checked
 from wan.weights.safetensors_file import read_header, write_tensors

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.command_list import list_commands
+from configs.command_list import commands_of, list_commands
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -61,3 +61,20 @@ def test_listing_loads_no_pytorch(package):
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert f"python -m {package}." in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [f"{package}.{name}" for package in COMMANDS for name in commands_of(ROOT / package)]
+)
+def test_help_and_mistyped_options_load_no_pytorch(command):
+    script = (
+        "import runpy, sys\n"
+        "for word, code in (('--help', 0), ('nonsense=1', 2)):\n"
+        f"    sys.argv = ['{command}', word]\n"
+        "    try:\n"
+        f"        runpy.run_module('{command}', run_name='__main__')\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == code, end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)

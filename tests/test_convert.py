@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from configs.cli import CommandLine, execute
 from configs.conversion import ConvertConfig
-from infer.convert.__main__ import main
 from infer.convert.releases import official_transformer_config
+from infer.convert.run import convert as main
 from infer.parity.models import write_part
 from wan.errors import WanError
 from wan.files import write_json

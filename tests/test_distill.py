@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from test_train_checkpoint import assert_same
 
-import train.distill as module
+import train.distill.run as module
 import train.dmd as dmd
 from configs.data import DataConfig, PreprocessConfig
 from configs.distillation import (
@@ -26,9 +26,9 @@ from configs.distillation import (
 from configs.training import LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_latest
 from train.data import folder_cache
-from train.distill import distill
+from train.distill.run import distill
 from train.metrics import read_metrics
-from train.preprocess import preprocess
+from train.preprocess.run import preprocess
 from wan import WanDMDPipeline
 from wan.errors import WanError
 from wan.lora.merge import read_lora

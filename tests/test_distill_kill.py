@@ -14,7 +14,7 @@ import test_distill
 import torch
 from test_train_checkpoint import assert_same
 
-import train.distill as module
+import train.distill.run as module
 from train.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint
 from train.metrics import read_metrics
 

@@ -9,6 +9,7 @@ import pytest
 from configs.distillation import DistillConfig, StudentConfig
 from configs.training import LoopConfig
 from train.estimate import (
+    PROCESS_BYTES,
     RECOMPUTE,
     RoleMemory,
     TrainingEstimate,
@@ -16,6 +17,7 @@ from train.estimate import (
     activation_bytes,
     estimate_that_fits,
     format_estimate,
+    host_bytes,
     iteration_flops,
     remedies,
     trajectory_flops,
@@ -25,7 +27,7 @@ from train.rollout import mean_forwards
 from wan.errors import WanError
 from wan.models.dit_config import DiTConfig
 from wan.models.recompute import CHECKPOINT_BLOCKS
-from wan.runtime.costs import kept_by_block, network_work
+from wan.runtime.costs import count_parameters, kept_by_block, network_work
 
 FULL_5B = DiTConfig()
 CANONICAL = TrainingRun(
@@ -262,3 +264,20 @@ def test_requests_that_make_no_sense(change, message):
 def test_latents_that_the_transformer_does_not_take_are_refused():
     with pytest.raises(WanError, match="multiples of"):
         TrainingRun(CANONICAL.config, FULL_5B, latent_size=(31, 45, 80))
+
+
+def test_main_memory_counts_every_process_of_a_machine():
+    """A process holds a network in float32 while it is read, or the noise of the whole batch."""
+    network = 4 * count_parameters(FULL_5B).total
+    noise = 4 * 48 * 31 * 44 * 80
+    one = changed(CANONICAL, machines_num_gpus=1, batch_size=1)
+    assert host_bytes(one) == PROCESS_BYTES + network
+    assert host_bytes(CANONICAL) == 8 * host_bytes(one)
+    assert host_bytes(changed(CANONICAL, machines_num_gpus=64, batch_size=64)) == 8 * host_bytes(
+        one
+    )
+    many = changed(CANONICAL, machines_num_gpus=1, batch_size=1024)
+    assert host_bytes(many) == PROCESS_BYTES + 1024 * noise
+    assert host_bytes(changed(many, gan_weight=0.1)) == PROCESS_BYTES + 2 * 1024 * noise
+    with pytest.raises(WanError, match=r"per machine, and machines\.host_memory_gb=100"):
+        estimate_that_fits(changed(CANONICAL, machines_host_memory_gb=100.0))

@@ -12,7 +12,7 @@ import torch
 from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
 from train.checkpoint import load_latest
 from train.data import LatentCache
-from train.finetune import finetune, make_train_step
+from train.finetune.run import finetune, make_train_step, read_settings
 from train.optim import EMA, make_optimizers
 from train.parallel import ALONE
 from train.state import TrainState
@@ -21,7 +21,7 @@ from wan.errors import WanError
 from wan.lora.merge import LoRAMerge, read_lora
 from wan.models.attention_config import AttentionConfig
 from wan.weights.checkpoint import open_checkpoint
-from wan.weights.hub import TEACHER
+from wan.weights.hub import STUDENT, TEACHER
 from wan.weights.load import load_state
 
 DIT = {
@@ -71,6 +71,14 @@ def test_a_network_from_scratch_becomes_a_folder_the_pipeline_loads(tmp_path, ca
     frames = pipe(prompt="a red circle", seed=0, guidance_scale=1.0).frames
     assert frames.shape == (1, 5, 64, 64, 3)
     assert np.isfinite(frames).all()
+
+
+def test_a_few_step_student_is_trained_only_where_that_is_asked_for(tmp_path, cache_dir):
+    config = settings(tmp_path, cache_dir, checkpoint="builtin:miniature", first_frame_share=0.0)
+    with pytest.raises(WanError, match=r"would unlearn them.*few_step=true"):
+        finetune(config)
+    assert not (tmp_path / "run").exists()
+    assert read_settings(replace(config, few_step=True), STUDENT).timesteps is not None
 
 
 class Recorder(torch.nn.Module):
@@ -213,7 +221,7 @@ def test_a_run_cut_in_two_gives_the_weights_of_one_run(tmp_path, cache_dir):
 
         return counted
 
-    import train.finetune as module
+    import train.finetune.run as module
 
     original = module.make_train_step
     module.make_train_step = lambda *args: stop_after_two(original(*args))

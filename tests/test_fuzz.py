@@ -10,7 +10,7 @@ def test_every_damaged_file_is_refused_or_read_rightly(pytestconfig):
     table, failures = fuzz.fuzz(list(range(cases)), seed=0)
     assert not failures, "\n\n".join(failures)
     assert sum(sum(row.values()) for row in table.values()) == cases
-    # A kind that is read after one damage in fifty may by chance not be read here at all, so that the
+    # A kind that is read after one damage in fifty may by chance not be read here at all, so the
     # whole is counted; the child reads each kind once before it is damaged.
     if cases >= 2000:
         assert all(row["refused"] for row in table.values()), table

@@ -11,7 +11,7 @@ import torch
 import infer.ablate.__main__ as ablate
 import infer.evaluate.__main__ as evaluate
 import infer.sample.__main__ as sample
-import train.finetune as finetune
+import train.finetune.__main__ as finetune
 from configs.cli import execute
 from configs.command_line import CommandLine
 from configs.schema import PATH_OPTIONS, kept_settings
@@ -98,7 +98,7 @@ def test_what_training_keeps_and_that_it_goes_on(private, tmp_path, capsys):
             *("data.num_clips=2", "batch_size=1", "lora.rank=2", "validation_captions=0"),
             *("loop.save_every=1", "loop.steps=2"),
         ]
-        return execute(lambda run: finetune.finetune(run.config), finetune.LINE, "", arguments)
+        return execute(finetune.main, finetune.LINE, "", arguments)
 
     assert run(private / "model") == 0
     assert not told(private, tmp_path / "out")
@@ -117,7 +117,7 @@ def test_what_training_keeps_and_that_it_goes_on(private, tmp_path, capsys):
 COMMANDS = [
     *(f"infer.{name}.__main__" for name in ("sample", "evaluate", "ablate", "study", "bench")),
     *(f"infer.{name}.__main__" for name in ("convert", "parity")),
-    *(f"train.{name}" for name in ("finetune", "distill", "vae", "text_encoder")),
+    *(f"train.{name}.__main__" for name in ("finetune", "distill", "vae", "text_encoder")),
 ]
 
 

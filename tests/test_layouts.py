@@ -15,7 +15,7 @@ from configs.cli import CommandLine, execute
 from configs.conversion import ConvertConfig
 from configs.evaluation import EvaluateConfig
 from infer.convert.__main__ import LINE
-from infer.convert.__main__ import main as convert
+from infer.convert.run import convert
 from infer.evaluate.measure import draw_examples
 from infer.evaluate.sources import reconstruct_truth
 from infer.loading import digests_of

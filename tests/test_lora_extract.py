@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.cli import CommandLine, execute
 from configs.conversion import ConvertConfig
-from infer.convert.__main__ import main
+from infer.convert.run import convert as main
 from wan.errors import WanError
 from wan.lora.extract import extract_lora, low_rank
 from wan.lora.merge import merge_lora, read_lora

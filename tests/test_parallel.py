@@ -29,8 +29,8 @@ from configs.distillation import (
 from configs.parallel import ParallelConfig
 from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_checkpoint, load_latest
-from train.distill import distill
-from train.finetune import finetune
+from train.distill.run import distill
+from train.finetune.run import finetune
 from train.loop import run_training, step_generator
 from train.optim import EMA, Muon, apply_gradients, make_optimizers
 from train.parallel import ALONE, Ranks, SequenceSplit, gathered, share_out, start

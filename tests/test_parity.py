@@ -15,10 +15,12 @@ pytest.importorskip("accelerate")
 
 from configs.cli import run
 from configs.parity import ParityConfig
-from infer.parity import __main__ as parity
 from infer.parity import models as parity_sides
-from infer.parity.__main__ import GENERAL_RUNGS, LINE, RELEASE_RUNGS, main
+from infer.parity import run as parity
+from infer.parity.__main__ import LINE
 from infer.parity.models import random_sides
+from infer.parity.run import GENERAL_RUNGS, RELEASE_RUNGS
+from infer.parity.run import parity as main
 from infer.parity.tolerance import Row, compare, compare_points, compare_to_truth, distance, table
 from infer.parity.with_weights import autoencoder, pipeline, text_encoder, tokens, transformer
 from infer.parity.without_weights import samplers, schedules

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs.conversion import ConvertConfig
-from infer.convert.__main__ import main as convert
+from infer.convert.run import convert
 from infer.loading import weight_digests
 from train.conditioning import component_digests
 from train.export import export_model

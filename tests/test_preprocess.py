@@ -23,18 +23,20 @@ from test_data import TINY
 from test_parallel import free_ports
 
 import train.data
-import train.preprocess
+import train.preprocess.run
 from configs.cli import USER_ERROR, compose_runs
 from configs.command_line import CommandLine
 from configs.data import DataConfig, PreprocessConfig, parse_size
+from configs.progress import Steps
 from configs.start import interrupt_from_now_on
 from configs.training import FinetuneConfig, LoopConfig
 from train.conditioning import component_digests
 from train.data import folder_cache, open_data
-from train.finetune import LINE, finetune
-from train.preprocess import preprocess
+from train.finetune.__main__ import LINE
+from train.finetune.run import finetune
+from train.preprocess.run import preprocess
 from train.tensor_cache import TensorStore, open_to_read
-from train.vae import export
+from train.vae.run import export
 from wan.errors import WanError
 from wan.files import read_sealed, remove_leftovers, write_json
 from wan.models.dit_config import DiTConfig
@@ -136,7 +138,7 @@ def test_a_clip_may_become_several_samples_that_are_stored_and_resumed_one_by_on
             raise Killed
         return train.data.encode_float16(vae, video, chunk)
 
-    monkeypatch.setattr(train.preprocess, "encode_float16", encode)
+    monkeypatch.setattr(train.preprocess.run, "encode_float16", encode)
     with pytest.raises(Killed):
         preprocess(config)
     assert preprocess(config) == 0
@@ -271,7 +273,7 @@ def test_a_killed_run_goes_on_after_its_last_shard(clips, tmp_path, model, monke
         encoded.append(video)
         return train.data.encode_float16(vae, video, chunk)
 
-    monkeypatch.setattr(train.preprocess, "encode_float16", encode)
+    monkeypatch.setattr(train.preprocess.run, "encode_float16", encode)
     kill_at = 3
     with pytest.raises(Killed):
         preprocess(config)
@@ -310,12 +312,24 @@ def run_process(rank, config, killed, ports):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     root = Path(config.output_dir).parent
+    bars = []
+
+    class Counted(Steps):
+        def __init__(self, what, total, done=0, quiet=False):
+            super().__init__(what, total, done, quiet)
+            bars.append(self)
+
+    train.preprocess.run.Steps = Counted
     with (
         (root / f"said by {rank}").open("w") as said,
         redirect_stderr(said),
         redirect_stdout(said),
     ):
         assert preprocess(config) == 0
+        if rank:
+            assert all(bar.quiet for bar in bars)
+        else:  # of five clips this process has encoded three
+            assert [bar.done for bar in bars] == [bar.total for bar in bars] == [6, 5, 6]
         os.environ["MASTER_PORT"] = str(ports[1])
         if rank:
             assert preprocess(replace(killed, max_set_aside=0)) == USER_ERROR
@@ -335,7 +349,7 @@ def run_process(rank, config, killed, ports):
         encoded.append(video)
         return encode(vae, video, chunk)
 
-    train.preprocess.encode_float16 = killed_or_stopped
+    train.preprocess.run.encode_float16 = killed_or_stopped
     os.environ["MASTER_PORT"] = str(ports[2])
     preprocess(killed)
 
@@ -361,9 +375,7 @@ def test_two_processes_share_the_clips_and_make_the_folder_of_one(
 
     assert content("two") == content("data")
     assert (tmp_path / "said by 1").read_text() == ""
-    said = (tmp_path / "said by 0").read_text()
-    assert "judged: 100%" in said
-    assert "| 5/5 [" in said  # of which the main process has encoded three
+    assert "5 clips in 6 samples" in (tmp_path / "said by 0").read_text()
 
     encoded = []
 
@@ -371,7 +383,7 @@ def test_two_processes_share_the_clips_and_make_the_folder_of_one(
         encoded.append(video)
         return train.data.encode_float16(vae, video, chunk)
 
-    monkeypatch.setattr(train.preprocess, "encode_float16", count)
+    monkeypatch.setattr(train.preprocess.run, "encode_float16", count)
     preprocess(killed)
     assert len(encoded) == 6 - 1  # what was ready where the signal came was stored
     assert content("killed") == content("data")
@@ -491,7 +503,7 @@ def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model, mo
     make_clip(clips / "a.mp4")
     preprocess(settings(tmp_path, model))
     with monkeypatch.context() as later:
-        later.setattr(train.preprocess, "RECIPE", 99)
+        later.setattr(train.preprocess.run, "RECIPE", 99)
         with pytest.raises(WanError, match=r"\(recipe: \d there, 99 now\); it can be trained on"):
             preprocess(settings(tmp_path, model))
     with pytest.raises(WanError, match=r"other settings \(fps: 8.0 there, 8.05 now\)"):
@@ -540,7 +552,7 @@ def test_prompts_alone_are_enough_and_stored_as_encoded(tmp_path, model):
     assert cache.shapes == [(2, 2, 2, 4)]
     assert sorted(cache.prompts(0, 2, seed=0)) == ["a red circle", "ein Kreis, {rot}"]
     rows = cache.tokens_of(["a red circle", "", "blur"])
-    shown = train.preprocess.Tokenizer.from_folder(model / "tokenizer")
+    shown = train.preprocess.run.Tokenizer.from_folder(model / "tokenizer")
     assert len(rows[0]) == len(shown("a red circle").ids)
     assert [row.shape[1] for row in rows] == [128] * 3
     with pytest.raises(WanError, match="no embedding of 'a blue"):
@@ -719,7 +731,7 @@ def test_repeats_change_how_often_a_clip_comes_and_nothing_that_is_encoded(
     digest = folder_cache(tmp_path / "data", None).digest
     rows = [{"video": "a.mp4", "prompt": "a", "repeats": 3}, {"video": "b.mp4", "prompt": "b"}]
     (clips / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(train.preprocess, "encode_float16", None)
+    monkeypatch.setattr(train.preprocess.run, "encode_float16", None)
     preprocess(settings(tmp_path, model, clips=str(clips / "l.jsonl")))
     cache = folder_cache(tmp_path / "data", None)
     assert Counter(cache.batch(0, 8, seed=0)[1]) == Counter(a=6, b=2)

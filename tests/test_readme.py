@@ -218,9 +218,10 @@ def test_every_file_of_a_room_is_in_its_tree(room):
 
 def test_every_file_of_train_and_of_the_world_is_in_a_table():
     for room in ("train", "wan/miniature"):
-        for path in (ROOT / room).glob("*.py"):
-            if path.name[:2] != "__":
-                assert f"`{path.name}`" in TEXTS[f"{room}/README.md"], path
+        names = [path.name for path in (ROOT / room).glob("*.py") if path.name[:2] != "__"]
+        names += [f"{path.parent.name}/" for path in (ROOT / room).glob("*/*.py")]
+        for name in names:
+            assert f"`{name}`" in TEXTS[f"{room}/README.md"], name
 
 
 # --- the README itself ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from test_weights import DIT, load, random_state, refused, rewrite, save
 from torch import Tensor
 
 from configs.conversion import ConvertConfig
-from infer.convert.__main__ import main as convert
+from infer.convert.run import convert
 from wan.files import write_json
 from wan.lora.extract import read_stored
 from wan.weights.checkpoint import open_checkpoint

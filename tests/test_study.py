@@ -23,7 +23,7 @@ from configs.evaluation import (
 from configs.schema import SamplerConfig
 from infer.evaluate import queue, report, store
 from infer.evaluate.queue import LastPipeline, open_source
-from infer.study import __main__ as study
+from infer.study import run as study
 from infer.study.__main__ import LINE, main
 from infer.study.report import read_settings
 from wan.errors import WanError

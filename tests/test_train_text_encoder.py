@@ -16,7 +16,7 @@ from configs.command_line import CommandLine
 from configs.training import LoopConfig, TextEncoderTrainConfig
 from train.optim import make_optimizers
 from train.state import TrainState
-from train.text_encoder import (
+from train.text_encoder.run import (
     CLASSES,
     IGNORED,
     MORE_WORDS,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from configs.training import LoopConfig, VAETrainConfig
-from train.vae import crop_around_objects, foreground_mask, rendered_clips, train_vae
+from train.vae.run import crop_around_objects, foreground_mask, rendered_clips, train_vae
 from wan.errors import WanError
 from wan.models.vae import VAEConfig, WanVAE
 from wan.weights.checkpoint import open_checkpoint

@@ -394,8 +394,8 @@ def check_agreement(path: Path, sources: list[Source], name: str) -> None:
         if there != here:
             raise WanError(
                 f"clips={path}: {sources[0].where} and {other.where} ask for different {name} "
-                f"({there} and {here}); make a file of each, preprocess them with their own options "
-                "into their own output_dir=, and train with data.folder=[..] and data.weights=[..]"
+                f"({there} and {here}); make a file of each, preprocess each with its own options "
+                "into its own output_dir=, and train with data.folder=[..] and data.weights=[..]"
             )
 
 

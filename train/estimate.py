@@ -3,9 +3,10 @@
     run = TrainingRun(config, dit, latent_size=(31, 44, 80))
     print(format_estimate(TrainingEstimate(run)))
 
-The counts are those of `wan.runtime.costs`. Three things are assumptions, and stand here as
+The counts are those of `wan.runtime.costs`. Four things are assumptions, and stand here as
 constants or in `configs.distillation.PlanConfig`: the share of the GPU that is not ours, the room
-that a forward needs while it runs, and the rate that is reached.
+that a forward needs while it runs, the rate that is reached, and the main memory that a process
+takes with nothing loaded.
 """
 
 import itertools
@@ -27,6 +28,7 @@ from wan.weights.names import short
 RECOMPUTE = ("none", "selective", "full")  # of `wan.models.recompute`, the fewest kept bytes last
 ONE_COPY = {"parallel.shard": None, "parallel.replicate": 1}  # of the weights, over all GPUs
 ONE_CLIP = {"gradient_accumulation": 1}  # where each group of GPUs has one
+PROCESS_BYTES = 3e9  # of main memory: Python, PyTorch, and what CUDA and NCCL keep on the host
 RESERVE = 0.08  # of the GPU: CUDA's context, NCCL's buffers, what the allocator cannot join
 
 
@@ -214,6 +216,22 @@ def gathered_bytes(run: TrainingRun) -> float:
     return 2.0 * counts.block * c + counts.block * (c + 4) + outside * 4
 
 
+def host_bytes(run: TrainingRun) -> float:
+    """Bytes of main memory that one machine's processes take together, at most.
+
+    Each of several processes reads the networks one after another, whole and in float32, before
+    its shards go to its GPU (`train.distill.run.load_networks`); the main one puts a student
+    together again at the end. While training, each draws the noise of the whole batch and keeps
+    its own; where clips are needed, their latents too.
+    """
+    config = run.config
+    processes = min(config.machines.num_gpus, config.machines.gpus_per_machine)
+    network = 4.0 * count_parameters(run.dit, config.student.lora.rank).total
+    clip = 4.0 * run.dit.in_channels * math.prod(run.latent_size)
+    drawn = config.batch_size * clip * (2 if config.needs_clips else 1)
+    return processes * (PROCESS_BYTES + max(network, drawn))
+
+
 @dataclass(frozen=True)
 class RoleMemory:
     """Bytes of one network on each GPU. Gradients and activations exist during its update only."""
@@ -260,6 +278,7 @@ class TrainingEstimate:
         flops: per clip and iteration, by part.
         memory: bytes per GPU by role; `workspace` and `gathered` come on top while one runs.
         peak: bytes per GPU in the larger update; `usable` are there.
+        host: bytes of main memory per machine.
         hours: for all iterations; `trajectory_hours` come before them.
     """
 
@@ -283,6 +302,7 @@ class TrainingEstimate:
         self.peak = resident + update + self.workspace + self.gathered
         self.usable = machines.gpu_memory_gb * 1e9 * (1 - RESERVE)
         self.fits = self.peak <= self.usable
+        self.host = host_bytes(run)
         self.flops = iteration_flops(run)
         per_hour = 3600 * machines.tflops * 1e12 * machines.num_gpus
         clips = config.loop.steps * config.batch_size
@@ -296,13 +316,20 @@ def estimate_that_fits(run: TrainingRun) -> TrainingEstimate:
     Raises:
         WanError: it does not; the message says by how much, and which options would change that.
     """
-    found = TrainingEstimate(run)
+    found, machines = TrainingEstimate(run), run.config.machines
+    if found.host > machines.host_memory_gb * 1e9:
+        raise WanError(
+            f"{found.host / 1e9:.0f} GB of main memory per machine, and "
+            f"machines.host_memory_gb={machines.host_memory_gb:g}: each process holds a network "
+            "while it is loaded; use fewer GPUs of more machines (machines.gpus_per_machine=), "
+            "or machines with more memory"
+        )
     if found.fits:
         return found
     ways = "; ".join(remedies(run)) or "nothing here: take larger GPUs or smaller clips"
     raise WanError(
         f"{found.peak / 1e9:.1f} GB per GPU at the peak, {found.usable / 1e9:.1f} of "
-        f"{run.config.machines.gpu_memory_gb:.0f} GB can be used; what would fit: {ways}"
+        f"{machines.gpu_memory_gb:.0f} GB can be used; what would fit: {ways}"
     )
 
 
@@ -375,6 +402,8 @@ def format_estimate(found: TrainingEstimate) -> str:
         f"weights and gradients in transit; always: {machines.other_gb:.2f} GB others",
         f"peak: {found.peak / 1e9:.1f} GB of {found.usable / 1e9:.1f} GB usable: "
         + ("fits" if found.fits else "DOES NOT FIT"),
+        f"main memory of a machine with {machines.gpus_per_machine} GPUs: {found.host / 1e9:.0f} "
+        f"of {machines.host_memory_gb:.0f} GB",
         "",
         "TFLOP per clip and iteration",
     ]

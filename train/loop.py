@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from configs.progress import Steps
 from configs.schema import kept_settings
 from configs.training import LoopConfig
 from train.checkpoint import (
@@ -45,6 +46,7 @@ FREE_SETTINGS = {
     "output_dir",
     "threads",
     "export",
+    "few_step",
     "regression.folder",
     "loop.log_every",
     "loop.save_every",
@@ -120,11 +122,13 @@ def run_training(
             write_json(folder / "config.json", settings)
             log = MetricsLog(folder, state.step, config.wandb_project, settings)
             stack.callback(log.close)
+        steps = Steps("steps", config.steps, state.step, quiet=not ranks.is_main)
+        stack.enter_context(steps)
 
         def report(text: str, values: dict[str, float]) -> None:
             if log is not None:
                 log.write(state.step - 1, **values)
-                print(text, flush=True)
+                steps.print(text)
 
         numbers, stopping = Numbers(seen), False
         while state.step < config.steps and not stopping:
@@ -136,6 +140,7 @@ def run_training(
             stopping = ranks.any(stop_requested())  # one answer for all, whenever the signal came
             numbers.add(values)
             state.step += 1
+            steps.add()
             last = state.step == config.steps
             if state.step % config.log_every == 0 or last:
                 means, speed = numbers.take()

@@ -14,6 +14,7 @@ different, or the result shows no picture; 2 the command has an error; 130 stopp
 
 from configs.cli import INTERRUPTED, Run, run
 from configs.command_line import CommandLine
+from configs.progress import loading_pytorch
 from configs.rerun import RerunConfig
 from configs.schema import PARTS
 from infer.diff.compare import compare, report
@@ -35,12 +36,11 @@ def main(run: Run[RerunConfig]) -> int:
     if not config.record:
         raise WanError("no record: python -m infer.rerun FILE, a record or an mp4 of infer.sample")
     record = read_record(config.record)
-    # Imported here, because PyTorch takes seconds to load and a mistyped name should not.
-    from infer.loading import ModelCache
-    from infer.rerun.request import job_of
-    from infer.sample.generate import make_video, prepare
-    from infer.sample.jobs import Jobs
-
+    with loading_pytorch():
+        from infer.loading import ModelCache
+        from infer.rerun.request import job_of
+        from infer.sample.generate import make_video, prepare
+        from infer.sample.jobs import Jobs
     job = job_of(record, config)
     session = prepare(Run(job.config, job.sources, {}, ""), Jobs.one(job), ModelCache())
     (request,) = session.requests

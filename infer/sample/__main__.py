@@ -18,6 +18,7 @@ from typing import Any
 
 from configs.cli import INTERRUPTED, Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
+from configs.progress import loading_pytorch
 from configs.schema import PARTS, SampleConfig
 from infer.sample.jobs import read_jobs
 
@@ -48,10 +49,9 @@ class SampleCommand:
         Errors in the request are raised before weights are downloaded or read.
         """
         jobs = read_jobs(run.config, run.sources)
-        # Imported here, because PyTorch takes seconds to load and a mistyped option should not.
-        from infer.loading import ModelCache
-        from infer.sample.generate import make_video, prepare
-
+        with loading_pytorch():
+            from infer.loading import ModelCache
+            from infer.sample.generate import make_video, prepare
         self._models = self._models or ModelCache()
         session = prepare(run, jobs, self._models)
         code = 0

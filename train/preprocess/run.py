@@ -1,13 +1,6 @@
-"""Encode clips and captions once, into what training reads.
+"""Clips and texts judged, encoded and stored: the work of `train.preprocess`.
 
-    python -m train.preprocess clips=clips/
-
-A folder (`name.mp4` beside `name.txt`) or a list of clips, images as clips of one frame, and texts
-without clips (`prompts=`). All clips are decoded to their ends and judged: damaged ones are set
-aside with the reasons, and too many of them fail the run, which then leaves check.jsonl. Then each
-is brought to the size that keeps most of the picture and encoded: its start, or several samples of
-it (`frames=`). report.jsonl says what became of it. To resume, or to add clips, run the same
-command again. torchrun shares the clips out.
+Under torchrun the processes share out clips and texts, into one folder; the main one prints.
 """
 
 import hashlib
@@ -26,12 +19,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from configs.cli import USER_ERROR, run
-from configs.command_line import CommandLine
+from configs.cli import USER_ERROR
 from configs.data import FRAMES, PreprocessConfig, parse_size
 from configs.parallel import ParallelConfig
+from configs.progress import Steps, doing
 from train.clips import (
     RECIPE,
     Clip,
@@ -57,13 +49,6 @@ from wan.pipeline.config import component_config, part_folder
 from wan.settings import check_kinds
 from wan.weights.digests import sha256_file
 from wan.weights.hub import resolve_model
-
-LINE = CommandLine(
-    PreprocessConfig,
-    "preprocess",
-    text_keys=("negative_prompt",),
-    path_keys=("clips", "prompts", "output_dir", "checkpoint"),
-)
 
 CHECK = "check.jsonl"  # the report of check_only=true and of runs that fail: both change no data
 CHUNK = 16  # frames that the autoencoder takes at a time
@@ -138,19 +123,18 @@ class Preprocessing:
         config = self.config
         clips: list[Clip] = []
         if config.clips is not None:
-            say(f"clips={config.clips}: looking for clips")
             path = expanded(config.clips)
             is_toml = path.suffix == ".toml" and not path.is_dir()
-            clips = toml_clips(path, config) if is_toml else list_clips(path)
+            with doing(f"clips={config.clips}: looking for clips"):
+                clips = toml_clips(path, config) if is_toml else list_clips(path)
         prompts = read_prompts(expanded(config.prompts)) if config.prompts is not None else []
-        said = f"{len(clips)} clips" * bool(clips), f"{len(prompts)} prompts" * bool(prompts)
-        say(f"{' and '.join(filter(None, said))}; reading checkpoint={config.checkpoint}")
         source = resolve_model(config.checkpoint)
         vae = VAEConfig.from_json(read_json(component_config(source, "vae", {})))
-        index = {
-            "identity": identity(config, source, self.ranks.device),
-            "latent_shapes": latent_shapes(config, vae, patch_size(source)),
-        }
+        with doing(f"checkpoint={config.checkpoint}: reading it, for {len(clips)} clips"):
+            index = {
+                "identity": identity(config, source, self.ranks.device),
+                "latent_shapes": latent_shapes(config, vae, patch_size(source)),
+            }
         return clips, prompts, index, source
 
     def run(self) -> int:
@@ -201,7 +185,10 @@ class Preprocessing:
         rules = ClipRules(config.parsed_sizes(), **values)
         own = self.own(self.clips)
         found = []
-        with self.ranks.together(), self.progress("judged", len(self.clips), len(own)) as advance:
+        with (
+            self.ranks.together(),
+            self.progress("clips judged", len(self.clips), len(own)) as advance,
+        ):
             for clip in own:
                 found.append(judge(clip, rules, settings, known))
                 advance(1)
@@ -244,7 +231,7 @@ class Preprocessing:
         shards: list[Path] = []
         fresh: dict[str, Tensor] = {}
         facts = {s.line["key"]: s.facts for _, samples in own for s in samples}
-        with self.ranks.together(), self.progress("encoded", len(work), len(own)) as advance:
+        with self.ranks.together(), self.progress("clips encoded", len(work), len(own)) as advance:
             vae: WanVAE | None = None
             try:
                 for clip, samples in own:
@@ -272,7 +259,7 @@ class Preprocessing:
         """Store the token embeddings (n, D) of each text that is not stored yet."""
         own = self.own(texts)
         shards: list[Path] = []
-        with self.ranks.together(), self.progress("texts", len(texts), len(own)) as advance:
+        with self.ranks.together(), self.progress("texts encoded", len(texts), len(own)) as advance:
             if own:
                 device = self.ranks.device
                 encoder = load_frozen(self.source, "text_encoder", None, device, text_dtype(device))
@@ -327,27 +314,24 @@ class Preprocessing:
             own: how many of the `total` are this process's.
         """
         left = own
-        with tqdm(total=total, desc=what, disable=not (total and self.ranks.is_main)) as bar:
+        tally = f"{self.name} {what}"
+        with Steps(what, total, quiet=not self.ranks.is_main) as steps:
 
             def advance(number: int) -> None:
                 nonlocal left
                 left -= number
-                bar.update(self.ranks.tally(f"{self.name} {what}", number) - bar.n)
+                if new := self.ranks.tally(tally, number) - steps.done:
+                    steps.add(new)
 
             try:
                 yield advance
-                while self.ranks.is_main and bar.n < total:
+                while self.ranks.is_main and steps.done < total:
                     advance(0)
                     time.sleep(PAUSE)
             finally:
                 self.ranks.tally(
                     f"{self.name} {what}", left
                 )  # none is to wait for what an error ended
-
-
-def say(text: str) -> None:
-    """Say at once what the command is doing."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def as_text(lines: list[Line]) -> str:
@@ -547,7 +531,3 @@ def dropped_seconds(lines: list[Line], frames: str) -> str | None:
         f"dropped: frames={frames} {FRAMES[frames]}; frames=chunk takes clips whole, in several "
         "samples"
     )
-
-
-if __name__ == "__main__":
-    run(lambda run: preprocess(run.config), LINE, __doc__ or "")

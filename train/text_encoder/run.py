@@ -1,11 +1,4 @@
-"""Train the miniature's tokenizer and text encoder.
-
-    python -m train.text_encoder
-
-The encoder learns to tell, at every one of its tokens, what the whole caption states: so a small
-DiT finds each attribute whichever token it looks at. Captions are disturbed on the way (by other
-words, missing words, filler, another order): people do not type the sentences of a grammar.
-"""
+"""The miniature's tokenizer and text encoder, trained and exported: `train.text_encoder`."""
 
 import io
 import random
@@ -20,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.cli import INTERRUPTED, run
-from configs.command_line import CommandLine
+from configs.cli import INTERRUPTED
 from configs.training import TextEncoderTrainConfig
 from train.export import export_part
 from train.loop import run_training, step_generator
@@ -34,13 +26,6 @@ from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
 from wan.models.tokenizer import Tokenizer
 from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder, pad_ids
-
-LINE = CommandLine(
-    TextEncoderTrainConfig,
-    "text_encoder",
-    text_keys=(),
-    path_keys=("output_dir",),
-)
 
 # B captions, S text positions, D width, V vocabulary, K labels of a caption
 
@@ -454,7 +439,3 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
             f"numbers in {report}): train longer, with a larger loop.steps in another output_dir"
         )
     return 0
-
-
-if __name__ == "__main__":
-    run(lambda run: train_text_encoder(run.config), LINE, __doc__ or "")

@@ -1,11 +1,4 @@
-"""Train the miniature's autoencoder.
-
-    python -m train.vae output_dir=runs/vae
-
-Most steps see crops around the objects of rendered clips, which are small and hold the hard pixels;
-the last ones see whole clips. There is no perceptual and no adversarial term: the world has flat
-colours and sharp edges, and an L1 with weight on the objects is enough for it.
-"""
+"""The miniature's autoencoder, trained and exported: the work of `train.vae`."""
 
 import copy
 from dataclasses import asdict, replace
@@ -16,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.cli import INTERRUPTED, run
-from configs.command_line import CommandLine
+from configs.cli import INTERRUPTED
 from configs.training import VAETrainConfig
 from train.export import export_part
 from train.loop import run_training, step_generator
@@ -37,13 +29,6 @@ from wan.models.vae import StreamCache, VAEConfig, WanVAE
 from wan.pipeline.parts import vae_levels
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.load import load_state
-
-LINE = CommandLine(
-    VAETrainConfig,
-    "vae",
-    text_keys=(),
-    path_keys=("output_dir", "start"),
-)
 
 
 def initialize(vae: WanVAE) -> None:
@@ -222,7 +207,3 @@ def train_vae(config: VAETrainConfig) -> int:
     write_json(folder / "vae_report.json", measured)
     print(measured)
     return 0
-
-
-if __name__ == "__main__":
-    run(lambda run: train_vae(run.config), LINE, __doc__ or "")

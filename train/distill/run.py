@@ -1,21 +1,5 @@
-"""Distil a few-step student from a many-step teacher by distribution matching.
+"""Teacher, critic and student trained together and exported: the work of `train.distill`."""
 
-    python -m train.distill                                 # the miniature, three steps
-    python -m train.distill method=fastwan3 plan=true       # what the released recipe would take
-
-A many-step teacher becomes a student of one to four steps (DMD2, arXiv:2405.14867, without
-pictures of the real world: captions are enough). Three networks, all from the teacher's weights:
-
-    student   makes clips as it will when sampling; trained along critic minus teacher
-    critic    learns by flow matching what the student's clips look like; the fake score
-    teacher   frozen, guided; the real score
-
-Optional terms: an adversarial one on features of critic or teacher (needs clips), and regression on
-the teacher's own trajectories, which alone (dmd_weight=0) is knowledge distillation. What comes out
-is a folder in the released layout, or a LoRA file.
-"""
-
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -26,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.cli import INTERRUPTED, run
-from configs.command_line import ATTENTION, CommandLine
+from configs.cli import INTERRUPTED
 from configs.distillation import DistillConfig
+from configs.training import LoRAConfig
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
     Texts,
@@ -55,27 +39,17 @@ from wan.media.video import to_uint8, write_video
 from wan.miniature.captions import OMIT, caption
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.attention import network_attention
+from wan.models.attention_config import AttentionConfig
 from wan.models.dit import WanDiT
 from wan.models.vae import WanVAE
 from wan.pipeline.config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
+from wan.pipeline.folder import load_part
 from wan.sampling.schedule import euler_schedule
 from wan.weights.checked import read_checked, write_checked
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import CONFIGS, resolve_model
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import read_header
-
-LINE = CommandLine(
-    DistillConfig,
-    "distill",
-    text_keys=("scores.negative_prompt",),
-    path_keys=(
-        *("output_dir", "checkpoint", "student.start", "regression.folder"),
-        "data.cache_dir",
-    ),
-    list_keys=("data.folder",),
-    shortcuts=ATTENTION,
-)
 
 
 def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
@@ -96,7 +70,7 @@ def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
 def open_source(
     config: DistillConfig, settings: PipelineConfig, source: Path, device: torch.device
 ) -> tuple[Callable[[int], Clips], Texts, dict[str, Any]]:
-    """A function that draws batches, one that encodes captions, and what a run keeps of the data."""
+    """A function that draws batches, one that encodes captions, and the data's identity."""
     size, seed = config.batch_size, config.seed
     if config.draws_captions:
         texts = world_texts(settings, source, device, config.max_text_tokens)
@@ -132,39 +106,47 @@ def student_settings(config: DistillConfig, settings: PipelineConfig) -> Pipelin
 def load_networks(
     config: DistillConfig, settings: PipelineConfig, source: Path, ranks: Ranks
 ) -> Networks:
-    """Teacher, student and critic, in float32, ready for this process."""
-    half = torch.bfloat16 if config.bfloat16 else torch.float32
+    """Teacher, student and critic, in float32, ready for this process.
 
-    teacher = load_frozen(
-        source,
-        "transformer",
-        settings.transformer,
-        ranks.loading_device,
-        torch.float32,
-        attention=config.score_attention,
-        checkpoint_blocks=config.checkpoint_blocks,
-    )
-    critic = copy.deepcopy(teacher).requires_grad_(True)
-    student = copy.deepcopy(critic)
-    student.set_attention(config.attention)
-    for module in (teacher, student):
-        module.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
+    Each is read and sharded before the next: every process holds one whole network at a time.
+    """
+    half = torch.bfloat16 if config.bfloat16 else torch.float32
+    start_from = None
     if config.student.start is not None:
         try:
             folder = resolve_model(config.student.start)
         except WanError as error:
             raise WanError(f"student.start={error}; train that student first") from error
         start_from = open_checkpoint(part_folder(folder, "transformer"), model=folder)
-        student.load_state_dict(load_state(start_from, "transformer"))
-    for module, lora in ((student, config.student.lora), (critic, config.scores.critic_lora)):
-        if lora.rank:
+
+    def load(attention: AttentionConfig, lora: LoRAConfig | None) -> WanDiT:
+        """A network from the teacher's weights; the frozen one has no settings of a LoRA."""
+        trained = lora is not None
+        dit: WanDiT = load_part(
+            source,
+            "transformer",
+            settings.transformer,
+            {"attention": attention, "checkpoint_blocks": config.checkpoint_blocks},
+            dtype=torch.float32,
+            device=ranks.loading_device,
+            share_mapping=ranks.size > 1 or not trained,  # shards are copies of their own
+        )
+        dit.requires_grad_(trained)
+        dit.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
+        if lora is config.student.lora and start_from is not None:
+            dit.load_state_dict(load_state(start_from, "transformer"))
+        if lora is not None and lora.rank:
             generator = torch.Generator().manual_seed(config.seed)
-            add_lora(module, lora.rank, lora.alpha, generator=generator)
-    for module in (teacher, student, critic):
+            add_lora(dit, lora.rank, lora.alpha, generator=generator)
         if config.compile:
-            for block in module.blocks:
+            for block in dit.blocks:
                 block.compile()
-        ranks.prepare(module, config.bfloat16)
+        ranks.prepare(dit, config.bfloat16)
+        return dit
+
+    teacher = load(config.score_attention, None)
+    student = load(config.attention, config.student.lora)
+    critic = load(config.score_attention, config.scores.critic_lora)
     return Networks(student, teacher, critic)
 
 
@@ -389,7 +371,3 @@ def make_trajectories(
         run.ranks,
         run.chunk,
     )
-
-
-if __name__ == "__main__":
-    run(lambda run: distill(run.config), LINE, __doc__ or "")

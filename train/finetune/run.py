@@ -1,12 +1,4 @@
-"""Train a transformer on clips by flow matching.
-
-    python -m train.finetune data.kind=folder data.folder=runs/data
-
-From a released model (all weights, or a LoRA) or from scratch; on clips that `train.preprocess`
-encoded or on the miniature's rendered world. The text encoder and the autoencoder are frozen, and
-not loaded for encoded clips. What comes out is a complete folder in the released layout, or a LoRA
-file.
-"""
+"""Flow matching of a transformer on clips: the work of `train.finetune`."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.cli import INTERRUPTED, run
-from configs.command_line import ATTENTION, CommandLine
+from configs.cli import INTERRUPTED
 from configs.training import FinetuneConfig
 from train.conditioning import Texts, check_trainable, transformer_digest
 from train.data import LatentCache, open_data
@@ -45,6 +36,7 @@ from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig, WanVAE
 from wan.pipeline.config import (
     BASE,
+    FEW_STEP,
     PipelineConfig,
     SamplingDefaults,
     component_config,
@@ -62,20 +54,18 @@ from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import resolve_model
 from wan.weights.load import load_module
 
-LINE = CommandLine(
-    FinetuneConfig,
-    "finetune",
-    text_keys=(),
-    path_keys=("output_dir", "checkpoint", "data.cache_dir"),
-    list_keys=("data.folder",),
-    shortcuts=ATTENTION,
-)
-
 
 def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
     """The released settings, or for a network from scratch those of the frozen parts and `dit`."""
     if not config.from_scratch:
         settings = read_pipeline_config(folder)
+        if settings.class_name == FEW_STEP and not config.few_step:
+            raise WanError(
+                f"checkpoint={config.checkpoint}: is a few-step student. Flow matching teaches the "
+                "velocity between any two noise levels, of which its few jumps know nothing: it "
+                "would unlearn them. Train the model that it was distilled from, as a LoRA that "
+                "the student takes too, or distil again; few_step=true trains it all the same"
+            )
         check_trainable(settings, folder, config.first_frame_share)
         return settings
     parts = {
@@ -248,7 +238,3 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
     if ranks.is_main:
         print(f"wrote {export_model(dit, source, settings, folder, config.lora.rank)}")
     return 0
-
-
-if __name__ == "__main__":
-    run(lambda run: finetune(run.config), LINE, __doc__ or "")
