@@ -61,7 +61,10 @@ class DataConfig(Options):
         super().__post_init__()
 
     def check_source(self) -> None:
-        """Kind, folders and weights fit. Not in `__post_init__`: literal paths are filled in after it."""
+        """Kind, folders and weights fit.
+
+        Not in `__post_init__`: literal paths are filled in after it.
+        """
         if self.weights is not None and len(self.weights) != len(self.folder or []):
             raise WanError(
                 f"data.weights={self.weights}: need one for each of the {len(self.folder or [])} "

@@ -86,7 +86,8 @@ def test_a_diffusion_pipe_file_gives_its_clips_captions_and_repeats(folder, monk
         ),
         (
             {
-                "[1, 5]": '[5]\nframe_extraction = "chunk"\nenable_bucket=true\nbucket_no_upscale=true'
+                "[1, 5]": '[5]\nframe_extraction = "chunk"\nenable_bucket = true\n'
+                "bucket_no_upscale = true"
             },
             {},
             r"give frames=chunk max_upscale=1 ",
@@ -121,7 +122,7 @@ def test_other_sizes_or_frames_than_the_options_are_refused_with_those_that_do(
         (MUSUBI.replace("[64, 64]", "[64]"), "need a list of 2 whole numbers"),
         (
             MUSUBI + '[[datasets]]\nvideo_directory = "b"\ntarget_frames = [9]',
-            r"1 and \[\[datasets\]\] 2 ask for different lengths \(\(5,\) and \(9,\)\); make a file",
+            r"1 and \[\[datasets\]\] 2 ask for different lengths \(\(5,\) and \(9,\)\); make a",
         ),
         (PIPE + 'mask_path = "m"', "mask_path='m': there is no training with"),
         (PIPE + "shuffle_tags = true", "shuffle_tags=True: captions are taken as they are"),

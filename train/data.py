@@ -474,8 +474,8 @@ def check_alike(one: EncodedFolder, other: EncodedFolder) -> None:
             for name in differ
         )
         raise WanError(
-            f"data.folder: {one.path} and {other.path} do not go together ({words}); preprocess one "
-            "of them again, with the other's checkpoint= and on the same kind of device="
+            f"data.folder: {one.path} and {other.path} do not go together ({words}); preprocess "
+            "one of them again, with the other's checkpoint= and on the same kind of device="
         )
 
 
