@@ -28,6 +28,8 @@ NEAR_AREA = (
     1.15,
 )  # sizes are rounded to multiples, so their pixels are nearly those asked for
 NEAR_SHAPE = 0.15  # of the logarithm of width / height
+LARGEST = 100_000  # frames, or pixels of a side
+NARROWEST = 0.01  # width / height of a frame, or the other way round
 MULTIPLE = 32  # that suggested heights and widths are rounded to
 Table = dict[str, Any]
 
@@ -239,11 +241,13 @@ def tables(table: Table, name: str, where: str) -> list[Any]:
 
 
 def whole(values: Any, where: str, count: int | None = None) -> list[int]:
-    """A list of whole numbers from 1 on."""
-    good = isinstance(values, list) and all(value_is(int, one) and one >= 1 for one in values)
+    """A list of whole numbers from 1 to `LARGEST`."""
+    good = isinstance(values, list) and all(value_is(int, n) and 1 <= n <= LARGEST for n in values)
     if not good or not values or (count is not None and len(values) != count):
         amount = "" if count is None else f"{count} "
-        raise WanError(f"{where}={values!r}: need a list of {amount}whole numbers from 1 on")
+        raise WanError(
+            f"{where}={values!r}: need a list of {amount}whole numbers from 1 to {LARGEST}"
+        )
     return values
 
 
@@ -343,7 +347,7 @@ def pipe_source(fields: Table, where: str, about: str) -> Source:
     repeats = int(repeats) if isinstance(repeats, float) and repeats.is_integer() else repeats
     check_repeats(f"{about}: num_repeats", repeats)
     source = Source(where, fields["path"], VIDEOS + PICTURES, repeats, (), 0.0, ())
-    if "size_buckets" in fields:
+    if fields.get("size_buckets"):
         sizes = [whole(size, f"{about}: size_buckets", 3) for size in fields["size_buckets"]]
         names = tuple(f"{frames}x{height}x{width}" for width, height, frames in sizes)
         return replace(source, sizes=tuple(sorted(names)))
@@ -372,13 +376,18 @@ def pipe_shapes(fields: Table, about: str) -> tuple[float, ...]:
     if given := fields.get("ar_buckets"):
         pairs = [one if isinstance(one, list) else [one, 1.0] for one in given]
         if all(len(p) == 2 and all(value_is(float, x) and x > 0 for x in p) for p in pairs):
-            return tuple(sorted({width / height for width, height in pairs}))
-        raise WanError(f"{about}: ar_buckets={given}: need numbers, or pairs of width and height")
+            shapes = {width / height for width, height in pairs}
+            if all(NARROWEST <= shape <= 1 / NARROWEST for shape in shapes):
+                return tuple(sorted(shapes))
+        raise WanError(
+            f"{about}: ar_buckets={given}: need numbers, or pairs of width and height, from 1:100 "
+            "to 100:1"
+        )
     names = ("min_ar", "max_ar", "num_ar_buckets")
     if missing := [name for name in names if name not in fields]:
         raise WanError(f"{about}: enable_ar_bucket=true needs {', '.join(missing)}")
     low, high, count = (fields[name] for name in names)
-    if not (0 < low <= high and 1 <= count <= 1000):
+    if not (NARROWEST <= low <= high <= 1 / NARROWEST and 1 <= count <= 1000):
         raise WanError(f"{about}: min_ar={low}, max_ar={high}, num_ar_buckets={count}: no shapes")
     steps = [number / max(1, count - 1) for number in range(count)]
     return tuple(sorted({low * (high / low) ** step for step in steps}))
