@@ -77,6 +77,13 @@ FOREIGN_NAMES = {
     "accumulate_grad_batches": "gradient_accumulation",
     "accumulation_steps": "gradient_accumulation",
     "train_batch_size": "batch_size",
+    "network_weights": "lora.start",
+    "network_dim": "lora.rank",
+    "network_alpha": "lora.alpha",
+    "resume_lora": "lora.start",
+    "save_every_n_steps": "loop.export_every",
+    "checkpointing_steps": "loop.save_every",
+    "checkpoints_total_limit": "loop.keep_last",
 }
 
 FLAGS = {

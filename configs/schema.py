@@ -335,6 +335,30 @@ def kept_settings(values: Mapping[str, Any], folder: str | Path) -> dict[str, An
     return {name: kept(name, value) for name, value in values.items()}
 
 
+def kept_config(schema: type[C], kept: Mapping[str, Any], source: str) -> C:
+    """The settings of a command from what `kept_settings` made of them.
+
+    Options that were not kept have their defaults. What the schema does not know is left alone:
+    digests that stand beside the settings, and options of other releases.
+
+    Args:
+        source: where they were kept, for messages.
+    Raises:
+        WanError: a value is not allowed.
+    """
+    hints = get_type_hints(schema)
+    values = {item.name: kept[item.name] for item in fields(schema) if item.name in kept}  # type: ignore[arg-type]
+    for name, value in values.items():
+        if is_dataclass(hints[name]) and isinstance(value, Mapping):
+            values[name] = kept_config(hints[name], value, source)
+    try:
+        return schema(**values)
+    except WanError as error:
+        raise error.about(source) from error
+    except (TypeError, AttributeError) as error:
+        raise WanError(f"{source}: the settings there are damaged: {error}") from error
+
+
 def given_paths(config: Any) -> list[str]:
     """The files and folders that a command's settings name."""
     values = [getattr(config, name, None) or [] for name in PATH_OPTIONS]

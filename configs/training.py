@@ -37,6 +37,9 @@ class LoopConfig(Options):
     log_every: int = count(20, "steps per line of metrics.jsonl")
     save_every: int = count(200, "steps between checkpoints")
     keep_last: int = count(2, "checkpoints kept; with 1, a damaged newest one loses the run")
+    export_every: int = option(
+        0, "steps between models or LoRA files that are kept for good; 0: the last", at_least=0
+    )
     wandb_project: str | None = option(None, "mirror metrics to this wandb project")
     allow_changes: bool = option(False, "go on from checkpoints of a run with other settings")
 
@@ -121,8 +124,14 @@ class LoRAConfig(Options):
 
     GROUP: ClassVar[str] = "lora."
 
-    rank: int = option(0, "0 trains all weights", at_least=0)
+    rank: int = option(0, "0 trains all weights, or what start= has", at_least=0)
     alpha: float | None = option(None, "the LoRA is scaled by alpha / rank; null: rank, so by 1")
+    start: str | None = option(None, "a LoRA file to go on with: its layers, ranks and alpha")
+
+    @property
+    def active(self) -> bool:
+        """Whether a LoRA is trained, and not all weights."""
+        return bool(self.rank or self.start)
 
 
 @dataclass
@@ -192,5 +201,6 @@ class FinetuneConfig(TransformerTrainConfig):
                 f"validation_captions={self.validation_captions} with data.kind={self.data.kind}: "
                 "the detectors read the miniature's world only; set it to 0"
             )
-        if self.from_scratch and self.lora.rank:
-            raise WanError("from_scratch=true and lora.rank > 0: a LoRA needs a base to adapt")
+        if self.from_scratch and self.lora.active:
+            given = "lora.rank > 0" if self.lora.rank else "lora.start"
+            raise WanError(f"from_scratch=true and {given}: a LoRA needs a base to adapt")

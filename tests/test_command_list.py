@@ -14,7 +14,7 @@ COMMANDS = {
     "infer": {
         *("ablate", "bench", "convert", "diff", "evaluate", "parity", "rerun", "sample", "study"),
     },
-    "train": {"distill", "finetune", "plot", "preprocess", "text_encoder", "vae"},
+    "train": {"distill", "export", "finetune", "plot", "preprocess", "text_encoder", "vae"},
 }
 
 

@@ -118,7 +118,7 @@ def fresh_run(config: DistillConfig, monkeypatch) -> tuple[dmd.Distillation, dmd
     """The run and its state as they are before the first step."""
     caught = []
 
-    def catch(state, step, *rest):
+    def catch(state, step, *rest, **options):
         caught.append((step.__self__, state))
         return False
 

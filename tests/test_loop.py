@@ -15,6 +15,7 @@ from torch import nn
 
 from configs.training import LoopConfig
 from train.checkpoint import best_checkpoint, list_checkpoints, load_latest
+from train.disk import check_room
 from train.loop import Diverged, check_unchanged, run_training, step_generator
 from train.metrics import read_metrics
 from train.optim import EMA, make_optimizers
@@ -146,8 +147,11 @@ def test_a_run_that_diverges_before_its_first_checkpoint_speaks_of_none(tmp_path
     def broken(state):
         raise Diverged("step 0: a weight is nan")
 
-    with pytest.raises(Diverged, match=r"a weight is nan.*No checkpoint .* lower lr="):
+    words = r"a weight is nan.*No checkpoint .* lower lr= or a longer warmup=$"
+    with pytest.raises(Diverged, match=words):
         run_training(make_state(), broken, LoopConfig(steps=5, save_every=1), tmp_path, {})
+    with pytest.raises(Diverged, match=r"warmup=, or bfloat16=false$"):
+        run_training(make_state(), broken, LoopConfig(steps=5), tmp_path, {"bfloat16": True})
 
 
 def test_a_step_that_a_run_has_passed_is_loaded_and_nothing_is_written(tmp_path):
@@ -176,6 +180,91 @@ def straight_to(folder, config):
     state = make_state()
     run_training(state, train_step, config, folder, {})
     return state.to_tree()
+
+
+class Written:
+    """Artefacts that only note which steps were written, and refuse to write one twice."""
+
+    network, made = "m", ()
+
+    def __init__(self):
+        self.steps = []
+
+    def write_step(self, state, folder, ranks):
+        if state.step not in self.steps:  # as those that are there already
+            self.steps.append(state.step)
+
+
+@pytest.mark.parametrize("stopped", range(1, 8))
+def test_exports_have_their_own_rhythm_wherever_a_run_was_stopped(tmp_path, stopped):
+    """Of steps 2, 4 and 6, with checkpoints of 3, 6 and 7, and of the step where it stopped."""
+    config = LoopConfig(steps=7, save_every=3, export_every=2)
+    exported = Written()
+
+    def signalled(state):
+        if state.step == stopped - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state)
+
+    def run(step):
+        return run_training(make_state(), step, config, tmp_path, {}, artefacts=exported)
+
+    assert run(signalled) == (stopped == 7)
+    assert exported.steps == [step for step in (2, 4, 6) if step < stopped]
+    assert run(train_step)
+    assert exported.steps == [2, 4, 6]
+
+
+def test_the_size_of_a_checkpoint_is_known_before_the_first_step(tmp_path):
+    run_training(make_state(), train_step, LoopConfig(steps=1), tmp_path, {})
+    file = tmp_path / "checkpoints/step-0000001/state.safetensors"
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    steps_of_adamw = 4
+    assert file.stat().st_size - 8 - header == make_state().num_bytes() + steps_of_adamw
+
+
+def test_checkpoints_that_do_not_fit_are_refused_before_the_first_step(
+    tmp_path, monkeypatch, capsys
+):
+    size = make_state().num_bytes()
+
+    def free(count):
+        usage = SimpleNamespace(total=10**12, free=count)
+        monkeypatch.setattr("train.disk.shutil.disk_usage", lambda folder: usage)
+
+    def check(step=0, artefact=0, **loop):
+        check_room(tmp_path, LoopConfig(steps=10, **loop), step, size, artefact, ranked=True)
+
+    free(4 * size - 1)  # two that are kept, the best one, and the next
+    words = r"need .* and .* are free; loop\.keep_last=1 needs .*; loop\.save_every=10, .* needs"
+    with pytest.raises(WanError, match=words):
+        check(save_every=1)
+    check(save_every=1, keep_last=1)
+    check(save_every=4)  # three in all
+    free(size - 1)
+    with pytest.raises(WanError, match=r"are free; or free space"):
+        check(save_every=10)
+    check(step=10)  # nothing is to come
+    assert capsys.readouterr().err == ""
+    free(size + 5 * 7)
+    check(save_every=10, export_every=2, artefact=7)  # five of them, and the end
+    assert "6 exports" in capsys.readouterr().err
+    free(size + 6 * 7)
+    check(save_every=10, export_every=2, artefact=7)
+    assert capsys.readouterr().err == ""
+
+
+def test_room_that_checkpoints_of_a_resumed_run_take_already_is_not_asked_for(
+    tmp_path, monkeypatch
+):
+    run_training(make_state(), train_step, LoopConfig(steps=2, save_every=1), tmp_path, {})
+    size = make_state().num_bytes()
+    usage = SimpleNamespace(total=10**12, free=size)
+    monkeypatch.setattr("train.disk.shutil.disk_usage", lambda folder: usage)
+    assert run_training(make_state(), train_step, LoopConfig(steps=4, save_every=1), tmp_path, {})
+    usage.free = size - 1
+    with pytest.raises(WanError, match="the checkpoints to come need"):
+        run_training(make_state(), no_step, LoopConfig(steps=5, save_every=1), tmp_path, {})
 
 
 def test_a_resume_drops_lines_that_will_be_repeated_and_half_a_line(tmp_path):

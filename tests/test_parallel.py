@@ -26,11 +26,13 @@ from configs.distillation import (
     ScoreConfig,
     StudentConfig,
 )
+from configs.export import ExportConfig
 from configs.parallel import ParallelConfig
 from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_checkpoint, load_latest
 from train.distill.run import distill
 from train.finetune.run import finetune
+from train.kept import export_kept
 from train.loop import run_training, step_generator
 from train.optim import EMA, Muon, apply_gradients, make_optimizers
 from train.parallel import ALONE, Ranks, SequenceSplit, gathered, share_out, start
@@ -40,6 +42,7 @@ from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.pipeline.config import SamplingDefaults, read_pipeline_config, write_configs
 from wan.weights.checkpoint import open_checkpoint
+from wan.weights.digests import list_files
 from wan.weights.load import load_state
 from wan.weights.save import save_component
 
@@ -132,7 +135,7 @@ def finetune_config(folder: Path, cache: Path) -> FinetuneConfig:
         validation_captions=2,
         validation_steps=2,
         data=DataConfig(cache_dir=str(cache), num_clips=4),
-        loop=LoopConfig(steps=2, save_every=1, log_every=1),
+        loop=LoopConfig(steps=2, save_every=1, log_every=1, export_every=1),
     )
 
 
@@ -153,8 +156,6 @@ def sharded(ranks: Ranks, root: Path) -> dict:
     for name, damage in DAMAGE.items():
         results[f"damaged {name}"] = damage_one(ranks, root / "shard", root / name, damage)
     results["muon"] = muon_update(ranks)
-    ranks.reunite(dit := make_state(ranks).modules["dit"])
-    results["reunited"] = [type(p.data) for p in dit.parameters()] if ranks.is_main else None
     return results
 
 
@@ -379,10 +380,6 @@ def test_muon_updates_a_sharded_matrix_as_a_whole_one(two):
     torch.testing.assert_close(two["muon"], muon_update(ALONE), rtol=0, atol=1e-3)
 
 
-def test_a_reunited_module_is_plain_again(two):
-    assert set(two["reunited"]) == {torch.Tensor}
-
-
 def test_the_command_gives_the_same_network_from_two_processes(root, two):
     folders = [root / f"finetuned by {n}" for n in ("one", "two")]
     assert losses(folders[1]) == pytest.approx(losses(folders[0]), rel=1e-5)
@@ -394,11 +391,21 @@ def test_the_command_gives_the_same_network_from_two_processes(root, two):
     assert all((a[name].float() - b[name].float()).abs().max() < 5e-5 for name in a)
 
 
+def test_two_processes_export_whole_models_and_one_exports_from_their_checkpoints(root, two):
+    run = root / "finetuned by two"
+    export_kept(ExportConfig(str(run), output=str(run / "from the checkpoint")))
+    export_kept(ExportConfig(str(run), step=1, output=str(run / "from the first")))
+    pairs = {"from the first": "exports/step-0000001", "model": "exports/step-0000002"}
+    for name, other in (pairs | {"from the checkpoint": "model"}).items():
+        files = list_files(run / name)
+        assert files.keys() == list_files(run / other).keys()
+        assert all((run / other / f).read_bytes() == p.read_bytes() for f, p in files.items())
+
+
 def test_alone_nothing_is_wrapped_or_averaged():
     layer = torch.nn.Linear(2, 2)
     with start(ParallelConfig()) as ranks:
         ranks.prepare(layer)
-        ranks.reunite(layer)
         assert not dist.is_initialized()
         assert ranks.mean({"a": 0.1}) == {"a": 0.1}
         assert ranks.share(3) == slice(0, 3)

@@ -10,8 +10,8 @@ import torch
 from configs.conversion import ConvertConfig
 from infer.convert.run import convert
 from infer.loading import weight_digests
+from train.artefact import TrainedModel
 from train.conditioning import component_digests
-from train.export import export_model
 from wan.errors import WanError
 from wan.lora.files import read_lora
 from wan.paths import inside
@@ -56,8 +56,8 @@ TRAINING = {
 def export(model):
     dit = load_part(STUDENT, "transformer")
     target = model.with_name("exported")
-    target.mkdir(exist_ok=True)
-    return export_model(dit, model, read_pipeline_config(STUDENT), target, lora_rank=0)
+    made = TrainedModel(model, read_pipeline_config(STUDENT), dit.attention.config)
+    made.write(dit.state_dict(), target)
 
 
 def link(path, target):
@@ -165,7 +165,7 @@ def test_links_inside_a_model_are_followed(model):
     weights.symlink_to(f"../big/{weights.name}")
     for way in (*WAYS.values(), *TRAINING.values()):
         way(model)
-    written = Path(f"{model.with_name('exported')}/model/vae/{weights.name}")
+    written = Path(f"{model.with_name('exported')}/vae/{weights.name}")
     assert not written.is_symlink()
     assert written.read_bytes() == weights.read_bytes()
 

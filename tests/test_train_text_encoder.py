@@ -13,7 +13,9 @@ from torch import nn
 
 from configs.cli import execute
 from configs.command_line import CommandLine
+from configs.export import ExportConfig
 from configs.training import LoopConfig, TextEncoderTrainConfig
+from train.kept import export_kept
 from train.optim import make_optimizers
 from train.state import TrainState
 from train.text_encoder.run import (
@@ -42,6 +44,7 @@ from wan.models.tokenizer import Tokenizer
 from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder, encode_text
 from wan.weights.checkpoint import open_checkpoint
+from wan.weights.digests import list_files
 from wan.weights.hub import STUDENT
 from wan.weights.load import load_module
 
@@ -94,6 +97,14 @@ def test_the_report_holds_the_gates(run):
     assert report["passed"] is False
     assert 0 <= report["binding_token"] <= report["attributes_token"] < 0.9
     assert report["output_mean_square"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_checkpoint_gives_the_encoder_of_the_end(run, tmp_path):
+    export_kept(ExportConfig(str(run), output=str(tmp_path / "encoder")))
+    files = list_files(run / "text_encoder")
+    assert all((tmp_path / "encoder" / n).read_bytes() == p.read_bytes() for n, p in files.items())
+    with pytest.raises(WanError, match="keeps no averages"):
+        export_kept(ExportConfig(str(run), weights="ema", output=str(tmp_path / "x")))
 
 
 def test_six_steps_equal_three_and_three(run, tmp_path):

@@ -4,11 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from configs.export import ExportConfig
 from configs.training import LoopConfig, VAETrainConfig
+from train.kept import export_kept
 from train.vae.run import crop_around_objects, foreground_mask, rendered_clips, train_vae
 from wan.errors import WanError
 from wan.models.vae import VAEConfig, WanVAE
 from wan.weights.checkpoint import open_checkpoint
+from wan.weights.digests import list_files
 from wan.weights.load import load_module, load_state
 
 TINY = {
@@ -66,6 +69,12 @@ def test_a_decoder_alone_moves_and_leaves_latents_as_they_are(tmp_path):
         json.loads((f / "config.json").read_text()) for f in (start, tmp_path / "second/vae")
     ]
     assert settings_of[0] == settings_of[1]
+    for run, places in (("first", {}), ("second", {"start": str(start)})):
+        export_kept(ExportConfig(str(tmp_path / run), output=str(tmp_path / f"of {run}"), **places))
+        files = list_files(tmp_path / run / "vae")
+        assert all(
+            (tmp_path / f"of {run}" / n).read_bytes() == p.read_bytes() for n, p in files.items()
+        )
     with pytest.raises(WanError, match="name its vae/ folder"):
         train_vae(settings(tmp_path / "third", decoder_only=True))
 

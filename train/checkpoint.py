@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -53,7 +54,7 @@ def split_tensors(tree: Any, tensors: dict[str, Tensor], path: str = "state") ->
     raise TypeError(f"{path}: cannot save a {type(tree).__name__}")
 
 
-def join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def join_tensors(tree: Any, tensors: Mapping[str, Tensor | None]) -> Any:
     """The inverse of `split_tensors`; tuples come back as lists."""
     if isinstance(tree, dict) and "__tensor__" in tree:
         return tensors[tree["__tensor__"]]
@@ -318,10 +319,24 @@ def verified_files(folder: Path, ranks: Ranks) -> list[str]:
     return [name for name, _ in files]
 
 
-def load_checkpoint(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
+# From a state without its tensors to the beginnings of the dotted names of those that are read,
+# such as ("averages.student.",).
+Choose = Callable[[dict[str, Any]], tuple[str, ...]]
+
+
+def everything(tree: dict[str, Any]) -> tuple[str, ...]:
+    return ("",)
+
+
+def load_checkpoint(
+    folder: Path, ranks: Ranks = ALONE, choose: Choose = everything
+) -> dict[str, Any]:
     """Read one checkpoint after checking every digest, each process its share of the files.
 
     All processes call this: none opens a file before all have found theirs sound.
+
+    Args:
+        choose: says which tensors are read; None comes back in place of the others.
 
     Raises:
         WanError: a file is missing or its content has changed.
@@ -331,8 +346,11 @@ def load_checkpoint(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     try:
         tree = json.loads((folder / "state.json").read_text())
         stored = StoredTensors([folder / n for n in files if n.endswith(".safetensors")])
+        chosen = choose(join_tensors(tree, dict.fromkeys(stored.pieces)))
         tensors = {
             name: ranks.restore(stored.shape(name), partial(stored.read, name))
+            if name.removeprefix("state.").startswith(chosen)
+            else None
             for name in stored.pieces
         }
         return join_tensors(tree, tensors)
@@ -355,11 +373,22 @@ def load_latest(root: Path, ranks: Ranks = ALONE) -> dict[str, Any] | None:
                 raise WanError(f"{found[0]}; or move it elsewhere to begin anew")
             for line in found:
                 print(f"warning: {line}", file=sys.stderr)
+    return load_newest(root, ranks)
+
+
+def load_newest(
+    root: Path, ranks: Ranks = ALONE, choose: Choose = everything
+) -> dict[str, Any] | None:
+    """`load_latest` that changes nothing on the disk: a run may be at work there.
+
+    Args:
+        choose: see `load_checkpoint`.
+    """
     folders = ranks.first(list_checkpoints(root))
     for folder in reversed(folders):
         try:
             with ranks.together():
-                tree = load_checkpoint(folder, ranks)
+                tree = load_checkpoint(folder, ranks, choose)
             return tree
         except WanError as error:
             if ranks.is_main:

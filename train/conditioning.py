@@ -76,7 +76,12 @@ def component_digests(folder: Path) -> dict[str, str]:
 
 def transformer_digest(folder: Path) -> str:
     """One sha256 over all safetensors files of a folder's transformer."""
-    files = list_files(part_folder(folder, "transformer"))
+    return weights_digest(part_folder(folder, "transformer"))
+
+
+def weights_digest(part: Path) -> str:
+    """One sha256 over all safetensors files of a part's folder."""
+    files = list_files(part)
     sums = remembered_sha256(path for name, path in files.items() if name.endswith(".safetensors"))
     return hashlib.sha256("".join(sorted(sums.values())).encode()).hexdigest()
 

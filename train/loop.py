@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from configs.progress import Steps
 from configs.schema import kept_settings
 from configs.training import LoopConfig
+from train.artefact import Artefacts
 from train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -23,7 +25,9 @@ from train.checkpoint import (
     step_of,
 )
 from train.data import DATA_CONTENT, data_changes
+from train.disk import check_room
 from train.metrics import MetricsLog, media_files
+from train.optim import trainable
 from train.parallel import ALONE, Ranks
 from train.state import TrainState
 from train.tensor_cache import only_writer
@@ -38,7 +42,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 HEALTH = "health"  # the measured number by which a checkpoint is called the best
-MODEL_DIGEST = "model_digest"  # of the weights that training starts from; checked where it is kept
+# Of the weights that training starts from, and of another start's; checked where they are kept.
+MODEL_DIGEST, START_DIGEST = "model_digest", "start_digest"
 CLIPS = "clips"  # the number of clips in a step, of all processes; logged as a rate
 
 # Settings that a resumed run may change: they have no part in what is computed.
@@ -51,6 +56,7 @@ FREE_SETTINGS = {
     "loop.log_every",
     "loop.save_every",
     "loop.keep_last",
+    "loop.export_every",
     "loop.wandb_project",
     "loop.allow_changes",
     "data.cache_dir",
@@ -76,11 +82,13 @@ def run_training(
     settings: dict[str, Any],
     on_save: Callable[[TrainState], dict[str, float]] | None = None,
     ranks: Ranks = ALONE,
+    artefacts: Artefacts | None = None,
+    ranked: bool = False,
 ) -> bool:
     """Train to `config.steps`, continuing from the newest checkpoint in `folder` if there is one.
 
     Where the run has gone beyond `config.steps`, the state of just that step is loaded, and nothing
-    is trained or written.
+    is trained. An export that is due at the step where the run begins is written if it is missing.
 
     Args:
         settings: of the whole run, as `dataclasses.asdict` gives them; they are kept in
@@ -94,6 +102,8 @@ def run_training(
             `media_files` finds it is mirrored to wandb too.
         ranks: of all processes, which step and stop together; numbers are averaged over them, and
             the main one prints and logs.
+        artefacts: what `config.export_every` makes of every so many steps; needed with it.
+        ranked: whether `on_save` returns `HEALTH`.
     Returns:
         True at the last step; False after a Ctrl-C or SIGTERM, which ends the run with a checkpoint
         after the step in progress. A second one ends the process at once.
@@ -101,8 +111,8 @@ def run_training(
         Diverged: a logged number is not finite, or `train_step` says so; names the step and what
             to go on from. Nothing is saved after that.
         WanError: the checkpoints there were made with other settings; they are beyond
-            `config.steps` and none is of that step; another run writes there; or processes read
-            different data.
+            `config.steps` and none is of that step; another run writes there; processes read
+            different data; or the disk has no room for the checkpoints to come.
         OSError: the metrics or a checkpoint could not be written. As after any other end, the same
             command goes on from the last checkpoint.
     """
@@ -114,8 +124,13 @@ def run_training(
             if ranks.is_main:
                 stack.enter_context(only_writer(folder))
         seen = resume(state, config, checkpoints, settings, ranks)
+        export = partial(export_due, state, config, folder, artefacts, ranks)
+        export()  # where a run was stopped after the checkpoint and before it
         if state.step >= config.steps:
             return True
+        with ranks.together():
+            if ranks.is_main:
+                check_room(folder, config, state.step, *sizes(state, artefacts), ranked)
         stop_requested = stack.enter_context(stop_signals())
         log: MetricsLog | None = None
         if ranks.is_main:
@@ -136,7 +151,7 @@ def run_training(
                 values = ranks.mean(train_step(state))
                 check_finite(state.step, values)
             except Diverged as error:
-                raise Diverged(f"{error}. {way_on(checkpoints)}") from error
+                raise Diverged(f"{error}. {way_on(checkpoints, settings)}") from error
             stopping = ranks.any(stop_requested())  # one answer for all, whenever the signal came
             numbers.add(values)
             state.step += 1
@@ -160,7 +175,36 @@ def run_training(
                 if log is not None:
                     log.show(state.step - 1, media_files(folder, state.step))
                 numbers.started += time.perf_counter() - paused
+            if last or not stopping:
+                paused = time.perf_counter()
+                export()
+                numbers.started += time.perf_counter() - paused
     return state.step >= config.steps
+
+
+def export_due(
+    state: TrainState,
+    config: LoopConfig,
+    folder: Path,
+    artefacts: Artefacts | None,
+    ranks: Ranks,
+) -> None:
+    """Write what `export_every` makes of the present step, if it is one of these.
+
+    A checkpoint of the same step is written before. So whatever stops a run in between, it begins
+    again at this step or at an earlier one, and the export is written then.
+    """
+    if config.export_every and state.step and state.step % config.export_every == 0:
+        assert artefacts is not None, "whoever exports says what"
+        artefacts.write_step(state, folder, ranks)
+
+
+def sizes(state: TrainState, artefacts: Artefacts | None) -> tuple[int, int]:
+    """Bytes of a checkpoint, and of what is made of a step."""
+    if artefacts is None:
+        return state.num_bytes(), 0
+    weights = trainable(state.modules[artefacts.network])
+    return state.num_bytes(), sum(one.num_bytes(weights) for one in artefacts.made)
 
 
 TREE_KINDS: Kinds = {"step": (int,)} | dict.fromkeys(
@@ -263,11 +307,15 @@ def check_finite(step: int, values: dict[str, float]) -> None:
             raise Diverged(f"step {step}: {name} is {value}; the run stops here")
 
 
-def way_on(checkpoints: Path) -> str:
+def way_on(checkpoints: Path, settings: dict[str, Any]) -> str:
     """What may be done about a run that diverged."""
     found = list_checkpoints(checkpoints)
     if not found:
-        return "No checkpoint was made before that: begin again with a lower lr= or longer warmup="
+        also = ", or bfloat16=false" if settings.get("bfloat16") else ""
+        return (
+            "No checkpoint was made before that, so there is nothing to go on from: run the "
+            f"command again with a lower lr= or a longer warmup={also}"
+        )
     return (
         f"The newest checkpoint is {found[-1]}: the same command goes on from there, with a lower "
         "lr= if loop.allow_changes=true is added"
@@ -286,7 +334,7 @@ def check_unchanged(
     """
     before, now = dict(flat(saved)), dict(flat(given))
     free = FREE_SETTINGS | set(more_free)
-    free |= {MODEL_DIGEST} - before.keys()  # older checkpoints have none
+    free |= {MODEL_DIGEST, START_DIGEST} - before.keys()  # older checkpoints have none
     if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
         free |= {"data_digest", "data.folder"}
     free |= {name for name in before | now if name.startswith(f"{DATA_CONTENT}.")}

@@ -6,7 +6,6 @@
         own = ranks.share(batch_size)    # this process's samples of the whole batch
         run_training(..., ranks=ranks)   # steps, stops and saves together
         ranks.reshard(dit)               # after sampling, before its weights are touched or saved
-        ranks.reunite(dit)               # whole again in the main process, to export
 
 Started plainly, a command is alone: `Ranks` then does nothing at all and modules stay as they are.
 Under torchrun `ShardedRanks` shards every weight with FSDP2 over `shard` x `sequence` processes,
@@ -137,9 +136,6 @@ class Ranks:
         Such a forward leaves some weights gathered, a copy that the module goes on with whatever
         an optimiser, an average or a checkpoint then makes of the shards.
         """
-
-    def reunite(self, module: nn.Module) -> None:
-        """Undo `prepare` in the main process, on the CPU; others must not use the module again."""
 
     def share(self, batch_size: int, parts: int = 1) -> slice:
         """This process's samples of a batch.
@@ -282,14 +278,6 @@ class ShardedRanks(Ranks):
             for part in module.modules():
                 if isinstance(part, FSDPModule):
                     part.reshard()
-
-    def reunite(self, module: nn.Module) -> None:
-        for name, weight in list(module.named_parameters()):
-            whole = gathered(weight.detach())
-            if self.is_main:
-                owner, _, leaf = name.rpartition(".")
-                plain = nn.Parameter(whole.cpu(), weight.requires_grad)
-                setattr(module.get_submodule(owner), leaf, plain)
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.size

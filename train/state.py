@@ -1,5 +1,6 @@
 """Everything a run needs to go on where it stopped."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from train.optim import EMA, trainable
+from train.optim import EMA, Muon, trainable
 from wan.errors import WanError
 
 
@@ -23,6 +24,20 @@ class TrainState:
     optimizers: dict[str, Optimizer]
     averages: dict[str, EMA] = field(default_factory=dict)
     step: int = 0
+
+    def num_bytes(self) -> int:
+        """Size of a checkpoint once every optimiser has made a step; all its numbers are float32.
+
+        AdamW keeps two numbers for each weight, Muon one.
+        """
+        kept: list[Mapping[str, Tensor]] = [trainable(module) for module in self.modules.values()]
+        kept += [average.weights for average in self.averages.values()]
+        numbers = sum(weight.numel() for weights in kept for weight in weights.values())
+        for optimizer in self.optimizers.values():
+            moments = 1 if isinstance(optimizer, Muon) else 2
+            groups = optimizer.param_groups
+            numbers += moments * sum(p.numel() for group in groups for p in group["params"])
+        return 4 * numbers
 
     def to_tree(self) -> dict[str, Any]:
         return {
@@ -61,7 +76,7 @@ class TrainState:
 
 
 @torch.no_grad()
-def load_trainable(module: nn.Module, state: dict[str, Tensor]) -> None:
+def load_trainable(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     weights = trainable(module)
     if weights.keys() != state.keys():
         differing = sorted(weights.keys() ^ state.keys())

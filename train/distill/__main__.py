@@ -26,6 +26,7 @@ LINE = CommandLine(
     text_keys=("scores.negative_prompt",),
     path_keys=(
         *("output_dir", "checkpoint", "student.start", "regression.folder"),
+        *("student.lora.start", "scores.critic_lora.start"),
         "data.cache_dir",
     ),
     list_keys=("data.folder",),

@@ -1,7 +1,7 @@
 """Teacher, critic and student trained together and exported: the work of `train.distill`."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 from configs.cli import INTERRUPTED
 from configs.distillation import DistillConfig
 from configs.training import LoRAConfig
+from train.artefact import Artefacts, TrainedLoRA, TrainedModel
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
     Texts,
@@ -24,8 +25,9 @@ from train.conditioning import (
 from train.data import open_data, world_texts
 from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
 from train.estimate import TrainingRun, estimate_that_fits, format_estimate
-from train.export import export_model
-from train.loop import run_training
+from train.kept import KeptRun
+from train.loop import START_DIGEST, run_training
+from train.lora import StartLoRA, kept_scales, read_start, train_lora, warn_of_attention
 from train.optim import warn_of_warmup
 from train.parallel import Ranks, start
 from train.state import TrainState
@@ -34,13 +36,13 @@ from train.trajectories import Trajectories, grid_through, sample_trajectories
 from train.validation import Samples, decode, panel_numbers, world_panel, write_pictures
 from wan.errors import WanError
 from wan.files import expanded
-from wan.lora.merge import add_lora, fold_lora
 from wan.media.video import to_uint8, write_video
 from wan.miniature.captions import OMIT, caption
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.attention import network_attention
 from wan.models.attention_config import AttentionConfig
 from wan.models.dit import WanDiT
+from wan.models.dit_config import DiTConfig
 from wan.models.vae import WanVAE
 from wan.pipeline.config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
 from wan.pipeline.folder import load_part
@@ -50,6 +52,8 @@ from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import CONFIGS, resolve_model
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import read_header
+
+TEACHER_DIGEST = "teacher_digest"  # of the teacher's transformer, in what a run keeps
 
 
 def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
@@ -104,24 +108,29 @@ def student_settings(config: DistillConfig, settings: PipelineConfig) -> Pipelin
 
 
 def load_networks(
-    config: DistillConfig, settings: PipelineConfig, source: Path, ranks: Ranks
+    config: DistillConfig,
+    settings: PipelineConfig,
+    source: Path,
+    ranks: Ranks,
+    starts: Mapping[str, StartLoRA | None] | None = None,
 ) -> Networks:
     """Teacher, student and critic, in float32, ready for this process.
 
     Each is read and sharded before the next: every process holds one whole network at a time.
+
+    Args:
+        starts: what `read_starts` gave.
     """
+    starts = starts or {}
     half = torch.bfloat16 if config.bfloat16 else torch.float32
     start_from = None
     if config.student.start is not None:
-        try:
-            folder = resolve_model(config.student.start)
-        except WanError as error:
-            raise WanError(f"student.start={error}; train that student first") from error
+        folder = resolve_start(config.student.start)
         start_from = open_checkpoint(part_folder(folder, "transformer"), model=folder)
 
-    def load(attention: AttentionConfig, lora: LoRAConfig | None) -> WanDiT:
-        """A network from the teacher's weights; the frozen one has no settings of a LoRA."""
-        trained = lora is not None
+    def load(name: str, attention: AttentionConfig) -> WanDiT:
+        """A network from the teacher's weights; all but the teacher are trained."""
+        trained = name != "teacher"
         dit: WanDiT = load_part(
             source,
             "transformer",
@@ -133,21 +142,82 @@ def load_networks(
         )
         dit.requires_grad_(trained)
         dit.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
-        if lora is config.student.lora and start_from is not None:
+        if name == "student" and start_from is not None:
             dit.load_state_dict(load_state(start_from, "transformer"))
-        if lora is not None and lora.rank:
+        if trained:
             generator = torch.Generator().manual_seed(config.seed)
-            add_lora(dit, lora.rank, lora.alpha, generator=generator)
+            train_lora(dit, loras_of(config)[name], starts.get(name), generator)
         if config.compile:
             for block in dit.blocks:
                 block.compile()
         ranks.prepare(dit, config.bfloat16)
         return dit
 
-    teacher = load(config.score_attention, None)
-    student = load(config.attention, config.student.lora)
-    critic = load(config.score_attention, config.scores.critic_lora)
+    teacher = load("teacher", config.score_attention)
+    student = load("student", config.attention)
+    critic = load("critic", config.score_attention)
     return Networks(student, teacher, critic)
+
+
+def resolve_start(name: str) -> Path:
+    """The folder of a student to start from."""
+    try:
+        return resolve_model(name)
+    except WanError as error:
+        raise WanError(f"student.start={error}; train that student first") from error
+
+
+def loras_of(config: DistillConfig) -> dict[str, LoRAConfig]:
+    """The settings of the networks that may be trained as LoRAs."""
+    return {"student": config.student.lora, "critic": config.scores.critic_lora}
+
+
+def read_starts(config: DistillConfig, transformer: DiTConfig) -> dict[str, StartLoRA | None]:
+    """The LoRA files that student and critic go on with; None without one."""
+    options = {"student": "student.lora", "critic": "scores.critic_lora"}
+    return {
+        name: read_start(lora, transformer, options[name])
+        for name, lora in loras_of(config).items()
+    }
+
+
+def artefacts_of(
+    config: DistillConfig,
+    settings: PipelineConfig,
+    start_from: dict[str, Any] | None,
+    source: Path,
+    base: Path,
+) -> Artefacts:
+    """What becomes of the student: a folder in the released layout, and before it a LoRA file.
+
+    Args:
+        settings: the teacher's.
+        start_from: what the run keeps of `student.lora.start`.
+        source: the teacher's folder, whose other parts are copied.
+        base: the folder whose transformer the student started from.
+    """
+    final, attention = student_settings(config, settings), config.attention
+    if not config.student.lora.active:
+        return Artefacts("student", [TrainedModel(source, final, attention)])
+    scales = kept_scales(config.student.lora, start_from)
+    folded = TrainedModel(source, final, attention, (part_folder(base, "transformer"), scales))
+    return Artefacts("student", [TrainedLoRA(scales, attention), folded])
+
+
+def left_by(run: KeptRun) -> Artefacts:
+    """What becomes of the student of a run, by what the run's folder holds."""
+    config = run.config(DistillConfig)
+    source = run.model("checkpoint", config.checkpoint, TEACHER_DIGEST, transformer_digest)
+    base, start = source, config.student.start
+    if start is not None and config.student.lora.active:
+        base = run.model("start", start, START_DIGEST, transformer_digest)
+    kept = run.settings.get(lora_start("student"))
+    return artefacts_of(config, read_teacher(config, source), kept, source, base)
+
+
+def lora_start(network: str) -> str:
+    """Under which name a run keeps what it started a network's LoRA from."""
+    return f"{network}_lora_start"
 
 
 def read_teacher(config: DistillConfig, source: Path) -> PipelineConfig:
@@ -190,6 +260,7 @@ def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
 def training_run(config: DistillConfig) -> TrainingRun:
     """The run as `train.estimate` takes it; of the teacher, only settings are read."""
     settings = read_teacher(config, resolve_model(config.checkpoint, patterns=CONFIGS))
+    config = with_ranks(config, settings.transformer)
     size = latent_shape(config, settings)[1:]
     grid = settings.transformer.token_grid(size)
     densities = (
@@ -197,6 +268,17 @@ def training_run(config: DistillConfig) -> TrainingRun:
         for one in (config.attention, config.score_attention)
     )
     return TrainingRun(config, settings.transformer, size, *densities)
+
+
+def with_ranks(config: DistillConfig, transformer: DiTConfig) -> DistillConfig:
+    """The settings with the largest rank of each LoRA file that they name, for an estimate."""
+    starts = read_starts(config, transformer)
+    ranks = {name: max(start.ranks) for name, start in starts.items() if start is not None}
+    loras = {n: replace(lora, rank=ranks.get(n, lora.rank)) for n, lora in loras_of(config).items()}
+    student = replace(config.student, lora=loras["student"])
+    return replace(
+        config, student=student, scores=replace(config.scores, critic_lora=loras["critic"])
+    )
 
 
 def distill(config: DistillConfig) -> int:
@@ -217,24 +299,38 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     folder = expanded(config.output_dir)
     settings = read_teacher(config, source)
     check_world(config, settings)
+    with ranks.main_first():  # it may download
+        starts = read_starts(config, settings.transformer)
     if ranks.is_main:
         warn_of_warmup(config.loop.steps, config.warmup)
         warn_of_omit(config)
+        warn_of_attention(starts["student"], str(config.attention))
+        warn_of_attention(starts["critic"], str(config.score_attention))
     folder.mkdir(parents=True, exist_ok=True)
     vae = load_frozen(source, "vae", settings.vae, ranks.device, torch.float32)
     with ranks.main_first():  # it may encode clips
         draw, texts, data_identity = open_source(config, settings, source, ranks.device)
-    networks = load_networks(config, settings, source, ranks)
+    networks = load_networks(config, settings, source, ranks, starts)
     identity = asdict(config) | data_identity
-    identity["teacher_digest"] = ranks.first(transformer_digest(source) if ranks.is_main else "")
+    identity[TEACHER_DIGEST] = ranks.first(transformer_digest(source) if ranks.is_main else "")
+    base = source
+    if config.student.start is not None:
+        base = resolve_start(config.student.start)
+        identity[START_DIGEST] = ranks.first(transformer_digest(base) if ranks.is_main else "")
+    kept = {lora_start(name): one.to_json() for name, one in starts.items() if one is not None}
+    identity |= kept
     run = Distillation(config, settings, networks, texts, draw, ranks)
     if config.regression.weight:
         encoder = ranks.first(component_digests(source)["text_encoder"] if ranks.is_main else "")
-        digests = [identity["teacher_digest"], encoder]
+        digests = [identity[TEACHER_DIGEST], encoder]
         run.trajectories = make_trajectories(run, settings, folder, digests)
     state = run.new_state()
-    validate = make_validation(run, settings, vae, folder, identity["teacher_digest"])
-    if not run_training(state, run.train_step, config.loop, folder, identity, validate, ranks):
+    validate = make_validation(run, settings, vae, folder, identity[TEACHER_DIGEST])
+    artefacts = artefacts_of(config, settings, kept.get(lora_start("student")), source, base)
+    step, loop = run.train_step, config.loop
+    if not run_training(
+        state, step, loop, folder, identity, validate, ranks, artefacts, ranked=True
+    ):
         return INTERRUPTED
     if config.export == "best":
         best = best_checkpoint(folder / "checkpoints", state.step)
@@ -242,10 +338,7 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
             raise WanError(f"export=best: no checkpoint in {folder} was measured; use export=last")
         state.load_tree(load_checkpoint(best, ranks))
         print(f"the healthiest checkpoint is {best.name}")
-    state.averages["student"].copy_to(networks.student)
-    ranks.reunite(networks.student)
-    if ranks.is_main:
-        export_student(networks.student, config, settings, source, folder)
+    artefacts.write_end(state, folder, ranks)
     return 0
 
 
@@ -295,17 +388,6 @@ def first_captions(draw: Callable[[int], Clips], count: int) -> list[str]:
 
 def write_mp4(path: Path, video: Tensor, fps: float) -> None:
     write_video(path, to_uint8(video), fps)
-
-
-def export_student(
-    student: WanDiT, config: DistillConfig, settings: PipelineConfig, source: Path, folder: Path
-) -> None:
-    """Write the student as a folder in the released layout; one with a LoRA as a LoRA file too."""
-    final, rank = student_settings(config, settings), config.student.lora.rank
-    if rank:
-        print(f"wrote {export_model(student, source, final, folder, rank)}")
-        fold_lora(student)
-    print(f"wrote {export_model(student, source, final, folder, lora_rank=0)}")
 
 
 def teacher_panel(

@@ -17,7 +17,7 @@ LINE = CommandLine(
     FinetuneConfig,
     "finetune",
     text_keys=(),
-    path_keys=("output_dir", "checkpoint", "data.cache_dir"),
+    path_keys=("output_dir", "checkpoint", "lora.start", "data.cache_dir"),
     list_keys=("data.folder",),
     shortcuts=ATTENTION,
 )

@@ -3,16 +3,19 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
 from configs.training import FinetuneConfig
+from train.artefact import Artefacts, TrainedLoRA, TrainedModel
 from train.conditioning import Texts, check_trainable, transformer_digest
 from train.data import LatentCache, open_data
-from train.export import export_model
+from train.kept import KeptRun
 from train.loop import CLIPS, MODEL_DIGEST, run_training, step_generator
+from train.lora import StartLoRA, kept_scales, read_start, train_lora, warn_of_attention
 from train.losses import flow_matching_loss, sample_sigmas
 from train.optim import (
     EMA,
@@ -28,7 +31,6 @@ from train.state import TrainState
 from train.validation import read_clips, world_panel
 from wan.errors import WanError
 from wan.files import expanded, read_json
-from wan.lora.merge import add_lora
 from wan.miniature.world import NUM_FRAMES, STAGE
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
@@ -53,6 +55,8 @@ from wan.sampling.scheduler_config import SchedulerSettings
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.hub import resolve_model
 from wan.weights.load import load_module
+
+LORA_START = "lora_start"  # what a run keeps of its lora.start=
 
 
 def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
@@ -83,7 +87,11 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
 
 
 def build_dit(
-    config: FinetuneConfig, settings: PipelineConfig, folder: Path, ranks: Ranks
+    config: FinetuneConfig,
+    settings: PipelineConfig,
+    folder: Path,
+    ranks: Ranks,
+    start_from: StartLoRA | None = None,
 ) -> WanDiT:
     """The transformer to train, in float32, ready for this process."""
 
@@ -104,8 +112,7 @@ def build_dit(
             device=ranks.loading_device,
             share_mapping=ranks.size > 1,  # shards are copies of their own
         )
-        if config.lora.rank:
-            add_lora(dit, config.lora.rank, config.lora.alpha, generator=generator)
+        train_lora(dit, config.lora, start_from, generator)
     if config.compile:
         for block in dit.blocks:
             block.compile()
@@ -183,6 +190,33 @@ def validate(
     return read_clips(videos, captions, "val")
 
 
+def artefacts_of(
+    config: FinetuneConfig, start_from: dict[str, Any] | None, source: Callable[[], Path]
+) -> Artefacts:
+    """What becomes of the trained transformer: a LoRA file, or a folder with all weights.
+
+    Args:
+        start_from: what the run keeps of `lora.start`.
+        source: gives the folder of the model that training starts from; not called for a LoRA.
+    """
+    if config.lora.active:
+        file = TrainedLoRA(kept_scales(config.lora, start_from), config.attention)
+        return Artefacts("dit", [file])
+    folder = source()
+    model = TrainedModel(folder, read_settings(config, folder), config.attention)
+    return Artefacts("dit", [model])
+
+
+def left_by(run: KeptRun) -> Artefacts:
+    """What becomes of the transformer of a run, by what the run's folder holds."""
+    config = run.config(FinetuneConfig)
+
+    def source() -> Path:
+        return run.model("checkpoint", config.checkpoint, MODEL_DIGEST, transformer_digest)
+
+    return artefacts_of(config, run.settings.get(LORA_START), source)
+
+
 def finetune(config: FinetuneConfig) -> int:
     config.data.check_source()
     torch.set_num_threads(config.threads)
@@ -201,15 +235,18 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
             "write over; choose another output_dir="
         )
     settings = read_settings(config, source)
+    with ranks.main_first():  # it may download
+        start_from = read_start(config.lora, settings.transformer)
     if ranks.is_main:
         warn_of_warmup(config.loop.steps, config.warmup)
+        warn_of_attention(start_from, str(config.attention))
     folder.mkdir(parents=True, exist_ok=True)
 
     with ranks.main_first():  # it encodes clips
         cache, texts, vae = open_data(
             config.data, settings, source, ranks.device, config.max_text_tokens
         )
-    dit = build_dit(config, settings, source, ranks)
+    dit = build_dit(config, settings, source, ranks, start_from)
     half = torch.bfloat16 if config.bfloat16 else torch.float32
     dit.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
     average = EMA(dit, config.ema_decay)
@@ -231,10 +268,11 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
     identity = asdict(config) | cache.identity()
     if not config.from_scratch:
         identity[MODEL_DIGEST] = ranks.first(transformer_digest(source) if ranks.is_main else "")
-    if not run_training(state, train_step, config.loop, folder, identity, on_save, ranks):
+    if start_from is not None:
+        identity[LORA_START] = start_from.to_json()
+    artefacts = artefacts_of(config, identity.get(LORA_START), lambda: source)
+    loop = config.loop
+    if not run_training(state, train_step, loop, folder, identity, on_save, ranks, artefacts):
         return INTERRUPTED
-    average.copy_to(dit)
-    ranks.reunite(dit)
-    if ranks.is_main:
-        print(f"wrote {export_model(dit, source, settings, folder, config.lora.rank)}")
+    artefacts.write_end(state, folder, ranks)
     return 0

@@ -1,5 +1,6 @@
 """The miniature's tokenizer and text encoder, trained and exported: `train.text_encoder`."""
 
+import copy
 import io
 import random
 import re
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from configs.cli import INTERRUPTED
 from configs.training import TextEncoderTrainConfig
-from train.export import export_part
+from train.artefact import Artefacts, Weights, export_part
+from train.kept import KeptRun
 from train.loop import run_training, step_generator
 from train.optim import apply_gradients, learning_rate, make_optimizers, warn_of_warmup
-from train.state import TrainState
+from train.parallel import ALONE
+from train.state import TrainState, load_trainable
 from wan.errors import WanError, check_names
 from wan.files import expanded, read_json, write_json
 from wan.miniature.captions import caption, label_classes
@@ -401,6 +404,37 @@ def encoder_config(config: TextEncoderTrainConfig, vocab_size: int) -> UMT5Confi
     return UMT5Config(vocab_size=vocab_size, **config.encoder)
 
 
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """The `text_encoder/` of a model, without the heads; an artefact of the run.
+
+    Attributes:
+        encoder: has the weights that are not trained; the others are written over.
+    """
+
+    encoder: UMT5Encoder
+    final: str = "text_encoder"
+    ending: str = ""
+
+    def write(self, weights: Weights, place: Path) -> None:
+        prefix = "encoder."
+        own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        load_trainable(self.encoder, own)
+        export_part(self.encoder, place, "text_encoder")
+
+    def num_bytes(self, weights: Weights) -> int:
+        return 4 * sum(weight.numel() for weight in self.encoder.parameters())
+
+
+def left_by(run: KeptRun) -> Artefacts:
+    """What becomes of the text encoder of a run, by what the run's folder holds."""
+    config = run.config(TextEncoderTrainConfig)
+    tokenizer = Tokenizer.from_folder(run.folder / "tokenizer")
+    encoder = UMT5Encoder(encoder_config(config, tokenizer.vocab_size))
+    initialize(encoder)
+    return Artefacts("both", [TrainedEncoder(encoder)])
+
+
 def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     """Train both parts, measure the gates, and write `tokenizer/` and `text_encoder/`.
 
@@ -423,9 +457,12 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
         return measure_gates(encoder, tokenizer, config)
 
     train_step = make_train_step(encoder, heads, tokenizer, config)
-    if not run_training(state, train_step, config.loop, folder, asdict(config), on_save):
+    left = Artefacts("both", [TrainedEncoder(copy.deepcopy(encoder))])
+    if not run_training(
+        state, train_step, config.loop, folder, asdict(config), on_save, artefacts=left
+    ):
         return INTERRUPTED
-    export_part(encoder, folder / "text_encoder", "text_encoder")
+    left.write_end(state, folder, ALONE)
     measured = measure_gates(encoder, tokenizer, config)
     measured |= output_statistics(
         encoder, tokenizer, draw_examples(config.seed, "gate", config.probe_captions, 0.0)

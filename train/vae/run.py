@@ -1,7 +1,7 @@
 """The miniature's autoencoder, trained and exported: the work of `train.vae`."""
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from configs.cli import INTERRUPTED
 from configs.training import VAETrainConfig
-from train.export import export_part
-from train.loop import run_training, step_generator
+from train.artefact import Artefacts, Weights, export_part
+from train.conditioning import weights_digest
+from train.kept import KeptRun
+from train.loop import START_DIGEST, run_training, step_generator
 from train.optim import (
     EMA,
     apply_gradients,
@@ -21,7 +23,8 @@ from train.optim import (
     trainable,
     warn_of_warmup,
 )
-from train.state import TrainState
+from train.parallel import ALONE
+from train.state import TrainState, load_trainable
 from wan.errors import WanError
 from wan.files import expanded, read_json, write_json
 from wan.miniature.world import render, sample_scene, scene_rng
@@ -156,9 +159,30 @@ def latent_statistics(vae: WanVAE, num_clips: int, seed: int) -> tuple[list[floa
     return z.mean(dim=1).tolist(), z.std(dim=1).tolist()
 
 
-def export(vae: WanVAE, folder: Path) -> None:
-    levels = vae_levels(vae.config)
-    export_part(vae, folder, "vae", vae_levels=levels)
+@dataclass(frozen=True)
+class TrainedVAE:
+    """The `vae/` of a model, with the statistics of its latents; an artefact of the run.
+
+    Attributes:
+        vae: has the weights that are not trained; the others are written over.
+    """
+
+    vae: WanVAE
+    config: VAETrainConfig
+    final: str = "vae"
+    ending: str = ""
+
+    def write(self, weights: Weights, place: Path) -> None:
+        load_trainable(self.vae, weights)
+        if not self.config.decoder_only:
+            mean, std = latent_statistics(self.vae, self.config.statistics_clips, seed=2**41)
+            self.vae.config = replace(
+                self.vae.config, latents_mean=tuple(mean), latents_std=tuple(std)
+            )
+        export_part(self.vae, place, "vae", vae_levels=vae_levels(self.vae.config))
+
+    def num_bytes(self, weights: Weights) -> int:
+        return 4 * sum(weight.numel() for weight in self.vae.parameters())
 
 
 def build_vae(config: VAETrainConfig) -> WanVAE:
@@ -179,6 +203,15 @@ def build_vae(config: VAETrainConfig) -> WanVAE:
     return vae
 
 
+def left_by(run: KeptRun) -> Artefacts:
+    """What becomes of the autoencoder of a run, by what the run's folder holds."""
+    config = run.config(VAETrainConfig)
+    if config.start is not None:
+        place = run.model("start", config.start, START_DIGEST, weights_digest)
+        config = replace(config, start=str(place))
+    return Artefacts("vae", [TrainedVAE(build_vae(config), config)])
+
+
 def train_vae(config: VAETrainConfig) -> int:
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,14 +229,15 @@ def train_vae(config: VAETrainConfig) -> int:
         return measure(averaged, validation)
 
     train_step = make_train_step(vae, config)
-    if not run_training(state, train_step, config.loop, folder, asdict(config), on_save):
+    identity = asdict(config)
+    if config.start is not None:
+        identity[START_DIGEST] = weights_digest(expanded(config.start))
+    final = TrainedVAE(copy.deepcopy(vae), config)
+    left = Artefacts("vae", [final])
+    if not run_training(state, train_step, config.loop, folder, identity, on_save, artefacts=left):
         return INTERRUPTED
-    state.averages["vae"].copy_to(averaged)
-    if not config.decoder_only:
-        mean, std = latent_statistics(averaged, config.statistics_clips, seed=2**41)
-        averaged.config = replace(averaged.config, latents_mean=tuple(mean), latents_std=tuple(std))
-    export(averaged, folder / "vae")
-    measured = measure(averaged, validation)
+    left.write_end(state, folder, ALONE)
+    measured = measure(final.vae, validation)
     write_json(folder / "vae_report.json", measured)
     print(measured)
     return 0

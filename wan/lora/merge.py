@@ -33,6 +33,7 @@ __all__ = [
     "LoRAMerge",
     "MergeReport",
     "add_lora",
+    "continue_lora",
     "fold_lora",
     "lora_state",
     "merge_lora",
@@ -301,6 +302,57 @@ def add_lora(
     return chosen
 
 
+@torch.no_grad()
+def continue_lora(module: nn.Module, lora: LoRA) -> list[str]:
+    """Freeze the module, and give every layer that a LoRA file changes the file's pair to train on.
+
+    Each pair has the rank and the scale alpha / r that it has in the file, in float32. Layers that
+    the file does not change get none, so that what is saved before the first step is the file.
+
+    Returns:
+        The names of the replaced layers, in the module's order.
+
+    Raises:
+        WanError: the file was made for another model, or changes something else than the weights
+            of plain linear layers by pairs; names what.
+    """
+    pairs = pairs_to_train(module, lora)
+    layers = dict(module.named_modules())
+    module.requires_grad_(False)
+    chosen = [name for name in layers if name in pairs]
+    for name in chosen:
+        layer, pair = layers[name], pairs[name]
+        assert isinstance(layer, nn.Linear)
+        started = LoRALinear(layer, pair.rank, pair.rank)
+        started.scale = pair.scale
+        started.lora_A.copy_(pair.down.flatten(1))
+        started.lora_B.copy_(pair.up.flatten(1))
+        set_layer(module, name, started)
+    return chosen
+
+
+def pairs_to_train(module: nn.Module, lora: LoRA) -> dict[str, LowRank]:
+    """The pairs of a LoRA file by the names of the module's layers.
+
+    The module may be on the meta device.
+
+    Raises:
+        WanError: see `continue_lora`.
+    """
+    check_fit(dict(module.named_parameters()), lora)
+    layers = dict(module.named_modules())
+    pairs = {name.removesuffix(".weight"): pair for name, pair in lora.pairs.items()}
+    others = [*lora.deltas]
+    others += [f"{name}.weight" for name in pairs if type(layers[name]) is not nn.Linear]
+    if others:
+        raise WanError(
+            f"LoRA {lora.path}: training goes on with pairs of plain linear layers only; it also "
+            f"changes {grouped(sorted(others))}; merge it into the model (load_lora_weights, "
+            "fuse_lora, save_pretrained) and train a new LoRA on that"
+        )
+    return pairs
+
+
 def matching(layers: dict[str, nn.Module], target: str) -> list[str]:
     try:
         pattern = re.compile(target)
@@ -368,11 +420,8 @@ def save_lora(
     Raises:
         WanError: the module has no pairs, or a layer that other readers would not know.
     """
-    tensors = {
-        f"{FILE_PREFIXES['diffusers']}.{name}": tensor.to("cpu", dtype)
-        for name, tensor in lora_tensors(module).items()
-    }
-    return write_lora(path, tensors, metadata)
+    tensors = file_tensors(lora_state(module), lora_scales(module))
+    return write_lora(path, {n: t.to("cpu", dtype) for n, t in tensors.items()}, metadata)
 
 
 def lora_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -381,15 +430,31 @@ def lora_tensors(module: nn.Module) -> dict[str, Tensor]:
     Raises:
         WanError: the module has no pairs, or a layer that other readers would not know.
     """
-    layers = lora_layers(module)
-    if not layers:
+    prefix = f"{FILE_PREFIXES['diffusers']}."
+    tensors = file_tensors(lora_state(module), lora_scales(module))
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def lora_scales(module: nn.Module) -> dict[str, float]:
+    """The scale alpha / r of every layer with a pair, by the layer's name."""
+    return {name: layer.scale for name, layer in lora_layers(module).items()}
+
+
+def file_tensors(state: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
+    """The tensors of a LoRA file in the diffusers format; alpha / r is multiplied into lora_B.
+
+    Args:
+        state: as `lora_state` gives it.
+        scales: alpha / r by the names of layers.
+    Raises:
+        WanError: there are no pairs, or other readers would not know a layer.
+    """
+    if not scales:
         raise WanError("no LoRA to save: the model has no LoRA layers (see add_lora)")
     tensors: dict[str, Tensor] = {}
-    prefix = f"{FILE_PREFIXES['diffusers']}."
-    for name, layer in layers.items():
-        up = layer.lora_B.detach().float() * layer.scale
-        pair = pair_tensors(f"{name}.weight", layer.lora_A.detach(), up)
-        tensors |= {key.removeprefix(prefix): tensor for key, tensor in pair.items()}
+    for name, scale in scales.items():
+        up = state[f"{name}.lora_B"].float() * scale
+        tensors |= pair_tensors(f"{name}.weight", state[f"{name}.lora_A"], up)
     return tensors
 
 

@@ -148,7 +148,10 @@ def replace_component(
     with folder_beside(folder) as beside:
         save_component(state, beside, component, **options)
         write_json(beside / "config.json", config)
-        move_files(beside, folder)
+        if folder.exists():
+            move_files(beside, folder)
+        else:  # it appears as a whole
+            beside.rename(folder)
 
 
 def size_in_bytes(size: int | str) -> int:
