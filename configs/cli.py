@@ -84,6 +84,10 @@ FOREIGN_NAMES = {
     "save_every_n_steps": "loop.export_every",
     "checkpointing_steps": "loop.save_every",
     "checkpoints_total_limit": "loop.keep_last",
+    "sample_every_n_steps": "sample_every",
+    "validation_prompt": "sample_prompts",
+    "validation_prompts": "sample_prompts",
+    "num_validation_videos": "validation_clips",
 }
 
 FLAGS = {
@@ -243,7 +247,7 @@ def _check_words(tokens: Sequence[str], line: CommandLine) -> None:
         key, _, value = before.partition("=")
         if key in line.words:
             advice = f"one name too many; this command takes {len(line.words)}"
-        elif key in (*line.text_keys, *line.path_keys, *line.list_keys):
+        elif key in (*line.text_keys, *line.text_lists, *line.path_keys, *line.list_keys):
             advice = f'put quotes around a text with spaces: {key}="{value} {token} ..."'
         raise WanError(f"{token!r}: {advice}")
 
@@ -260,18 +264,21 @@ def _take_texts(
         key = key.lstrip("+")
         is_list = key in line.list_keys
         is_path = (key in line.path_keys or is_list) and not (sweep and "," in value)
-        if not equals or not (key in line.text_keys or is_path) or key not in known:
+        is_one_of_texts = key in line.text_lists and not value.startswith("[")
+        is_text = key in line.text_keys or is_one_of_texts
+        if not equals or not (is_text or is_path) or key not in known:
             rest.append(token)
             continue
-        if key in texts and not is_list:
+        if key in texts and not (is_list or is_one_of_texts):
             raise WanError(f"{key}= is given twice")
         check_text(key, value)
         if is_path and not value:
             raise WanError(f"{key}= is empty: name a file or a folder, or leave it out")
         if is_path and value == "null":
             texts[key] = None
-        elif is_list:
-            texts[key] = [*(texts.get(key) or []), *split_list(key, value)]
+        elif is_list or is_one_of_texts:
+            entries = split_list(key, value) if is_list else [value]
+            texts[key] = [*(texts.get(key) or []), *entries]
         else:
             texts[key] = value
     return rest, texts

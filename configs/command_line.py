@@ -34,6 +34,8 @@ class CommandLine:
         schema: the command's dataclass, in `configs`.
         config_name: its YAML file in configs/, without the ending.
         text_keys: options whose value is a text, which is always literal.
+        text_lists: options whose value is a list of texts. Each time the option is given adds one,
+            which is literal; a list in brackets is read as any other.
         path_keys: options whose value is a path: literal too, except that `null` means none and
             that a comma separates values in a sweep.
         list_keys: options whose value is a list of paths, written a,b or [a,b] and literal too; an
@@ -47,6 +49,7 @@ class CommandLine:
     schema: type
     config_name: str
     text_keys: tuple[str, ...] = ("prompt", "negative_prompt")
+    text_lists: tuple[str, ...] = ()
     path_keys: tuple[str, ...] = ()
     list_keys: tuple[str, ...] = ()
     shortcuts: Mapping[str, Shortcut] = field(default_factory=dict)

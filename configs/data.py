@@ -164,9 +164,9 @@ class PreprocessConfig(Options):
         return [parse_size(text) for text in self.sizes]
 
 
-def parse_size(text: str) -> Size:
-    """`17x128x128` -> (17, 128, 128)."""
+def parse_size(text: str, name: str = "sizes") -> Size:
+    """`17x128x128` -> (17, 128, 128); `name` is the option's."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
-        raise WanError(f"sizes: {text!r}: write frames x height x width, such as 121x704x1280")
+        raise WanError(f"{name}: {text!r}: write frames x height x width, such as 121x704x1280")
     return int(match[1]), int(match[2]), int(match[3])

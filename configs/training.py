@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from configs.data import DataConfig
+from configs.data import DataConfig, parse_size
 from configs.parallel import ParallelConfig
 from configs.schema import (
+    MAX_STEPS,
     Options,
     check_device,
     check_every_step,
+    check_prompt,
     count,
     option,
     positive,
@@ -27,6 +29,10 @@ def check_grad_clip(name: str, value: float) -> None:
         raise WanError(f"{name}={value}: must be above 0; to clip nothing, set 1e9")
 
 
+def check_size(name: str, text: str) -> None:
+    parse_size(text, name)
+
+
 @dataclass
 class LoopConfig(Options):
     """How long to train and what to keep."""
@@ -41,6 +47,7 @@ class LoopConfig(Options):
         0, "steps between models or LoRA files that are kept for good; 0: the last", at_least=0
     )
     wandb_project: str | None = option(None, "mirror metrics to this wandb project")
+    tensorboard: bool = option(False, "mirror metrics to output_dir/tensorboard")
     allow_changes: bool = option(False, "go on from checkpoints of a run with other settings")
 
 
@@ -192,6 +199,35 @@ class FinetuneConfig(TransformerTrainConfig):
     )
     validation_steps: int = count(12, "Euler steps of those samples")
     validation_guidance: float = option(3.0, "guidance of those samples")
+    validation_clips: int = option(
+        0,
+        "for data.kind=folder: clips that are not trained on; their loss is measured at each save",
+        at_least=0,
+    )
+    sample_prompts: list[str] = option(
+        [],
+        "a prompt, or a .txt file of prompts, to sample at each save; give it again for more",
+        check=check_prompt,
+    )
+    sample_every: int | None = option(
+        None,
+        "steps between samples, a multiple of loop.save_every; null: at every save",
+        at_least=1,
+    )
+    sample_size: str | None = option(
+        None, "frames x height x width of samples; null: that of most clips", check=check_size
+    )
+    sample_steps: int | None = option(
+        None, "their steps; null: the model's own", at_least=1, at_most=MAX_STEPS
+    )
+    sample_shift: float | None = positive(None, "their shift; null: the model's own")
+    sample_guidance: float | None = option(
+        None, "their guidance; null: the model's own; 1: none", at_least=0
+    )
+    sample_negative_prompt: str | None = option(
+        None, "null: the official one for released base models, else the empty one"
+    )
+    sample_seed: int = seed_option(0, "their noise, the same for each prompt")
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
@@ -204,3 +240,9 @@ class FinetuneConfig(TransformerTrainConfig):
         if self.from_scratch and self.lora.active:
             given = "lora.rank > 0" if self.lora.rank else "lora.start"
             raise WanError(f"from_scratch=true and {given}: a LoRA needs a base to adapt")
+        if self.validation_clips and self.data.kind != "folder":
+            raise WanError(
+                f"validation_clips={self.validation_clips} with data.kind={self.data.kind}: clips "
+                "of a folder are held out; for the world, validation_captions= are of scenes that "
+                "no training sees"
+            )

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,23 @@ def test_a_student_comes_out_that_the_pipeline_runs_in_its_own_steps(tmp_path, t
     assert [float(t) for t in steps] == [1000, 600]
     samples = {path.name for path in (tmp_path / "run/samples").iterdir()}
     assert {"0000004-student-teacher.png", "0000004-triptych.png", "0000004-0.mp4"} <= samples
+
+
+def test_no_more_than_one_video_of_a_panel_is_in_memory(tmp_path, teacher, monkeypatch):
+    decode, made = module.decode_clip, []
+
+    def watched(*args):
+        assert not any(one() is not None for one in made)
+        video = decode(*args)
+        made.append(weakref.ref(video))
+        return video
+
+    monkeypatch.setattr(module, "decode_clip", watched)
+    loop = LoopConfig(steps=2, save_every=2)
+    assert distill(settings(tmp_path, teacher, validation_captions=3, loop=loop)) == 0
+    assert len(made) == 6 + 6 + 3  # teacher, student, triptych
+    clips = {path.name for path in (tmp_path / "run/samples").glob("*.mp4")}
+    assert clips == {f"0000002-{number}.mp4" for number in range(4)}
 
 
 def test_the_log_says_what_a_run_is_judged_by(tmp_path, teacher):
@@ -359,7 +377,7 @@ def test_a_panel_of_more_captions_than_a_batch_takes_those_of_the_next(
     config = replace(base, data=folder, validation_captions=5)  # batch_size is 3
     seen = []
 
-    def panel(run, settings, vae, captions, *rest):
+    def panel(run, settings, captions, *rest):
         seen.append(captions)
         raise KeyboardInterrupt
 

@@ -95,6 +95,14 @@ def test_a_resume_with_one_more_or_one_less_setting_is_refused():
         check_unchanged(more, less)
 
 
+def test_a_setting_that_an_older_checkpoint_does_not_know_is_no_change_where_it_is_off():
+    check_unchanged({"lr": 1.0}, {"lr": 1.0, "new": 0, "list": []})
+    with pytest.raises(WanError, match="new: None there, 8 now"):
+        check_unchanged({"lr": 1.0}, {"lr": 1.0, "new": 8})
+    with pytest.raises(WanError, match="old: 8 there, 0 now"):
+        check_unchanged({"old": 8}, {"old": 0})
+
+
 def test_an_allowed_change_of_weight_decay_is_not_undone_by_the_checkpoint(tmp_path):
     run_training(make_state(), train_step, LoopConfig(steps=1), tmp_path, {"weight_decay": 0.01})
     resumed = make_state()

@@ -1,12 +1,18 @@
 """The log of a run: lines of JSON that nothing of wandb can stop."""
 
+import io
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from train.metrics import MetricsLog, media_files, read_metrics
+from configs.training import LoopConfig
+from train.metrics import MetricsLog, check_mirrors, media_files, read_metrics
 from wan.errors import WanError
+from wan.media.images import write_image
+from wan.media.video import write_video
 
 
 class FakeWandb:
@@ -156,3 +162,71 @@ def test_asking_for_wandb_without_it_says_how_to_install_it(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(WanError, match="pip install"):
         MetricsLog(tmp_path, wandb_project="x")
+
+
+def test_asking_for_tensorboard_without_it_says_so_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(WanError, match=r"loop\.tensorboard=true: .* pip install"):
+        check_mirrors(LoopConfig(tensorboard=True))
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each number that tensorboard shows."""
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = module.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        name: [(one.step, pytest.approx(one.value)) for one in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_the_lines_once_whatever_a_run_repeats(tmp_path):
+    pytest.importorskip("tensorboard")
+    log = MetricsLog(tmp_path, tensorboard=True)
+    for step in range(4):
+        log.write(step, loss=1.0 + step, note="text")
+    log.close()
+    log = MetricsLog(tmp_path, 2, tensorboard=True)  # its last checkpoint was after two steps
+    log.write(2, loss=9.0, rate=0.5)
+    log.close()
+    assert points(tmp_path) == {"loss": [(1, 1.0), (2, 2.0), (3, 9.0)], "rate": [(3, 0.5)]}
+
+
+def test_tensorboard_that_is_asked_for_late_has_the_earlier_lines(tmp_path):
+    pytest.importorskip("tensorboard")
+    MetricsLog(tmp_path).write(0, loss=1.0)
+    log = MetricsLog(tmp_path, 1, tensorboard=True)
+    log.write(1, loss=2.0)
+    log.close()
+    assert points(tmp_path) == {"loss": [(1, 1.0), (2, 2.0)]}
+
+
+def test_tensorboard_shows_pictures_and_clips(tmp_path):
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    write_image(folder / "0000020-triptych.png", Image.new("RGB", (8, 6)))
+    frames = np.random.default_rng(0).integers(0, 255, (3, 32, 640, 3), dtype=np.uint8)
+    write_video(folder / "0000020-ema-1-a-cat.mp4", frames, 8)
+    log = MetricsLog(tmp_path, tensorboard=True)
+    log.show(19, media_files(tmp_path, 20))
+    log.close()
+    events = module.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (clip,), (picture,) = (events.Images(f"samples/{n}") for n in ("ema-1-a-cat", "triptych"))
+    assert (clip.step, clip.width, clip.height) == (20, 320, 16)
+    shown = Image.open(io.BytesIO(clip.encoded_image_string))
+    assert (shown.format, shown.n_frames, shown.info["duration"]) == ("GIF", 3, 120)
+    assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (8, 6)
+
+
+def test_an_error_of_tensorboard_is_told_once_and_the_lines_go_on(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").touch()  # no folder can be made there
+    log = MetricsLog(tmp_path, tensorboard=True)
+    for step in range(2):
+        log.write(step, loss=1.0)
+    log.close()
+    assert [row["step"] for row in read_metrics(log.path)] == [0, 1]
+    assert capsys.readouterr().err.count("warning: tensorboard:") == 1

@@ -30,14 +30,17 @@ from configs.export import ExportConfig
 from configs.parallel import ParallelConfig
 from configs.training import DataConfig, FinetuneConfig, LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_checkpoint, load_latest
+from train.data import LatentCache
 from train.distill.run import distill
 from train.finetune.run import finetune
+from train.held_out import held_out_loss
 from train.kept import export_kept
 from train.loop import run_training, step_generator
 from train.optim import EMA, Muon, apply_gradients, make_optimizers
 from train.parallel import ALONE, Ranks, SequenceSplit, gathered, share_out, start
 from train.state import TrainState
 from wan.errors import WanError
+from wan.media.video import read_video
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.pipeline.config import SamplingDefaults, read_pipeline_config, write_configs
@@ -134,9 +137,27 @@ def finetune_config(folder: Path, cache: Path) -> FinetuneConfig:
         first_frame_share=0.5,
         validation_captions=2,
         validation_steps=2,
+        sample_prompts=["a red circle", "two", "three"],  # more than processes, and no multiple
+        sample_size="5x32x32",
+        sample_steps=2,
         data=DataConfig(cache_dir=str(cache), num_clips=4),
         loop=LoopConfig(steps=2, save_every=1, log_every=1, export_every=1),
     )
+
+
+def held_out(ranks: Ranks) -> dict[str, float]:
+    """The loss of the network on three clips."""
+    dit = make_state(ranks).modules["dit"]
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 4, 3, 2, 6, generator=generator)
+    context = torch.randn(3, 12, 10, generator=generator)
+    context[:, 5:] = 0
+    cache = LatentCache(latents, lambda number, rng: str(number))
+
+    def encode(captions: list[str]) -> tuple[torch.Tensor, int]:
+        return context[[int(one) for one in captions]], 5
+
+    return held_out_loss(dit, encode, cache, range(3), False, ranks, "val")
 
 
 # What follows runs in two processes.
@@ -156,6 +177,7 @@ def sharded(ranks: Ranks, root: Path) -> dict:
     for name, damage in DAMAGE.items():
         results[f"damaged {name}"] = damage_one(ranks, root / "shard", root / name, damage)
     results["muon"] = muon_update(ranks)
+    results["held out"] = held_out(ranks)
     return results
 
 
@@ -237,6 +259,7 @@ def replicated(ranks: Ranks, root: Path) -> dict:
 def split(ranks: Ranks, root: Path) -> dict:
     results = {"sequence": train(ranks, root / "sequence")}
     results["recomputed"] = train(ranks, root / "recomputed", recompute="full")
+    results["held out, sequence"] = held_out(ranks)
     return results
 
 
@@ -402,6 +425,21 @@ def test_two_processes_export_whole_models_and_one_exports_from_their_checkpoint
         assert all((run / other / f).read_bytes() == p.read_bytes() for f, p in files.items())
 
 
+@pytest.mark.parametrize("name", ["held out", "held out, sequence"])
+def test_the_loss_on_held_out_clips_does_not_depend_on_the_number_of_processes(two, name):
+    assert two[name] == pytest.approx(held_out(ALONE), rel=1e-5)
+
+
+def test_two_processes_write_the_samples_of_one(root, two):
+    folders = [root / f"finetuned by {n}/samples" for n in ("one", "two")]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    assert len(names[0]) == 3 * 2 * 2  # prompts, weights, saves
+    for name in names[0]:
+        a, b = (read_video(folder / name)[0].astype(int) for folder in folders)
+        assert abs(a - b).max() <= 8  # a compressed file tells a rounding more
+
+
 def test_alone_nothing_is_wrapped_or_averaged():
     layer = torch.nn.Linear(2, 2)
     with start(ParallelConfig()) as ranks:
@@ -465,12 +503,12 @@ def test_samples_are_made_in_chunks_by_each_group_its_share():
         return torch.tensor(rows)
 
     ranks = Ranks(torch.device("cpu"))
-    assert ranks.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
+    assert ranks.spread_tensors(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
     assert asked == [[0, 1], [2, 3], [4]]
     asked.clear()
     ranks.size, ranks.data_size, ranks.data_rank = 4, 2, 1
     ranks.gather = lambda value: [torch.tensor([0, 1, 2])] * 2 + [value] * 2
-    assert ranks.spread(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
+    assert ranks.spread_tensors(make, range(5), 2).tolist() == [0, 1, 2, 3, 4]
     assert asked == [[3, 4], [4]]  # as many calls as the other group: networks are sharded
 
 

@@ -48,11 +48,15 @@ def test_numbers_that_belong_together_share_a_panel():
         ("motion_ratio", "diversity_ratio"),
         ("psnr", "val_psnr"),
         ("val_psnr", "val_psnr_foreground"),
+        ("clip_spread", "clip_spread_low"),
+        ("val_loss", "val_loss_ema"),
+        ("val_loss_sigma_0.1", "val_loss_ema_sigma_0.9"),
     ]
     for one, other in together:
         assert family(one) == family(other)
     assert family("val_joint") == family("health") != family("val_shape")
     assert family("val_psnr") != family("val_shape")
+    assert len({family(name) for name in ("val_loss", "val_loss_sigma_0.1", "val_shape")}) == 3
     assert family("something_new") == "something_new"
 
 

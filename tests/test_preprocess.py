@@ -606,7 +606,7 @@ def test_sizes_are_those_that_the_checkpoints_transformer_takes(clips, tmp_path,
 
 
 def test_options_are_taken_as_typed():
-    line = CommandLine(PreprocessConfig, "preprocess", ("negative_prompt",), ("clips",))
+    line = CommandLine(PreprocessConfig, "preprocess", ("negative_prompt",), path_keys=("clips",))
     tokens = ["sizes=[121x704x1280,1x704x1280]", "negative_prompt=${x}, 'a'", "clips=a,b"]
     (run,) = compose_runs(line, tokens)
     assert run.config.parsed_sizes() == [(121, 704, 1280), (1, 704, 1280)]

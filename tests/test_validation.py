@@ -13,16 +13,20 @@ from train.parallel import ALONE
 from train.validation import (
     RATIOS,
     SATURATED,
-    Samples,
+    ClipNumbers,
+    Pictures,
     diversity,
     health,
+    measure_clip,
     motion,
     panel_numbers,
     ratios,
     saturated_share,
     saturation,
+    sheet_of,
+    spread,
     world_panel,
-    write_pictures,
+    write_panel,
 )
 from wan.miniature.world import OBJECT_ATTRIBUTES
 
@@ -36,20 +40,25 @@ def plain(red: float, green: float, blue: float, frames: int = 3) -> torch.Tenso
 
 
 def flashing(change: float) -> torch.Tensor:
-    """(1, 3, 5, 4, 4): every pixel moves up and down by `change` from frame to frame."""
-    return (change * (torch.arange(5) % 2)).float()[:, None, None].expand(1, 3, 5, 4, 4)
+    """(3, 5, 4, 4): every pixel moves up and down by `change` from frame to frame."""
+    return (change * (torch.arange(5) % 2)).float()[:, None, None].expand(3, 5, 4, 4)
+
+
+def measured(latents: torch.Tensor, video: torch.Tensor, stated=None) -> list[ClipNumbers]:
+    """The numbers of clips with these latents (B, C, T, h, w), which all show one video."""
+    return [measure_clip(clip, video, stated) for clip in latents]
 
 
 def test_motion_is_the_change_of_a_pixel_per_frame():
     assert motion(flashing(0.3)) == pytest.approx(0.3)
-    assert motion(flashing(0.3)[:, :, :1]) == 0
+    assert motion(flashing(0.3)[:, :1]) == 0
 
 
 def test_saturation_is_the_spread_of_the_channels_whatever_the_brightness():
     grey, coloured = plain(0.8, 0.8, 0.8), plain(1.0, 0.0, -0.5)
-    assert saturation(grey[None]) == 0
-    assert saturation(coloured[None]) == pytest.approx(1.5)
-    assert saturation(torch.stack([grey, coloured])) == pytest.approx(0.75)
+    assert saturation(grey) == 0
+    assert saturation(coloured) == pytest.approx(1.5)
+    assert saturation(torch.cat([grey, coloured], dim=1)) == pytest.approx(0.75)
 
 
 def test_latents_are_saturated_beyond_three_deviations_of_either_sign():
@@ -64,10 +73,19 @@ def test_diversity_is_what_two_clips_of_a_caption_differ_by_overall_and_not_wher
     generator = torch.Generator().manual_seed(0)
     one = torch.randn(3, 4, 2, 5, 5, generator=generator)
     elsewhere = one.flip(-1)  # the same things in other places
-    assert diversity(torch.cat([one, elsewhere])) == pytest.approx(0, abs=1e-6)
+    still = plain(0.0, 0.0, 0.0)
+    assert diversity(measured(torch.cat([one, elsewhere]), still)) == pytest.approx(0, abs=1e-6)
     tinted = elsewhere.clone()
     tinted[1, :2] += 0.6  # two of four channels of one caption in three
-    assert diversity(torch.cat([one, tinted])) == pytest.approx(0.6 * 0.5**0.5 / 3, rel=1e-5)
+    tinted = measured(torch.cat([one, tinted]), still)
+    assert diversity(tinted) == pytest.approx(0.6 * 0.5**0.5 / 3, rel=1e-5)
+
+
+def test_the_spread_of_clips_is_that_of_all_their_latents_together():
+    latents = torch.randn(3, 4, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    latents += torch.arange(3)[:, None, None, None, None]
+    clips = measured(latents, plain(0.0, 0.0, 0.0))
+    assert spread(clips) == pytest.approx(float(latents.double().std()), rel=1e-12)
 
 
 def test_the_panel_asks_for_one_object_for_two_and_for_something_left_open():
@@ -86,8 +104,8 @@ def test_the_panel_asks_for_one_object_for_two_and_for_something_left_open():
 def test_ratios_are_student_over_teacher():
     noise = torch.randn(2, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     colours = plain(0.4, 0.0, 0.0, frames=5)[..., :4, :4]
-    teacher = Samples(noise, flashing(0.4) + colours)
-    student = Samples(1.5 * noise, flashing(0.1) + 2 * colours)
+    teacher = measured(noise, flashing(0.4) + colours)
+    student = measured(1.5 * noise, flashing(0.1) + 2 * colours)
     values = ratios(student, teacher)
     assert values["motion_ratio"] == pytest.approx(0.25, rel=1e-4)
     assert values["saturation_ratio"] == pytest.approx(2.0, rel=1e-4)
@@ -97,7 +115,7 @@ def test_ratios_are_student_over_teacher():
 
 
 def test_two_that_stand_still_are_equally_healthy():
-    still = Samples(torch.ones(2, 4, 1, 2, 2).cumsum(1), plain(0.1, 0.1, 0.1)[None])
+    still = measured(torch.ones(2, 4, 1, 2, 2).cumsum(1), plain(0.1, 0.1, 0.1))
     assert health(ratios(still, still)) == 1
 
 
@@ -113,11 +131,11 @@ def test_health_falls_the_same_way_with_too_little_and_too_much(ratio):
 
 def test_the_panel_reads_videos_only_where_it_knows_the_world():
     latents = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    samples = Samples(latents, torch.stack([plain(0.3, 0.1, 0.0, frames=9)] * 2))
-    assert panel_numbers(samples, samples, None).keys() == {
-        *(*RATIOS, "health"),
-    }
-    values = panel_numbers(samples, samples, world_panel(1, seed=0))
+    video = plain(0.3, 0.1, 0.0, frames=9)
+    unknown = measured(latents, video)
+    assert panel_numbers(unknown, unknown).keys() == {*RATIOS, "health"}
+    known = measured(latents, video, world_panel(1, seed=0)[0])
+    values = panel_numbers(known, known)
     assert values["val_joint"] == values["teacher_joint"] == 0  # nothing moves there
     assert values["health"] == pytest.approx(0.5)
 
@@ -167,27 +185,31 @@ def rows_of(path, count: int) -> list[str]:
     return ["RGB"[pixel.index(255)] for pixel in pixels]
 
 
-def picture_samples() -> tuple[Samples, Samples]:
-    latents = torch.zeros(2, 4, 1, 2, 2)
-    return Samples(latents, torch.stack([RED, GREEN])), Samples(latents, torch.stack([BLUE, BLUE]))
+def shown(*videos: torch.Tensor) -> list[ClipNumbers]:
+    return [measure_clip(torch.zeros(4, 1, 2, 2), video, shown=True) for video in videos]
+
+
+THREE = [sheet_of(video) for video in (RED, GREEN, BLUE)]
 
 
 def test_pictures_show_student_above_teacher_and_the_triptych_in_its_order(tmp_path):
-    student, teacher = picture_samples()
-    clips = {}
-    write_pictures(tmp_path / "samples", 7, student, teacher, [RED, GREEN, BLUE], clips.__setitem__)
+    unseen = measured(torch.zeros(1, 4, 1, 2, 2), GREEN)  # a clip beyond those that are shown
+    pictures = Pictures(tmp_path / "samples", 7)
+    write_panel(pictures, [*shown(RED, GREEN), *unseen], [*shown(BLUE, BLUE), *unseen], THREE)
+    pictures.close(ALONE)
     assert rows_of(tmp_path / "samples/0000007-triptych.png", 3) == ["R", "G", "B"]
     assert rows_of(tmp_path / "samples/0000007-student-teacher.png", 4) == ["R", "B", "G", "B"]
-    assert [path.name for path in clips] == ["0000007-0.mp4", "0000007-1.mp4"]
-    assert all(torch.equal(a, b) for a, b in zip(clips.values(), (RED, GREEN), strict=True))
 
 
 def test_a_disk_without_room_for_pictures_is_told_and_nothing_of_them_stays(tmp_path, capsys):
-    def disk_full(path, video):
+    def disk_full(path):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "0000006-0.mp4").touch()
-    write_pictures(tmp_path, 7, *picture_samples(), [RED, GREEN, BLUE], disk_full)
+    pictures = Pictures(tmp_path, 7)
+    write_panel(pictures, shown(RED), shown(BLUE), THREE)
+    pictures.write("0.mp4", disk_full)
+    pictures.close(ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["0000006-0.mp4"]
     assert "no pictures of step 7: [Errno 28] No space left" in capsys.readouterr().err
 

@@ -95,6 +95,8 @@ class LatentCache:
         tokens_of: stored text embeddings, if there are any: captions -> (n, D) of each.
         digest: of the folders' content, so that a resumed run can tell whether it is the same.
         content: what is told of each folder if it is not.
+        sources: the name of the video that each clip was taken from, in folders: samples, captions
+            and copies of one video have the same, and so have clips of one name in two folders.
     """
 
     latents: Tensor | Sequence[Tensor]
@@ -107,6 +109,7 @@ class LatentCache:
     tokens_of: TokensOf | None = None
     digest: str | None = None
     content: dict[str, Any] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.shapes = self.shapes or [tuple(self.latents[0].shape)]
@@ -423,6 +426,7 @@ def folder_cache(
         tokens_of,
         shas[0] if len(shas) == 1 else key_of(shas),
         {str(number): each.content() for number, each in enumerate(opened, 1)},
+        sources_of([line for _, line in lines]),
     )
 
 
@@ -527,6 +531,12 @@ def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterat
         counted = name in changed or (name != "prompts" and "samples" in changed)
         if sums.get(name) != value and not counted:
             yield f"other {name}"
+
+
+def sources_of(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The name of each sample's video; that of the first one for files with the same content."""
+    first: dict[str, str] = {}
+    return [first.setdefault(line["key"], line.get("clip", line["key"])) for line in lines]
 
 
 def content_digest(

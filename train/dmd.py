@@ -7,6 +7,7 @@ chain in `train.rollout`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ from wan.sampling.flow import add_noise, velocity_target, x0_from_velocity
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import sample_euler, sample_few_step
 from wan.sampling.schedule import NUM_TIMESTEPS, Schedule, few_step_schedule
+
+T = TypeVar("T")
 
 CRITIC_BINS = 5  # the critic's loss is logged by noise level, in as many bins of [0, 1]
 PANEL_SEED = 1_000_000  # noise of the validation samples: sample i has this plus i
@@ -407,20 +410,33 @@ class Distillation:
         return draw_noise(self.shape, generators).to(self.device)
 
     @torch.no_grad()
-    def sample_panel(self, captions: Sequence[str], schedule: Schedule | None) -> Tensor:
-        """Latents for captions from the panel's noise: the student's, or the teacher's."""
+    def panel(
+        self,
+        captions: Sequence[str],
+        schedule: Schedule | None,
+        look: Callable[[int, Tensor], T],
+    ) -> list[T]:
+        """Sample captions from the panel's noise and look at each clip where it was made.
 
-        def sample(numbers: list[int]) -> Tensor:
+        Args:
+            schedule: of the teacher; None samples the student.
+            look: (number, latents (C, T, H, W) on the device) -> what is kept of the clip; all
+                processes get that, and no latents.
+        """
+
+        def sample(numbers: list[int]) -> list[T]:
             generators = sample_generators([PANEL_SEED + i for i in numbers], len(numbers))
             texts = [captions[i] for i in numbers]
             if schedule is None:
-                return self.sample_few(self.student, texts, generators)
-            velocity = self.teacher_velocity(texts, self.config.scores.guidance_scale)
-            return sample_euler(velocity, self.start(generators), schedule)
+                latents = self.sample_few(self.student, texts, generators)
+            else:
+                velocity = self.teacher_velocity(texts, self.config.scores.guidance_scale)
+                latents = sample_euler(velocity, self.start(generators), schedule)
+            return [look(i, clip) for i, clip in zip(numbers, latents, strict=True)]
 
-        latents = self.ranks.spread(sample, range(len(captions)), self.chunk)
+        found = self.ranks.spread(sample, range(len(captions)), self.chunk)
         self.ranks.reshard(self.student, self.teacher)
-        return latents.to(self.device)
+        return found
 
     @torch.no_grad()
     def measure_teacher(self, captions: Sequence[str], finished: Tensor) -> None:
@@ -431,7 +447,7 @@ class Distillation:
 
         Args:
             captions: of the panel, whose noise is used.
-            finished: (B, C, T, H, W) samples of the teacher with guidance.
+            finished: (B, C, T, H, W) samples of the teacher with guidance, on the CPU.
         """
 
         def spreads(numbers: list[int]) -> Tensor:
@@ -441,9 +457,9 @@ class Distillation:
             self.sample_few(self.teacher, texts, generators, seen.append)
             return torch.stack([spread_of_clips(x0) for x0 in seen], dim=1)
 
-        found = self.ranks.spread(spreads, range(len(captions)), self.chunk)  # (B, K)
+        found = self.ranks.spread_tensors(spreads, range(len(captions)), self.chunk)  # (B, K)
         self.ranks.reshard(self.teacher)
-        found = torch.cat([found, spread_of_clips(finished).cpu()[:, None].expand_as(found)])
+        found = torch.cat([found, spread_of_clips(finished)[:, None].expand_as(found)])
         self.healthy = list(zip(found.amin(0).tolist(), found.amax(0).tolist(), strict=True))
 
     def sample_few(

@@ -58,8 +58,18 @@ FREE_SETTINGS = {
     "loop.keep_last",
     "loop.export_every",
     "loop.wandb_project",
+    "loop.tensorboard",
     "loop.allow_changes",
     "data.cache_dir",
+    # What is looked at, and not trained on.
+    "sample_prompts",
+    "sample_every",
+    "sample_size",
+    "sample_steps",
+    "sample_shift",
+    "sample_guidance",
+    "sample_negative_prompt",
+    "sample_seed",
     # How the same numbers are computed, up to rounding.
     "compile",
     "checkpoint_blocks",
@@ -99,7 +109,7 @@ def run_training(
         on_save: measured and logged before each checkpoint (validation, sample clips), but for
             the one that a signal asks for between two others. If it returns `HEALTH`, the
             checkpoint where that was highest is kept beside the last ones. What it writes as
-            `media_files` finds it is mirrored to wandb too.
+            `media_files` finds it is mirrored too.
         ranks: of all processes, which step and stop together; numbers are averaged over them, and
             the main one prints and logs.
         artefacts: what `config.export_every` makes of every so many steps; needed with it.
@@ -135,7 +145,7 @@ def run_training(
         log: MetricsLog | None = None
         if ranks.is_main:
             write_json(folder / "config.json", settings)
-            log = MetricsLog(folder, state.step, config.wandb_project, settings)
+            log = MetricsLog(folder, state.step, config.wandb_project, settings, config.tensorboard)
             stack.callback(log.close)
         steps = Steps("steps", config.steps, state.step, quiet=not ranks.is_main)
         stack.enter_context(steps)
@@ -335,6 +345,7 @@ def check_unchanged(
     before, now = dict(flat(saved)), dict(flat(given))
     free = FREE_SETTINGS | set(more_free)
     free |= {MODEL_DIGEST, START_DIGEST} - before.keys()  # older checkpoints have none
+    free |= {n for n, value in now.items() if n not in before and not value}  # newer, and off
     if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
         free |= {"data_digest", "data.folder"}
     free |= {name for name in before | now if name.startswith(f"{DATA_CONTENT}.")}

@@ -170,25 +170,45 @@ class Ranks:
         """Each number averaged over the processes that have it; but see `COUNTS`, `GREATEST`."""
         return joined(self.gather(values), self.size // self.data_size)
 
+    @property
+    def leads_group(self) -> bool:
+        """Whether this process writes what its group, the processes that share clips, has made."""
+        return self.rank % (self.size // self.data_size) == 0
+
     def spread(
-        self, make: Callable[[list[int]], Tensor], numbers: Sequence[int], chunk: int
-    ) -> Tensor:
+        self, make: Callable[[list[int]], Sequence[T]], numbers: Sequence[int], chunk: int
+    ) -> list[T]:
         """Apply `make` to numbers, one result each; every group does a share of them.
 
         All processes call it equally often, as sharded networks need: where a share would be
         shorter than the others, the last number is made again.
 
         Args:
-            make: up to `chunk` numbers -> a tensor with one entry for each.
+            make: up to `chunk` numbers -> as many results, which are sent to all processes: let
+                them be small, and no views of large tensors.
         Returns:
-            all entries in order, in every process, on the CPU.
+            all results in order, in every process.
         """
         count = len(numbers)
         share = -(-count // self.data_size)
         own = [numbers[min(self.data_rank * share + i, count - 1)] for i in range(share)]
-        made = torch.cat([make(own[i : i + chunk]).cpu() for i in range(0, share, chunk)])
+        made = [one for i in range(0, share, chunk) for one in make(own[i : i + chunk])]
         by_group = self.gather(made)[:: self.size // self.data_size]
-        return torch.cat(by_group)[:count]
+        return [one for part in by_group for one in part][:count]
+
+    def spread_tensors(
+        self, make: Callable[[list[int]], Tensor], numbers: Sequence[int], chunk: int
+    ) -> Tensor:
+        """`spread` for a function that returns a tensor with one entry for each number.
+
+        Returns:
+            all entries in order, in every process, on the CPU.
+        """
+
+        def entries(part: list[int]) -> list[Tensor]:
+            return [entry.clone() for entry in make(part).cpu()]
+
+        return torch.stack(self.spread(entries, numbers, chunk))
 
     @contextmanager
     def together(self) -> Iterator[None]:

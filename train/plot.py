@@ -29,12 +29,17 @@ FAMILIES = {
     "student over teacher": (
         *("student_drift", "motion_ratio", "saturation_ratio", "spread_ratio", "diversity_ratio"),
     ),
+    "spread of clips, within what the teacher's": (
+        *("clip_spread", "clip_spread_low", "clip_spread_high"),
+    ),
+    "loss on held-out clips": ("val_loss", "val_loss_ema"),
     "PSNR, dB": ("psnr", "val_psnr", "val_psnr_foreground"),
     "health and captions that came true": ("health", "val_joint", "teacher_joint"),
 }
 PREFIXES = {
     "critic_loss_sigma_": "critic's loss by noise level",
     "exits_": "exits",
+    "val_loss_": "loss on held-out clips by noise level",
     "val_": "right",
 }
 COLUMNS = 3

@@ -125,7 +125,7 @@ def sample_trajectories(
         per_file = at_once * -(-PER_FILE // at_once)
         for start in range(0, len(missing), per_file):
             numbers = missing[start : start + per_file]
-            paths = ranks.spread(states_of, numbers, chunk)
+            paths = ranks.spread_tensors(states_of, numbers, chunk)
             with ranks.together():
                 if ranks.is_main:
                     tensors = dict(zip((keys[i] for i in numbers), paths.unbind(), strict=True))

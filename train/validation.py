@@ -5,9 +5,13 @@ distilled student is also compared with its teacher, because the losses of DMD d
 it is: its gradient is not expected to shrink. Both sample the same captions from the same noise,
 and what needs no detector is compared: how much moves, how saturated it is, how far latents spread,
 how much two clips of one caption differ.
+
+Each clip is measured where it was made, and only its numbers are kept and gathered: memory does not
+grow with the number of captions or processes.
 """
 
 import itertools
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,20 +22,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from train.parallel import Ranks
+from wan.errors import WanError
 from wan.media.images import write_image
 from wan.media.video import contact_sheet, to_uint8
 from wan.miniature.captions import Caption, caption
-from wan.miniature.detect import accuracies, detect, score
+from wan.miniature.detect import Score, accuracies, detect, score
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.vae import WanVAE
 
-# V validation captions, each sampled twice: clips i and V + i of videos (2V, 3, F, H, W) in [-1, 1]
-# and of latents (2V, C, T, H, W)
+# V validation captions, each sampled twice: clips i and V + i. A clip is a video (3, F, H, W) in
+# [-1, 1], and latents (C, T, h, w)
 
 UNSEEN = 2**42  # stream of scenes that no training draws
 PANEL = ((1, 0.0), (2, 0.0), (1, 0.5))  # (objects, chance that an attribute goes unsaid), in turn
 RATIOS = ("motion_ratio", "saturation_ratio", "spread_ratio", "diversity_ratio")
 SATURATED = 3.0  # of latents, whose mean is 0 and variance 1 over clips by the model's statistics
+SHOWN = 4  # clips of the panel that are written
 
 
 def world_panel(count: int, seed: int, kinds: Sequence[tuple[int, float]] = PANEL) -> list[Caption]:
@@ -47,39 +54,28 @@ def world_panel(count: int, seed: int, kinds: Sequence[tuple[int, float]] = PANE
     ]
 
 
-def read_clips(
-    videos: Iterable[Tensor], captions: Sequence[Caption], prefix: str
-) -> dict[str, float]:
-    """Share of what captions state that the detectors find in their clips (3, F, H, W).
+def read_clip(video: Tensor, stated: Caption) -> Score:
+    """What the detectors find in a clip (3, F, H, W) of what its caption states."""
+    return score(detect(video), stated)
+
+
+def shares(scores: Iterable[Score], prefix: str) -> dict[str, float]:
+    """Share of what captions state that the detectors find in their clips.
 
     Returns:
         `prefix` and the attribute -> share; "joint" is that of clips that show all of it.
     """
-    pairs = zip(videos, captions, strict=True)
-    read = accuracies(score(detect(video), stated) for video, stated in pairs)
-    return {f"{prefix}_{name}": share for name, share in read.items()}
+    return {f"{prefix}_{name}": share for name, share in accuracies(scores).items()}
 
 
-def motion(videos: Tensor) -> float:
-    """Mean absolute change of a pixel from frame to frame; 0 for single frames."""
-    return float(videos.diff(dim=2).abs().mean()) if videos.shape[2] > 1 else 0.0
+def motion(video: Tensor) -> float:
+    """Mean absolute change of a pixel from frame to frame; 0 for a single frame."""
+    return float(video.diff(dim=1).abs().mean()) if video.shape[1] > 1 else 0.0
 
 
-def saturation(videos: Tensor) -> float:
+def saturation(video: Tensor) -> float:
     """Mean spread of a pixel's three channels: its colourfulness, in [0, 2]."""
-    return float((videos.amax(dim=1) - videos.amin(dim=1)).mean())
-
-
-def diversity(latents: Tensor) -> float:
-    """How much two clips of one caption differ overall: rms over channels of the difference of
-    their means over space and time, mean over captions.
-
-    Where things are differs from noise to noise in any student, so whole latents keep their
-    distance; what is lost first, the choice of what a caption leaves open, shows in the means.
-    """
-    means = latents.float().mean(dim=(2, 3, 4))
-    one, other = means.chunk(2)
-    return float((one - other).square().mean(dim=1).sqrt().mean())
+    return float((video.amax(dim=0) - video.amin(dim=0)).mean())
 
 
 def saturated_share(latents: Tensor) -> float:
@@ -91,26 +87,78 @@ def saturated_share(latents: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What one network made of the panel's captions, two of each."""
+class ClipNumbers:
+    """What is kept of one clip of the panel.
 
-    latents: Tensor
-    videos: Tensor
+    Attributes:
+        motion, saturation: of its video.
+        size, mean, square: of its latents: how many numbers, their mean and mean square.
+        channels: of its latents: the mean of each channel.
+        found: what the detectors find of its caption; None for another world.
+        sheet: some of its frames; None if it is not shown.
+    """
+
+    motion: float
+    saturation: float
+    size: int
+    mean: float
+    square: float
+    channels: tuple[float, ...]
+    found: Score | None = None
+    sheet: Image.Image | None = None
 
 
-def ratios(student: Samples, teacher: Samples) -> dict[str, float]:
+def measure_clip(
+    latents: Tensor, video: Tensor, stated: Caption | None = None, shown: bool = False
+) -> ClipNumbers:
+    """The numbers of one clip.
+
+    Args:
+        stated: its caption, for the miniature's world.
+        shown: whether its frames are wanted too.
+    """
+    values = latents.detach().double()
+    return ClipNumbers(
+        motion(video),
+        saturation(video),
+        values.numel(),
+        float(values.mean()),
+        float(values.square().mean()),
+        tuple(values.mean(dim=(1, 2, 3)).tolist()),
+        None if stated is None else read_clip(video, stated),
+        sheet_of(video) if shown else None,
+    )
+
+
+def spread(clips: Sequence[ClipNumbers]) -> float:
+    """Standard deviation of the latents of all clips together."""
+    total = sum(clip.size for clip in clips)
+    mean = sum(clip.mean * clip.size for clip in clips) / total
+    square = sum(clip.square * clip.size for clip in clips) / total
+    return math.sqrt(max(0.0, square - mean**2) * total / max(1, total - 1))
+
+
+def diversity(clips: Sequence[ClipNumbers]) -> float:
+    """How much two clips of one caption differ overall: rms over channels of the difference of
+    their means over space and time, mean over captions.
+
+    Where things are differs from noise to noise in any student, so whole latents keep their
+    distance; what is lost first, the choice of what a caption leaves open, shows in the means.
+    """
+    one, other = torch.tensor([clip.channels for clip in clips], dtype=torch.float64).chunk(2)
+    return float((one - other).square().mean(dim=1).sqrt().mean())
+
+
+def ratios(student: Sequence[ClipNumbers], teacher: Sequence[ClipNumbers]) -> dict[str, float]:
     """Student over teacher: motion, saturation, spread of latents, diversity; 1 is ideal."""
     tiny = 1e-6
 
-    def over(measure: Callable[[Tensor], float], what: str) -> float:
-        return (measure(getattr(student, what)) + tiny) / (measure(getattr(teacher, what)) + tiny)
+    def numbers(clips: Sequence[ClipNumbers]) -> list[float]:
+        moves, colours = ([getattr(c, n) for c in clips] for n in ("motion", "saturation"))
+        return [sum(moves) / len(clips), sum(colours) / len(clips), spread(clips), diversity(clips)]
 
-    return {
-        "motion_ratio": over(motion, "videos"),
-        "saturation_ratio": over(saturation, "videos"),
-        "spread_ratio": over(lambda latents: float(latents.std()), "latents"),
-        "diversity_ratio": over(diversity, "latents"),
-    }
+    both = zip(RATIOS, numbers(student), numbers(teacher), strict=True)
+    return {name: (ours + tiny) / (theirs + tiny) for name, ours, theirs in both}
 
 
 def health(values: dict[str, float]) -> float:
@@ -126,32 +174,32 @@ def health(values: dict[str, float]) -> float:
 
 
 def panel_numbers(
-    student: Samples, teacher: Samples, captions: Sequence[Caption] | None
+    student: Sequence[ClipNumbers], teacher: Sequence[ClipNumbers]
 ) -> dict[str, float]:
-    """Everything that a save logs: ratios, what the detectors read of the world, health.
-
-    Args:
-        captions: the V captions of the panel; None for another world than the miniature's.
-    """
+    """Everything that a save logs: ratios, what the detectors read of the world, health."""
     values = ratios(student, teacher)
-    if captions is not None:
-        twice = [*captions, *captions]
-        values |= read_clips(student.videos, twice, "val")
-        values["teacher_joint"] = read_clips(teacher.videos, twice, "teacher")["teacher_joint"]
+    found, right = ([clip.found for clip in clips if clip.found] for clips in (student, teacher))
+    if found:
+        values |= shares(found, "val")
+        values["teacher_joint"] = shares(right, "teacher")["teacher_joint"]
     values["health"] = health(values)
     return values
 
 
 @torch.no_grad()
-def decode(vae: WanVAE, latents: Tensor) -> Samples:
-    """Videos of latents, one at a time, on the CPU."""
-    videos = torch.cat([vae.decode_normalized(z[None]).float().cpu() for z in latents])
-    return Samples(latents.cpu(), videos)
+def decode_clip(vae: WanVAE, latents: Tensor) -> Tensor:
+    """The video (3, F, H, W) of latents (C, T, h, w): float32, on the CPU."""
+    chunks = vae.decode_stream(latents[None].to(vae.quant_conv.weight.device))
+    return torch.cat([chunk.float().cpu() for chunk in chunks], dim=2)[0]
 
 
-def stack_sheets(videos: Sequence[Tensor], max_frames: int = 9) -> Image.Image:
-    """Contact sheets of videos (3, F, H, W) below each other."""
-    sheets = [contact_sheet(to_uint8(video), max_frames, max_width=160) for video in videos]
+def sheet_of(video: Tensor) -> Image.Image:
+    """Nine frames of a video (3, F, H, W), small."""
+    return contact_sheet(to_uint8(video), max_frames=9, max_width=160)
+
+
+def stack_sheets(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below each other."""
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)))
     top = 0
     for sheet in sheets:
@@ -160,35 +208,61 @@ def stack_sheets(videos: Sequence[Tensor], max_frames: int = 9) -> Image.Image:
     return whole
 
 
-def write_pictures(
-    folder: Path,
-    step: int,
-    student: Samples,
-    teacher: Samples,
-    triptych: Sequence[Tensor],
-    write_clip: Callable[[Path, Tensor], None],
-    shown: int = 4,
-) -> None:
-    """Clips of the student (mp4), a sheet of student above teacher, and the triptych.
+class Pictures:
+    """Files of one save in a run's samples/, whose names begin with the number of steps.
 
-    A disk that is full costs the pictures, not the checkpoint that comes after them: a warning says
-    so, and what was written of this step goes.
+    A disk that is full costs the pictures, not the checkpoint that comes after them: what cannot be
+    written is noted, and `close` says so and removes what was written of this step.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.step = folder, step
+        self.error: str | None = None
+
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let `write` write the file of that name; an error is noted."""
+
+        def attempt() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(self.folder / f"{self.step:07d}-{name}")
+
+        self.note(attempt)
+
+    def note(self, attempt: Callable[[], object]) -> None:
+        """Do something that the files need; an error is noted."""
+        try:
+            attempt()
+        except (OSError, WanError) as error:
+            self.error = self.error or str(error)
+
+    def close(self, ranks: Ranks) -> None:
+        """End a save; all processes call it when they have written theirs."""
+        errors = [error for error in ranks.gather(self.error) if error is not None]
+        if errors and ranks.is_main:
+            print(
+                f"warning: {self.folder}: no pictures of step {self.step}: {errors[0]}",
+                file=sys.stderr,
+            )
+            for path in self.folder.glob(f"{self.step:07d}-*"):
+                path.unlink(missing_ok=True)
+
+
+def write_panel(
+    pictures: Pictures,
+    student: Sequence[ClipNumbers],
+    teacher: Sequence[ClipNumbers],
+    triptych: Sequence[Image.Image],
+) -> None:
+    """A sheet of student above teacher, and the triptych.
 
     Args:
-        triptych: a sample of the student, and what teacher and critic make of it noised: videos.
+        triptych: a sample of the student, and what teacher and critic make of it noised.
     """
     pairs = [
-        video
-        for ours, theirs in zip(student.videos[:shown], teacher.videos[:shown], strict=True)
-        for video in (ours, theirs)
+        clip.sheet
+        for both in zip(student, teacher, strict=True)
+        for clip in both
+        if clip.sheet is not None
     ]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_image(folder / f"{step:07d}-student-teacher.png", stack_sheets(pairs))
-        write_image(folder / f"{step:07d}-triptych.png", stack_sheets(triptych))
-        for number, video in enumerate(student.videos[:shown]):
-            write_clip(folder / f"{step:07d}-{number}.mp4", video)
-    except OSError as error:
-        print(f"warning: {folder}: no pictures of step {step}: {error}", file=sys.stderr)
-        for path in folder.glob(f"{step:07d}-*"):
-            path.unlink(missing_ok=True)
+    pictures.write("student-teacher.png", lambda path: write_image(path, stack_sheets(pairs)))
+    pictures.write("triptych.png", lambda path: write_image(path, stack_sheets(triptych)))

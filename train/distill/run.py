@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,23 @@ from train.estimate import TrainingRun, estimate_that_fits, format_estimate
 from train.kept import KeptRun
 from train.loop import START_DIGEST, run_training
 from train.lora import StartLoRA, kept_scales, read_start, train_lora, warn_of_attention
+from train.metrics import check_mirrors
 from train.optim import warn_of_warmup
 from train.parallel import Ranks, start
 from train.state import TrainState
 from train.tensor_cache import key_of
 from train.trajectories import Trajectories, grid_through, sample_trajectories
-from train.validation import Samples, decode, panel_numbers, world_panel, write_pictures
+from train.validation import (
+    SHOWN,
+    ClipNumbers,
+    Pictures,
+    decode_clip,
+    measure_clip,
+    panel_numbers,
+    sheet_of,
+    world_panel,
+    write_panel,
+)
 from wan.errors import WanError
 from wan.files import expanded
 from wan.media.video import to_uint8, write_video
@@ -288,6 +298,7 @@ def distill(config: DistillConfig) -> int:
     torch.set_num_threads(config.threads)
     student_schedule(config)  # refuses a wrong list before anything is loaded
     config.data.check_source()
+    check_mirrors(config.loop)
     with start(config.parallel, config.device) as ranks:
         return run_distillation(config, ranks)
 
@@ -357,21 +368,42 @@ def make_validation(
     else:
         captions = first_captions(run.draw, config.validation_captions)
     captions *= 2  # two clips of each, which should differ
-    reference = teacher_panel(run, settings, vae, captions, folder, teacher_digest)
-    run.teacher_std = float(reference.latents.std())
+    finished = teacher_panel(run, settings, captions, folder, teacher_digest)
+    run.teacher_std = float(finished.std())
     if config.dmd_weight:
-        run.measure_teacher(captions, reference.latents)
-    write_clip = partial(write_mp4, fps=settings.defaults.fps)
+        run.measure_teacher(captions, finished)
+
+    def measure(number: int, latents: Tensor, video: Tensor) -> ClipNumbers:
+        stated = None if known is None else known[number % len(known)]
+        return measure_clip(latents, video, stated, number < SHOWN)
+
+    def measure_teacher(numbers: list[int]) -> list[ClipNumbers]:
+        return [measure(i, finished[i], decode_clip(vae, finished[i])) for i in numbers]
+
+    reference = run.ranks.spread(measure_teacher, range(len(captions)), 1)
 
     def validate(state: TrainState) -> dict[str, float]:
+        pictures = Pictures(folder / "samples", state.step)
+
+        def look(number: int, latents: Tensor) -> tuple[ClipNumbers, Tensor | None]:
+            video = decode_clip(vae, latents)
+            if number < SHOWN and run.ranks.leads_group:
+                frames, fps = to_uint8(video), settings.defaults.fps
+                pictures.write(f"{number}.mp4", lambda path: write_video(path, frames, fps))
+            first = latents.cpu().clone() if number == 0 else None
+            return measure(number, latents, video), first
+
         with state.averages["student"].in_place(student):
-            latents = run.sample_panel(captions, None)
-        samples = decode(vae, latents)
-        three = list(decode(vae, run.triptych(latents[:1], captions[0])).videos)
+            found = run.panel(captions, None, look)
+        samples = [numbers for numbers, _ in found]
+        first = found[0][1]
+        assert first is not None
+        three = run.triptych(first[None], captions[0])
         if run.ranks.is_main:
-            pictures = folder / "samples"
-            write_pictures(pictures, state.step, samples, reference, three, write_clip)
-        return panel_numbers(samples, reference, known)
+            sheets = [sheet_of(decode_clip(vae, latents)) for latents in three]
+            write_panel(pictures, samples, reference, sheets)
+        pictures.close(run.ranks)
+        return panel_numbers(samples, reference)
 
     return validate
 
@@ -386,30 +418,29 @@ def first_captions(draw: Callable[[int], Clips], count: int) -> list[str]:
     return captions[:count]
 
 
-def write_mp4(path: Path, video: Tensor, fps: float) -> None:
-    write_video(path, to_uint8(video), fps)
-
-
 def teacher_panel(
     run: Distillation,
     settings: PipelineConfig,
-    vae: WanVAE,
     captions: list[str],
     folder: Path,
     digest: str,
-) -> Samples:
-    """The teacher's samples of the validation captions: made once, and kept in the run's folder."""
+) -> Tensor:
+    """The teacher's samples of the validation captions: made once, and kept in the run's folder.
+
+    Returns:
+        latents (2V, C, T, H, W) float32, on the CPU.
+    """
     path = folder / "teacher_panel.safetensors"
     schedule = euler_schedule(run.config.validation_steps, settings.shift)
     scores = run.config.scores
     how = (digest, scores.guidance_scale, scores.negative_prompt, schedule.sigmas.tolist())
     key = key_of(*how, captions, list(run.shape))
     if run.ranks.first(run.ranks.is_main and is_panel(path, key)):
-        return decode(vae, read_checked(path)["latents"].to(run.device))
-    latents = run.sample_panel(captions, schedule)
+        return read_checked(path)["latents"]
+    latents = torch.stack(run.panel(captions, schedule, lambda i, clip: clip.cpu().clone()))
     if run.ranks.is_main:
-        write_checked(path, {"latents": latents.cpu()}, {"key": key})
-    return decode(vae, latents)
+        write_checked(path, {"latents": latents}, {"key": key})
+    return latents
 
 
 def is_panel(path: Path, key: str) -> bool:

@@ -16,7 +16,8 @@ from configs.training import FinetuneConfig
 LINE = CommandLine(
     FinetuneConfig,
     "finetune",
-    text_keys=(),
+    text_keys=("sample_negative_prompt",),
+    text_lists=("sample_prompts",),
     path_keys=("output_dir", "checkpoint", "lora.start", "data.cache_dir"),
     list_keys=("data.folder",),
     shortcuts=ATTENTION,

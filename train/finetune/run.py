@@ -1,7 +1,8 @@
 """Flow matching of a transformer on clips: the work of `train.finetune`."""
 
+import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from configs.training import FinetuneConfig
 from train.artefact import Artefacts, TrainedLoRA, TrainedModel
 from train.conditioning import Texts, check_trainable, transformer_digest
 from train.data import LatentCache, open_data
+from train.held_out import held_out_loss, hold_out, said_of
 from train.kept import KeptRun
 from train.loop import CLIPS, MODEL_DIGEST, run_training, step_generator
 from train.lora import StartLoRA, kept_scales, read_start, train_lora, warn_of_attention
 from train.losses import flow_matching_loss, sample_sigmas
+from train.metrics import check_mirrors
 from train.optim import (
     EMA,
     apply_gradients,
@@ -27,10 +30,12 @@ from train.optim import (
 )
 from train.parallel import Ranks, even_slices, start
 from train.rollout import sampler_velocity
+from train.samples import Sampler, open_sampler, sample_prompts, sampling_plan
 from train.state import TrainState
-from train.validation import read_clips, world_panel
+from train.validation import decode_clip, read_clip, shares, world_panel
 from wan.errors import WanError
 from wan.files import expanded, read_json
+from wan.miniature.detect import Score
 from wan.miniature.world import NUM_FRAMES, STAGE
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
@@ -177,17 +182,22 @@ def validate(
     side = STAGE // vae.config.spatial_stride
     shape = (vae.config.z_dim, vae.config.latent_frames(NUM_FRAMES), side, side)
 
-    def sample(numbers: list[int]) -> Tensor:
+    def found(numbers: list[int]) -> list[Score]:
         said = [captions[number].text for number in numbers]
         context, num_tokens = texts(said + [""] * len(said))
         condition, null = (Condition(part, num_tokens) for part in context.chunk(2))
         guidance, bfloat16 = config.validation_guidance, config.bfloat16
         velocity = sampler_velocity(dit, condition, null, guidance, bfloat16)
         x = draw_noise(shape, sample_generators(numbers, len(numbers))).to(texts.device)
-        return vae.decode_normalized(sample_euler(velocity, x, schedule), None).float()
+        latents = sample_euler(velocity, x, schedule)
+        return [
+            read_clip(decode_clip(vae, clip), captions[number])
+            for number, clip in zip(numbers, latents, strict=True)
+        ]
 
-    videos = ranks.spread(sample, range(len(captions)), chunk=32)
-    return read_clips(videos, captions, "val")
+    own = ranks.share(config.batch_size, config.gradient_accumulation)
+    at_once = (own.stop - own.start) // config.gradient_accumulation  # as in training
+    return shares(ranks.spread(found, range(len(captions)), at_once), "val")
 
 
 def artefacts_of(
@@ -219,6 +229,8 @@ def left_by(run: KeptRun) -> Artefacts:
 
 def finetune(config: FinetuneConfig) -> int:
     config.data.check_source()
+    check_mirrors(config.loop)
+    config = replace(config, sample_prompts=sample_prompts(config))  # as they are read now
     torch.set_num_threads(config.threads)
     with start(config.parallel, config.device) as ranks:
         return train(config, ranks)
@@ -235,6 +247,7 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
             "write over; choose another output_dir="
         )
     settings = read_settings(config, source)
+    plan = sampling_plan(config, settings) if config.sample_prompts else None
     with ranks.main_first():  # it may download
         start_from = read_start(config.lora, settings.transformer)
     if ranks.is_main:
@@ -246,6 +259,15 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
         cache, texts, vae = open_data(
             config.data, settings, source, ranks.device, config.max_text_tokens
         )
+    held: list[int] = []
+    if config.validation_clips:
+        cache, held = hold_out(cache, config.validation_clips)
+        if ranks.is_main:
+            print(said_of(cache, held), file=sys.stderr)
+    sampler: Sampler | None = None
+    if plan is not None:
+        shape = max(zip(cache.buckets, cache.shapes, strict=True), key=lambda of: len(of[0]))[1]
+        sampler = open_sampler(config, settings, source, plan, shape, ranks, vae)
     dit = build_dit(config, settings, source, ranks, start_from)
     half = torch.bfloat16 if config.bfloat16 else torch.float32
     dit.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
@@ -257,11 +279,30 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
     )
 
     def on_save(state: TrainState) -> dict[str, float]:
-        if not config.validation_captions or vae is None:
+        every, last = config.sample_every, state.step == config.loop.steps
+        sampling = sampler is not None and (not every or state.step % every == 0 or last)
+        samples: dict[str, dict[int, Tensor]] = {}
+        values: dict[str, float] = {}
+
+        def look(weights: str, prefix: str) -> None:
+            """Measure and sample the network as it is now."""
+            if held:
+                loss = held_out_loss(dit, texts, cache, held, config.bfloat16, ranks, prefix)
+                values.update(loss)
+            if sampling and sampler is not None:
+                samples[weights] = sampler.sample(dit)
+
+        if not (held or sampling or config.validation_captions):
             return {}
+        look("current", "val_loss")
         with average.in_place(dit):
-            values = validate(dit, texts, vae, config, ranks)
+            if config.ema_decay:  # at 0 the average is the current weights
+                look("ema", "val_loss_ema")
+            if config.validation_captions and vae is not None:
+                values.update(validate(dit, texts, vae, config, ranks))
             ranks.reshard(dit)
+        if sampling and sampler is not None:
+            sampler.write(folder / "samples", state.step, samples)
         return values
 
     train_step = make_train_step(dit, texts, cache, config, ranks)

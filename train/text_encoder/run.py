@@ -19,6 +19,7 @@ from configs.training import TextEncoderTrainConfig
 from train.artefact import Artefacts, Weights, export_part
 from train.kept import KeptRun
 from train.loop import run_training, step_generator
+from train.metrics import check_mirrors
 from train.optim import apply_gradients, learning_rate, make_optimizers, warn_of_warmup
 from train.parallel import ALONE
 from train.state import TrainState, load_trainable
@@ -441,6 +442,7 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     Raises:
         WanError: a gate was missed; the report and the weights are written all the same.
     """
+    check_mirrors(config.loop)
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     warn_of_warmup(config.loop.steps, config.warmup)

@@ -15,6 +15,7 @@ from train.artefact import Artefacts, Weights, export_part
 from train.conditioning import weights_digest
 from train.kept import KeptRun
 from train.loop import START_DIGEST, run_training, step_generator
+from train.metrics import check_mirrors
 from train.optim import (
     EMA,
     apply_gradients,
@@ -213,6 +214,7 @@ def left_by(run: KeptRun) -> Artefacts:
 
 
 def train_vae(config: VAETrainConfig) -> int:
+    check_mirrors(config.loop)
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     warn_of_warmup(config.loop.steps, config.warmup)
