@@ -4,10 +4,20 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from configs.schema import Options, check_device, check_prompt, count, option, positive, share
+from configs.schema import (
+    Options,
+    check_colour,
+    check_device,
+    check_prompt,
+    count,
+    option,
+    positive,
+    share,
+)
 from wan.errors import WanError
 
 Size = tuple[int, int, int]  # frames, height, width
+MAX_REPEATS = 10_000  # of a clip in an epoch
 # Which frames of a clip are used, under musubi-tuner's names.
 FRAMES = {
     "head": "takes its first frames",
@@ -28,7 +38,15 @@ class DataConfig(Options):
         "world (rendered miniature scenes) or folder (of train.preprocess)",
         choices=("world", "folder"),
     )
-    folder: str | None = option(None, "for folder: the output_dir of train.preprocess")
+    folder: list[str] | None = option(
+        None, "for folder: the output_dir of train.preprocess, or several as [a,b]"
+    )
+    weights: list[float] | None = option(
+        None,
+        "for several folders: how often clips of each come, as in [3,1]; none: by their samples, "
+        "as if they were one folder",
+        above=0,
+    )
     check_weights: bool = option(True, "refuse a folder made with another vae or text encoder")
     cache_dir: str = option("runs/cache", "for the world: encoded latents are kept here")
     num_clips: int = count(8192, "for the world: how many scenes are rendered and encoded")
@@ -37,9 +55,26 @@ class DataConfig(Options):
         1, "for the world: how often an epoch has each clip with a circling object, the hard motion"
     )
 
+    def __post_init__(self) -> None:
+        if isinstance(self.folder, str):
+            self.folder = [self.folder]
+        super().__post_init__()
+
     def check_source(self) -> None:
-        """Kind and folder fit. Not in `__post_init__`: literal paths are filled in after it."""
-        if (self.kind == "folder") != (self.folder is not None):
+        """Kind, folders and weights fit.
+
+        Not in `__post_init__`: literal paths are filled in after it.
+        """
+        if self.weights is not None and len(self.weights) != len(self.folder or []):
+            raise WanError(
+                f"data.weights={self.weights}: need one for each of the {len(self.folder or [])} "
+                "folders in data.folder="
+            )
+        if len(set(self.folder or [])) < len(self.folder or []):
+            raise WanError(
+                f"data.folder={self.folder}: none twice; data.weights= says how often each comes"
+            )
+        if (self.kind == "folder") != bool(self.folder):
             raise WanError(
                 f"data.kind={self.kind}, data.folder={self.folder}: data.kind=folder reads what "
                 "train.preprocess wrote into data.folder=, the world has no folder"
@@ -53,7 +88,8 @@ class PreprocessConfig(Options):
     clips: str | None = option(
         None,
         "a folder (name.mp4 beside name.txt), or a .jsonl, .csv or .json list of video, prompt; "
-        "also what musubi-tuner, FastVideo and Hugging Face's folders call them",
+        "also what musubi-tuner, FastVideo and Hugging Face's folders call them; or the dataset "
+        "file (.toml) of musubi-tuner or diffusion-pipe",
     )
     prompts: str | None = option(
         None, "a text file of further prompts, one per line; enough by itself if no clips are used"
@@ -83,15 +119,22 @@ class PreprocessConfig(Options):
     frame_samples: int | None = option(
         None, "for frames=uniform: how many samples of a clip", at_least=2
     )
+    image_background: list[int] | None = option(
+        None,
+        "red, green, blue (0 to 255) behind transparent pixels of pictures and videos; without it "
+        "such clips are set aside",
+        at_least=0,
+        at_most=255,
+    )
     max_crop: float = share(0.5, "set clips aside that lose more than this share of the picture")
     max_upscale: float = positive(1.5, "set clips aside that must be enlarged more than this")
     max_set_aside_share: float = share(0.05, "fail when more than this share is set aside")
     max_set_aside: int | None = option(
         None, "instead of the share: fail when more clips than this are set aside", at_least=0
     )
-    check_only: bool = option(False, "judge all clips and write the report, encode nothing")
+    check_only: bool = option(False, "judge all clips and write check.jsonl, encode nothing")
     verify: bool = option(False, "read all that is stored again, encode anew what is damaged")
-    shard_clips: int = count(32, "clips per file; a killed run loses at most this many")
+    shard_clips: int = count(32, "clips per file; a killed process loses at most this many")
     max_text_tokens: int = option(
         512,
         "captions are cut there; the report says which. Transformers read 512 tokens",
@@ -104,6 +147,7 @@ class PreprocessConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parsed_sizes()
+        check_colour("image_background", self.image_background)
         for name, reader in (("frame_stride", "slide"), ("frame_samples", "uniform")):
             value = getattr(self, name)
             if self.frames == reader and value is None:

@@ -191,6 +191,11 @@ def check_length(name: str, text: str) -> None:
         )
 
 
+def check_colour(name: str, colour: list[int] | None) -> None:
+    if colour is not None and len(colour) != 3:
+        raise WanError(f"{name}={colour}: need three numbers from 0 to 255")
+
+
 def check_filled(name: str, value: str) -> None:
     if not value:
         raise WanError(f"{name}= is empty: name a folder or a hub id")
@@ -492,9 +497,7 @@ class SampleConfig(LoadingConfig, PartsConfig):
         super().__post_init__()
         if self.prompt is not None and self.prompt_file is not None:
             raise WanError("prompt= and prompt_file=: give only one of them")
-        colour = self.image_background
-        if colour is not None and len(colour) != 3:
-            raise WanError(f"image_background={colour}: need three numbers from 0 to 255")
+        check_colour("image_background", self.image_background)
         check_sample_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
         for name in ("lora_strength", "lora_strength_2"):
             if not math.isfinite(getattr(self, name) or 0.0):

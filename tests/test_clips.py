@@ -352,6 +352,61 @@ def test_an_image_is_a_clip_of_one_frame(clips):
         read_clip(list_clips(clips)[1], rules(sizes=[(1, 32, 32)]), {})
 
 
+CODECS = {"webm": ("libvpx-vp9", "yuva420p"), "mov": ("prores_ks", "yuva444p10le")}
+
+
+def write_transparent(path, alpha):
+    """Five frames, or one: a wall of (200, 100, 50) whose upper half has some opacity."""
+    pixels = np.empty((32, 32, 4), np.uint8)
+    pixels[...], pixels[:16, :, 3] = (200, 100, 50, 255), alpha
+    if path.suffix[1:] in CODECS:
+        codec, pixel_format = CODECS[path.suffix[1:]]
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=8)
+            stream.height = stream.width = 32
+            stream.pix_fmt = pixel_format
+            for i in range(5):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgba")
+                frame.pts, frame.time_base = i, Fraction(1, 8)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return
+    frames = [Image.fromarray(pixels) for _ in range(5)]
+    for i, frame in enumerate(frames):  # a GIF leaves out frames that are as the one before
+        frame.putpixel((i, 31), (255, 255, 255, 255))
+    animated = {"save_all": True, "append_images": frames[1:], "duration": 125, "disposal": 2}
+    frames[0].save(path, **(animated if path.stem == "animated" else {}))
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.mov", "animated.gif", "a.gif", "a.png", "a.webp"])
+def test_transparency_is_one_rule_for_videos_and_pictures(clips, name):
+    path = clips / name
+    path.with_suffix(".txt").write_text("a wall")
+    length = 5 if path.suffix in (".webm", ".mov") or path.stem == "animated" else 1
+    every = rules(sizes=[(length, 32, 32)], fps=8.3 if length > 1 and name.endswith("gif") else 8.0)
+    write_transparent(path, 0)
+    (clip,) = list_clips(clips)
+    (clips / "l.csv").write_text(f"video,prompt\n{name},a wall\n")
+    (listed,) = list_clips(clips / "l.csv")
+    assert clip.path == listed.path
+    with pytest.raises(WanError) as refused:
+        judge_clip(clip, every, {})
+    text = refused.value.on_command_line
+    assert "has transparent pixels; say what lies behind them, such as white with " in text
+    assert "image_background=[255,255,255], or save it without transparency" in text
+    behind = replace(every, image_background=[0, 0, 255])
+    facts: dict = {}
+    (video,) = read_samples(clip, judge_clip(clip, behind, facts), facts, [0, 0, 255])
+    assert video.shape[1] == length
+    shown = (video[:, 0, 4, 16] + 1) * 127.5, (video[:, -1, 28, 16] + 1) * 127.5
+    for seen, colour in zip(shown, [(0, 0, 255), (200, 100, 50)], strict=True):
+        assert (seen - torch.tensor(colour)).abs().max() < 12
+    write_transparent(path, 255)
+    for rule in (every, behind):
+        opaque = read_clip(clip, rule, {})
+        assert ((opaque[:, 0, 4, 16] + 1) * 127.5 - torch.tensor([200, 100, 50])).abs().max() < 12
+
+
 def test_captions_come_from_text_files_or_a_list(clips, tmp_path):
     make_clip(clips / "b.mp4", caption="  a wall \n")
     make_clip(clips / "a.mp4", caption=None)
@@ -375,6 +430,7 @@ def test_captions_come_from_text_files_or_a_list(clips, tmp_path):
         ("metadata.jsonl", '{"file_name": "a.mp4", "text": "a fox"}'),
         ("videos2caption.json", '[{"path": "a.mp4", "cap": ["a fox"], "fps": 8.0}]'),
         ("videos2caption.json", '[{"path": "a.mp4", "cap": "a fox"}]'),
+        ("captions.json", '{"a.mp4": ["a fox"]}'),
     ],
 )
 @pytest.mark.parametrize("where", [".", "videos"])
@@ -391,6 +447,31 @@ def test_lists_of_other_trainers_are_read(tmp_path, name, text, where):
 def test_a_clip_with_several_captions_comes_with_each(tmp_path):
     (tmp_path / "l.json").write_text('[{"path": "a.mp4", "cap": ["one", "two"]}]')
     assert [clip.caption for clip in list_clips(tmp_path / "l.json")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "repeats"),
+    [
+        ("l.jsonl", '{"video": "a.mp4", "prompt": "x", "repeats": 3}', 3),
+        ("l.jsonl", '{"video_path": "a.mp4", "caption": "x", "num_repeats": 2}', 2),
+        ("l.csv", "video,prompt,repeats\na.mp4,x,4\n", 4),
+        ("l.csv", "video,prompt,repeats\na.mp4,x,\n", 1),
+        ("l.csv", "video,prompt,repeats\na.mp4,x,0.5\n", "line 2: repeats='0.5': must be a whole"),
+        (
+            "l.jsonl",
+            '{"video": "a.mp4", "prompt": "x", "repeats": 0}',
+            "repeats=0: must be a whole",
+        ),
+        ("l.jsonl", '{"video": "a.mp4", "repeats": 1, "num_repeats": 2}', "are the same; give one"),
+    ],
+)
+def test_a_list_may_say_how_often_a_clip_comes(tmp_path, name, text, repeats):
+    (tmp_path / name).write_text(text)
+    if isinstance(repeats, int):
+        assert [clip.repeats for clip in list_clips(tmp_path / name)] == [repeats]
+    else:
+        with pytest.raises(WanError, match=repeats):
+            list_clips(tmp_path / name)
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

@@ -1,10 +1,11 @@
 import random
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
 
-from train.data import LatentCache, world_cache
+from train.data import FINEST, LatentCache, whole_shares, world_cache
 from wan.errors import WanError
 from wan.miniature.world import sample_scene, scene_rng
 from wan.models.vae import VAEConfig, WanVAE
@@ -145,8 +146,78 @@ def test_a_bucket_that_no_clip_is_in_is_left_out():
     assert cache.batch(0, 2, seed=0)[0].shape == (2, 1, 1, 1, 1)
 
 
+def of_folders(weights, counts=(6, 3), repeats=1, wide=()):
+    """A cache of two folders; some of its clips are of another shape."""
+    total = sum(counts)
+    latents = [torch.full((1, 1, 1, 1 + (i in wide)), float(i)) for i in range(total)]
+    buckets = [[n for n in range(total) if (n in wide) == is_wide] for is_wide in (False, True)]
+    buckets[0] += [0] * (repeats - 1)
+    return LatentCache(
+        latents,
+        lambda index, rng: str(index),
+        shapes=[(1, 1, 1, 1), (1, 1, 1, 2)],
+        buckets=buckets,
+        captions=[*range(total), *[0] * (repeats - 1)],
+        folder_of=[0] * counts[0] + [1] * counts[1],
+        weights=weights,
+    )
+
+
+@pytest.mark.parametrize(("weights", "wide"), [([3, 1], ()), ([0.3, 0.1], ()), ([3, 1], (0, 1, 8))])
+def test_folders_come_by_their_weights_and_each_shows_its_clips_equally_often(weights, wide):
+    cache = of_folders(weights, wide=wide)
+    steps = 24  # of 3 clips: 54 of the first folder and 18 of the second
+    batches = [cache.batch(step, 3, seed=5) for step in range(steps)]
+    seen = Counter(text for _, texts in batches for text in texts)
+    assert {seen[str(i)] for i in range(6)} == {9}
+    assert {seen[str(i)] for i in range(6, 9)} == {6}
+    assert torch.equal(of_folders(weights, wide=wide).batch(7, 3, seed=5)[0], batches[7][0])
+    mixed = [len({int(text) < 6 for text in texts}) for _, texts in batches]
+    assert set(mixed) == {1, 2}  # folders are mixed within batches
+    said = Counter(text for step in range(steps) for text in cache.prompts(step, 3, seed=5))
+    assert said == seen if not wide else sum(said[str(i)] for i in range(6)) == 54
+
+
+def test_without_weights_several_folders_are_as_one():
+    one = of_folders([])
+    whole = LatentCache(one.latents, one.caption_of)
+    for step in range(6):
+        assert one.batch(step, 4, seed=2)[1] == whole.batch(step, 4, seed=2)[1]
+        assert one.prompts(step, 4, seed=2) == whole.prompts(step, 4, seed=2)
+
+
+def test_a_clip_that_is_repeated_comes_so_often_in_an_epoch_with_its_caption():
+    cache = of_folders([1, 1], counts=(2, 4), repeats=3)
+    seen = Counter(text for step in range(8) for text in cache.batch(step, 4, seed=0)[1])
+    assert seen == {"0": 12, "1": 4} | dict.fromkeys("2345", 4)
+    said = Counter(text for step in range(8) for text in cache.prompts(step, 4, seed=0))
+    assert said == seen
+
+
+def test_shares_of_large_folders_stay_small_numbers():
+    shares = whole_shares([Fraction(3) * 9973 / 10007, Fraction(3) * 34 / 10007, Fraction(1)])
+    assert sum(shares) <= FINEST + 1
+    assert shares[0] / shares[2] == pytest.approx(3 * 9973 / 10007, rel=1e-3)
+    assert whole_shares([Fraction(1, 4), Fraction(3, 4)]) == (1, 3)
+
+
+def test_a_weight_of_a_folder_without_clips_is_refused():
+    cache = LatentCache(
+        torch.zeros(1, 1, 1, 1, 1),
+        lambda i, rng: "",
+        captions=[0, 1],
+        folder_of=[0, 1],
+        weights=[1, 1],
+    )
+    with pytest.raises(WanError, match="number 2 of them has prompts only"):
+        cache.batch(0, 1, seed=0)
+    assert len(cache.prompts(0, 2, seed=0)) == 2
+
+
 def test_prompts_without_clips_come_in_epochs_too():
-    cache = LatentCache([], lambda index, rng: str(index), shapes=[(1, 2, 3, 4)], num_captions=6)
+    cache = LatentCache(
+        [], lambda index, rng: str(index), shapes=[(1, 2, 3, 4)], captions=[*range(6)]
+    )
     texts = [text for step in range(3) for text in cache.prompts(step, 4, seed=0)]
     assert sorted(texts[:6]) == sorted(texts[6:]) == [str(i) for i in range(6)]
     with pytest.raises(WanError, match="prompts only"):

@@ -2,41 +2,58 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
+import time
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import test_clips
 import torch
+import torch.multiprocessing as mp
 from PIL import Image
 from test_clips import damage, make_clip
 from test_data import TINY
+from test_parallel import free_ports
 
 import train.data
 import train.preprocess.run
-from configs.cli import compose_runs
+from configs.cli import USER_ERROR, compose_runs
 from configs.command_line import CommandLine
 from configs.data import DataConfig, PreprocessConfig, parse_size
+from configs.progress import Steps
+from configs.start import interrupt_from_now_on
 from configs.training import FinetuneConfig, LoopConfig
 from train.conditioning import component_digests
 from train.data import folder_cache, open_data
+from train.finetune.__main__ import LINE
 from train.finetune.run import finetune
 from train.preprocess.run import preprocess
 from train.tensor_cache import TensorStore, open_to_read
-from train.vae.run import export
 from wan.errors import WanError
 from wan.files import read_sealed, remove_leftovers, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.vae import WanVAE
+from wan.pipeline.parts import vae_levels
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import sha256_file
 from wan.weights.hub import STUDENT
 from wan.weights.load import load_state
 from wan.weights.safetensors_file import map_tensors, read_header, write_tensors
+from wan.weights.save import save_component
 
 clips = test_clips.clips
+
+
+def export(vae, folder):
+    save_component(vae.state_dict(), folder, "vae", vae_levels=vae_levels(vae.config))
+    write_json(folder / "config.json", vae.config.to_json())
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +199,27 @@ def test_too_many_bad_clips_fail_the_run(clips, tmp_path, model):
     for name in ("a", "b"):
         make_clip(clips / f"{name}.mp4", caption=None)
     make_clip(clips / "c.mp4")
-    with pytest.raises(WanError, match=r"1 of the first 1 clips \(3 in all\).*0 may be"):
+    make_clip(clips / "d.mp4", caption=None, frames=3, fps=4)
+    with pytest.raises(WanError) as refused:  # by all reasons, and before anything is encoded
         preprocess(settings(tmp_path, model))
-    with pytest.raises(WanError, match="2 of the first 2 clips"):
+    for part in (
+        "3 of 4 clips are set aside, 0 may be",
+        "check_only=true judges them",
+        "a.mp4, b.mp4: its caption is missing",
+        "d.mp4: its caption is missing; write one sentence into a .txt file of its name beside it; "
+        "4 frames per second, fewer than fps=8; fits no size (5x32x32: has 3 frames at 8 fps)",
+    ):
+        assert part in str(refused.value)
+    assert len(report(tmp_path, "check.jsonl")) == 4
+    assert not list((tmp_path / "data").glob("latents-*"))
+    (clips / "d.mp4").unlink()
+    with pytest.raises(WanError, match="2 of 3 clips"):
         preprocess(settings(tmp_path, model, max_set_aside_share=0.34))
     with pytest.raises(WanError, match=r"did not finish|has not finished"):
         folder_cache(tmp_path / "data", None)
     assert preprocess(settings(tmp_path, model, max_set_aside_share=0.67)) == 0
     (clips / "c.mp4").unlink()
-    with pytest.raises(WanError, match="2 of the first 2 clips"):  # nothing is left
+    with pytest.raises(WanError, match="2 of 2 clips"):  # nothing is left
         preprocess(settings(tmp_path, model, max_set_aside=9))
 
 
@@ -198,7 +227,7 @@ def test_check_only_judges_all_and_changes_nothing_else(clips, tmp_path, model):
     make_clip(clips / "a.mp4", caption=None)
     make_clip(clips / "b.mp4")
     make_clip(clips / "c.mp4", frames=2)
-    with pytest.raises(WanError, match="2 of the first 3 clips"):
+    with pytest.raises(WanError, match=r"2 of 3 clips .*check\.jsonl has a line for each\."):
         preprocess(settings(tmp_path, model, check_only=True))
     verdicts = [row["verdict"] for row in report(tmp_path, "check.jsonl").values()]
     assert verdicts == ["set aside", "ok", "set aside"]
@@ -228,7 +257,7 @@ def test_a_run_that_fails_leaves_a_finished_folder_as_it_was(clips, tmp_path, mo
     preprocess(settings(tmp_path, model))
     digest = folder_cache(tmp_path / "data", None).digest
     make_clip(clips / "b.mp4", caption=None)
-    with pytest.raises(WanError, match=r"all reasons are in .*/data/check\.jsonl"):
+    with pytest.raises(WanError, match=r"/data/check\.jsonl has a line for each"):
         preprocess(settings(tmp_path, model))
     assert folder_cache(tmp_path / "data", None).digest == digest
     assert "caption is missing" in report(tmp_path, "check.jsonl")["b.mp4"]["reason"]
@@ -280,6 +309,90 @@ def test_a_killed_run_goes_on_after_its_last_shard(clips, tmp_path, model, monke
     assert preprocess(config) == 0
     assert len(encoded) == 1
     assert "another wall" in folder_cache(tmp_path / "data", None).batch(0, 6, seed=0)[1]
+
+
+def run_process(rank, config, killed, ports):
+    """One of two processes: a whole run, a refused one, and one in which the second is killed."""
+    torch.set_num_threads(1)
+    interrupt_from_now_on()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+    root = Path(config.output_dir).parent
+    bars = []
+
+    class Counted(Steps):
+        def __init__(self, what, total, done=0, quiet=False):
+            super().__init__(what, total, done, quiet)
+            bars.append(self)
+
+    train.preprocess.run.Steps = Counted
+    with (
+        (root / f"said by {rank}").open("w") as said,
+        redirect_stderr(said),
+        redirect_stdout(said),
+    ):
+        assert preprocess(config) == 0
+        if rank:
+            assert all(bar.quiet for bar in bars)
+        else:  # of five clips this process has encoded three
+            assert [bar.done for bar in bars] == [bar.total for bar in bars] == [6, 5, 6]
+        os.environ["MASTER_PORT"] = str(ports[1])
+        if rank:
+            assert preprocess(replace(killed, max_set_aside=0)) == USER_ERROR
+        else:  # only the main process says why
+            with pytest.raises(WanError, match="1 of 6 clips"):
+                preprocess(replace(killed, max_set_aside=0))
+    encode, encoded = train.data.encode_float16, []
+
+    def killed_or_stopped(vae, video, chunk=None):
+        if rank:
+            while not (root / "waits").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if encoded:
+            (root / "waits").touch()
+            signal.pause()  # until SIGTERM comes, as torchrun sends it to those that are left
+        encoded.append(video)
+        return encode(vae, video, chunk)
+
+    train.preprocess.run.encode_float16 = killed_or_stopped
+    os.environ["MASTER_PORT"] = str(ports[2])
+    preprocess(killed)
+
+
+def test_two_processes_share_the_clips_and_make_the_folder_of_one(
+    clips, tmp_path, model, monkeypatch
+):
+    for i in range(5):
+        make_clip(clips / f"{i}.mp4", caption=f"wall {i}", seed=i, frames=5 + 5 * (i == 1))
+    make_clip(clips / "mute.mp4", caption=None)
+    one = settings(tmp_path, model, max_set_aside=1, frames="chunk")
+    preprocess(one)
+    two, killed = (replace(one, output_dir=str(tmp_path / name)) for name in ("two", "killed"))
+    arguments = (two, killed, free_ports(3))
+    # Forked, as a process that starts anew loads PyTorch for seconds.
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        mp.start_processes(run_process, arguments, nprocs=2, start_method="fork")
+
+    def content(name):
+        made = folder_cache(tmp_path / name, component_digests(model))
+        lines = (tmp_path / name / "report.jsonl").read_text()
+        return made.digest, lines, [made.latents[i].tolist() for i in range(len(made))]
+
+    assert content("two") == content("data")
+    assert (tmp_path / "said by 1").read_text() == ""
+    assert "5 clips in 6 samples" in (tmp_path / "said by 0").read_text()
+
+    encoded = []
+
+    def count(vae, video, chunk=None):
+        encoded.append(video)
+        return train.data.encode_float16(vae, video, chunk)
+
+    monkeypatch.setattr(train.preprocess.run, "encode_float16", count)
+    preprocess(killed)
+    assert len(encoded) == 6 - 1  # what was ready where the signal came was stored
+    assert content("killed") == content("data")
 
 
 def test_damage_after_writing_is_noticed_and_can_be_repaired(clips, tmp_path, model, capsys):
@@ -408,6 +521,27 @@ def test_another_recipe_or_model_needs_another_folder(clips, tmp_path, model, mo
         folder_cache(tmp_path / "data", {**digests, "text_encoder": "0"})
 
 
+def test_a_background_is_told_by_the_command_and_is_a_setting_of_the_folder(clips, tmp_path, model):
+    make_clip(clips / "a.mp4")
+    picture = Image.new("RGBA", (32, 32), (200, 100, 50, 0))
+    picture.save(clips / "b.png")
+    (clips / "b.txt").write_text("nothing")
+    config = settings(tmp_path, model, sizes=["5x32x32", "1x32x32"])
+    with pytest.raises(
+        WanError, match=r"image b\.png: has .* white with image_background=\[255,255"
+    ):
+        preprocess(config)
+    preprocess(replace(config, max_set_aside=1))
+    assert "image_background" not in read_sealed(tmp_path / "data/index.json")["identity"]
+    white = replace(config, image_background=[255, 255, 255])
+    with pytest.raises(WanError, match=r"image_background: None there, \[255, 255, 255\] now"):
+        preprocess(white)
+    preprocess(replace(white, output_dir=str(tmp_path / "white")))
+    assert len(folder_cache(tmp_path / "white", None)) == 2
+    with pytest.raises(WanError, match=r"image_background: \[255, 255, 255\] there, None now"):
+        preprocess(replace(config, output_dir=str(tmp_path / "white"), max_set_aside=1))
+
+
 def test_prompts_alone_are_enough_and_stored_as_encoded(tmp_path, model):
     (tmp_path / "prompts.txt").write_text("a red circle\n\n ein Kreis, {rot} \n")
     config = settings(
@@ -472,7 +606,7 @@ def test_sizes_are_those_that_the_checkpoints_transformer_takes(clips, tmp_path,
 
 
 def test_options_are_taken_as_typed():
-    line = CommandLine(PreprocessConfig, "preprocess", ("negative_prompt",), ("clips",))
+    line = CommandLine(PreprocessConfig, "preprocess", ("negative_prompt",), path_keys=("clips",))
     tokens = ["sizes=[121x704x1280,1x704x1280]", "negative_prompt=${x}, 'a'", "clips=a,b"]
     (run,) = compose_runs(line, tokens)
     assert run.config.parsed_sizes() == [(121, 704, 1280), (1, 704, 1280)]
@@ -534,8 +668,98 @@ def test_training_on_a_folder_resumes_in_the_middle_of_an_epoch(
         for run in ("straight", "halves")
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
-    # Other data under the same name is noticed.
+    # Other data under the same name is noticed, and said by what differs.
     (clips / "0.txt").write_text("another caption")
-    preprocess(settings(tmp_path, model, sizes=["5x32x32", "5x32x64"]))
-    with pytest.raises(WanError, match="data_digest"):
+    again = settings(tmp_path, model, sizes=["5x32x32", "5x32x64"])
+    preprocess(again)
+    with pytest.raises(WanError, match=r"\(\S*data: other captions\)"):
         finetune(halves)
+    (clips / "0.txt").write_text("wall 0")
+    make_clip(clips / "more.mp4", size=(32, 64), seed=9)
+    preprocess(again)
+    changes = (
+        r"samples: 4 there, 5 now; \S*data: clips: 4 there, 5 now; \S*data: samples by size: 3"
+    )
+    with pytest.raises(WanError, match=changes):
+        finetune(halves)
+    data = config.data
+    both = replace(data, folder=[*data.folder, str(tmp_path / "other")])
+    retimed = replace(
+        again, output_dir=both.folder[1], retime=True, sizes=["5x32x32"], max_set_aside=9
+    )
+    preprocess(retimed)
+    with pytest.raises(WanError, match=r"data\.folder: 1 of them there, 2 now"):
+        finetune(replace(halves, data=both))
+    with pytest.raises(WanError, match=r"other: sizes: \['5x32x32', .* now; .*retime: False there"):
+        finetune(replace(halves, data=replace(data, folder=both.folder[1:])))
+
+
+def test_several_folders_are_one_data_set_if_they_go_together(clips, tmp_path, model):
+    for i in range(3):
+        make_clip(clips / f"{i}.mp4", caption=f"wall {i}", seed=i)
+    preprocess(settings(tmp_path, model))
+    for path in clips.iterdir():
+        path.unlink()
+    make_clip(clips / "a.mp4", caption="a", seed=7)
+    make_clip(clips / "wide.mp4", size=(32, 64), caption="wide", seed=8)
+    (tmp_path / "prompts.txt").write_text("a prompt")
+    other = settings(
+        tmp_path,
+        model,
+        output_dir=str(tmp_path / "other"),
+        sizes=["5x32x64", "5x32x32"],
+        prompts=str(tmp_path / "prompts.txt"),
+    )
+    preprocess(other)
+    folders = [tmp_path / "data", tmp_path / "other"]
+    cache = folder_cache(folders, component_digests(model), [1, 2])
+    assert cache.shapes == [(2, 2, 2, 2), (2, 2, 2, 4)]
+    assert cache.buckets == [[0, 1, 2, 3], [4]]
+    seen = Counter(text for step in range(18) for text in cache.batch(step, 1, seed=0)[1])
+    assert seen == {"wall 0": 2, "wall 1": 2, "wall 2": 2, "a": 6, "wide": 6}
+    assert len(cache.tokens_of(["wall 0", "wide", "a prompt", ""])) == 4
+    digests = {folder_cache(order, None).digest for order in (folders, folders[::-1], folders[0])}
+    assert len(digests) == 3
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(model, elsewhere, ignore=shutil.ignore_patterns("vae"))
+    export(WanVAE(replace(TINY, z_dim=3)), elsewhere / "vae")
+    preprocess(replace(other, checkpoint=str(elsewhere), output_dir=str(tmp_path / "third")))
+    with pytest.raises(WanError, match=r"channels of latents: \[2\] and \[3\]; another vae"):
+        folder_cache([*folders, tmp_path / "third"], None)
+
+
+def test_repeats_change_how_often_a_clip_comes_and_nothing_that_is_encoded(
+    clips, tmp_path, model, monkeypatch
+):
+    make_clip(clips / "a.mp4", caption="a")
+    make_clip(clips / "b.mp4", caption="b", seed=1)
+    preprocess(settings(tmp_path, model))
+    digest = folder_cache(tmp_path / "data", None).digest
+    rows = [{"video": "a.mp4", "prompt": "a", "repeats": 3}, {"video": "b.mp4", "prompt": "b"}]
+    (clips / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(train.preprocess.run, "encode_float16", None)
+    preprocess(settings(tmp_path, model, clips=str(clips / "l.jsonl")))
+    cache = folder_cache(tmp_path / "data", None)
+    assert Counter(cache.batch(0, 8, seed=0)[1]) == Counter(a=6, b=2)
+    assert cache.digest != digest
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [1]}, r"data.weights=\[1.*\]: need one for each of the 2 folders"),
+        ({"weights": [1, 0]}, "data.weights=0.*: must be a number above 0"),
+        ({"folder": ["a", "a"]}, "none twice"),
+    ],
+)
+def test_folders_and_weights_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(WanError, match=message):
+        DataConfig(**{"kind": "folder", "folder": ["a", "b"]} | options).check_source()
+
+
+def test_folders_are_typed_as_one_or_as_a_list():
+    line = ["data.kind=folder", "data.folder=[a,b c]", "data.weights=[3,0.5]"]
+    (run,) = compose_runs(LINE, line)
+    assert (run.config.data.folder, run.config.data.weights) == (["a", "b c"], [3, 0.5])
+    (run,) = compose_runs(LINE, ["data.folder=${runs}/a"])
+    assert run.config.data.folder == ["${runs}/a"]

@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,12 +27,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.data import Size
+from configs.data import MAX_REPEATS, Size
 from configs.schema import PICTURES, check_text
 from wan.errors import WanError
 from wan.files import parse_json, parse_json_list, read_text
-from wan.media.images import load_image
-from wan.media.video import Frames, open_video, rgb_frame, to_uint8, video_info
+from wan.media.images import check_background, is_still, load_image
+from wan.media.video import (
+    Frames,
+    decoded_frames,
+    is_transparent,
+    open_video,
+    rgb_frame,
+    to_uint8,
+    video_info,
+)
+from wan.settings import is_of
 
 # How files become frames. Raise it when this file or wan/media changes what they give.
 # 1 read files without a colour tag as BT.709, and took the size with most pixels; 2 reads BT.601,
@@ -49,8 +59,9 @@ SPELLINGS = {
 ROW = 'video and prompt, as in {"video": "fox.mp4", "prompt": "a fox runs"}'
 LISTS = (".jsonl", ".csv", ".json")
 # The lists that others lay into a folder of clips.
-INSIDE = ("metadata.jsonl", "metadata.csv", "videos2caption.json")
-VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+INSIDE = ("metadata.jsonl", "metadata.csv", "videos2caption.json", "captions.json")
+REPEATS = ("repeats", "num_repeats")  # fields of a list
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
 SAME_RATE = 0.01  # 23.976 stands for 24
 SAME_SHAPE = 0.01  # scaling to even widths leaves pixels of 1280/1281
@@ -63,11 +74,13 @@ class Clip:
     Attributes:
         name: its name in the report.
         caption: or the text file that it is read from.
+        repeats: how often it comes in an epoch.
     """
 
     name: str
     path: Path
     caption: str | Path
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class ClipRules:
     frames: str = "head"
     frame_stride: int | None = None
     frame_samples: int | None = None
+    image_background: list[int] | None = None
 
 
 def list_clips(source: Path) -> list[Clip]:
@@ -102,7 +116,13 @@ def list_clips(source: Path) -> list[Clip]:
     elif source.suffix in LISTS:
         clips = listed_clips(source)
     else:
-        raise WanError(f"clips={source}: give a folder, or a list ({', '.join(LISTS)})")
+        endings = ", ".join((*LISTS, ".toml"))
+        raise WanError(f"clips={source}: give a folder, or a list ({endings})")
+    return checked(clips, source)
+
+
+def checked(clips: list[Clip], source: Path) -> list[Clip]:
+    """The clips of a source, if there are any and a report can hold their names."""
     if not clips:
         raise WanError(f"clips={source}: no clips there ({', '.join(VIDEOS + PICTURES)})")
     for clip in clips:
@@ -110,11 +130,22 @@ def list_clips(source: Path) -> list[Clip]:
     return clips
 
 
-def folder_clips(folder: Path) -> list[Clip]:
-    """Videos and pictures of a folder; files that are neither nor a caption are named on stderr."""
+def folder_clips(
+    folder: Path,
+    endings: tuple[str, ...] = VIDEOS + PICTURES,
+    caption: str = ".txt",
+    pattern: str = "**/*",
+) -> list[Clip]:
+    """Videos and pictures of a folder; files that are neither nor a caption are named on stderr.
+
+    Args:
+        endings: of the files that are clips.
+        caption: the ending of the text files beside them.
+        pattern: of the files that are looked at; by default those of subfolders too.
+    """
     found = sorted(
         path
-        for path in folder.rglob("*")
+        for path in folder.glob(pattern)
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if links := [path for path in found if path.is_symlink() and path.is_dir()]:
@@ -123,12 +154,12 @@ def folder_clips(folder: Path) -> list[Clip]:
             "the folder there or give a list of clips"
         )
     there = set(found)
-    texts = {composed(path): path for path in found if path.suffix == ".txt"}
+    texts = {composed(path): path for path in found if path.name.endswith(caption)}
     clips: list[Clip] = []
     used: set[Path] = set()
     for path in found:
-        if path.suffix.lower() in VIDEOS + PICTURES:
-            beside = path.with_suffix(".txt")
+        if path.suffix.lower() in endings:
+            beside = path.with_name(path.stem + caption)
             text = beside if beside in there else texts.get(composed(beside), beside)
             clips.append(Clip(path.relative_to(folder).as_posix(), path, text))
             used |= {path, text}
@@ -168,9 +199,10 @@ def listed_clips(source: Path) -> list[Clip]:
     clips = []
     for where, row in list_rows(source):
         name, captions = list_entry(row, f"{source}, {where}")
+        repeats = entry_repeats(row, f"{source}, {where}")
         paths = [find_path(folder / name, seen) for folder in folders]
         path = next(filter(os.path.exists, paths), source.parent / name)
-        clips += [Clip(name, path, caption) for caption in captions]
+        clips += [Clip(name, path, caption, repeats) for caption in captions]
     return clips
 
 
@@ -198,7 +230,15 @@ def list_rows(path: Path) -> list[tuple[str, Any]]:
     if path.suffix == ".csv":
         return csv_rows(path, text)
     if path.suffix == ".json":
-        entries = parse_json_list(text, str(path), f"need an array of {ROW}")
+        advice = f"need an array of {ROW}, or lists of captions by file name"
+        entries: list[Any]
+        if text.lstrip().startswith("{"):
+            by_name = parse_json(text, str(path), advice)
+            if not all(isinstance(captions, list) for captions in by_name.values()):
+                raise WanError(f"{path}: its JSON is not an array; {advice}")
+            entries = [{"file_name": name, "text": said} for name, said in by_name.items()]
+        else:
+            entries = parse_json_list(text, str(path), advice)
         return [(f"entry {number}", entry) for number, entry in enumerate(entries, 1)]
     lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [(at, parse_json(line, f"{path}, {at}", f"need {ROW}")) for at, line in lines]
@@ -246,6 +286,26 @@ def list_entry(row: Any, where: str) -> tuple[str, list[str]]:
     return row[names[0]], captions if isinstance(captions, list) else [captions]
 
 
+def entry_repeats(row: dict[str, Any], where: str) -> int:
+    """How often a clip comes in an epoch, as one entry of a list has it; 1 if it does not say."""
+    given = {name: row[name] for name in REPEATS if row.get(name) not in (None, "")}
+    if len(given) > 1:
+        raise WanError(f"{where}: {' and '.join(given)} are the same; give one of them")
+    for name, value in given.items():
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        check_repeats(f"{where}: {name}", number)
+        return number
+    return 1
+
+
+def check_repeats(name: str, value: Any) -> None:
+    if not (is_of(int, value) and 1 <= value <= MAX_REPEATS):
+        raise WanError(
+            f"{name}={value!r}: must be a whole number from 1 to {MAX_REPEATS}; for fractions, "
+            "encode the clips into several folders and give data.weights= in training"
+        )
+
+
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not empty."""
     prompts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
@@ -262,7 +322,7 @@ def read_caption(clip: Clip) -> str:
     """
     caption, where = clip.caption, "as its prompt"
     if isinstance(caption, Path):
-        where = f"into {caption.name}"
+        where = f"into a {caption.suffix} file of its name beside it"
         caption = read_text(caption) if caption.is_file() else ""
     if not isinstance(caption, str) or not caption.strip():
         raise WanError(f"its caption is missing; write one sentence {where}")
@@ -280,27 +340,52 @@ def judge_clip(clip: Clip, rules: ClipRules, facts: dict[str, Any]) -> list[list
         For each sample the numbers of its frames, counted in the file from 0.
 
     Raises:
-        WanError: the clip is refused; says why.
+        WanError: the clip is refused; gives all reasons.
         OSError: it can't be read.
     """
-    if clip.path.suffix.lower() in PICTURES:
-        _, height, width = load_image(clip.path).shape
+    reasons: list[str] = []
+    if is_picture(clip.path):
+        _, height, width = load_image(clip.path, rules.image_background).shape
         facts.update(decoded_frames=1, height=height, width=width)
         numbers, retimed = [0], False
     else:
-        if flaws := scan_video(clip.path, facts):
-            raise WanError(flaws[0])
-        check_rate(facts["fps"], rules, facts)
+        reasons += scan_video(clip.path, facts, rules.image_background)
+        with noted(reasons):
+            check_rate(facts["fps"], rules, facts)
         numbers = frame_numbers(facts["decoded_frames"], facts["fps"], rules)
-        retimed = facts["retimed_to"] is not None
+        retimed = bool(facts.get("retimed_to"))
     found = (len(numbers), facts["height"], facts["width"])
-    size = best_size(found, rules, facts, retimed)
+    size = rules.sizes[0]
+    with noted(reasons):
+        size = best_size(found, rules, facts, retimed)
+    if reasons:
+        raise WanError("; ".join(reasons))
     facts["size"] = "x".join(map(str, size))
     starts = sample_starts(len(numbers), size[0], rules)
     return [numbers[start : start + size[0]] for start in starts]
 
 
-def read_samples(clip: Clip, samples: list[list[int]], facts: dict[str, Any]) -> Iterator[Tensor]:
+@contextmanager
+def noted(reasons: list[str]) -> Iterator[None]:
+    """Add what a `WanError` says to the reasons, and go on behind the block."""
+    try:
+        yield
+    except WanError as error:
+        reasons.append(error.on_command_line)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a clip is a still picture; a GIF may be either."""
+    ending = path.suffix.lower()
+    return ending in PICTURES or (ending == ".gif" and is_still(path))
+
+
+def read_samples(
+    clip: Clip,
+    samples: list[list[int]],
+    facts: dict[str, Any],
+    background: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
     """Decode, crop and scale samples of a judged clip: each is (3, F, H, W) in [-1, 1].
 
     Long files need no more memory than one sample.
@@ -308,35 +393,40 @@ def read_samples(clip: Clip, samples: list[list[int]], facts: dict[str, Any]) ->
     Args:
         samples: at least one of what `judge_clip` returned, in its order.
         facts: what it filled.
+        background: RGB in 0..255 behind transparent pixels.
     Raises:
         WanError, OSError: the file is no longer the one that was judged.
     """
     _, height, width = map(int, facts["size"].split("x"))
-    if clip.path.suffix.lower() in PICTURES:
-        picture = to_uint8(load_image(clip.path).unsqueeze(1))[0]
+    if is_picture(clip.path):
+        picture = to_uint8(load_image(clip.path, background).unsqueeze(1))[0]
         yield fit_frame(picture, facts["crop"], height, width).unsqueeze(1)
         return
     wanted, waiting = {number for sample in samples for number in sample}, list(samples)
     kept: dict[int, Tensor] = {}
     with open_video(clip.path) as container:
-        for number, frame in enumerate(container.decode(video=0)):
+        for number, frame in enumerate(decoded_frames(container, clip.path)):
             if number not in wanted:
                 continue
-            kept[number] = fit_frame(rgb_frame(frame), facts["crop"], height, width)
+            picture = rgb_frame(frame, background, f"video {clip.path}")
+            kept[number] = fit_frame(picture, facts["crop"], height, width)
             if number < waiting[0][-1]:
                 continue
             yield torch.stack([kept[n] for n in waiting.pop(0)], dim=1)
             if not waiting:
                 return
-            kept = {n: picture for n, picture in kept.items() if n >= waiting[0][0]}
+            kept = {n: one for n, one in kept.items() if n >= waiting[0][0]}
     raise WanError(f"video {clip.path}: was changed while it was read")
 
 
-def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
+def scan_video(
+    path: Path, facts: dict[str, Any], background: Sequence[int] | None = None
+) -> list[str]:
     """Decode all of a video and say what is wrong with it, in words, the worst first.
 
     Args:
         facts: what becomes known of the file is added to them.
+        background: RGB in 0..255 behind transparent pixels; without it they are wrong.
     Raises:
         FileNotFoundError: there is no such file.
         WanError: not a video, or its pictures change size.
@@ -344,13 +434,14 @@ def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
     times: list[float] = []
     sizes: dict[tuple[int, int], None] = {}
     count = damaged = rotation = 0
-    interlaced, broken, last = False, None, 0.0
+    interlaced, transparent, broken, last = False, False, None, 0.0
     with open_video(path) as container:
         stream = container.streams.video[0]
         rate = video_info(container, 0).fps
         try:
-            for frame in container.decode(stream):
+            for frame in decoded_frames(container, path):
                 count += 1
+                transparent = transparent or is_transparent(frame)
                 damaged += frame.is_corrupt  # parts of it are guessed
                 interlaced |= frame.interlaced_frame
                 rotation = frame.rotation
@@ -383,7 +474,7 @@ def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
     counts = f"its header says {info.declared_frames} frames, {decoded}"
     fewer, cut_short = count < info.declared_frames, bool(rate) and missing > 1.5 / rate
     even = bool((abs(np.diff(times) * rate - 1) < 0.5).all())  # up to half a frame
-    flaws = {
+    damage = {
         f"damaged: {decoded}, then the decoder stopped ({broken})": broken is not None,
         f"damaged: {counts}": fewer and cut_short,
         f"{counts}: cut without encoding (-c copy) or damaged; encode it anew": fewer,
@@ -391,14 +482,21 @@ def scan_video(path: Path, facts: dict[str, Any]) -> list[str]:
             cut_short and not info.declared_frames
         ),
         f"damaged: {damaged} of {count} frames": damaged > 0,
+    }
+    worst = [reason for reason, found in damage.items() if found][:1]  # one damage, told once
+    flaws = {
         f"players turn it by {rotation} degrees; write it upright first": rotation != 0,
         f"its pixels are {pixel_shape} times as wide as high; make them square first "
         "(ffmpeg -vf scale=trunc(iw*sar/2)*2:ih,setsar=1)": abs(pixel_shape - 1) > SAME_SHAPE,
         "interlaced; make whole frames of it first (ffmpeg -vf bwdif)": interlaced,
         "HDR colours; convert it to bt709 first": hdr,
-        "its frames come at uneven times; write it at a constant rate first": not even,
+        "its frames come at uneven times; write it at a constant rate first": not (even or worst),
     }
-    return [reason for reason, found in flaws.items() if found]
+    reasons = worst + [reason for reason, found in flaws.items() if found]
+    if transparent:
+        with noted(reasons):
+            check_background(background, f"video {path}")
+    return reasons
 
 
 def _declared_end(container: av.container.InputContainer) -> float:
@@ -414,7 +512,7 @@ def _declared_end(container: av.container.InputContainer) -> float:
 
 def frame_numbers(count: int, fps: float, rules: ClipRules) -> list[int]:
     """Which frames of a clip stand for one at `rules.fps`: all, or the nearest in time."""
-    step = 1.0 if same_rate(fps, rules) else fps / rules.fps  # at least 1
+    step = 1.0 if same_rate(fps, rules) else max(1.0, fps / rules.fps)
     return [number for i in range(count) if (number := round(i * step)) < count]
 
 

@@ -12,8 +12,10 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.data import DataConfig
+from configs.data import MAX_REPEATS, DataConfig
 from train.conditioning import (
     TEXT_LENGTH,
     CaptionEncoder,
@@ -47,7 +49,33 @@ SHARD = 512  # clips per file of the world's cache
 INDEX, REPORT = "index.json", "report.jsonl"  # of a folder that train.preprocess wrote
 SET_ASIDE = "set aside"  # the verdict of a clip that is not used; "ok" of one that is
 
+DATA_DIGEST, DATA_CONTENT = "data_digest", "data_content"  # among the settings that a run keeps
+FINEST = 10_000  # to one part of so many, weights of folders are exact
+
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Numbers of clips from several sources, in an endless stream.
+
+    Attributes:
+        parts: the numbers of each source; in an epoch of the source each comes as often as here.
+        shares: whole numbers in proportion to how often the sources come.
+    """
+
+    parts: list[list[int]]
+    shares: tuple[int, ...]
+
+    def draw(self, step: int, size: int, seed: int) -> list[int]:
+        """The numbers of one step: `size` places of the stream."""
+        numbers = []
+        for position in range(step * size, (step + 1) * size):
+            source, place = chosen(self.shares, position, seed)
+            part = self.parts[source]
+            epoch, place = divmod(place, len(part))
+            numbers.append(part[shuffled(len(part), seed, epoch)[place]])
+        return numbers
 
 
 @dataclass
@@ -58,52 +86,71 @@ class LatentCache:
         latents: N of (C, T, h, w) float16: one tensor, or a sequence that reads them when indexed.
         caption_of: (number, rng) -> a caption; the world's clips have many.
         shapes: (C, T, h, w) of each bucket.
-        buckets: numbers of the clips of each shape; a batch is drawn from one bucket.
-        num_captions: number of captions: one per clip, then the prompts that have no clip.
+        buckets: numbers of the clips of each shape, as often as they come in an epoch; a batch is
+            drawn from one bucket.
+        captions: numbers of the captions, as often as they come in an epoch: one per clip, then
+            the prompts that have no clip.
+        folder_of: the folder of each caption, counted from 0, if there are several.
+        weights: how often the folders come; empty: by what they hold, as if they were one.
         tokens_of: stored text embeddings, if there are any: captions -> (n, D) of each.
-        digest: of a folder's content, so that a resumed run can tell whether it is the same.
-        sources: the name of the video that each clip was taken from, in a folder: samples, captions
-            and copies of one video have the same.
+        digest: of the folders' content, so that a resumed run can tell whether it is the same.
+        content: what is told of each folder if it is not.
+        sources: the name of the video that each clip was taken from, in folders: samples, captions
+            and copies of one video have the same, and so have clips of one name in two folders.
     """
 
     latents: Tensor | Sequence[Tensor]
     caption_of: Callable[[int, random.Random], str]
     shapes: list[Shape] = field(default_factory=list)
     buckets: list[list[int]] = field(default_factory=list)
-    num_captions: int = 0
+    captions: list[int] = field(default_factory=list)
+    folder_of: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
     tokens_of: TokensOf | None = None
     digest: str | None = None
+    content: dict[str, Any] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.shapes = self.shapes or [tuple(self.latents[0].shape)]
         self.buckets = self.buckets or [list(range(len(self.latents)))]
-        self.num_captions = self.num_captions or len(self.latents)
+        self.captions = self.captions or list(range(len(self.latents)))
+        self.clip_mixtures, self.shares = self._mixed([b for b in self.buckets if b])
+        (self.caption_mixture,), _ = self._mixed([self.captions])
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run's settings keep of the data; nothing of the world, whose options say all."""
+        known = {DATA_DIGEST: self.digest, DATA_CONTENT: self.content}
+        return known if self.digest is not None else {}
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
         """Batch number `step` of an endless, epoch-wise shuffled stream: float32 latents and texts.
 
         A function of its arguments alone: nothing to save, nothing to skip after a resume. Each
         bucket is a stream of its own, and batches are drawn from them in proportion to their clips.
+        Of several folders with `weights`, the same holds for each folder within a bucket.
 
         Raises:
-            WanError: there are prompts only.
+            WanError: there are prompts only, or in a folder that has a weight.
         """
         if not len(self):
             raise WanError("the data has prompts only, and this training needs clips")
-        sizes = tuple(len(bucket) for bucket in self.buckets if bucket)
-        bucket, number = bucket_of(sizes, step, seed)
-        members = [bucket for bucket in self.buckets if bucket][bucket]
-        indices = [members[place] for place in stream(len(members), number, size, seed)]
+        if self.weights and (empty := set(range(len(self.weights))) - self._folders_of_clips()):
+            raise WanError(
+                f"data.folder: number {min(empty) + 1} of them has prompts only, and this training "
+                "needs clips; leave it out with its weight"
+            )
+        bucket, number = chosen(self.shares, step, seed)
+        indices = self.clip_mixtures[bucket].draw(number, size, seed)
         latents = torch.stack([self.latents[index] for index in indices])
         return latents.float(), self._captions(indices, step, seed)
 
     def prompts(self, step: int, size: int, seed: int) -> list[str]:
         """Captions of step `step` from a stream of the same kind, for training without clips."""
-        return self._captions(stream(self.num_captions, step, size, seed), step, seed)
+        return self._captions(self.caption_mixture.draw(step, size, seed), step, seed)
 
     def _captions(self, indices: list[int], step: int, seed: int) -> list[str]:
         return [
@@ -111,45 +158,74 @@ class LatentCache:
             for place, index in enumerate(indices)
         ]
 
+    def _folders_of_clips(self) -> set[int]:
+        return set(self.folder_of[: len(self)])
 
-def stream(count: int, step: int, size: int, seed: int) -> list[int]:
-    """The numbers of one step: `size` numbers below `count`, each of which comes once per epoch."""
-    numbers = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, count)
-        numbers.append(shuffled(count, seed, epoch)[place])
-    return numbers
+    def _mixed(self, groups: list[list[int]]) -> tuple[list[Mixture], tuple[int, ...]]:
+        """A mixture for each group of numbers, and the shares of the groups."""
+        if not self.weights:
+            return [Mixture([group], (1,)) for group in groups], in_lowest_terms(map(len, groups))
+        mixtures, sums = [], []
+        totals = Counter(self.folder_of[number] for group in groups for number in group)
+        for group in groups:
+            parts: dict[int, list[int]] = {}
+            for number in group:
+                parts.setdefault(self.folder_of[number], []).append(number)
+            weights = [
+                Fraction(self.weights[folder]).limit_denominator(FINEST)
+                * len(part)
+                / totals[folder]
+                for folder, part in parts.items()
+            ]
+            mixtures.append(Mixture(list(parts.values()), whole_shares(weights)))
+            sums.append(sum(weights, Fraction(0)))
+        return mixtures, whole_shares(sums)
 
 
-@lru_cache(maxsize=16)
+def in_lowest_terms(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Whole numbers divided by their greatest common divisor."""
+    found = tuple(numbers)
+    return tuple(number // (math.gcd(*found) or 1) for number in found)
+
+
+def whole_shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
+    """The smallest whole numbers in proportion to weights, or nearly: with a sum of `FINEST`."""
+    common = math.lcm(*(weight.denominator for weight in weights))
+    shares = in_lowest_terms(int(weight * common) for weight in weights)
+    if (total := sum(shares)) > FINEST:
+        shares = in_lowest_terms(max(1, round(share * FINEST / total)) for share in shares)
+    return shares
+
+
+@lru_cache(maxsize=64)
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     """The order of an epoch."""
     order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=order).tolist()
 
 
-def bucket_of(sizes: tuple[int, ...], step: int, seed: int) -> tuple[int, int]:
-    """The bucket that batch `step` is drawn from, and how many of its batches came before.
+def chosen(shares: tuple[int, ...], position: int, seed: int) -> tuple[int, int]:
+    """Which of several streams stands at a position, and how many of its places came before.
 
-    Steps go in turns. In a turn, each bucket has as many batches as its number of clips divided by
-    the greatest common divisor of all buckets' numbers, in a shuffled order: so every clip is seen
-    equally often.
+    Positions go in turns. In a turn each stream comes as often as its share says, in a shuffled
+    order. With the numbers of clips in lowest terms as shares, every clip is seen equally often.
     """
-    turn, place = divmod(step, sum(sizes) // math.gcd(*sizes))
-    return turn_of_buckets(sizes, turn, seed)[place]
+    if len(shares) == 1:
+        return 0, position
+    turn, place = divmod(position, sum(shares))
+    return order_of_turn(shares, turn, seed)[place]
 
 
-@lru_cache(maxsize=4)
-def turn_of_buckets(sizes: tuple[int, ...], turn: int, seed: int) -> list[tuple[int, int]]:
-    """What `bucket_of` returns for each step of one turn."""
-    shares = [size // math.gcd(*sizes) for size in sizes]
-    choices = [bucket for bucket, share in enumerate(shares) for _ in range(share)]
+@lru_cache(maxsize=64)
+def order_of_turn(shares: tuple[int, ...], turn: int, seed: int) -> list[tuple[int, int]]:
+    """What `chosen` returns for each position of one turn."""
+    choices = [stream for stream, share in enumerate(shares) for _ in range(share)]
     seen = [turn * share for share in shares]
     order = []
     for place in shuffled(len(choices), seed, turn):
-        bucket = choices[place]
-        order.append((bucket, seen[bucket]))
-        seen[bucket] += 1
+        stream = choices[place]
+        order.append((stream, seen[stream]))
+        seen[stream] += 1
     return order
 
 
@@ -217,12 +293,12 @@ def open_data(
         The clips, captions -> context, and for the world the autoencoder, to look at samples with.
     """
     data.check_source()
-    if data.folder is not None:
+    if data.folder:
         weights = component_digests(source) if data.check_weights else None
-        cache = folder_cache(expanded(data.folder), weights)
+        cache = folder_cache(map(expanded, data.folder), weights, data.weights)
         for shape, bucket in zip(cache.shapes, cache.buckets, strict=True):
             if bucket:
-                check_shape(shape, settings, data.folder)
+                check_shape(shape, settings, ", ".join(data.folder))
         assert cache.tokens_of is not None
         return cache, Texts(cache.tokens_of, device), None
     vae = load_frozen(source, "vae", settings.vae, device, torch.float32)
@@ -253,29 +329,111 @@ def check_shape(shape: Shape, settings: PipelineConfig, folder: str) -> None:
 
 
 class StoredLatents(Sequence[Tensor]):
-    """Latents of a folder, read and checked each time one is indexed."""
+    """Latents of folders, read and checked each time one is indexed."""
 
-    def __init__(self, store: TensorStore, keys: list[str]) -> None:
-        self.store, self.keys = store, keys
+    def __init__(self, places: list[tuple[TensorStore, str]]) -> None:
+        self.places = places
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.places)
 
     def __getitem__(self, number: Any) -> Any:
-        return self.store.read(self.keys[number])
+        store, key = self.places[number]
+        return store.read(key)
 
 
-def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
+@dataclass(frozen=True)
+class EncodedFolder:
+    """What `train.preprocess` wrote into a folder, found complete.
+
+    Attributes:
+        lines: of the report, for the samples that are used.
+        sha256: of the index.
+    """
+
+    path: Path
+    index: dict[str, Any]
+    lines: list[dict[str, Any]]
+    latents: TensorStore
+    texts: TensorStore
+    sha256: str
+
+    def content(self) -> dict[str, Any]:
+        """What is told of it where it is not the folder that a run began with."""
+        sizes = Counter(line["size"] for line in self.lines)
+        return {
+            "folder": str(self.path),
+            "samples": len(self.lines),
+            "clips": len({line.get("clip") for line in self.lines}),
+            "prompts": len(self.index["prompts"]),
+            "samples by size": ", ".join(f"{sizes[size]} of {size}" for size in sorted(sizes)),
+            "settings": self.index["identity"],
+            "sha256 of": {
+                "captions": key_of([line["caption"] for line in self.lines]),
+                "latents": key_of([self.latents.stored[x["key"]].sha256 for x in self.lines]),
+                "repeats": key_of([line.get("repeats", 1) for line in self.lines]),
+                "prompts": key_of(self.index["prompts"], self.index["negative_prompt"]),
+            },
+        }
+
+
+def folder_cache(
+    folders: Path | Iterable[Path],
+    digests: dict[str, str] | None,
+    weights: Sequence[float] | None = None,
+) -> LatentCache:
     """Open what `train.preprocess` wrote; it needs neither autoencoder nor text encoder.
 
     Args:
-        weights: digests of the vae and text_encoder it must have been made with; None: any.
+        digests: of the vae and text_encoder it must have been made with; None: any.
+        weights: of the folders, see `LatentCache`.
 
     Raises:
-        WanError: not finished, incomplete, damaged, or made with other weights.
+        WanError: not finished, incomplete, damaged, made with other weights, or the folders do not
+            fit together.
     """
+    paths = [folders] if isinstance(folders, Path) else list(folders)
+    opened = [open_folder(path, digests) for path in paths]
+    for other in opened[1:]:
+        check_alike(opened[0], other)
+    lines = [(number, line) for number, each in enumerate(opened) for line in each.lines]
+    prompts = [
+        (number, text) for number, each in enumerate(opened) for text in each.index["prompts"]
+    ]
+    captions = [line["caption"] for _, line in lines] + [text for _, text in prompts]
+    buckets: dict[Shape, list[int]] = {
+        tuple(shape): [] for each in opened for shape in each.index["latent_shapes"].values()
+    }
+    repeated: list[int] = []
+    for number, (folder, line) in enumerate(lines):
+        shape = tuple(opened[folder].index["latent_shapes"][line["size"]])
+        times = [number] * line.get("repeats", 1)
+        buckets[shape] += times
+        repeated += times
+
+    def tokens_of(texts: list[str]) -> list[Tensor]:
+        return [stored_tokens(opened, text) for text in texts]
+
+    shas = [each.sha256 for each in opened]
+    return LatentCache(
+        StoredLatents([(opened[folder].latents, line["key"]) for folder, line in lines]),
+        lambda number, rng: captions[number],
+        list(buckets),
+        list(buckets.values()),
+        [*repeated, *range(len(lines), len(captions))],
+        [folder for folder, _ in [*lines, *prompts]],
+        list(weights or []),
+        tokens_of,
+        shas[0] if len(shas) == 1 else key_of(shas),
+        {str(number): each.content() for number, each in enumerate(opened, 1)},
+        sources_of([line for _, line in lines]),
+    )
+
+
+def open_folder(folder: Path, digests: dict[str, str] | None) -> EncodedFolder:
+    """One folder, with arguments and errors as for `folder_cache`."""
     index, lines, index_sha256 = read_index(folder)
-    for name, digest in (weights or {}).items():
+    for name, digest in (digests or {}).items():
         if index["identity"][name] != digest:
             raise WanError(
                 f"{folder}: was made with another {name} than this checkpoint's; preprocess the "
@@ -296,33 +454,83 @@ def folder_cache(folder: Path, weights: dict[str, str] | None) -> LatentCache:
         raise WanError(
             f"{folder}: its latents or texts are not those that {INDEX} was written for; {again}"
         )
+    return EncodedFolder(folder, index, good, latents, texts, index_sha256)
 
-    def tokens_of(captions: list[str]) -> list[Tensor]:
-        try:
-            return [texts.read(text_key(index, text)) for text in captions]
-        except KeyError as error:
-            known = [text_key(index, text) in texts for text in captions]
-            unknown = captions[known.index(False)]
-            raise WanError(
-                f"{folder}: no embedding of {unknown[:60]!r} there; run train.preprocess again "
-                "with negative_prompt= or prompts="
-            ) from error
 
-    shapes = [tuple(shape) for shape in index["latent_shapes"].values()]
-    buckets = [
-        [number for number, line in enumerate(good) if line["size"] == size]
-        for size in index["latent_shapes"]
-    ]
-    return LatentCache(
-        StoredLatents(latents, clip_keys),
-        lambda number, rng: captions[number],
-        shapes,
-        buckets,
-        len(captions),
-        tokens_of,
-        index_sha256,
-        sources_of(good),
+def check_alike(one: EncodedFolder, other: EncodedFolder) -> None:
+    """Refuse two folders whose clips cannot be in one training, and say what differs."""
+
+    def facts(folder: EncodedFolder) -> dict[str, Any]:
+        channels = {shape[0] for shape in folder.index["latent_shapes"].values()}
+        names = ("vae", "text_encoder", "text_dtype")
+        return {
+            "channels of latents": sorted(channels),
+            **{name: folder.index["identity"][name] for name in names},
+        }
+
+    there, here = facts(one), facts(other)
+    differ = [name for name in there if there[name] != here[name]]
+    if differ:
+        words = "; ".join(
+            f"another {name}"
+            if name in ("vae", "text_encoder")
+            else f"{name}: {there[name]} and {here[name]}"
+            for name in differ
+        )
+        raise WanError(
+            f"data.folder: {one.path} and {other.path} do not go together ({words}); preprocess "
+            "one of them again, with the other's checkpoint= and on the same kind of device="
+        )
+
+
+def stored_tokens(folders: Sequence[EncodedFolder], text: str) -> Tensor:
+    """The embedding (n, D) of a text, from the first folder that has it."""
+    for folder in folders:
+        if (key := text_key(folder.index, text)) in folder.texts:
+            return folder.texts.read(key)
+    raise WanError(
+        f"{folders[0].path}: no embedding of {text[:60]!r} there; run train.preprocess again with "
+        "negative_prompt= or prompts="
     )
+
+
+def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the data of two runs, in words; nothing if they are the same.
+
+    Args:
+        before, now: settings with what `LatentCache.identity` returned among them.
+    """
+    if before.get(DATA_DIGEST) == now.get(DATA_DIGEST):
+        return []
+    if DATA_CONTENT not in before or DATA_CONTENT not in now:
+        return ["data: other clips or captions; the checkpoint is too old to say which"]
+    folders, others = before[DATA_CONTENT], now[DATA_CONTENT]
+    if len(folders) != len(others):
+        return [f"data.folder: {len(folders)} of them there, {len(others)} now"]
+    return [
+        f"{others[number]['folder']}: {change}"
+        for number in others
+        for change in content_changes(folders.get(number, {}), others[number])
+    ] or ["data.folder: the folders' order"]
+
+
+def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between what `EncodedFolder.content` said of a folder, in words."""
+    settings, others = before.get("settings", {}), now["settings"]
+    for name in others | settings:
+        if name in ("vae", "text_encoder") and settings.get(name) != others.get(name):
+            yield f"encoded by another {name}"
+        elif settings.get(name) != others.get(name):
+            yield f"{name}: {settings.get(name)} there, {others.get(name)} now"
+    counts = [name for name in now if name not in ("folder", "settings", "sha256 of")]
+    changed = [name for name in counts if before.get(name) != now[name]]
+    for name in changed:
+        yield f"{name}: {before.get(name)} there, {now[name]} now"
+    sums = before.get("sha256 of", {})
+    for name, value in now["sha256 of"].items():
+        counted = name in changed or (name != "prompts" and "samples" in changed)
+        if sums.get(name) != value and not counted:
+            yield f"other {name}"
 
 
 def sources_of(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -383,7 +591,14 @@ INDEX_KINDS = {
     "negative_prompt": TEXT_OR_NONE,
     "content_sha256": TEXT,
 }
-LINE_KINDS = {"verdict": TEXT, "caption": TEXT_OR_NONE, "key": TEXT, "size": TEXT}
+LINE_KINDS = {
+    "verdict": TEXT,
+    "caption": TEXT_OR_NONE,
+    "key": TEXT,
+    "size": TEXT,
+    "repeats": (int,),
+}
+NEEDED = ("verdict", "caption", "key", "size")
 IDENTITY_KINDS = {"vae": TEXT, "text_encoder": TEXT, "max_text_tokens": (int,), "text_dtype": TEXT}
 
 
@@ -397,8 +612,10 @@ def check_index(index: dict[str, Any], lines: list[dict[str, Any]], folder: Path
     if not all(is_shape) or not all(isinstance(prompt, str) for prompt in index["prompts"]):
         raise WanError(f"{source}: damaged, its prompts are no texts or its shapes no sizes")
     for number, line in enumerate(lines, 1):
-        good = LINE_KINDS if line.get("verdict") == "ok" else ("verdict",)
+        good = NEEDED if line.get("verdict") == "ok" else ("verdict",)
         check_kinds(line, LINE_KINDS, f"{folder / REPORT}, line {number}", good)
+        if not 1 <= line.get("repeats", 1) <= MAX_REPEATS:
+            raise WanError(f"{folder / REPORT}, line {number}: damaged, its repeats are no number")
 
 
 def text_key(index: dict[str, Any], text: str) -> str:

@@ -24,6 +24,7 @@ from train.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from train.data import DATA_CONTENT, data_changes
 from train.disk import check_room
 from train.metrics import MetricsLog, media_files
 from train.optim import trainable
@@ -346,8 +347,10 @@ def check_unchanged(
     free |= {MODEL_DIGEST, START_DIGEST} - before.keys()  # older checkpoints have none
     free |= {n for n, value in now.items() if n not in before and not value}  # newer, and off
     if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
-        free = free | {"data.folder"}
-    changed = [
+        free |= {"data_digest", "data.folder"}
+    free |= {name for name in before | now if name.startswith(f"{DATA_CONTENT}.")}
+    changed = data_changes(saved, given) if "data_digest" in free else []
+    changed += [
         f"{name}: {before.get(name)} there, {now.get(name)} now"
         for name in before | now
         if before.get(name) != now.get(name) and name not in free

@@ -105,6 +105,7 @@ class Ranks:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.tallies: dict[str, int] = {}
 
     @property
     def loading_device(self) -> torch.device:
@@ -151,6 +152,11 @@ class Ranks:
     def gather(self, value: T) -> list[T]:
         """The value of every process, by rank."""
         return [value]
+
+    def tally(self, name: str, amount: int) -> int:
+        """Add to a number that all processes share, and return it; none waits for another."""
+        self.tallies[name] = self.tallies.get(name, 0) + amount
+        return self.tallies[name]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -263,6 +269,7 @@ class ShardedRanks(Ranks):
             groups = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
             self.split = SequenceSplit(groups.get_group("sequence"))
         self.agreement = dist.new_group(backend="gloo", timeout=PATIENCE)  # CPU, few bytes
+        self.store = dist.distributed_c10d._get_default_store()  # by which the processes met
 
     def prepare(self, module: nn.Module, bfloat16: bool = False) -> None:
         exact = MixedPrecisionPolicy(reduce_dtype=self.reduce_dtype, cast_forward_inputs=False)
@@ -296,6 +303,9 @@ class ShardedRanks(Ranks):
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.agreement)
         return values
+
+    def tally(self, name: str, amount: int) -> int:
+        return self.store.add(name, amount)
 
     def stored_rows(self, tensor: Tensor) -> tuple[Tensor, Rows] | None:
         if not isinstance(tensor, DTensor):

@@ -101,8 +101,8 @@ class TensorStore:
             raise WanError(f"{stored.file.path}: tensor {key} is not what was written; {AGAIN}")
         return tensor
 
-    def add(self, tensors: Mapping[str, Tensor], facts: Mapping[str, dict[str, Any]]) -> None:
-        """Write contiguous CPU tensors as one shard, complete or not at all."""
+    def add(self, tensors: Mapping[str, Tensor], facts: Mapping[str, dict[str, Any]]) -> Path:
+        """Write contiguous CPU tensors as one shard, complete or not at all; returns its file."""
         metadata = {
             key: json.dumps(
                 sealed(
@@ -118,6 +118,7 @@ class TensorStore:
         path = self.folder / f"{self.name}-{key_of(sorted(tensors))[:16]}.safetensors"
         write_tensors(path, tensors, metadata)
         self.register(path)
+        return path
 
 
 def is_shard(path: Path) -> bool:

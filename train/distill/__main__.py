@@ -27,8 +27,9 @@ LINE = CommandLine(
     path_keys=(
         *("output_dir", "checkpoint", "student.start", "regression.folder"),
         *("student.lora.start", "scores.critic_lora.start"),
-        *("data.folder", "data.cache_dir"),
+        "data.cache_dir",
     ),
+    list_keys=("data.folder",),
     shortcuts=ATTENTION,
 )
 

@@ -83,12 +83,12 @@ def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
 
 def open_source(
     config: DistillConfig, settings: PipelineConfig, source: Path, device: torch.device
-) -> tuple[Callable[[int], Clips], Texts, str | None]:
-    """A function that draws batches, one that encodes captions, and the digest of a data folder."""
+) -> tuple[Callable[[int], Clips], Texts, dict[str, Any]]:
+    """A function that draws batches, one that encodes captions, and the data's identity."""
     size, seed = config.batch_size, config.seed
     if config.draws_captions:
         texts = world_texts(settings, source, device, config.max_text_tokens)
-        return world_captions(config), texts, None
+        return world_captions(config), texts, {}
     cache, texts, _ = open_data(config.data, settings, source, device, config.max_text_tokens)
 
     def draw_clips(step: int) -> Clips:
@@ -98,7 +98,7 @@ def open_source(
     def draw_prompts(step: int) -> Clips:
         return Clips(cache.prompts(step, size, seed))
 
-    return draw_clips if config.needs_clips else draw_prompts, texts, cache.digest
+    return draw_clips if config.needs_clips else draw_prompts, texts, cache.identity()
 
 
 def student_settings(config: DistillConfig, settings: PipelineConfig) -> PipelineConfig:
@@ -320,9 +320,9 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     vae = load_frozen(source, "vae", settings.vae, ranks.device, torch.float32)
     with ranks.main_first():  # it may encode clips
-        draw, texts, data_digest = open_source(config, settings, source, ranks.device)
+        draw, texts, data_identity = open_source(config, settings, source, ranks.device)
     networks = load_networks(config, settings, source, ranks, starts)
-    identity = asdict(config)
+    identity = asdict(config) | data_identity
     identity[TEACHER_DIGEST] = ranks.first(transformer_digest(source) if ranks.is_main else "")
     base = source
     if config.student.start is not None:
@@ -330,8 +330,6 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
         identity[START_DIGEST] = ranks.first(transformer_digest(base) if ranks.is_main else "")
     kept = {lora_start(name): one.to_json() for name, one in starts.items() if one is not None}
     identity |= kept
-    if data_digest is not None:
-        identity["data_digest"] = data_digest
     run = Distillation(config, settings, networks, texts, draw, ranks)
     if config.regression.weight:
         encoder = ranks.first(component_digests(source)["text_encoder"] if ranks.is_main else "")

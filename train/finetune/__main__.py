@@ -18,7 +18,8 @@ LINE = CommandLine(
     "finetune",
     text_keys=("sample_negative_prompt",),
     text_lists=("sample_prompts",),
-    path_keys=("output_dir", "checkpoint", "lora.start", "data.folder", "data.cache_dir"),
+    path_keys=("output_dir", "checkpoint", "lora.start", "data.cache_dir"),
+    list_keys=("data.folder",),
     shortcuts=ATTENTION,
 )
 

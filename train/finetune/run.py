@@ -307,7 +307,7 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
         return values
 
     train_step = make_train_step(dit, texts, cache, config, ranks)
-    identity = asdict(config) | ({"data_digest": cache.digest} if cache.digest else {})
+    identity = asdict(config) | cache.identity()
     if not config.from_scratch:
         identity[MODEL_DIGEST] = ranks.first(transformer_digest(source) if ranks.is_main else "")
     if start_from is not None:

@@ -3,10 +3,11 @@
     python -m train.preprocess clips=clips/
 
 A folder (`name.mp4` beside `name.txt`) or a list of clips, images as clips of one frame, and texts
-without clips (`prompts=`). Each clip is decoded to its end, judged, brought to the size that keeps
-most of the picture, and encoded: its start, or several samples of it (`frames=`). report.jsonl says
-what became of it. Damaged clips are set aside with a reason; too many of them fail the run, which
-then leaves check.jsonl. To resume, or to add clips, run the same command again.
+without clips (`prompts=`). All clips are decoded to their ends and judged: damaged ones are set
+aside with the reasons, and too many of them fail the run, which then leaves check.jsonl. Then each
+is brought to the size that keeps most of the picture and encoded: its start, or several samples of
+it (`frames=`). report.jsonl says what became of it. To resume, or to add clips, run the same
+command again. torchrun shares the clips out.
 """
 
 from configs.cli import Run, run

@@ -96,6 +96,15 @@ def picture_size(path: str | Path) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
+def is_still(path: str | Path) -> bool:
+    """Whether a file is an image of one frame, by its header; anything else is none."""
+    try:
+        with _opened(Path(path), f"image {path}"):
+            return True
+    except WanError:
+        return False
+
+
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
@@ -179,7 +188,7 @@ def picture_to_rgb(image: Image.Image, background: Sequence[int] | None, name: s
         mode = "RGBA"
         alphas = (np.asarray(strip.getchannel("A")) for strip in _strips(image, "RGBA"))
         if not all((alpha == 255).all() for alpha in alphas):
-            _check_background(background, name)
+            check_background(background, name)
         else:  # fully opaque
             background = None
     elif image.mode == "RGB":
@@ -209,21 +218,25 @@ def _strips(image: Image.Image, mode: str | None) -> Iterator[Image.Image]:
 
 def _strip_to_rgb(strip: Image.Image, background: Sequence[int] | None) -> Image.Image:
     if background is not None:
-        behind = Image.new("RGBA", strip.size, (*background, 255))
-        strip = Image.alpha_composite(behind, strip)
+        strip = over_background(strip, background)
     elif strip.mode.startswith("I;16"):
         samples = np.asarray(strip).astype(np.float64)
         strip = Image.fromarray(np.rint(samples / 257).astype(np.uint8))
     return strip.convert("RGB")
 
 
-def _check_background(background: Sequence[int] | None, name: str) -> None:
-    """Refuse transparent pixels without a colour to put behind them."""
+def over_background(image: Image.Image, background: Sequence[int]) -> Image.Image:
+    """An RGBA image over a colour."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+
+
+def check_background(background: Sequence[int] | None, name: str) -> None:
+    """Refuse transparent pixels of a picture or a video without a colour to put behind them."""
     if background is None:
+        has = f"{name}: has transparent pixels; say what lies behind them, such as white with "
+        other = ", or save it without transparency"
         raise WanError(
-            f"{name}: has transparent pixels; say what lies behind them, such as white (on the "
-            "command line image_background=[255,255,255]; in Python "
-            "load_image(path, background=(255, 255, 255))), or save it without transparency"
+            f"{has}background=(255, 255, 255){other}", f"{has}image_background=[255,255,255]{other}"
         )
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise WanError(f"{name}: background={background}: need three numbers in 0..255")

@@ -5,7 +5,7 @@ F frames, H height, W width. Frames are (F, H, W, 3) uint8 RGB; a video as the m
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from wan.errors import WanError
 from wan.files import written_beside
+from wan.media.images import check_background, over_background
 
 Frames = NDArray[np.uint8]
 
 BT709 = 1  # the number in H.264's colour fields
 FRAMES_AT_ONCE = 8  # frames converted at a time
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders that read transparency
 CRF = 17  # visually lossless; 0 would be lossless, 23 is x264's default
 
 
@@ -240,23 +242,70 @@ def read_video(path: str | Path, max_frames: int = 10_000) -> tuple[Frames, Vide
     path = Path(path)
     arrays: list[Frames] = []
     with open_video(path) as container:
-        for frame in container.decode(video=0):
+        for frame in decoded_frames(container, path):
             if len(arrays) == max_frames:
                 raise WanError(f"video {path}: more than {max_frames} frames; cut it first")
-            arrays.append(rgb_frame(frame))
+            arrays.append(rgb_frame(frame, name=f"video {path}"))
         info = video_info(container, len(arrays))
     if not arrays:
         raise WanError(f"video {path}: no frame in it could be decoded")
     return np.stack(arrays), info
 
 
-def rgb_frame(frame: av.VideoFrame) -> Frames:
+def decoded_frames(container: av.container.InputContainer, path: Path) -> Iterator[av.VideoFrame]:
+    """All frames of an open file's pictures, with their transparency.
+
+    A WebM file holds that in a second stream of VP8 or VP9, which ffmpeg's own decoders leave out.
+    """
+    stream = container.streams.video[0]
+    name = stream.codec_context.name
+    if stream.metadata.get("alpha_mode") != "1" or name not in WITH_ALPHA:
+        yield from container.decode(stream)
+        return
+    try:
+        decoder = av.CodecContext.create(WITH_ALPHA[name], "r")
+    except (av.FFmpegError, ValueError) as error:
+        raise WanError(
+            f"video {path}: is transparent, and this PyAV cannot read the transparency of {name}; "
+            "save it without, or as ProRes 4444"
+        ) from error
+    assert isinstance(decoder, av.VideoCodecContext)
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
+
+
+def is_transparent(frame: av.VideoFrame) -> bool:
+    """Whether any pixel of a frame is not opaque."""
+    return _may_be_transparent(frame) and bool((_rgba(frame)[..., 3] < 255).any())
+
+
+def _may_be_transparent(frame: av.VideoFrame) -> bool:
+    return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+
+
+def _rgba(frame: av.VideoFrame) -> Frames:
+    return np.asarray(frame.to_ndarray(format="rgba"))
+
+
+def rgb_frame(
+    frame: av.VideoFrame, background: Sequence[int] | None = None, name: str = "video"
+) -> Frames:
     """One frame as (H, W, 3) uint8 RGB.
 
     The matrix and range are those that the file is tagged with. A file without a tag is BT.601 of
     limited range, swscale's default: writers that set no tag (imageio, OpenCV, diffusers, a plain
     ffmpeg) convert with it, and other readers do too.
+
+    Args:
+        background: RGB in 0..255 to put behind transparent pixels, as `images.read_picture` does.
+
+    Raises:
+        WanError: there are transparent pixels and no background.
     """
+    if is_transparent(frame):
+        check_background(background, name)
+        assert background is not None
+        return np.array(over_background(Image.fromarray(_rgba(frame)), background).convert("RGB"))
     return np.asarray(frame.to_ndarray(format="rgb24"))
 
 
