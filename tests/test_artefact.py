@@ -20,7 +20,7 @@ from configs.training import FinetuneConfig, LoopConfig, LoRAConfig
 from train.artefact import Artefacts
 from train.checkpoint import list_checkpoints, load_latest
 from train.distill.run import distill
-from train.export import LINE
+from train.export import LINE, main
 from train.finetune.run import finetune
 from train.kept import export_kept
 from wan.errors import WanError
@@ -167,9 +167,7 @@ def test_a_run_that_is_killed_before_an_export_or_a_checkpoint_leaves_the_same(
 
 def refused(words: str, *arguments: str, capsys) -> str:
     """The one line of an error of the command."""
-    from train.export import export
-
-    assert execute(lambda run: export(run.config), LINE, "", arguments) == 2
+    assert execute(main, LINE, "", arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(words, line), line
     return line

@@ -9,7 +9,7 @@ loaded. Of the model that the run started from, a LoRA needs nothing; for a whol
 parts are copied.
 """
 
-from configs.cli import run
+from configs.cli import Run, run
 from configs.command_line import CommandLine
 from configs.export import ExportConfig
 from configs.progress import loading_pytorch
@@ -23,12 +23,11 @@ LINE = CommandLine(
 )
 
 
-def export(config: ExportConfig) -> int:
+def main(run: Run[ExportConfig]) -> None:
     with loading_pytorch():
         from train.kept import export_kept
-    export_kept(config)
-    return 0
+    export_kept(run.config)
 
 
 if __name__ == "__main__":
-    run(lambda run: export(run.config), LINE, __doc__ or "")
+    run(main, LINE, __doc__ or "")

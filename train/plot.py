@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.cli import run
+from configs.cli import Run, run
 from configs.command_line import CommandLine
 from configs.schema import PICTURES, Options, check_ending, option
 from train.metrics import read_metrics
@@ -127,13 +127,16 @@ def draw(series: dict[str, Series], path: Path, title: str) -> None:
         figure.savefig(beside, dpi=110, format=path.suffix[1:].lower())
 
 
-def plot(config: PlotConfig) -> int:
+def plot(config: PlotConfig) -> None:
     folder = expanded(config.run)
     output = expanded(config.output) if config.output else folder / "plot.png"
     draw(read_series(folder / "metrics.jsonl"), output, folder.name)
     print(f"wrote {output}")
-    return 0
+
+
+def main(run: Run[PlotConfig]) -> None:
+    plot(run.config)
 
 
 if __name__ == "__main__":
-    run(lambda run: plot(run.config), LINE, __doc__ or "")
+    run(main, LINE, __doc__ or "")
