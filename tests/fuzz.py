@@ -48,7 +48,7 @@ from train.checkpoint import MANIFEST, load_latest, save_checkpoint
 from train.clips import listed_clips
 from train.data import INDEX, REPORT, folder_cache
 from train.metrics import MetricsLog, read_metrics
-from train.preprocess.run import __main__ as preprocess
+from train.preprocess import __main__ as preprocess
 from wan.errors import MAX_MESSAGE, WanError, visible
 from wan.files import read_sealed, unsealed, write_sealed
 from wan.lora.files import read_lora
