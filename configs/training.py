@@ -44,7 +44,9 @@ class LoopConfig(Options):
     save_every: int = count(200, "steps between checkpoints")
     keep_last: int = count(2, "checkpoints kept; with 1, a damaged newest one loses the run")
     export_every: int = option(
-        0, "steps between models or LoRA files that are kept for good; 0: the last", at_least=0
+        0,
+        "steps between models or LoRA files that are kept for good; 0: only the end's",
+        at_least=0,
     )
     wandb_project: str | None = option(None, "mirror metrics to this wandb project")
     tensorboard: bool = option(False, "mirror metrics to output_dir/tensorboard")
@@ -136,6 +138,13 @@ class LoRAConfig(Options):
     rank: int = option(0, "0 trains all weights, or what start= has", at_least=0)
     alpha: float | None = option(None, "the LoRA is scaled by alpha / rank; null: rank, so by 1")
     start: str | None = option(None, "a LoRA file to go on with: its layers, ranks and alpha")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None and not self.active:
+            raise WanError(
+                f"{self.GROUP}alpha={self.alpha:g}: there is no LoRA to scale; give {self.GROUP}rank="
+            )
 
     @property
     def active(self) -> bool:

@@ -293,7 +293,7 @@ def test_a_release_with_pickles_says_how_to_convert_them(tmp_path):
 
 
 def run(*arguments: str) -> int:
-    line = CommandLine(ConvertConfig, "convert", (), ("source", "output", "config"))
+    line = CommandLine(ConvertConfig, "convert", (), path_keys=("source", "output", "config"))
     return execute(lambda run: main(run.config), line, "", list(arguments))
 
 

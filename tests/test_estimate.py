@@ -17,7 +17,6 @@ from train.estimate import (
     activation_bytes,
     estimate_that_fits,
     format_estimate,
-    host_bytes,
     iteration_flops,
     remedies,
     trajectory_flops,
@@ -267,17 +266,19 @@ def test_latents_that_the_transformer_does_not_take_are_refused():
 
 
 def test_main_memory_counts_every_process_of_a_machine():
-    """A process holds a network in float32 while it is read, or the noise of the whole batch."""
-    network = 4 * count_parameters(FULL_5B).total
+    """A process holds a network while it is read, the noise of a batch, or its part of a save."""
+    total = count_parameters(FULL_5B).total
     noise = 4 * 48 * 31 * 44 * 80
-    one = changed(CANONICAL, machines_num_gpus=1, batch_size=1)
-    assert host_bytes(one) == PROCESS_BYTES + network
-    assert host_bytes(CANONICAL) == 8 * host_bytes(one)
-    assert host_bytes(changed(CANONICAL, machines_num_gpus=64, batch_size=64)) == 8 * host_bytes(
-        one
-    )
-    many = changed(CANONICAL, machines_num_gpus=1, batch_size=1024)
-    assert host_bytes(many) == PROCESS_BYTES + 1024 * noise
-    assert host_bytes(changed(many, gan_weight=0.1)) == PROCESS_BYTES + 2 * 1024 * noise
+
+    def host(**options: Any) -> float:
+        return TrainingEstimate(changed(CANONICAL, **options)).host
+
+    saved = 4 * total * (1 + 2 + 1 + 1 + 2)  # the student with its average, and the critic
+    assert host(machines_num_gpus=1, batch_size=1) == PROCESS_BYTES + saved
+    assert host(machines_num_gpus=8) == 8 * (PROCESS_BYTES + 4 * total)
+    assert host(machines_num_gpus=64, batch_size=64) == host(machines_num_gpus=8)
+    many = {"machines_num_gpus": 8, "batch_size": 1024}
+    assert host(**many) == 8 * (PROCESS_BYTES + 1024 * noise)
+    assert host(**many, gan_weight=0.1) == 8 * (PROCESS_BYTES + 2 * 1024 * noise)
     with pytest.raises(WanError, match=r"per machine, and machines\.host_memory_gb=100"):
         estimate_that_fits(changed(CANONICAL, machines_host_memory_gb=100.0))

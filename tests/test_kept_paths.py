@@ -95,7 +95,13 @@ def test_what_training_keeps_and_that_it_goes_on(private, tmp_path, capsys):
             f"checkpoint={model}",
             f"output_dir={tmp_path / 'out'}",
             f"data.cache_dir={private / 'cache'}",
-            *("data.num_clips=2", "batch_size=1", "lora.rank=2", "validation_captions=0"),
+            *(
+                "data.num_clips=2",
+                "batch_size=1",
+                "lora.rank=2",
+                "validation_captions=0",
+                "few_step=true",
+            ),
             *("loop.save_every=1", "loop.steps=2"),
         ]
         return execute(finetune.main, finetune.LINE, "", arguments)

@@ -488,7 +488,7 @@ def test_parts_that_convert_cannot_use_are_refused(
 ):
     monkeypatch.chdir(tmp_path)
     shutil.copy(TEACHER / "transformer/diffusion_pytorch_model.safetensors", "x.safetensors")
-    line = CommandLine(ConvertConfig, "convert", (), LINE.path_keys)
+    line = CommandLine(ConvertConfig, "convert", (), path_keys=LINE.path_keys)
     layout = [] if "rank=1" in arguments else ["layout=official"]
     code = execute(lambda run: convert(run.config), line, "", [*arguments, *layout, "output=out"])
     assert code == 2

@@ -143,7 +143,9 @@ def test_what_rounding_the_file_costs_is_counted(tmp_path):
 
 
 def run(*arguments: str) -> int:
-    line = CommandLine(ConvertConfig, "convert", (), ("source", "output", "config", "base"))
+    line = CommandLine(
+        ConvertConfig, "convert", (), path_keys=("source", "output", "config", "base")
+    )
     return execute(lambda run: main(run.config), line, "", list(arguments))
 
 

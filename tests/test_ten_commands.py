@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.cli import execute
+from configs.cli import compose_runs, execute
+from wan.errors import WanError
 from wan.media.video import read_video, to_uint8, write_video
 from wan.miniature.captions import caption
 from wan.miniature.world import render, sample_scene, scene_rng
@@ -83,3 +84,31 @@ def test_they_leave_what_the_page_says(there):
         frames = read_video(video)[0]
         assert frames.shape == (17, 128, 128, 3)
         assert np.std(frames) > 5
+
+
+# --- options of other trainers --------------------------------------------------------------------
+
+
+def foreign_rows() -> list[tuple[str, str]]:
+    """(an option of another trainer, the cell with ours) of the page's table."""
+    table = PAGE.split("### Coming from another trainer\n")[1].split("\n\n")[1]
+    rows = []
+    for line in table.splitlines()[2:]:
+        *theirs, ours = line.strip("| ").split("|")
+        for cell in theirs:
+            rows += [(name, ours) for name in re.findall(r"`(?:--)?([a-z_]+)`", cell)]
+    return rows
+
+
+@pytest.mark.parametrize(("theirs", "ours"), foreign_rows())
+def test_an_option_of_another_trainer_is_answered_with_ours(theirs, ours):
+    """By the command that has it; `num_repeats` is no option here, but a field of the clips."""
+    commands = [importlib.import_module(f"train.{n}.__main__") for n in ("finetune", "preprocess")]
+    messages = []
+    for module in commands:
+        with pytest.raises(WanError) as refused:
+            compose_runs(module.LINE, [f"{theirs}=1"])
+        messages.append(str(refused.value))
+    named = re.findall(r"here it is called ([a-z_.]+)=", " ".join(messages))
+    assert named or "read from the same file" in ours, messages
+    assert all(f"`{name}=" in ours for name in named)

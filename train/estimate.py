@@ -221,20 +221,24 @@ def gathered_bytes(run: TrainingRun) -> float:
     return 2.0 * counts.block * c + counts.block * (c + 4) + outside * 4
 
 
-def host_bytes(run: TrainingRun) -> float:
-    """Bytes of main memory that one machine's processes take together, at most.
+def host_bytes(run: TrainingRun, saved: float) -> float:
+    """Bytes of main memory that one machine's processes take together.
 
     Each of several processes reads the networks one after another, whole and in float32, before
     its shards go to its GPU (`train.distill.run.load_networks`); the main one puts a student
     together again at the end. While training, each draws the noise of the whole batch and keeps
-    its own; where clips are needed, their latents too.
+    its own; where clips are needed, their latents too. A checkpoint takes its shards from the GPU.
+    What validation keeps, latents of a few clips, is not counted.
+
+    Args:
+        saved: bytes of one process's part of a checkpoint.
     """
     config = run.config
     processes = min(config.machines.num_gpus, config.machines.gpus_per_machine)
     network = 4.0 * count_parameters(run.dit, config.student.lora.rank).total
     clip = 4.0 * run.dit.in_channels * math.prod(run.latent_size)
     drawn = config.batch_size * clip * (2 if config.needs_clips else 1)
-    return processes * (PROCESS_BYTES + max(network, drawn))
+    return processes * (PROCESS_BYTES + max(network, drawn, saved))
 
 
 @dataclass(frozen=True)
@@ -307,7 +311,10 @@ class TrainingEstimate:
         self.peak = resident + update + self.workspace + self.gathered
         self.usable = machines.gpu_memory_gb * 1e9 * (1 - RESERVE)
         self.fits = self.peak <= self.usable
-        self.host = host_bytes(run)
+        self.host = host_bytes(
+            run, self.memory["student"].resident + self.memory["critic"].resident
+        )
+        self.fits_host = self.host <= machines.host_memory_gb * 1e9
         self.flops = iteration_flops(run)
         per_hour = 3600 * machines.tflops * 1e12 * machines.num_gpus
         clips = config.loop.steps * config.batch_size
@@ -322,7 +329,7 @@ def estimate_that_fits(run: TrainingRun) -> TrainingEstimate:
         WanError: it does not; the message says by how much, and which options would change that.
     """
     found, machines = TrainingEstimate(run), run.config.machines
-    if found.host > machines.host_memory_gb * 1e9:
+    if not found.fits_host:
         raise WanError(
             f"{found.host / 1e9:.0f} GB of main memory per machine, and "
             f"machines.host_memory_gb={machines.host_memory_gb:g}: each process holds a network "
@@ -377,7 +384,7 @@ def fitting(run: TrainingRun, change: dict[str, Any]) -> str | None:
         if reduce(getattr, name.split("."), run.config) != value
     }
     found = TrainingEstimate(with_options(run, change)) if change else None
-    if found is None or not found.fits:
+    if found is None or not (found.fits and found.fits_host):
         return None
     spelt = {"None": "null", "True": "true"}
     words = " ".join(f"{name}={spelt.get(str(v), v)}" for name, v in change.items())

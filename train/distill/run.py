@@ -90,6 +90,7 @@ def open_source(
         texts = world_texts(settings, source, device, config.max_text_tokens)
         return world_captions(config), texts, {}
     cache, texts, _ = open_data(config.data, settings, source, device, config.max_text_tokens)
+    texts([config.scores.negative_prompt])  # refused here, and not after the networks were loaded
 
     def draw_clips(step: int) -> Clips:
         latents, captions = cache.batch(step, size, seed)

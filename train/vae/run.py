@@ -136,9 +136,9 @@ def psnr(mse: float) -> float:
 
 
 @torch.no_grad()
-def measure(vae: WanVAE, clips: Tensor) -> dict[str, float]:
+def measure(vae: WanVAE, clips: Tensor, bfloat16: bool) -> dict[str, float]:
     """PSNR of whole-clip reconstructions, over all pixels and over the objects' pixels."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         video = torch.cat(
             [vae.decode_normalized(vae.encode_normalized(clip[None]), None) for clip in clips]
         ).float()
@@ -230,7 +230,7 @@ def train_vae(config: VAETrainConfig) -> int:
 
     def on_save(state: TrainState) -> dict[str, float]:
         state.averages["vae"].copy_to(averaged)
-        return measure(averaged, validation)
+        return measure(averaged, validation, bool(config.bfloat16))
 
     train_step = make_train_step(vae, config)
     identity = asdict(config)
@@ -241,7 +241,7 @@ def train_vae(config: VAETrainConfig) -> int:
     if not run_training(state, train_step, config.loop, folder, identity, on_save, artefacts=left):
         return INTERRUPTED
     left.write_end(state, folder, ALONE)
-    measured = measure(final.vae, validation)
+    measured = measure(final.vae, validation, bool(config.bfloat16))
     write_json(folder / "vae_report.json", measured)
     print(measured)
     return 0
