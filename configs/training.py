@@ -45,7 +45,7 @@ class LoopConfig(Options):
     keep_last: int = count(2, "checkpoints kept; with 1, a damaged newest one loses the run")
     export_every: int = option(
         0,
-        "steps between models or LoRA files that are kept for good; 0: only the end's",
+        "steps between models or LoRA files that are kept for good; 0: the end's",
         at_least=0,
     )
     wandb_project: str | None = option(None, "mirror metrics to this wandb project")
@@ -143,7 +143,7 @@ class LoRAConfig(Options):
         super().__post_init__()
         if self.alpha is not None and not self.active:
             raise WanError(
-                f"{self.GROUP}alpha={self.alpha:g}: there is no LoRA to scale; give {self.GROUP}rank="
+                f"{self.GROUP}alpha={self.alpha:g}: no LoRA is trained; give {self.GROUP}rank= too"
             )
 
     @property

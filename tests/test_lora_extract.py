@@ -143,9 +143,8 @@ def test_what_rounding_the_file_costs_is_counted(tmp_path):
 
 
 def run(*arguments: str) -> int:
-    line = CommandLine(
-        ConvertConfig, "convert", (), path_keys=("source", "output", "config", "base")
-    )
+    keys = ("source", "output", "config", "base")
+    line = CommandLine(ConvertConfig, "convert", (), path_keys=keys)
     return execute(lambda run: main(run.config), line, "", list(arguments))
 
 

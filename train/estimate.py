@@ -238,7 +238,8 @@ def host_bytes(run: TrainingRun, saved: float) -> float:
     network = 4.0 * count_parameters(run.dit, config.student.lora.rank).total
     clip = 4.0 * run.dit.in_channels * math.prod(run.latent_size)
     drawn = config.batch_size * clip * (2 if config.needs_clips else 1)
-    return processes * (PROCESS_BYTES + max(network, drawn, saved))
+    saving = min(processes, run.num_shards)  # of several copies of the weights, one is saved
+    return processes * PROCESS_BYTES + max(processes * max(network, drawn), saving * saved)
 
 
 @dataclass(frozen=True)
@@ -311,9 +312,8 @@ class TrainingEstimate:
         self.peak = resident + update + self.workspace + self.gathered
         self.usable = machines.gpu_memory_gb * 1e9 * (1 - RESERVE)
         self.fits = self.peak <= self.usable
-        self.host = host_bytes(
-            run, self.memory["student"].resident + self.memory["critic"].resident
-        )
+        trained = (self.memory["student"], self.memory["critic"])
+        self.host = host_bytes(run, sum(role.resident for role in trained))
         self.fits_host = self.host <= machines.host_memory_gb * 1e9
         self.flops = iteration_flops(run)
         per_hour = 3600 * machines.tflops * 1e12 * machines.num_gpus
