@@ -19,8 +19,15 @@ ERASE = "\r\x1b[K"
 
 
 @contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Say what takes seconds, such as "loading PyTorch", while it lasts."""
+def doing(what: str, quiet: bool = False) -> Iterator[None]:
+    """Say what takes seconds, such as "loading PyTorch", while it lasts.
+
+    Args:
+        quiet: say nothing; for all processes of a run but one.
+    """
+    if quiet:
+        yield
+        return
     if sys.stderr.isatty():
         print(what, end="\r", file=sys.stderr, flush=True)
         try:

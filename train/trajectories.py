@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from configs.progress import Steps
 from train.parallel import ALONE, Ranks
 from train.tensor_cache import TensorStore, key_of, only_writer, open_to_extend, open_to_read
 from wan.sampling.noise import draw_noise, sample_generators
@@ -119,8 +119,8 @@ def sample_trajectories(
         missing = ranks.first(
             [i for i, key in enumerate(keys) if ranks.is_main and key not in store]
         )
-        bar = tqdm(total=len(keys), desc="trajectories", disable=not ranks.is_main)
-        bar.update(len(keys) - len(missing))
+        done = len(keys) - len(missing)
+        bar = stack.enter_context(Steps("trajectories", len(keys), done, quiet=not ranks.is_main))
         at_once = chunk * ranks.data_size
         per_file = at_once * -(-PER_FILE // at_once)
         for start in range(0, len(missing), per_file):
@@ -130,8 +130,7 @@ def sample_trajectories(
                 if ranks.is_main:
                     tensors = dict(zip((keys[i] for i in numbers), paths.unbind(), strict=True))
                     store.add(tensors, {keys[i]: {"caption": captions[i]} for i in numbers})
-            bar.update(len(numbers))
-        bar.close()
+            bar.add(len(numbers))
         store = open_to_read(folder, NAME)
         with ranks.together():  # so long nobody else may change what is there
             pass

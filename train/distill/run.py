@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.cli import INTERRUPTED
 from configs.distillation import DistillConfig
+from configs.progress import doing
 from configs.training import LoRAConfig
 from train.artefact import Artefacts, TrainedLoRA, TrainedModel
 from train.checkpoint import best_checkpoint, load_checkpoint
@@ -322,7 +323,8 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     vae = load_frozen(source, "vae", settings.vae, ranks.device, torch.float32)
     with ranks.main_first():  # it may encode clips
         draw, texts, data_identity = open_source(config, settings, source, ranks.device)
-    networks = load_networks(config, settings, source, ranks, starts)
+    with doing("loading teacher, student and critic", quiet=not ranks.is_main):
+        networks = load_networks(config, settings, source, ranks, starts)
     identity = asdict(config) | data_identity
     identity[TEACHER_DIGEST] = ranks.first(transformer_digest(source) if ranks.is_main else "")
     base = source
@@ -369,7 +371,8 @@ def make_validation(
     else:
         captions = first_captions(run.draw, config.validation_captions)
     captions *= 2  # two clips of each, which should differ
-    finished = teacher_panel(run, settings, captions, folder, teacher_digest)
+    with doing("sampling with the teacher, to compare with", quiet=not run.ranks.is_main):
+        finished = teacher_panel(run, settings, captions, folder, teacher_digest)
     run.teacher_std = float(finished.std())
     if config.dmd_weight:
         run.measure_teacher(captions, finished)

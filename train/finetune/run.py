@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
+from configs.progress import doing
 from configs.training import FinetuneConfig
 from train.artefact import Artefacts, TrainedLoRA, TrainedModel
 from train.conditioning import Texts, check_trainable, transformer_digest
@@ -269,7 +270,8 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
     if plan is not None:
         shape = max(zip(cache.buckets, cache.shapes, strict=True), key=lambda of: len(of[0]))[1]
         sampler = open_sampler(config, settings, source, plan, shape, ranks, vae)
-    dit = build_dit(config, settings, source, ranks, start_from)
+    with doing("loading the transformer", quiet=not ranks.is_main):
+        dit = build_dit(config, settings, source, ranks, start_from)
     half = torch.bfloat16 if config.bfloat16 else torch.float32
     dit.attention.verify(settings.transformer.attention_head_dim, ranks.device, half)
     average = EMA(dit, config.ema_decay)
