@@ -209,7 +209,7 @@ def test_a_weight_of_a_folder_without_clips_is_refused():
         folder_of=[0, 1],
         weights=[1, 1],
     )
-    with pytest.raises(WanError, match="number 2 of them has prompts only"):
+    with pytest.raises(WanError, match="number 2 of them has no clips to train on"):
         cache.batch(0, 1, seed=0)
     assert len(cache.prompts(0, 2, seed=0)) == 2
 

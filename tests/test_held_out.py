@@ -1,11 +1,14 @@
 """Clips that training never sees, and the loss on them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from train.data import LatentCache, sources_of
 from train.held_out import LEVELS, NOISE_SEED, held_out_loss, hold_out, said_of
 from train.parallel import ALONE
+from train.tensor_cache import key_of
 from wan.errors import WanError
 
 NAMES = ["a", "a", "b", "c", "c", "c", "d", "e"]  # of the videos of eight samples, in two buckets
@@ -65,6 +68,27 @@ def test_new_clips_move_none_that_was_trained_on_to_those_that_are_held_out():
 def test_something_must_be_left_to_train_on():
     with pytest.raises(WanError, match=r"validation_clips=5: the data has 5 .* give 4 at most"):
         hold_out(numbered(), 5)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(["a", "a"], "has one clip only"), ([], "has prompts only")]
+)
+def test_data_with_nothing_to_hold_out_is_refused_in_words(names, words):
+    cache = LatentCache(torch.zeros(len(names) or 1, 1, 1, 1, 1), str, sources=names)
+    with pytest.raises(WanError, match=words) as error:
+        hold_out(cache, 1)
+    assert "at most" not in str(error.value)
+
+
+def test_no_folder_with_a_weight_is_held_out_as_a_whole():
+    small = numbered().sources.index(sorted(set(NAMES), key=key_of)[0])  # the first to be held out
+    alone = [int(name == NAMES[small]) for name in NAMES]
+    cache = replace(numbered(), folder_of=alone, weights=[3.0, 1.0])
+    with pytest.raises(WanError, match=r"=1: all clips of folder 2 of .* a weight of 1"):
+        hold_out(cache, 1)
+    rest, _ = hold_out(replace(cache, weights=[]), 1)
+    with pytest.raises(WanError, match="number 2 of them has no clips to train on"):
+        replace(rest, weights=[3.0, 1.0]).batch(0, 1, seed=0)
 
 
 def test_one_line_says_what_is_held_out():

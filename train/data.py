@@ -134,14 +134,14 @@ class LatentCache:
         Of several folders with `weights`, the same holds for each folder within a bucket.
 
         Raises:
-            WanError: there are prompts only, or in a folder that has a weight.
+            WanError: there are no clips, or none in a folder that has a weight.
         """
         if not len(self):
             raise WanError("the data has prompts only, and this training needs clips")
-        if self.weights and (empty := set(range(len(self.weights))) - self._folders_of_clips()):
+        if self.weights and (empty := set(range(len(self.weights))) - self.folders_of_clips()):
             raise WanError(
-                f"data.folder: number {min(empty) + 1} of them has prompts only, and this training "
-                "needs clips; leave it out with its weight"
+                f"data.folder: number {min(empty) + 1} of them has no clips to train on, and "
+                "this training needs some; leave it out with its weight"
             )
         bucket, number = chosen(self.shares, step, seed)
         indices = self.clip_mixtures[bucket].draw(number, size, seed)
@@ -158,8 +158,9 @@ class LatentCache:
             for place, index in enumerate(indices)
         ]
 
-    def _folders_of_clips(self) -> set[int]:
-        return set(self.folder_of[: len(self)])
+    def folders_of_clips(self) -> set[int]:
+        """The folders that have clips to train on, counted from 0, if there are several."""
+        return {self.folder_of[number] for bucket in self.buckets for number in bucket}
 
     def _mixed(self, groups: list[list[int]]) -> tuple[list[Mixture], tuple[int, ...]]:
         """A mixture for each group of numbers, and the shares of the groups."""

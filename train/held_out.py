@@ -39,9 +39,16 @@ def hold_out(cache: LatentCache, count: int) -> tuple[LatentCache, list[int]]:
     Returns:
         The clips to train on, and the numbers of those that are held out.
     Raises:
-        WanError: nothing would be left to train on.
+        WanError: nothing would be left to train on, or nothing of a folder that has a weight.
     """
     names = sorted(set(cache.sources), key=key_of)
+    if not names:
+        raise WanError(f"validation_clips={count}: the data has prompts only, and no clips")
+    if len(names) == 1:
+        raise WanError(
+            f"validation_clips={count}: the data has one clip only, which must be left to train "
+            "on; preprocess more clips, or leave validation_clips= out"
+        )
     if count >= len(names):
         raise WanError(
             f"validation_clips={count}: the data has {len(names)} different clips, and some must "
@@ -50,7 +57,15 @@ def hold_out(cache: LatentCache, count: int) -> tuple[LatentCache, list[int]]:
     chosen = set(names[:count])
     held = [number for number, name in enumerate(cache.sources) if name in chosen]
     rest = [[n for n in bucket if cache.sources[n] not in chosen] for bucket in cache.buckets]
-    return replace(cache, buckets=rest), held
+    left = replace(cache, buckets=rest)
+    if cache.weights and (emptied := cache.folders_of_clips() - left.folders_of_clips()):
+        number = min(emptied)
+        raise WanError(
+            f"validation_clips={count}: all clips of folder {number + 1} of data.folder= would be "
+            f"held out, and it has a weight of {cache.weights[number]:g}; give fewer "
+            "validation_clips=, add clips to that folder, or leave it out with its weight"
+        )
+    return left, held
 
 
 def said_of(cache: LatentCache, held: Sequence[int], most: int = 3) -> str:
