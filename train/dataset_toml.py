@@ -18,7 +18,16 @@ from typing import Any
 
 from configs.data import FRAMES, PreprocessConfig
 from configs.schema import PICTURES
-from train.clips import LISTS, VIDEOS, Clip, check_repeats, checked, folder_clips, listed_clips
+from train.clips import (
+    LISTS,
+    NO_CONTROL,
+    VIDEOS,
+    Clip,
+    check_repeats,
+    checked,
+    folder_clips,
+    listed_clips,
+)
 from wan.errors import WanError
 from wan.files import MAX_JSON_BYTES, expanded, read_text
 from wan.settings import value_is
@@ -51,7 +60,6 @@ class Field:
 
 
 TEXT, WHOLE, TRUTH, LIST = (str,), (int,), (bool,), (list,)
-NO_CONTROL = "there is no training with control clips or masks here; take it out"
 NO_SHUFFLE = "captions are taken as they are; give several captions per clip in a list instead"
 OTHER_MODEL = "it is for another model; take it out"
 
