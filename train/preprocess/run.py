@@ -5,7 +5,6 @@ Under torchrun the processes share out clips and texts, into one folder; the mai
 
 import hashlib
 import itertools
-import json
 import math
 import sys
 import time
@@ -36,7 +35,16 @@ from train.clips import (
     read_samples,
 )
 from train.conditioning import CaptionEncoder, component_digests, load_frozen, text_dtype
-from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
+from train.data import (
+    CONTENT,
+    INDEX,
+    REPORT,
+    SET_ASIDE,
+    as_text,
+    content_digest,
+    encode_float16,
+    text_key,
+)
 from train.dataset_toml import toml_clips
 from train.parallel import Ranks, start
 from train.tensor_cache import TensorStore, is_shard, key_of, only_writer, open_to_extend
@@ -334,11 +342,6 @@ class Preprocessing:
                 )  # none is to wait for what an error ended
 
 
-def as_text(lines: list[Line]) -> str:
-    """A report, as it is written."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
 def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Line:
     """Everything that a folder's content follows from, apart from its clips and texts."""
     names = ["sizes", *RULES, "max_text_tokens"]
@@ -434,7 +437,7 @@ def judge(clip: Clip, rules: ClipRules, settings: Line, known: dict[str, Line]) 
         count = known.get(key_of(settings, content, 0), {}).get("samples", 1)
         keys = [key_of(settings, content, i) for i in range(count)]
         if not reasons and all(key in known for key in keys):
-            return [Sample(line | {"key": key}, known[key]) for key in keys]
+            return [Sample(line | {"key": key, CONTENT: content}, known[key]) for key in keys]
         taken = judge_clip(clip, rules, facts)
     except (WanError, OSError) as error:
         reasons.append(error.on_command_line if isinstance(error, WanError) else str(error))
@@ -445,7 +448,8 @@ def judge(clip: Clip, rules: ClipRules, settings: Line, known: dict[str, Line]) 
     for i, numbers in enumerate(taken):
         key = key_of(settings, content, i)
         place = {"sample": i + 1, "samples": len(taken), "used_frames": [numbers[0], numbers[-1]]}
-        judged.append(Sample(line | {"key": key}, facts | place, [] if key in known else numbers))
+        named = line | {"key": key, CONTENT: content}
+        judged.append(Sample(named, facts | place, [] if key in known else numbers))
     return judged
 
 
