@@ -172,6 +172,22 @@ class LatentCache:
             for place, index in enumerate(indices)
         ]
 
+    def repeats_in_batches(self, size: int) -> str | None:
+        """A warning if batches of `size` clips hold one several times, as a bucket has fewer."""
+        counts = zip(self.shapes, (len(set(bucket)) for bucket in self.buckets), strict=True)
+        few = [
+            f"{count} of latents {'x'.join(map(str, shape[1:]))}"
+            for shape, count in counts
+            if 0 < count < size
+        ]
+        if not few:
+            return None
+        return (
+            f"warning: batch_size={size}: batches are of one size, and there are fewer clips to "
+            f"train on ({', '.join(few)}, as frames x height x width), so batches hold a clip "
+            "several times; give a smaller batch_size= or more clips"
+        )
+
     def folders_of_clips(self) -> set[int]:
         """The folders that have clips to train on, counted from 0, if there are several."""
         return {self.folder_of[number] for bucket in self.buckets for number in bucket}
