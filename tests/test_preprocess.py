@@ -233,6 +233,31 @@ def test_too_many_bad_clips_fail_the_run(clips, tmp_path, model):
         preprocess(settings(tmp_path, model, max_set_aside=9))
 
 
+def test_a_file_with_several_captions_is_read_and_counted_once(clips, tmp_path, model, monkeypatch):
+    rows = [{"path": "good.mp4", "cap": ["one", "two", ""]}, {"path": "bad.mp4", "cap": ["a", "b"]}]
+    (tmp_path / "l.json").write_text(json.dumps(rows))
+    make_clip(tmp_path / "good.mp4")
+    make_clip(tmp_path / "bad.mp4", fps=4)
+    read = []
+    judge_clip = train.preprocess.run.judge_clip
+    monkeypatch.setattr(
+        train.preprocess.run,
+        "judge_clip",
+        lambda clip, *rest: (read.append(clip.path.name), judge_clip(clip, *rest))[1],
+    )
+    config = settings(tmp_path, model, clips=str(tmp_path / "l.json"))
+    with pytest.raises(WanError, match=r"^2 of 2 clips .* bad\.mp4: 4 frames"):
+        preprocess(config)
+    assert read == ["good.mp4", "bad.mp4"]
+    assert preprocess(replace(config, max_set_aside=2)) == 0  # of one a caption only
+    lines = [json.loads(x) for x in (tmp_path / "data/report.jsonl").read_text().splitlines()]
+    assert [(x["clip"], x["caption"]) for x in lines if x["verdict"] == "ok"] == [
+        ("good.mp4", "one"),
+        ("good.mp4", "two"),
+    ]
+    assert [x["verdict"] for x in lines] == ["ok", "ok", *["set aside"] * 3]
+
+
 def test_check_only_judges_all_and_changes_nothing_else(clips, tmp_path, model):
     make_clip(clips / "a.mp4", caption=None)
     make_clip(clips / "b.mp4")
