@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from train.clips import (
+    CONTROLS,
     Clip,
     ClipRules,
     best_size,
@@ -442,6 +443,16 @@ def test_lists_of_other_trainers_are_read(tmp_path, name, text, where):
     for source in sources:
         (clip,) = list_clips(source)
         assert (clip.name, clip.path, read_caption(clip)) == ("a.mp4", path, "a fox")
+
+
+@pytest.mark.parametrize("field", [*CONTROLS, "control_path_0"])
+def test_control_clips_and_masks_in_a_list_are_refused_by_name(tmp_path, field):
+    row = {"video_path": "a.mp4", "caption": "a fox", "author": "me"}
+    (tmp_path / "l.jsonl").write_text(json.dumps(row | {field: None}))
+    assert len(list_clips(tmp_path / "l.jsonl")) == 1
+    (tmp_path / "l.jsonl").write_text(json.dumps(row | {field: "b.mp4"}))
+    with pytest.raises(WanError, match=f"line 1: {field}='b.mp4': there is no training with"):
+        list_clips(tmp_path / "l.jsonl")
 
 
 def test_a_clip_with_several_captions_comes_with_each(tmp_path):

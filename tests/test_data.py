@@ -178,6 +178,17 @@ def test_folders_come_by_their_weights_and_each_shows_its_clips_equally_often(we
     assert said == seen if not wide else sum(said[str(i)] for i in range(6)) == 54
 
 
+def test_a_size_with_fewer_clips_than_a_batch_is_named():
+    cache = of_folders([3, 1], wide=(0, 1, 8))
+    count = len(cache) - 3
+    assert cache.repeats_in_batches(3) is None
+    assert "batch_size=4: " in cache.repeats_in_batches(4)
+    shapes = ["x".join(map(str, shape[1:])) for shape in cache.shapes]
+    (few,) = [s for s, b in zip(shapes, cache.buckets, strict=True) if len(b) == 3]
+    assert f"(3 of latents {few}, as" in cache.repeats_in_batches(4)
+    assert f"{count} of latents" in cache.repeats_in_batches(count + 1)
+
+
 def test_without_weights_several_folders_are_as_one():
     one = of_folders([])
     whole = LatentCache(one.latents, one.caption_of)
@@ -209,7 +220,7 @@ def test_a_weight_of_a_folder_without_clips_is_refused():
         folder_of=[0, 1],
         weights=[1, 1],
     )
-    with pytest.raises(WanError, match="number 2 of them has prompts only"):
+    with pytest.raises(WanError, match="number 2 of them has no clips to train on"):
         cache.batch(0, 1, seed=0)
     assert len(cache.prompts(0, 2, seed=0)) == 2
 

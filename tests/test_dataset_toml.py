@@ -1,12 +1,14 @@
 """Dataset files of musubi-tuner and diffusion-pipe: every field is used, named, or refused."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 from test_clips import make_clip
 
 from configs.data import PreprocessConfig
-from train.clips import read_caption
+from train import dataset_toml
+from train.clips import CONTROLS, NO_CONTROL, read_caption
 from train.dataset_toml import toml_clips
 from wan.errors import WanError
 
@@ -146,3 +148,18 @@ def test_aspect_ratios_of_diffusion_pipe_are_asked_for_and_missed(folder, capsys
         clips_of(folder, ratios + PIPE.replace("[64]", "[256]"))
     assert len(clips_of(folder, ratios + PIPE)) == 1
     assert "no size in sizes= is 0.50, 2.00 times as wide as high" in capsys.readouterr().err
+
+
+def test_clips_of_folders_with_one_name_have_names_of_their_own(folder):
+    text = PIPE
+    for place in ("cats/videos", "dogs/videos"):
+        shutil.copytree(folder / "videos", folder / place)
+        text += f'[[directory]]\npath = "{place}"\n'
+    names = [clip.name for clip in clips_of(folder, text)]
+    own = folder.name + "/videos/a.mp4"
+    assert names == [own, "cats/videos/a.mp4", "dogs/videos/a.mp4"]
+
+
+def test_lists_refuse_the_control_fields_that_dataset_files_do():
+    fields = dataset_toml.MUSUBI | dataset_toml.PIPE
+    assert set(CONTROLS) == {name for name in fields if fields[name].refused == NO_CONTROL}

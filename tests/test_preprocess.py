@@ -1,6 +1,7 @@
 """Clips and prompts through the command and into training; damage to what it wrote."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -31,13 +32,13 @@ from configs.progress import Steps
 from configs.start import interrupt_from_now_on
 from configs.training import FinetuneConfig, LoopConfig
 from train.conditioning import component_digests
-from train.data import folder_cache, open_data
+from train.data import CONTENT, Source, as_text, folder_cache, open_data
 from train.finetune.__main__ import LINE
 from train.finetune.run import finetune
 from train.preprocess.run import preprocess
 from train.tensor_cache import TensorStore, open_to_read
 from wan.errors import WanError
-from wan.files import read_sealed, remove_leftovers, write_json
+from wan.files import read_sealed, remove_leftovers, write_json, write_sealed
 from wan.models.dit_config import DiTConfig
 from wan.models.vae import WanVAE
 from wan.pipeline.parts import vae_levels
@@ -81,6 +82,15 @@ def settings(tmp_path, model, **changes) -> PreprocessConfig:
 def report(tmp_path, name="report.jsonl") -> dict[str, dict]:
     lines = (tmp_path / "data" / name).read_text().splitlines()
     return {row["clip"]: row for row in map(json.loads, lines)}
+
+
+def with_older_report(folder) -> dict:
+    """Write a folder's report as older releases did; returns the index that belongs to it."""
+    lines = [json.loads(line) for line in (folder / "report.jsonl").read_text().splitlines()]
+    older = as_text([{n: value for n, value in line.items() if n != CONTENT} for line in lines])
+    (folder / "report.jsonl").write_text(older)
+    digest = hashlib.sha256(older.encode()).hexdigest()
+    return read_sealed(folder / "index.json") | {"report_sha256": digest}
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -221,6 +231,31 @@ def test_too_many_bad_clips_fail_the_run(clips, tmp_path, model):
     (clips / "c.mp4").unlink()
     with pytest.raises(WanError, match="2 of 2 clips"):  # nothing is left
         preprocess(settings(tmp_path, model, max_set_aside=9))
+
+
+def test_a_file_with_several_captions_is_read_and_counted_once(clips, tmp_path, model, monkeypatch):
+    rows = [{"path": "good.mp4", "cap": ["one", "two", ""]}, {"path": "bad.mp4", "cap": ["a", "b"]}]
+    (tmp_path / "l.json").write_text(json.dumps(rows))
+    make_clip(tmp_path / "good.mp4")
+    make_clip(tmp_path / "bad.mp4", fps=4)
+    read = []
+    judge_clip = train.preprocess.run.judge_clip
+    monkeypatch.setattr(
+        train.preprocess.run,
+        "judge_clip",
+        lambda clip, *rest: (read.append(clip.path.name), judge_clip(clip, *rest))[1],
+    )
+    config = settings(tmp_path, model, clips=str(tmp_path / "l.json"))
+    with pytest.raises(WanError, match=r"^2 of 2 clips .* bad\.mp4: 4 frames"):
+        preprocess(config)
+    assert read == ["good.mp4", "bad.mp4"]
+    assert preprocess(replace(config, max_set_aside=2)) == 0  # of one a caption only
+    lines = [json.loads(x) for x in (tmp_path / "data/report.jsonl").read_text().splitlines()]
+    assert [(x["clip"], x["caption"]) for x in lines if x["verdict"] == "ok"] == [
+        ("good.mp4", "one"),
+        ("good.mp4", "two"),
+    ]
+    assert [x["verdict"] for x in lines] == ["ok", "ok", *["set aside"] * 3]
 
 
 def test_check_only_judges_all_and_changes_nothing_else(clips, tmp_path, model):
@@ -440,7 +475,7 @@ def test_shards_and_an_index_of_an_older_release_are_read(clips, tmp_path, model
         notes = {key: {n: note[n] for n in ("sha256", "facts")} for key, note in notes.items()}
         old = {key: json.dumps(note) for key, note in notes.items()}
         write_tensors(shard, {k: t.clone() for k, t in map_tensors(file).items()}, old)
-    write_json(folder / "index.json", read_sealed(folder / "index.json"))
+    write_json(folder / "index.json", with_older_report(folder))
     after = folder_cache(folder, None)
     assert torch.equal(after.latents[0], latents)
     assert after.digest == before.digest == sha256_file(folder / "index.json")
@@ -540,6 +575,29 @@ def test_a_background_is_told_by_the_command_and_is_a_setting_of_the_folder(clip
     assert len(folder_cache(tmp_path / "white", None)) == 2
     with pytest.raises(WanError, match=r"image_background: \[255, 255, 255\] there, None now"):
         preprocess(replace(config, output_dir=str(tmp_path / "white"), max_set_aside=1))
+
+
+def test_the_digest_of_a_files_content_is_told_and_changes_no_data(clips, tmp_path, model):
+    """A folder of an older release, written again by the same command, is the same data."""
+    path = make_clip(clips / "a.mp4", caption="a wall")
+    config = settings(tmp_path, model)
+    folder = tmp_path / "data"
+    assert preprocess(config) == 0
+    assert report(tmp_path)["a.mp4"][CONTENT] == sha256_file(path)
+    digest = folder_cache(folder, None).digest
+    write_sealed(folder / "index.json", with_older_report(folder))
+    assert (folder_cache(folder, None).digest, folder_cache(folder, None).sources) == (
+        digest,
+        [Source("a.mp4")],
+    )
+    make_clip(clips / "b.mp4", caption="another", seed=1)
+    assert preprocess(config) == 0  # clips are added to it
+    assert folder_cache(folder, None).digest != digest
+    (clips / "b.mp4").unlink()
+    (clips / "b.txt").unlink()
+    assert preprocess(config) == 0
+    assert folder_cache(folder, None).digest == digest
+    assert folder_cache(folder, None).sources == [Source("a.mp4", sha256_file(path))]
 
 
 def test_prompts_alone_are_enough_and_stored_as_encoded(tmp_path, model):

@@ -1,7 +1,9 @@
 """Fine-tuning on one's own clips, watched: held-out loss and samples at every save."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from train.checkpoint import list_checkpoints
 from train.finetune.__main__ import LINE
 from train.finetune.run import finetune
 from train.metrics import read_metrics
+from train.parallel import Ranks
 from train.preprocess.run import preprocess
 from train.samples import sample_prompts, short_name
 from wan import WanPipeline
@@ -101,7 +104,7 @@ def test_a_run_measures_what_it_does_not_see_and_shows_what_inference_makes(
 
 
 def test_what_is_held_out_is_part_of_what_a_run_is(tmp_path, teacher, data):
-    few = settings(tmp_path, teacher, data, sample_prompts=[], validation_clips=0)
+    few = settings(tmp_path, teacher, data, sample_prompts=[], sample_seed=0, validation_clips=0)
     assert finetune(few) == 0
     longer = replace(few, loop=replace(few.loop, steps=3))
     with pytest.raises(WanError, match=r"validation_clips: 0 there, 1 now"):
@@ -160,6 +163,7 @@ def test_prompts_are_typed_as_they_are_or_read_from_a_file(tmp_path):
     [
         ({"sample_prompts": ["x"], "sample_every": 3}, r"a multiple of loop\.save_every=200"),
         ({"sample_steps": 3}, r"sample_steps= without sample_prompts=: nothing is sampled"),
+        ({"sample_seed": 3}, r"sample_seed= without sample_prompts=: nothing is sampled"),
         ({"sample_prompts": [f"{i}" for i in range(33)]}, "33 prompts, at most 32"),
         ({"sample_prompts": ["missing.txt"]}, r"missing\.txt"),
     ],
@@ -169,6 +173,33 @@ def test_samples_that_cannot_be_made_are_refused_before_anything_is(tmp_path, ch
     with pytest.raises((WanError, OSError), match=message):
         finetune(config)
     assert not Path(config.output_dir).exists()
+
+
+def test_a_file_without_prompts_is_refused_by_the_option_that_gave_it(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(WanError, match=r"^sample_prompts=.*empty\.txt: no prompt in it"):
+        sample_prompts(FinetuneConfig(sample_prompts=[str(tmp_path / "empty.txt")]))
+
+
+@pytest.mark.parametrize(("prompts", "groups"), [(1, 4), (3, 2), (5, 4), (4, 2)])
+def test_each_prompt_is_kept_by_one_group_however_many_there_are(prompts, groups, monkeypatch):
+    made = []
+    monkeypatch.setattr(samples.Sampler, "sample_one", lambda self, dit, prompt, bar: prompt)
+    for group in range(groups):
+        ranks = SimpleNamespace(
+            data_rank=group,
+            data_size=groups,
+            size=groups,
+            is_main=group == 0,
+            gather=lambda mine: [mine] * groups,
+            reshard=lambda dit: None,
+        )
+        ranks.spread = partial(Ranks.spread, ranks)
+        plan = SimpleNamespace(schedule=[0])
+        names = [f"{number}" for number in range(prompts)]
+        sampler = samples.Sampler(names, "", None, plan, (), 0, False, 8, None, ranks)
+        made += sampler.sample(None).items()
+    assert made == [(number, f"{number}") for number in range(prompts)]
 
 
 def test_clips_are_held_out_of_folders_only():

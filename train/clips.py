@@ -61,6 +61,16 @@ LISTS = (".jsonl", ".csv", ".json")
 # The lists that others lay into a folder of clips.
 INSIDE = ("metadata.jsonl", "metadata.csv", "videos2caption.json", "captions.json")
 REPEATS = ("repeats", "num_repeats")  # fields of a list
+# Fields of other trainers for control clips and masks, that nothing here does; some are numbered.
+CONTROLS = (
+    "control_path",
+    "control_directory",
+    "control_resolution",
+    "no_resize_control",
+    "mask_path",
+    "default_mask_file",
+)
+NO_CONTROL = "there is no training with control clips or masks here; take it out"
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
 SAME_RATE = 0.01  # 23.976 stands for 24
@@ -268,7 +278,7 @@ def list_entry(row: Any, where: str) -> tuple[str, list[str]]:
     """The name of a clip and its captions, as one entry of a list has them; "" if there is none.
 
     Raises:
-        WanError: no name, or more than one field that may be the caption.
+        WanError: no name, more than one field that may be the caption, or a control clip or mask.
     """
     names = [key for key in SPELLINGS if isinstance(row, dict) and row.get(key)]
     if not names or not isinstance(row[names[0]], str):
@@ -277,6 +287,9 @@ def list_entry(row: Any, where: str) -> tuple[str, list[str]]:
             f"{where}: need {ROW} or under a CSV head of video,prompt; other trainers' {others} "
             "are read too"
         )
+    for key, value in row.items():
+        if value and re.sub(r"_\d+$", "", str(key)) in CONTROLS:
+            raise WanError(f"{where}: {key}={value!r}: {NO_CONTROL}")
     own = SPELLINGS[names[0]]
     texts = dict.fromkeys(key for key in SPELLINGS.values() if row.get(key))
     keys = [own] if own in texts else list(texts)
@@ -306,11 +319,11 @@ def check_repeats(name: str, value: Any) -> None:
         )
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
+def read_prompts(path: Path, option: str = "prompts") -> list[str]:
+    """The lines of a text file that are not empty; errors name the option that gave it."""
     prompts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
-        raise WanError(f"prompts={path}: no prompt in it; write one per line")
+        raise WanError(f"{option}={path}: no prompt in it; write one per line")
     return prompts
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,12 +47,26 @@ from wan.weights.checked import read_checked, write_checked
 
 SHARD = 512  # clips per file of the world's cache
 INDEX, REPORT = "index.json", "report.jsonl"  # of a folder that train.preprocess wrote
+CONTENT = "file_sha256"  # of the clip's file, in a line of the report; older ones have none
 SET_ASIDE = "set aside"  # the verdict of a clip that is not used; "ok" of one that is
 
 DATA_DIGEST, DATA_CONTENT = "data_digest", "data_content"  # among the settings that a run keeps
 FINEST = 10_000  # to one part of so many, weights of folders are exact
 
 Shape = tuple[int, ...]
+
+
+class Source(NamedTuple):
+    """The video that a clip was taken from.
+
+    Attributes:
+        name: as the report has it.
+        content: sha256 of the file; empty where older releases wrote the report, so that videos of
+            one name are one.
+    """
+
+    name: str
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,8 +109,8 @@ class LatentCache:
         tokens_of: stored text embeddings, if there are any: captions -> (n, D) of each.
         digest: of the folders' content, so that a resumed run can tell whether it is the same.
         content: what is told of each folder if it is not.
-        sources: the name of the video that each clip was taken from, in folders: samples, captions
-            and copies of one video have the same, and so have clips of one name in two folders.
+        sources: the video that each clip was taken from, in folders: samples, captions and copies
+            of one video have the same.
     """
 
     latents: Tensor | Sequence[Tensor]
@@ -109,7 +123,7 @@ class LatentCache:
     tokens_of: TokensOf | None = None
     digest: str | None = None
     content: dict[str, Any] = field(default_factory=dict)
-    sources: list[str] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.shapes = self.shapes or [tuple(self.latents[0].shape)]
@@ -134,14 +148,14 @@ class LatentCache:
         Of several folders with `weights`, the same holds for each folder within a bucket.
 
         Raises:
-            WanError: there are prompts only, or in a folder that has a weight.
+            WanError: there are no clips, or none in a folder that has a weight.
         """
         if not len(self):
             raise WanError("the data has prompts only, and this training needs clips")
-        if self.weights and (empty := set(range(len(self.weights))) - self._folders_of_clips()):
+        if self.weights and (empty := set(range(len(self.weights))) - self.folders_of_clips()):
             raise WanError(
-                f"data.folder: number {min(empty) + 1} of them has prompts only, and this training "
-                "needs clips; leave it out with its weight"
+                f"data.folder: number {min(empty) + 1} of them has no clips to train on, and "
+                "this training needs some; leave it out with its weight"
             )
         bucket, number = chosen(self.shares, step, seed)
         indices = self.clip_mixtures[bucket].draw(number, size, seed)
@@ -158,8 +172,25 @@ class LatentCache:
             for place, index in enumerate(indices)
         ]
 
-    def _folders_of_clips(self) -> set[int]:
-        return set(self.folder_of[: len(self)])
+    def repeats_in_batches(self, size: int) -> str | None:
+        """A warning if batches of `size` clips hold one several times, as a bucket has fewer."""
+        counts = zip(self.shapes, (len(set(bucket)) for bucket in self.buckets), strict=True)
+        few = [
+            f"{count} of latents {'x'.join(map(str, shape[1:]))}"
+            for shape, count in counts
+            if 0 < count < size
+        ]
+        if not few:
+            return None
+        return (
+            f"warning: batch_size={size}: batches are of one size, and there are fewer clips to "
+            f"train on ({', '.join(few)}, as frames x height x width), so batches hold a clip "
+            "several times; give a smaller batch_size= or more clips"
+        )
+
+    def folders_of_clips(self) -> set[int]:
+        """The folders that have clips to train on, counted from 0, if there are several."""
+        return {self.folder_of[number] for bucket in self.buckets for number in bucket}
 
     def _mixed(self, groups: list[list[int]]) -> tuple[list[Mixture], tuple[int, ...]]:
         """A mixture for each group of numbers, and the shares of the groups."""
@@ -533,10 +564,23 @@ def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterat
             yield f"other {name}"
 
 
-def sources_of(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """The name of each sample's video; that of the first one for files with the same content."""
-    first: dict[str, str] = {}
-    return [first.setdefault(line["key"], line.get("clip", line["key"])) for line in lines]
+def sources_of(lines: Sequence[dict[str, Any]]) -> list[Source]:
+    """Each sample's video; it has the name of the first one of the files with the same content.
+
+    The content is known by the files' sha256, whatever their names, sizes and folders. If a line
+    has none, as older releases wrote them, it is known by the key, and the name says the rest.
+    """
+    known = all(CONTENT in line for line in lines)
+    first: dict[str, Source] = {}
+    for line in lines:
+        name, content = line.get("clip", line["key"]), line[CONTENT] if known else ""
+        first.setdefault(content or line["key"], Source(name, content))
+    return [first[line[CONTENT] if known else line["key"]] for line in lines]
+
+
+def as_text(lines: Iterable[Mapping[str, Any]]) -> str:
+    """A report, as it is written."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def content_digest(
@@ -578,6 +622,9 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]
     except WanError as error:
         raise WanError(f"data.folder={folder}: {error}; {again}") from error
     # The digest of what older releases wrote: a resumed run must find its data unchanged.
+    if any(CONTENT in line for line in lines):  # which the keys follow from
+        told = as_text([{n: x for n, x in line.items() if n != CONTENT} for line in lines])
+        index |= {"report_sha256": hashlib.sha256(told.encode()).hexdigest()}
     written = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     return index, lines, hashlib.sha256(written.encode()).hexdigest()
 
@@ -596,6 +643,7 @@ LINE_KINDS = {
     "caption": TEXT_OR_NONE,
     "key": TEXT,
     "size": TEXT,
+    CONTENT: TEXT,
     "repeats": (int,),
 }
 NEEDED = ("verdict", "caption", "key", "size")

@@ -18,7 +18,16 @@ from typing import Any
 
 from configs.data import FRAMES, PreprocessConfig
 from configs.schema import PICTURES
-from train.clips import LISTS, VIDEOS, Clip, check_repeats, checked, folder_clips, listed_clips
+from train.clips import (
+    LISTS,
+    NO_CONTROL,
+    VIDEOS,
+    Clip,
+    check_repeats,
+    checked,
+    folder_clips,
+    listed_clips,
+)
 from wan.errors import WanError
 from wan.files import MAX_JSON_BYTES, expanded, read_text
 from wan.settings import value_is
@@ -51,7 +60,6 @@ class Field:
 
 
 TEXT, WHOLE, TRUTH, LIST = (str,), (int,), (bool,), (list,)
-NO_CONTROL = "there is no training with control clips or masks here; take it out"
 NO_SHUFFLE = "captions are taken as they are; give several captions per clip in a list instead"
 OTHER_MODEL = "it is for another model; take it out"
 
@@ -174,7 +182,10 @@ def toml_clips(path: Path, config: PreprocessConfig) -> list[Clip]:
     check_options(path, sources, videos, config, notes)
     for note in notes:
         print(f"clips={path}: {note}", file=sys.stderr)
-    return checked([clip for source in sources for clip in clips_of(path, source)], path)
+    places = [place_of(path, source) for source in sources]
+    names = unique_names(places)
+    pairs = zip(sources, places, strict=True)
+    return checked([clip for one, at in pairs for clip in clips_of(path, one, at, names[at])], path)
 
 
 def parse_toml(path: Path) -> Table:
@@ -186,13 +197,31 @@ def parse_toml(path: Path) -> Table:
         raise WanError(f"clips={path}: not valid TOML ({error})") from error
 
 
-def clips_of(path: Path, source: Source) -> list[Clip]:
-    """A source's clips, named by its folder; its path is relative to the file, or to where the
-    command runs, as the other trainers have it."""
+def place_of(path: Path, source: Source) -> Path:
+    """The folder or list of a source, whose path is relative to the file, or to where the command
+    runs, as the other trainers have it."""
     written = expanded(source.path)
     place = path.parent / written if (path.parent / written).exists() else written
     if not place.exists():
         raise WanError(f"clips={path}, {source.where}: {source.path}: no such folder or list")
+    return place
+
+
+def unique_names(places: Iterable[Path]) -> dict[Path, str]:
+    """The last part of each path, or as many of its last parts as no other path there ends with."""
+    parts = {place: place.resolve().parts for place in places}
+    names = {}
+    for place, own in parts.items():
+        others = [other for other in parts.values() if other != own]
+        count = 1
+        while any(other[-count:] == own[-count:] for other in others):
+            count += 1
+        names[place] = place.name if count == 1 else "/".join(own[-count:])
+    return names
+
+
+def clips_of(path: Path, source: Source, place: Path, name: str) -> list[Clip]:
+    """The clips of a source's folder or list; their names begin with its name."""
     if place.is_dir():
         found = folder_clips(place, source.endings, source.caption, "*")
     elif place.suffix in LISTS:
@@ -208,7 +237,7 @@ def clips_of(path: Path, source: Source) -> list[Clip]:
             f"({', '.join(source.endings)})"
         )
     return [
-        replace(clip, name=f"{place.name}/{clip.name}", repeats=clip.repeats * source.repeats)
+        replace(clip, name=f"{name}/{clip.name}", repeats=clip.repeats * source.repeats)
         for clip in found
     ]
 

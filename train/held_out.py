@@ -2,7 +2,8 @@
 
 The loss of training says little: every step draws other clips, noise levels and noises. Here all
 three are the same at every save, so that only the weights change. Which clips are held out follows
-from their names alone: runs of other settings are measured on the same ones.
+from their names: runs of other settings are measured on the same ones. Videos of one name and other
+content are two, and a file under two names is one.
 """
 
 from collections.abc import Sequence
@@ -39,23 +40,38 @@ def hold_out(cache: LatentCache, count: int) -> tuple[LatentCache, list[int]]:
     Returns:
         The clips to train on, and the numbers of those that are held out.
     Raises:
-        WanError: nothing would be left to train on.
+        WanError: nothing would be left to train on, or nothing of a folder that has a weight.
     """
-    names = sorted(set(cache.sources), key=key_of)
-    if count >= len(names):
+    videos = sorted(set(cache.sources), key=lambda source: (key_of(source.name), source.content))
+    if not videos:
+        raise WanError(f"validation_clips={count}: the data has prompts only, and no clips")
+    if len(videos) == 1:
         raise WanError(
-            f"validation_clips={count}: the data has {len(names)} different clips, and some must "
-            f"be left to train on; give {len(names) - 1} at most"
+            f"validation_clips={count}: the data has one clip only, which must be left to train "
+            "on; preprocess more clips, or leave validation_clips= out"
         )
-    chosen = set(names[:count])
-    held = [number for number, name in enumerate(cache.sources) if name in chosen]
+    if count >= len(videos):
+        raise WanError(
+            f"validation_clips={count}: the data has {len(videos)} different clips, and some must "
+            f"be left to train on; give {len(videos) - 1} at most"
+        )
+    chosen = set(videos[:count])
+    held = [number for number, video in enumerate(cache.sources) if video in chosen]
     rest = [[n for n in bucket if cache.sources[n] not in chosen] for bucket in cache.buckets]
-    return replace(cache, buckets=rest), held
+    left = replace(cache, buckets=rest)
+    if cache.weights and (emptied := cache.folders_of_clips() - left.folders_of_clips()):
+        number = min(emptied)
+        raise WanError(
+            f"validation_clips={count}: all clips of folder {number + 1} of data.folder= would be "
+            f"held out, and it has a weight of {cache.weights[number]:g}; give fewer "
+            "validation_clips=, add clips to that folder, or leave it out with its weight"
+        )
+    return left, held
 
 
 def said_of(cache: LatentCache, held: Sequence[int], most: int = 3) -> str:
     """One line about the clips that are held out."""
-    names = sorted({cache.sources[number] for number in held})
+    names = [source.name for source in sorted({cache.sources[number] for number in held})]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     samples = f" in {len(held)} samples" if len(held) > len(names) else ""
     return (

@@ -8,7 +8,7 @@ decoded, and closed again.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import sample
 
 MAX_PROMPTS = 32  # each is sampled twice at every save
-OPTIONS = ("every", "size", "steps", "shift", "guidance", "negative_prompt")
+OPTIONS = ("every", "size", "seed", "steps", "shift", "guidance", "negative_prompt")
 
 
 def sample_prompts(config: FinetuneConfig) -> list[str]:
@@ -48,7 +48,8 @@ def sample_prompts(config: FinetuneConfig) -> list[str]:
     """
     prompts: list[str] = []
     for entry in config.sample_prompts:
-        prompts += read_prompts(expanded(entry)) if entry.endswith(".txt") else [entry]
+        is_file = entry.endswith(".txt")
+        prompts += read_prompts(expanded(entry), "sample_prompts") if is_file else [entry]
     for prompt in prompts:
         check_prompt("sample_prompts", prompt)
     if len(prompts) > MAX_PROMPTS:
@@ -56,7 +57,8 @@ def sample_prompts(config: FinetuneConfig) -> list[str]:
             f"sample_prompts=: {len(prompts)} prompts, at most {MAX_PROMPTS}, as each is sampled "
             "twice at every save; sample more of what a run writes with infer.sample"
         )
-    given = [n for n in OPTIONS if getattr(config, f"sample_{n}") is not None]
+    defaults = {each.name: each.default for each in fields(config)}
+    given = [n for n in OPTIONS if getattr(config, f"sample_{n}") != defaults[f"sample_{n}"]]
     if given and not prompts:
         names = ", ".join(f"sample_{name}=" for name in given)
         raise WanError(f"{names} without sample_prompts=: nothing is sampled; give prompts too")
@@ -88,7 +90,7 @@ def sampling_plan(config: FinetuneConfig, settings: PipelineConfig) -> SamplingP
         WanError: the options do not fit the model.
     """
     given_shape(config, settings)
-    named = {f"sample_{n}": getattr(config, f"sample_{n}") for n in OPTIONS[2:]}
+    named = {f"sample_{n}": getattr(config, f"sample_{n}") for n in OPTIONS[3:]}
     if settings.timesteps and (given := [n for n, value in named.items() if value is not None]):
         raise WanError(
             f"{', '.join(given)}: this model is a few-step student, which is sampled in its own "
@@ -152,7 +154,8 @@ class Sampler:
     def sample(self, dit: WanDiT) -> dict[int, Tensor]:
         """Latents (C, T, h, w) on the CPU, of the prompts that are this process's share."""
         made: dict[int, Tensor] = {}
-        share = -(-len(self.prompts) // self.ranks.data_size)
+        count = len(self.prompts)
+        share = -(-count // self.ranks.data_size)
         hidden = None if self.ranks.is_main else True  # None: where nobody looks
 
         def make(numbers: list[int]) -> list[None]:
@@ -162,9 +165,10 @@ class Sampler:
 
         total = share * len(self.plan.schedule)
         with tqdm(total=total, desc="samples", unit="step", leave=False, disable=hidden) as bar:
-            self.ranks.spread(make, range(len(self.prompts)), 1)
+            self.ranks.spread(make, range(count), 1)
         self.ranks.reshard(dit)
-        return made
+        first = self.ranks.data_rank * share  # what is made behind the share fills up the turns
+        return {n: made[n] for n in range(first, min(first + share, count))}
 
     def sample_one(self, dit: WanDiT, prompt: str, bar: tqdm) -> Tensor:
         condition, null = (Condition(*self.texts([text])) for text in (prompt, self.negative))
@@ -186,7 +190,7 @@ class Sampler:
             made: the name of the weights -> what `sample` has made with them.
         """
         pictures = Pictures(folder, step)
-        if self.ranks.leads_group:
+        if self.ranks.leads_group and any(made.values()):
             pictures.note(lambda: self.write_share(pictures, made))
         pictures.close(self.ranks)
 

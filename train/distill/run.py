@@ -83,15 +83,17 @@ def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
 
 
 def open_source(
-    config: DistillConfig, settings: PipelineConfig, source: Path, device: torch.device
+    config: DistillConfig, settings: PipelineConfig, source: Path, ranks: Ranks
 ) -> tuple[Callable[[int], Clips], Texts, dict[str, Any]]:
     """A function that draws batches, one that encodes captions, and the data's identity."""
-    size, seed = config.batch_size, config.seed
+    size, seed, device = config.batch_size, config.seed, ranks.device
     if config.draws_captions:
         texts = world_texts(settings, source, device, config.max_text_tokens)
         return world_captions(config), texts, {}
     cache, texts, _ = open_data(config.data, settings, source, device, config.max_text_tokens)
     texts([config.scores.negative_prompt])  # refused here, and not after the networks were loaded
+    if config.needs_clips and ranks.is_main and (warning := cache.repeats_in_batches(size)):
+        print(warning, file=sys.stderr)
 
     def draw_clips(step: int) -> Clips:
         latents, captions = cache.batch(step, size, seed)
@@ -322,7 +324,7 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     vae = load_frozen(source, "vae", settings.vae, ranks.device, torch.float32)
     with ranks.main_first():  # it may encode clips
-        draw, texts, data_identity = open_source(config, settings, source, ranks.device)
+        draw, texts, data_identity = open_source(config, settings, source, ranks)
     with doing("loading teacher, student and critic", quiet=not ranks.is_main):
         networks = load_networks(config, settings, source, ranks, starts)
     identity = asdict(config) | data_identity

@@ -266,6 +266,8 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
         cache, held = hold_out(cache, config.validation_clips)
         if ranks.is_main:
             print(said_of(cache, held), file=sys.stderr)
+    if ranks.is_main and (warning := cache.repeats_in_batches(config.batch_size)):
+        print(warning, file=sys.stderr)
     sampler: Sampler | None = None
     if plan is not None:
         shape = max(zip(cache.buckets, cache.shapes, strict=True), key=lambda of: len(of[0]))[1]

@@ -5,7 +5,6 @@ Under torchrun the processes share out clips and texts, into one folder; the mai
 
 import hashlib
 import itertools
-import json
 import math
 import sys
 import time
@@ -13,7 +12,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +35,16 @@ from train.clips import (
     read_samples,
 )
 from train.conditioning import CaptionEncoder, component_digests, load_frozen, text_dtype
-from train.data import INDEX, REPORT, SET_ASIDE, content_digest, encode_float16, text_key
+from train.data import (
+    CONTENT,
+    INDEX,
+    REPORT,
+    SET_ASIDE,
+    as_text,
+    content_digest,
+    encode_float16,
+    text_key,
+)
 from train.dataset_toml import toml_clips
 from train.parallel import Ranks, start
 from train.tensor_cache import TensorStore, is_shard, key_of, only_writer, open_to_extend
@@ -183,17 +191,24 @@ class Preprocessing:
         settings = {n: value for n, value in self.index["identity"].items() if n in of_clips}
         values = {name: getattr(config, name) for name in (*RULES, BACKGROUND)}
         rules = ClipRules(config.parsed_sizes(), **values)
-        own = self.own(self.clips)
+        files: dict[Path, list[int]] = {}
+        for number, clip in enumerate(self.clips):
+            files.setdefault(clip.path, []).append(number)
+        by_file = list(files.values())
+        own = self.own(by_file)
         found = []
         with (
             self.ranks.together(),
-            self.progress("clips judged", len(self.clips), len(own)) as advance,
+            self.progress("clips judged", len(by_file), len(own)) as advance,
         ):
-            for clip in own:
-                found.append(judge(clip, rules, settings, known))
+            for numbers in own:
+                found.append(judge([self.clips[n] for n in numbers], rules, settings, known))
                 advance(1)
         by_rank = self.ranks.gather(found)
-        return [by_rank[i % len(by_rank)][i // len(by_rank)] for i in range(len(self.clips))]
+        judged: dict[int, list[Sample]] = {}
+        for i, numbers in enumerate(by_file):
+            judged.update(zip(numbers, by_rank[i % len(by_rank)][i // len(by_rank)], strict=True))
+        return [judged[number] for number in range(len(self.clips))]
 
     def report_on(self, lines: list[Line]) -> None:
         """Count the tokens of captions, and print what became of the clips.
@@ -207,7 +222,9 @@ class Preprocessing:
                 tokens = self.tokenizer(clean_prompt(line["caption"]), config.max_text_tokens)
                 line["caption_tokens"] = tokens.num_tokens_before_truncation
                 line["caption_cut"] = tokens.truncated
-        failure = too_many_set_aside(lines, len(self.clips), config, self.folder / CHECK)
+        failure = too_many_set_aside(
+            lines, len({clip.name for clip in self.clips}), config, self.folder / CHECK
+        )
         if config.check_only or failure:
             write_text(self.folder / CHECK, as_text(lines))
         if failure:
@@ -334,11 +351,6 @@ class Preprocessing:
                 )  # none is to wait for what an error ended
 
 
-def as_text(lines: list[Line]) -> str:
-    """A report, as it is written."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
 def identity(config: PreprocessConfig, source: Path, device: torch.device) -> Line:
     """Everything that a folder's content follows from, apart from its clips and texts."""
     names = ["sizes", *RULES, "max_text_tokens"]
@@ -415,42 +427,59 @@ def claim(folder: Path, index: Line) -> None:
         )
 
 
-def judge(clip: Clip, rules: ClipRules, settings: Line, known: dict[str, Line]) -> list[Sample]:
-    """The samples of a clip; one with a reason if it is refused.
+def judge(
+    clips: Sequence[Clip], rules: ClipRules, settings: Line, known: dict[str, Line]
+) -> list[list[Sample]]:
+    """The samples of each clip of one file; one with a reason if it is refused.
 
     Args:
+        clips: one for each caption; the file is read once for all.
         settings: with the file's content, what the keys of its latents follow from.
         known: facts about what is stored already, by key; its frames are not read again.
     """
-    line: Line = {"clip": clip.name, "verdict": "ok"}
-    line |= {"repeats": clip.repeats} if clip.repeats > 1 else {}
+    path = clips[0].path
+    captioned: list[tuple[Line, list[str]]] = []
+    for clip in clips:
+        line: Line = {"clip": clip.name, "verdict": "ok"}
+        line |= {"repeats": clip.repeats} if clip.repeats > 1 else {}
+        reasons: list[str] = []
+        with noted(reasons):
+            line["caption"] = read_caption(clip)
+        captioned.append((line, reasons))
     facts: Line = {}
-    reasons: list[str] = []
-    taken: list[list[int]] = []
-    with noted(reasons):
-        line["caption"] = read_caption(clip)
+    flaws: list[str] = []
+    good: list[Sample] = []
     try:
-        content = sha256_file(clip.path)
+        content = sha256_file(path)
         count = known.get(key_of(settings, content, 0), {}).get("samples", 1)
         keys = [key_of(settings, content, i) for i in range(count)]
-        if not reasons and all(key in known for key in keys):
-            return [Sample(line | {"key": key}, known[key]) for key in keys]
-        taken = judge_clip(clip, rules, facts)
+        stored = all(key in known for key in keys)
+        if stored:
+            good = [Sample({"key": key, CONTENT: content}, known[key]) for key in keys]
+        if not stored or any(reasons for _, reasons in captioned):  # a refusal has all reasons
+            taken = judge_clip(clips[0], rules, facts)
+        for i, numbers in enumerate([] if stored else taken):
+            key = key_of(settings, content, i)
+            place = {"sample": i + 1, "samples": len(taken)}
+            place |= {"used_frames": [numbers[0], numbers[-1]]}
+            named = {"key": key, CONTENT: content}
+            good.append(Sample(named, facts | place, [] if key in known else numbers))
     except (WanError, OSError) as error:
-        reasons.append(error.on_command_line if isinstance(error, WanError) else str(error))
-    if reasons:
-        reason = "; ".join(reasons).replace(f"{clip.path.parent}/", "")  # it may be handed on
-        return [Sample(line | {"verdict": SET_ASIDE, "reason": reason}, facts)]
+        flaws.append(error.on_command_line if isinstance(error, WanError) else str(error))
     judged = []
-    for i, numbers in enumerate(taken):
-        key = key_of(settings, content, i)
-        place = {"sample": i + 1, "samples": len(taken), "used_frames": [numbers[0], numbers[-1]]}
-        judged.append(Sample(line | {"key": key}, facts | place, [] if key in known else numbers))
+    for line, reasons in captioned:
+        if good and not reasons:
+            judged.append([replace(one, line=line | one.line) for one in good])
+        else:
+            reason = "; ".join(reasons + flaws)
+            reason = reason.replace(f"{path.parent}/", "")  # it may be handed on
+            judged.append([Sample(line | {"verdict": SET_ASIDE, "reason": reason}, facts)])
     return judged
 
 
-def num_set_aside(lines: list[Line]) -> int:
-    return sum(line["verdict"] == SET_ASIDE for line in lines)
+def set_aside(lines: list[Line]) -> set[str]:
+    """The names of clips that are set aside, with one of their captions at least."""
+    return {line["clip"] for line in lines if line["verdict"] == SET_ASIDE}
 
 
 def allowed(num_clips: int, config: PreprocessConfig) -> int:
@@ -464,12 +493,15 @@ def too_many_set_aside(
     lines: list[Line], num_clips: int, config: PreprocessConfig, report: Path
 ) -> str | None:
     """Why the run fails, with all reasons, when too many clips are set aside, or all."""
-    bad = [line for line in lines if line["verdict"] == SET_ASIDE]
-    if len(bad) <= allowed(num_clips, config) and (len(bad) < num_clips or not num_clips):
+    bad = set_aside(lines)
+    some_left = any(line["verdict"] == "ok" for line in lines)
+    if len(bad) <= allowed(num_clips, config) and (some_left or not lines):
         return None
-    names: dict[str, list[str]] = {}
-    for line in bad:
-        names.setdefault(line["reason"], []).append(line["clip"])
+    by_reason: dict[str, dict[str, None]] = {}
+    for line in lines:
+        if line["verdict"] == SET_ASIDE:
+            by_reason.setdefault(line["reason"], {})[line["clip"]] = None
+    names = {reason: list(found) for reason, found in by_reason.items()}
     reasons = "; ".join(
         f"{', '.join(found[:NAMED])}{f' and {len(found) - NAMED} more' * (len(found) > NAMED)}: "
         f"{reason}"
@@ -495,7 +527,7 @@ def summary(lines: list[Line], prompts: list[str], folder: Path) -> str:
     parts += [f"{len(prompts)} prompts"] if prompts else []
     cut = sum(line.get("caption_cut", False) for line in lines)
     return (
-        f"{folder}: {', '.join(parts)}; {num_set_aside(lines)} clips set aside, {cut} captions cut"
+        f"{folder}: {', '.join(parts)}; {len(set_aside(lines))} clips set aside, {cut} captions cut"
     )
 
 
