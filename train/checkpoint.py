@@ -146,12 +146,17 @@ def commit(
     if is_own(final):  # left by a run that was set back to an earlier step
         discard(final)
     elif os.path.lexists(final):
-        free = next(n for n in count(1) if not os.path.lexists(f"{final}-aside-{n}"))
-        aside = final.rename(f"{final}-aside-{free}")
+        aside = move_aside(final)
         words = f"was no checkpoint of step {step}; it is called {aside.name} now"
         print(f"warning: {final} {words}", file=sys.stderr)
     beside.rename(final)
     flush_to_disk(final.parent)
+
+
+def move_aside(path: Path) -> Path:
+    """Give a file or folder the first free name of `<path>-aside-1`, `-2`, ..; returns it."""
+    free = next(n for n in count(1) if not os.path.lexists(f"{path}-aside-{n}"))
+    return path.rename(f"{path}-aside-{free}")
 
 
 def prune(root: Path, final: Path, keep_last: int) -> None:
