@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
@@ -361,6 +362,22 @@ def load_checkpoint(
         return join_tensors(tree, tensors)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
+
+
+def newest_settings(root: Path) -> dict[str, Any]:
+    """The settings that the newest readable checkpoint keeps; of its files, only that one is read.
+
+    {} if there is none; loading a checkpoint reports what is damaged.
+    """
+    for folder in reversed(list_checkpoints(root)):
+        path = folder / "state.json"
+        try:
+            if sha256_file(path) == read_manifest(folder)["sha256"].get(path.name):
+                tree = join_tensors(json.loads(path.read_text()), defaultdict(lambda: None))
+                return tree["settings"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, WanError):
+            continue
+    return {}
 
 
 def load_latest(root: Path, ranks: Ranks = ALONE) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ decoded, and closed again.
 """
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -150,7 +151,11 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, dit: WanDiT) -> dict[int, Tensor]:
-        """Latents (C, T, h, w) on the CPU, of the prompts that are this process's share."""
+        """Latents (C, T, h, w) on the CPU, of the prompts that are this process's share.
+
+        There are none, and a line says so, where the device's memory does not suffice. Of several
+        processes, which wait for each other in the network, that ends the run instead.
+        """
         made: dict[int, Tensor] = {}
         share = -(-len(self.prompts) // self.ranks.data_size)
         hidden = None if self.ranks.is_main else True  # None: where nobody looks
@@ -162,7 +167,13 @@ class Sampler:
 
         total = share * len(self.plan.schedule)
         with tqdm(total=total, desc="samples", unit="step", leave=False, disable=hidden) as bar:
-            self.ranks.spread(make, range(len(self.prompts)), 1)
+            try:
+                self.ranks.spread(make, range(len(self.prompts)), 1)
+            except torch.OutOfMemoryError as error:
+                if self.ranks.size > 1:
+                    raise
+                print(f"warning: sample_prompts=: no samples now: {error}", file=sys.stderr)
+                made.clear()
         self.ranks.reshard(dit)
         return made
 
