@@ -76,7 +76,7 @@ def test_data_that_are_known_by_their_digest_may_lie_elsewhere():
         check_unchanged(here, {**there, "data_digest": "1"})
 
 
-@pytest.mark.parametrize("digest, option", LORA_STARTS.items())
+@pytest.mark.parametrize(("digest", "option"), LORA_STARTS.items())
 def test_a_lora_that_is_known_by_its_digest_may_lie_elsewhere(digest, option):
     check_unchanged({option: "here", digest: "1"}, {option: "there", digest: "1"})
     with pytest.raises(WanError, match=re.escape(digest)):
