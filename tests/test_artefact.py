@@ -17,7 +17,7 @@ from configs.data import DataConfig
 from configs.distillation import DistillConfig, StudentConfig
 from configs.export import ExportConfig
 from configs.training import FinetuneConfig, LoopConfig, LoRAConfig
-from train.artefact import Artefacts
+from train.artefact import Artefacts, put_in_place
 from train.checkpoint import list_checkpoints, load_latest
 from train.distill.run import distill
 from train.export import LINE, main
@@ -163,6 +163,50 @@ def test_a_run_that_is_killed_before_an_export_or_a_checkpoint_leaves_the_same(
     assert all(path.stat().st_mtime_ns == time for path, time in there.items())
     assert step_of(tmp_path / "run", 2) == step_of(runs["a LoRA"], 2)
     assert step_of(tmp_path / "run", 4) == step_of(runs["a LoRA"], 4)
+
+
+def test_an_export_of_another_run_is_moved_aside_and_never_passes_for_a_new_one(
+    runs, teacher, tmp_path, capsys
+):
+    run, name = tmp_path / "run", "step-0000002.safetensors"
+    shutil.copytree(runs["a LoRA"], run)
+    shutil.rmtree(run / "checkpoints")
+    config = finetune_config(run, teacher, lora=LoRAConfig(2, alpha=3.0), seed=1)
+    finetune(config)
+    assert re.search(rf"{name} was not made of .* {name}-aside-1 now", capsys.readouterr().err)
+    assert (run / f"exports/{name}-aside-1").read_bytes() == step_of(runs["a LoRA"], 2)["LoRA"]
+    assert step_of(run, 2) != step_of(runs["a LoRA"], 2)
+    assert step_of(run, 4) == end_of(run)
+    (run / "exports.json").write_text("{")
+    finetune(config)  # resumes at step 4, of which it cannot know any more
+    assert "exports.json" in capsys.readouterr().err
+    assert step_of(run, 4) == end_of(run)
+    assert len(list((run / "exports").iterdir())) == 2 + 2 + 1
+
+
+def test_a_folder_is_replaced_and_a_kill_in_between_leaves_the_old_one(tmp_path, monkeypatch):
+    place, rename = tmp_path / "model", Path.rename
+
+    def write(text: str) -> None:
+        beside = tmp_path / f"new-{text}"
+        beside.mkdir()
+        (beside / "file").write_text(text)
+        put_in_place(beside, place)
+
+    def killed(path: Path, target: Path) -> Path:
+        if target == place:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    write("1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write("2")
+    assert (tmp_path / ".replaced-model/file").read_text() == "1"
+    write("3")
+    assert (place / "file").read_text() == "3"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "new-2"}
 
 
 def refused(words: str, *arguments: str, capsys) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import weakref
@@ -16,7 +17,7 @@ from torch import nn
 from configs.training import LoopConfig
 from train.checkpoint import best_checkpoint, list_checkpoints, load_latest
 from train.disk import check_room
-from train.loop import Diverged, check_unchanged, run_training, step_generator
+from train.loop import LORA_STARTS, Diverged, check_unchanged, run_training, step_generator
 from train.metrics import read_metrics
 from train.optim import EMA, make_optimizers
 from train.parallel import Ranks
@@ -73,6 +74,15 @@ def test_data_that_are_known_by_their_digest_may_lie_elsewhere():
         check_unchanged({**here, "data_digest": "1"}, {**there, "data_digest": "2"})
     with pytest.raises(WanError, match=r"data\.folder"):
         check_unchanged(here, {**there, "data_digest": "1"})
+
+
+@pytest.mark.parametrize(("digest", "option"), LORA_STARTS.items())
+def test_a_lora_that_is_known_by_its_digest_may_lie_elsewhere(digest, option):
+    check_unchanged({option: "here", digest: "1"}, {option: "there", digest: "1"})
+    with pytest.raises(WanError, match=re.escape(digest)):
+        check_unchanged({option: "here", digest: "1"}, {option: "there", digest: "2"})
+    with pytest.raises(WanError, match=re.escape(option)):
+        check_unchanged({option: None}, {option: "there", digest: "1"})
 
 
 def test_processes_that_opened_different_data_do_not_train(tmp_path):
@@ -328,13 +338,65 @@ def test_a_signal_adds_no_candidate_for_the_best_and_no_line(tmp_path):
 
     config = LoopConfig(steps=4, log_every=4, save_every=2)
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    assert run_training(make_state(), train_step, config, straight, {}, measure)
-    assert not run_training(make_state(), signalled, config, cut, {}, measure)
+    assert run_training(make_state(), train_step, config, straight, {}, measure, ranked=True)
+    assert not run_training(make_state(), signalled, config, cut, {}, measure, ranked=True)
     assert load_latest(cut / "checkpoints")["step"] == 3
     assert best_checkpoint(cut / "checkpoints").name == "step-0000002"
-    assert run_training(make_state(), train_step, config, cut, {}, measure)
+    assert run_training(make_state(), train_step, config, cut, {}, measure, ranked=True)
     assert best_checkpoint(cut / "checkpoints").name == "step-0000002"
     assert lines_of(cut) == lines_of(straight)
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_only_what_ranks_a_checkpoint_is_measured_before_it(tmp_path, ranked):
+    there = []
+
+    def measure(state):
+        there.append(
+            (state.step, [p.name for p in list_checkpoints(tmp_path / "checkpoints")][-1:])
+        )
+        return {"health": 1.0}
+
+    config = LoopConfig(steps=2, save_every=1)
+    assert run_training(make_state(), train_step, config, tmp_path, {}, measure, ranked=ranked)
+    first, second = ["step-0000001"], ["step-0000002"]
+    assert there == ([(1, []), (2, first)] if ranked else [(1, first), (2, second)])
+    assert (best_checkpoint(tmp_path / "checkpoints") is not None) == ranked
+
+
+def test_what_ends_the_measuring_costs_no_step_and_the_same_command_goes_on(tmp_path):
+    def full(state):
+        raise torch.OutOfMemoryError
+
+    config = LoopConfig(steps=4, save_every=2)
+    for step in (2, 4):
+        with pytest.raises(torch.OutOfMemoryError):
+            run_training(make_state(), train_step, config, tmp_path / "cut", {}, full)
+        assert load_latest(tmp_path / "cut/checkpoints")["step"] == step
+    assert run_training(make_state(), no_step, config, tmp_path / "cut", {}, full)
+    straight_to(tmp_path / "straight", config)
+    newest = (load_latest(tmp_path / name / "checkpoints") for name in ("cut", "straight"))
+    assert_same(*newest)
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_waits_for_no_measuring_but_that_of_the_last_step(tmp_path, ranked, step):
+    measured = []
+
+    def signalled(state):
+        if state.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state)
+
+    def measure(state):
+        measured.append(state.step)
+        return {}
+
+    config = LoopConfig(steps=4, save_every=2)
+    run_training(make_state(), signalled, config, tmp_path, {}, measure, ranked=ranked)
+    assert load_latest(tmp_path / "checkpoints")["step"] == step
+    assert measured == ([] if step == 2 else [2, 4])
 
 
 def test_a_line_over_steps_before_and_after_a_resume_is_that_of_an_unbroken_run(tmp_path):

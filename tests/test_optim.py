@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from configs.training import OptimConfig
+from train.checkpoint import save_checkpoint
 from train.optim import (
     EMA,
     Muon,
@@ -15,6 +16,7 @@ from train.optim import (
     warn_of_warmup,
     with_precision,
 )
+from train.parallel import ALONE
 from wan.errors import WanError
 
 
@@ -126,8 +128,21 @@ def test_a_warmup_longer_than_the_run_is_warned_of(capsys):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_bfloat16_is_chosen_where_it_is_fast_unless_it_is_given(monkeypatch, fast):
+def test_bfloat16_is_as_the_run_began_or_where_it_is_fast_unless_given(
+    monkeypatch, tmp_path, capsys, fast
+):
     monkeypatch.setattr("train.optim.is_fast_in_bfloat16", lambda device: fast)
-    cpu = torch.device("cpu")
-    assert with_precision(OptimConfig(), cpu).bfloat16 is fast
-    assert with_precision(OptimConfig(bfloat16=not fast), cpu).bfloat16 is not fast
+    assert with_precision(OptimConfig(), tmp_path, ALONE).bfloat16 is fast
+    given = OptimConfig(bfloat16=not fast)
+    assert with_precision(given, tmp_path, ALONE).bfloat16 is not fast
+    # A run that began elsewhere goes on as it began.
+    tree = {"weight": torch.ones(1), "settings": {"bfloat16": not fast}}
+    save_checkpoint(tmp_path / "checkpoints", 1, tree)
+    assert with_precision(OptimConfig(), tmp_path, ALONE).bfloat16 is not fast
+    assert f"bfloat16={str(not fast).lower()}, as the run began" in capsys.readouterr().err
+    given = OptimConfig(bfloat16=fast)
+    assert with_precision(given, tmp_path, ALONE).bfloat16 is fast
+    newest = save_checkpoint(tmp_path / "checkpoints", 2, tree | {"settings": {"bfloat16": fast}})
+    assert with_precision(OptimConfig(), tmp_path, ALONE).bfloat16 is fast
+    (newest / "state.json").write_text("{}")
+    assert with_precision(OptimConfig(), tmp_path, ALONE).bfloat16 is not fast

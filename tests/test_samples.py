@@ -126,6 +126,21 @@ def test_a_lora_is_sampled_and_a_sample_costs_no_checkpoint(tmp_path, teacher, d
     assert len(sampled(tmp_path / "again")) == 2
 
 
+@pytest.mark.parametrize("place", ["sample", "decode_clip"])
+def test_a_device_without_memory_for_samples_costs_samples_alone(
+    tmp_path, teacher, data, monkeypatch, capsys, place
+):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(samples, place, full)
+    loop = LoopConfig(steps=1, save_every=1)
+    assert finetune(settings(tmp_path, teacher, data, loop=loop, sample_steps=1)) == 0
+    assert "CUDA out of memory" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("samples/*"))
+    assert (tmp_path / "run/model").is_dir()
+
+
 def test_samples_come_when_they_are_asked_for_and_the_autoencoder_only_for_them(
     tmp_path, teacher, data, monkeypatch
 ):

@@ -140,6 +140,32 @@ def test_a_student_goes_on_with_a_lora(teacher, tmp_path):
     assert_equal(read_lora(tmp_path / "run"), read_lora(file))
 
 
+def test_what_lies_where_a_run_writes_is_refused_by_name(teacher, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    file = LoRAConfig(start=str(kohya(run)))
+    own = str(shutil.copytree(teacher, run / "start"))
+    config = student_config(run, teacher)
+    refused = {
+        r"checkpoint=\S+": replace(config, checkpoint=own),
+        r"student\.start=\S+": replace(config, student=replace(config.student, start=own)),
+        r"student\.lora\.start=\S+": replace(
+            config, student=replace(config.student, lora=file, start=None)
+        ),
+        r"scores\.critic_lora\.start=\S+": replace(
+            config, scores=replace(config.scores, critic_lora=file)
+        ),
+    }
+    for option, one in refused.items():
+        with pytest.raises(WanError, match=f"^{option} lies in output_dir="):
+            distill(one)
+    with pytest.raises(WanError, match=r"^lora\.start=\S+ lies in output_dir="):
+        finetune(finetune_config(run, teacher, lora=file))
+    with pytest.raises(WanError, match=r"^checkpoint=\S+ lies in output_dir="):
+        finetune(finetune_config(run, Path(own)))
+    assert not (run / "checkpoints").exists()
+
+
 def also(folder: Path, **more: Tensor) -> str:
     named = {f"diffusion_model.{name.replace('__', '.')}": t for name, t in more.items()}
     write_tensors(

@@ -5,8 +5,10 @@ Every training command says once what becomes of its weights, as `Artefacts`. Th
 It needs the trained weights by name, and no network, process group, data or text encoder.
 """
 
+import hashlib
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from train.checkpoint import name_of
+from train.checkpoint import move_aside, name_of
 from train.lora import Scales
 from train.optim import trainable
 from train.parallel import Ranks, gathered
 from train.state import TrainState
 from train.tensor_cache import only_writer
-from wan.files import flush_to_disk, folder_beside
+from wan.errors import WanError
+from wan.files import flush_to_disk, folder_beside, read_sealed, write_sealed
 from wan.lora.files import ATTENTION, FOLDER_NAMES, LowRank
 from wan.lora.merge import file_tensors, write_lora
 from wan.models.attention import SPARSE
@@ -109,9 +112,7 @@ class TrainedModel:
                 flush_to_disk(beside / name)
             write_configs(replace(self.settings, defaults=defaults), beside)
             save_component(state, beside / "transformer", "transformer")
-            if place.exists():
-                shutil.rmtree(place)
-            beside.rename(place)
+            put_in_place(beside, place)
 
     def num_bytes(self, weights: Weights) -> int:
         if self.folded is None:
@@ -126,6 +127,22 @@ class TrainedModel:
         for part in OTHER_PARTS:
             for name, path in list_files(part_folder(self.source, part)).items():
                 yield f"{part}/{name}", path
+
+
+def put_in_place(beside: Path, place: Path) -> None:
+    """Give a finished folder its name; one of that name is removed once the new one is there.
+
+    A kill in between leaves the old folder as `.replaced-NAME`, which the next call removes.
+    """
+    aside = place.with_name(f".replaced-{place.name}")
+    if place.exists():
+        if aside.exists():
+            shutil.rmtree(aside)
+        place.rename(aside)
+    beside.rename(place)
+    flush_to_disk(place.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
 
 
 def trained_attention(attention: AttentionConfig) -> str | None:
@@ -195,14 +212,16 @@ class Artefacts:
     def write_step(self, state: TrainState, folder: Path, ranks: Ranks) -> None:
         """Write what is made of the present step, but for what is there already.
 
-        All processes call this.
+        All processes call this. What is there of other weights is moved aside, with a line that
+        says so: it is of a run that was set back or begun anew. `folder/exports.json` keeps the
+        sha256 of the weights that each step was made of.
         """
-        places = step_places(self.made, folder / EXPORTS / name_of(state.step))
-        if all(ranks.first([place.exists() for _, place in places])):
-            return
+        name = name_of(state.step)
+        places = step_places(self.made, folder / EXPORTS / name)
         weights = self.weights(state, ranks)
         with ranks.together():
             if ranks.is_main:
+                clear_others(folder / f"{EXPORTS}.json", name, digest_of(weights), places)
                 write_new(weights, places)
 
     def write_end(self, state: TrainState, folder: Path, ranks: Ranks) -> None:
@@ -228,6 +247,40 @@ Places = Sequence[tuple[Artefact, Path]]
 def step_places(made: Sequence[Artefact], stem: Path) -> Places:
     """Where artefacts lie whose names begin alike."""
     return [(artefact, stem.with_name(stem.name + artefact.ending)) for artefact in made]
+
+
+def digest_of(weights: Weights) -> str:
+    """The sha256 of weights with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def clear_others(record: Path, name: str, digest: str, places: Places) -> None:
+    """Move artefacts of a step aside that were made of other weights, and note the new digest.
+
+    It is noted before the first artefact is written and after the last one has moved: so a kill in
+    between never leaves artefacts of two runs under one name.
+
+    Args:
+        record: a file of the digests, by the names of steps; a damaged one says nothing.
+        name: of the step.
+    """
+    try:
+        made_of = read_sealed(record) if record.exists() else {}
+    except WanError as error:
+        print(f"warning: {error}; it is written anew", file=sys.stderr)
+        made_of = {}
+    if made_of.get(name) == digest:
+        return
+    for _, place in places:
+        if place.exists():
+            aside = move_aside(place)
+            words = f"was not made of this run's weights; it is called {aside.name} now"
+            print(f"warning: {place} {words}", file=sys.stderr)
+    write_sealed(record, made_of | {name: digest})
 
 
 def write_new(weights: Weights, places: Places) -> None:

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
@@ -146,12 +147,17 @@ def commit(
     if is_own(final):  # left by a run that was set back to an earlier step
         discard(final)
     elif os.path.lexists(final):
-        free = next(n for n in count(1) if not os.path.lexists(f"{final}-aside-{n}"))
-        aside = final.rename(f"{final}-aside-{free}")
+        aside = move_aside(final)
         words = f"was no checkpoint of step {step}; it is called {aside.name} now"
         print(f"warning: {final} {words}", file=sys.stderr)
     beside.rename(final)
     flush_to_disk(final.parent)
+
+
+def move_aside(path: Path) -> Path:
+    """Give a file or folder the first free name of `<path>-aside-1`, `-2`, ..; returns it."""
+    free = next(n for n in count(1) if not os.path.lexists(f"{path}-aside-{n}"))
+    return path.rename(f"{path}-aside-{free}")
 
 
 def prune(root: Path, final: Path, keep_last: int) -> None:
@@ -356,6 +362,22 @@ def load_checkpoint(
         return join_tensors(tree, tensors)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise WanError(f"{folder}: damaged checkpoint: {error}") from error
+
+
+def newest_settings(root: Path) -> dict[str, Any]:
+    """The settings that the newest readable checkpoint keeps; of its files, only that one is read.
+
+    {} if there is none; loading a checkpoint reports what is damaged.
+    """
+    for folder in reversed(list_checkpoints(root)):
+        path = folder / "state.json"
+        try:
+            if sha256_file(path) == read_manifest(folder)["sha256"].get(path.name):
+                tree = join_tensors(json.loads(path.read_text()), defaultdict(lambda: None))
+                return tree["settings"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, WanError):
+            continue
+    return {}
 
 
 def load_latest(root: Path, ranks: Ranks = ALONE) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,12 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 HEALTH = "health"  # the measured number by which a checkpoint is called the best
 # Of the weights that training starts from, and of another start's; checked where they are kept.
 MODEL_DIGEST, START_DIGEST = "model_digest", "start_digest"
+# What a run keeps of a LoRA that it started from -> the option that names the file.
+LORA_STARTS = {
+    "lora_start.sha256": "lora.start",
+    "student_lora_start.sha256": "student.lora.start",
+    "critic_lora_start.sha256": "scores.critic_lora.start",
+}
 CLIPS = "clips"  # the number of clips in a step, of all processes; logged as a rate
 
 # Settings that a resumed run may change: they have no part in what is computed.
@@ -106,14 +112,16 @@ def run_training(
         train_step: one optimisation step on `state`; returns numbers to log. It must depend on
             `state` alone, so that a resumed run repeats an unbroken one bit for bit. `CLIPS`
             among them becomes clips_per_second.
-        on_save: measured and logged before each checkpoint (validation, sample clips), but for
-            the one that a signal asks for between two others. If it returns `HEALTH`, the
-            checkpoint where that was highest is kept beside the last ones. What it writes as
-            `media_files` finds it is mirrored too.
+        on_save: measured and logged at each checkpoint (validation, sample clips), but for those
+            before the last step where a signal ends the run: there may be no time to measure. With
+            `ranked` it comes before the checkpoint, which keeps the health; else after it, so that
+            whatever ends it costs no training, and a kill in between only its line of the log.
+            What it writes as `media_files` finds it is mirrored too.
         ranks: of all processes, which step and stop together; numbers are averaged over them, and
             the main one prints and logs.
         artefacts: what `config.export_every` makes of every so many steps; needed with it.
-        ranked: whether `on_save` returns `HEALTH`.
+        ranked: whether `on_save` returns `HEALTH`. The checkpoint where that was highest is then
+            kept beside the last ones.
     Returns:
         True at the last step; False after a Ctrl-C or SIGTERM, which ends the run with a checkpoint
         after the step in progress. A second one ends the process at once.
@@ -155,6 +163,12 @@ def run_training(
                 log.write(state.step - 1, **values)
                 steps.print(text)
 
+        def look() -> dict[str, float]:
+            measured = {} if on_save is None else on_save(state)
+            if measured:
+                report("    " + format_numbers(measured), measured)
+            return measured
+
         numbers, stopping = Numbers(seen), False
         while state.step < config.steps and not stopping:
             try:
@@ -175,13 +189,12 @@ def run_training(
             due = state.step % config.save_every == 0 or last
             if due or stopping:
                 paused = time.perf_counter()
-                # Asked to stop, there may be no time to measure; nor is the best to depend on it.
-                measured = on_save(state) if due and on_save is not None else {}
-                if measured:
-                    report("    " + format_numbers(measured), measured)
+                looks = last or (due and not stopping)
+                health = look().get(HEALTH) if looks and ranked else None
                 tree = {**state.to_tree(), "settings": settings, "seen": numbers.seen}
-                health = measured.get(HEALTH)
                 save_checkpoint(checkpoints, state.step, tree, config.keep_last, ranks, health)
+                if looks and not ranked:
+                    look()
                 if log is not None:
                     log.show(state.step - 1, media_files(folder, state.step))
                 numbers.started += time.perf_counter() - paused
@@ -348,6 +361,8 @@ def check_unchanged(
     free |= {n for n, value in now.items() if n not in before and not value}  # newer, and off
     if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
         free |= {"data_digest", "data.folder"}
+    for digest, option in LORA_STARTS.items():  # which file, likewise
+        free |= {option} if digest in before.keys() & now.keys() else set()
     free |= {name for name in before | now if name.startswith(f"{DATA_CONTENT}.")}
     changed = data_changes(saved, given) if "data_digest" in free else []
     changed += [
@@ -360,6 +375,22 @@ def check_unchanged(
             f"the checkpoints there were made with other settings ({'; '.join(changed)}); choose "
             "another output_dir=, or loop.allow_changes=true to go on all the same"
         )
+
+
+def check_apart(folder: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse what a run reads where it writes.
+
+    Args:
+        inputs: options as they were given -> where each lies.
+    Raises:
+        WanError: names the option.
+    """
+    for given, place in inputs.items():
+        if place.resolve().is_relative_to(folder.resolve()):
+            raise WanError(
+                f"{given} lies in output_dir={folder}, which this run would write over; choose "
+                "another output_dir="
+            )
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from configs.training import OptimConfig
-from train.parallel import gathered, sharded_like
+from train.checkpoint import newest_settings
+from train.parallel import Ranks, gathered, sharded_like
 from wan.errors import WanError
 from wan.runtime.offload import is_fast_in_bfloat16
 
@@ -24,11 +26,21 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 C = TypeVar("C", bound=OptimConfig)
 
 
-def with_precision(config: C, device: torch.device) -> C:
-    """The settings with `bfloat16` decided for a device, where it was left open."""
+def with_precision(config: C, folder: Path, ranks: Ranks) -> C:
+    """The settings with `bfloat16` decided where it was left open, for all processes alike.
+
+    A run goes on as its checkpoints in `folder` say; a new one is computed as its device is fast.
+    """
     if config.bfloat16 is not None:
         return config
-    return replace(config, bfloat16=is_fast_in_bfloat16(device))
+    fast = ranks.first(is_fast_in_bfloat16(ranks.device))
+    kept = ranks.first(newest_settings(folder / "checkpoints") if ranks.is_main else {})
+    before = kept.get("bfloat16")
+    if not isinstance(before, bool):
+        return replace(config, bfloat16=fast)
+    if before != fast and ranks.is_main:
+        print(f"bfloat16={str(before).lower()}, as the run began", file=sys.stderr)
+    return replace(config, bfloat16=before)
 
 
 def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:

@@ -7,6 +7,7 @@ decoded, and closed again.
 """
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -152,7 +153,11 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, dit: WanDiT) -> dict[int, Tensor]:
-        """Latents (C, T, h, w) on the CPU, of the prompts that are this process's share."""
+        """Latents (C, T, h, w) on the CPU, of the prompts that are this process's share.
+
+        There are none, and a line says so, where the device's memory does not suffice. Of several
+        processes, which wait for each other in the network, that ends the run instead.
+        """
         made: dict[int, Tensor] = {}
         count = len(self.prompts)
         share = -(-count // self.ranks.data_size)
@@ -165,10 +170,16 @@ class Sampler:
 
         total = share * len(self.plan.schedule)
         with tqdm(total=total, desc="samples", unit="step", leave=False, disable=hidden) as bar:
-            self.ranks.spread(make, range(count), 1)
+            try:
+                self.ranks.spread(make, range(count), 1)
+            except torch.OutOfMemoryError as error:
+                if self.ranks.size > 1:
+                    raise
+                print(f"warning: sample_prompts=: no samples now: {error}", file=sys.stderr)
+                made.clear()
         self.ranks.reshard(dit)
         first = self.ranks.data_rank * share  # what is made behind the share fills up the turns
-        return {n: made[n] for n in range(first, min(first + share, count))}
+        return {n: made[n] for n in range(first, min(first + share, count)) if n in made}
 
     def sample_one(self, dit: WanDiT, prompt: str, bar: tqdm) -> Tensor:
         condition, null = (Condition(*self.texts([text])) for text in (prompt, self.negative))

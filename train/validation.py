@@ -211,8 +211,8 @@ def stack_sheets(sheets: Sequence[Image.Image]) -> Image.Image:
 class Pictures:
     """Files of one save in a run's samples/, whose names begin with the number of steps.
 
-    A disk that is full costs the pictures, not the checkpoint that comes after them: what cannot be
-    written is noted, and `close` says so and removes what was written of this step.
+    A disk or a device's memory that is full costs the pictures, not the run: what cannot be made is
+    noted, and `close` says so and removes what was written of this step.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -232,7 +232,7 @@ class Pictures:
         """Do something that the files need; an error is noted."""
         try:
             attempt()
-        except (OSError, WanError) as error:
+        except (OSError, WanError, torch.OutOfMemoryError) as error:
             self.error = self.error or str(error)
 
     def close(self, ranks: Ranks) -> None:

@@ -26,7 +26,7 @@ from train.data import open_data, world_texts
 from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
 from train.estimate import TrainingRun, estimate_that_fits, format_estimate
 from train.kept import KeptRun
-from train.loop import START_DIGEST, run_training
+from train.loop import LORA_STARTS, START_DIGEST, check_apart, run_training
 from train.lora import StartLoRA, kept_scales, read_start, train_lora, warn_of_attention
 from train.metrics import check_mirrors
 from train.optim import warn_of_warmup, with_precision
@@ -304,7 +304,8 @@ def distill(config: DistillConfig) -> int:
     config.data.check_source()
     check_mirrors(config.loop)
     with start(config.parallel, config.device) as ranks:
-        return run_distillation(with_precision(config, ranks.device), ranks)
+        config = with_precision(config, expanded(config.output_dir), ranks)
+        return run_distillation(config, ranks)
 
 
 def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
@@ -316,6 +317,16 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     check_world(config, settings)
     with ranks.main_first():  # it may download
         starts = read_starts(config, settings.transformer)
+        base = source if config.student.start is None else resolve_start(config.student.start)
+    inputs = {
+        f"checkpoint={config.checkpoint}": source,
+        f"student.start={config.student.start}": base,
+    }
+    for name, one in starts.items():
+        if one is not None:
+            option = LORA_STARTS[f"{lora_start(name)}.sha256"]
+            inputs[f"{option}={loras_of(config)[name].start}"] = Path(one.lora.path)
+    check_apart(folder, inputs)
     if ranks.is_main:
         warn_of_warmup(config.loop.steps, config.warmup)
         warn_of_omit(config)
@@ -329,9 +340,7 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
         networks = load_networks(config, settings, source, ranks, starts)
     identity = asdict(config) | data_identity
     identity[TEACHER_DIGEST] = ranks.first(transformer_digest(source) if ranks.is_main else "")
-    base = source
     if config.student.start is not None:
-        base = resolve_start(config.student.start)
         identity[START_DIGEST] = ranks.first(transformer_digest(base) if ranks.is_main else "")
     kept = {lora_start(name): one.to_json() for name, one in starts.items() if one is not None}
     identity |= kept

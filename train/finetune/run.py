@@ -17,7 +17,7 @@ from train.conditioning import Texts, check_trainable, transformer_digest
 from train.data import LatentCache, open_data
 from train.held_out import held_out_loss, hold_out, said_of
 from train.kept import KeptRun
-from train.loop import CLIPS, MODEL_DIGEST, run_training, step_generator
+from train.loop import CLIPS, MODEL_DIGEST, check_apart, run_training, step_generator
 from train.lora import StartLoRA, kept_scales, read_start, train_lora, warn_of_attention
 from train.losses import flow_matching_loss, sample_sigmas
 from train.metrics import check_mirrors
@@ -235,7 +235,8 @@ def finetune(config: FinetuneConfig) -> int:
     config = replace(config, sample_prompts=sample_prompts(config))  # as they are read now
     torch.set_num_threads(config.threads)
     with start(config.parallel, config.device) as ranks:
-        return train(with_precision(config, ranks.device), ranks)
+        config = with_precision(config, expanded(config.output_dir), ranks)
+        return train(config, ranks)
 
 
 def train(config: FinetuneConfig, ranks: Ranks) -> int:
@@ -243,15 +244,13 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
     with ranks.main_first():  # it downloads
         source = resolve_model(config.checkpoint)
     folder = expanded(config.output_dir)
-    if source.resolve().is_relative_to(folder.resolve()):
-        raise WanError(
-            f"checkpoint={config.checkpoint} lies in output_dir={folder}, which this run would "
-            "write over; choose another output_dir="
-        )
+    check_apart(folder, {f"checkpoint={config.checkpoint}": source})
     settings = read_settings(config, source)
     plan = sampling_plan(config, settings) if config.sample_prompts else None
     with ranks.main_first():  # it may download
         start_from = read_start(config.lora, settings.transformer)
+    if start_from is not None:
+        check_apart(folder, {f"lora.start={config.lora.start}": Path(start_from.lora.path)})
     if ranks.is_main:
         warn_of_warmup(config.loop.steps, config.warmup)
         warn_of_attention(start_from, str(config.attention))

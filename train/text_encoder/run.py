@@ -449,8 +449,8 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
         WanError: a gate was missed; the report and the weights are written all the same.
     """
     check_mirrors(config.loop)
-    config = with_precision(config, torch.device("cpu"))
     folder = expanded(config.output_dir)
+    config = with_precision(config, folder, ALONE)
     folder.mkdir(parents=True, exist_ok=True)
     warn_of_warmup(config.loop.steps, config.warmup)
     torch.set_num_threads(config.threads)

@@ -216,8 +216,8 @@ def left_by(run: KeptRun) -> Artefacts:
 
 def train_vae(config: VAETrainConfig) -> int:
     check_mirrors(config.loop)
-    config = with_precision(config, torch.device("cpu"))
     folder = expanded(config.output_dir)
+    config = with_precision(config, folder, ALONE)
     folder.mkdir(parents=True, exist_ok=True)
     warn_of_warmup(config.loop.steps, config.warmup)
     torch.set_num_threads(config.threads)
