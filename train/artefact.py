@@ -33,6 +33,7 @@ from wan.pipeline.config import PipelineConfig, part_folder, write_configs
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import list_files
 from wan.weights.load import stored_state
+from wan.weights.safetensors_file import raw_bytes
 from wan.weights.save import replace_component, save_component
 from wan.weights.scaled import restored
 
@@ -254,7 +255,7 @@ def digest_of(weights: Weights) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(raw_bytes(tensor.contiguous()))
     return digest.hexdigest()
 
 

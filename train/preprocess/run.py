@@ -460,7 +460,7 @@ def judge(
             taken = judge_clip(clips[0], rules, facts)
         for i, numbers in enumerate([] if stored else taken):
             key = key_of(settings, content, i)
-            place = {"sample": i + 1, "samples": len(taken)}
+            place: dict[str, Any] = {"sample": i + 1, "samples": len(taken)}
             place |= {"used_frames": [numbers[0], numbers[-1]]}
             named = {"key": key, CONTENT: content}
             good.append(Sample(named, facts | place, [] if key in known else numbers))
