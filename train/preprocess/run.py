@@ -460,8 +460,8 @@ def judge(
             taken = judge_clip(clips[0], rules, facts)
         for i, numbers in enumerate([] if stored else taken):
             key = key_of(settings, content, i)
-            place: dict[str, Any] = {"sample": i + 1, "samples": len(taken)}
-            place |= {"used_frames": [numbers[0], numbers[-1]]}
+            used = [numbers[0], numbers[-1]]
+            place = {"sample": i + 1, "samples": len(taken), "used_frames": used}
             named = {"key": key, CONTENT: content}
             good.append(Sample(named, facts | place, [] if key in known else numbers))
     except (WanError, OSError) as error:
