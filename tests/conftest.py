@@ -13,6 +13,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-cases", type=int, default=2000, help="damaged files that tests/fuzz.py makes"
     )
+    parser.addoption(
+        "--full-width", action="store_true", help="run the released recipes at one full block"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
