@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.data import MAX_REPEATS, DataConfig
+from configs.progress import Steps
 from train.conditioning import (
     TEXT_LENGTH,
     CaptionEncoder,
@@ -275,12 +275,12 @@ def world_cache(
     folder = root / f"world-{digest(vae, [repr(scenes), drawn])}"
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Tensor] = []
-    with tqdm(total=num_clips, desc="clips of the world", unit="clip", disable=None) as progress:
+    with Steps("clips of the world", num_clips) as progress:
         for number, start in enumerate(range(0, num_clips, SHARD)):
             part = scenes[start : start + SHARD]
             path = folder / f"latents-{number:05d}.safetensors"
             shards.append(world_shard(vae, path, part))
-            progress.update(len(part))
+            progress.add(len(part))
     latents = torch.cat(shards)
     numbers = list(range(num_clips))
     circling = [i for i in numbers if any(o.motion == "circling" for o in scenes[i].objects)]
