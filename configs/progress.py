@@ -109,10 +109,6 @@ class Steps:
         line = f"{self.done} of {self.total} {self.what}, {duration(left)} left"
         print(line, file=sys.stderr, flush=True)
 
-    def said(self) -> None:
-        """Something else was printed that tells how far the loop is; no line is due for a while."""
-        self._told = time.monotonic()
-
     def print(self, text: str) -> None:
         """Print a line on stdout, above the bar."""
         if self._bar is not None:
@@ -120,7 +116,7 @@ class Steps:
         print(text, flush=True)
         if self._bar is not None:
             self._bar.refresh()
-        self.said()
+        self._told = time.monotonic()  # a line that tells how far the loop is
 
 
 def duration(seconds: float) -> str:

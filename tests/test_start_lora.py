@@ -15,7 +15,7 @@ from torch import Tensor
 from configs.export import ExportConfig
 from configs.training import FinetuneConfig, LoopConfig, LoRAConfig
 from train.artefact import TrainedLoRA
-from train.distill.run import distill, with_ranks
+from train.distill.run import distill, with_lora_ranks
 from train.finetune.run import finetune
 from train.kept import export_kept
 from train.lora import kept_scales, read_start, train_lora
@@ -135,7 +135,7 @@ def test_a_student_goes_on_with_a_lora(teacher, tmp_path):
     config = student_config(tmp_path / "run", teacher)
     student = replace(config.student, lora=LoRAConfig(start=str(file)))
     config = replace(config, student=student, loop=LoopConfig(steps=2, save_every=2), lr=1e-30)
-    assert with_ranks(config, TINY).student.lora.rank == 4  # for an estimate, the largest
+    assert with_lora_ranks(config, TINY).student.lora.rank == 4  # for an estimate, the largest
     assert distill(config) == 0
     assert_equal(read_lora(tmp_path / "run"), read_lora(file))
 

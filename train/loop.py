@@ -24,7 +24,7 @@ from train.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from train.data import DATA_CONTENT, data_changes
+from train.data import DATA_CONTENT, DATA_DIGEST, data_changes
 from train.disk import check_room
 from train.metrics import MetricsLog, media_files
 from train.optim import trainable
@@ -242,7 +242,7 @@ def resume(
 
     A run that has gone further is brought to the checkpoint of `config.steps`.
     """
-    if len(set(ranks.gather(settings.get("data_digest")))) > 1:
+    if len(set(ranks.gather(settings.get(DATA_DIGEST)))) > 1:
         raise WanError(
             "data.folder: train.preprocess changed it while processes opened it; start again"
         )
@@ -359,12 +359,12 @@ def check_unchanged(
     free = FREE_SETTINGS | set(more_free)
     free |= {MODEL_DIGEST, START_DIGEST} - before.keys()  # older checkpoints have none
     free |= {n for n, value in now.items() if n not in before and not value}  # newer, and off
-    if "data_digest" in before and "data_digest" in now:  # which data, wherever they lie by now
-        free |= {"data_digest", "data.folder"}
+    if DATA_DIGEST in before and DATA_DIGEST in now:  # which data, wherever they lie by now
+        free |= {DATA_DIGEST, "data.folder"}
     for digest, option in LORA_STARTS.items():  # which file, likewise
         free |= {option} if digest in before.keys() & now.keys() else set()
     free |= {name for name in before | now if name.startswith(f"{DATA_CONTENT}.")}
-    changed = data_changes(saved, given) if "data_digest" in free else []
+    changed = data_changes(saved, given) if DATA_DIGEST in free else []
     changed += [
         f"{name}: {before.get(name)} there, {now.get(name)} now"
         for name in before | now

@@ -274,7 +274,7 @@ def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
 def training_run(config: DistillConfig) -> TrainingRun:
     """The run as `train.estimate` takes it; of the teacher, only settings are read."""
     settings = read_teacher(config, resolve_model(config.checkpoint, patterns=CONFIGS))
-    config = with_ranks(config, settings.transformer)
+    config = with_lora_ranks(config, settings.transformer)
     size = latent_shape(config, settings)[1:]
     grid = settings.transformer.token_grid(size)
     densities = (
@@ -284,7 +284,7 @@ def training_run(config: DistillConfig) -> TrainingRun:
     return TrainingRun(config, settings.transformer, size, *densities)
 
 
-def with_ranks(config: DistillConfig, transformer: DiTConfig) -> DistillConfig:
+def with_lora_ranks(config: DistillConfig, transformer: DiTConfig) -> DistillConfig:
     """The settings with the largest rank of each LoRA file that they name, for an estimate."""
     starts = read_starts(config, transformer)
     ranks = {name: max(start.ranks) for name, start in starts.items() if start is not None}
