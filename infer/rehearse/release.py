@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.progress import Steps
 from infer.parity.models import TEXT, drawn_like, small_vae
 from wan.errors import WanError
 from wan.files import folder_beside, read_json, write_json
@@ -115,10 +114,12 @@ def random_state(release: Release, part: str, seed: int) -> dict[str, Tensor]:
     shifted against the one before. Spreads are those of `infer.parity.models.drawn_like`, so that
     activations keep their size through all layers.
     """
-    numbers = torch.randn(POOL, generator=torch.Generator().manual_seed(seed))
+    parameters = release.parameters(part)
+    count = min(POOL, 4 * max(tensor.numel() for tensor in parameters.values()))
+    numbers = torch.randn(count, generator=torch.Generator().manual_seed(seed))
     pools: dict[tuple[float, float, torch.dtype], Tensor] = {}
     state = {}
-    for name, tensor in release.parameters(part).items():
+    for name, tensor in parameters.items():
         mean, std = drawn_like(name, tensor, weight_kind(part), release.config.text_encoder)
         key = (mean, std, tensor.dtype)
         if key not in pools:
@@ -165,17 +166,14 @@ def write_release(name: str, folder: Path, seed: int) -> bool:
     with folder_beside(folder) as beside:
         write_configs(release.config, beside)
         write_tokenizer(STUDENT / "tokenizer", beside / "tokenizer")
-        parts = release.config.components
-        with Steps("parts of the model", len(parts)) as progress:
-            for part in parts:
-                kind = weight_kind(part)
-                save_component(
-                    random_state(release, part, seed),
-                    beside / part,
-                    kind,
-                    vae_levels=vae_levels(release.config.vae) if kind == "vae" else None,
-                )
-                progress.add()
+        for part in release.config.components:
+            kind = weight_kind(part)
+            save_component(
+                random_state(release, part, seed),
+                beside / part,
+                kind,
+                vae_levels=vae_levels(release.config.vae) if kind == "vae" else None,
+            )
         write_json(beside / MARK, made)
         beside.rename(folder)
     return True
