@@ -118,8 +118,12 @@ def run_sample(
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     with process, Watch(process.pid) as watch:
         assert process.stdout is not None
-        lines = process.stdout.read().split("\n")
-        code = process.wait()
+        try:
+            lines = process.stdout.read().split("\n")
+            code = process.wait()
+        except BaseException:  # Ctrl-C, SIGTERM: no process is left behind
+            process.terminate()
+            raise
     print("\n".join(lines).strip())
     made = [Path(line) for line in lines if line.endswith(".mp4")]
     if code != 0 or not made:
@@ -143,7 +147,11 @@ def run_reference(
     process.start()
     assert process.pid is not None
     with doing("the same video by diffusers and transformers"), Watch(process.pid) as watch:
-        process.join()
+        try:
+            process.join()
+        except BaseException:
+            process.terminate()
+            raise
     if process.exitcode != 0:
         raise WanError(f"the references failed with exit code {process.exitcode}")
     about = read_json(out)
