@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TextIO, TypeVar
 
 from wan.errors import WanError
@@ -112,6 +113,7 @@ class Processes:
             except BaseException as error:
                 team.leave(str(error) or type(error).__name__)
                 raise
+            team.part()
 
 
 ALONE = Processes()
@@ -176,15 +178,23 @@ class Team:
         return [value]
 
 
+@cache
+def common_store() -> Any:
+    """The store of a whole run, which the first process or torchrun itself holds."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(iter(rendezvous("env://")))
+    return store
+
+
 class SharedTeam(Team):
     """Several processes that torchrun started. Made by `Processes.together`."""
 
     def __init__(self, processes: Processes) -> None:
         from torch.distributed import PrefixStore
-        from torch.distributed.rendezvous import rendezvous
 
         self.processes = processes
-        store, _, _ = next(iter(rendezvous("env://")))
+        store = common_store()
         # Of a sweep, each point is a meeting of its own; all come to them in the same order.
         meeting = store.add(f"meetings of process {processes.rank}", 1)
         self._store = PrefixStore(f"meeting {meeting}", store)
@@ -210,6 +220,14 @@ class SharedTeam(Team):
         keys = [f"round {self._round}, process {rank}" for rank in range(self.size)]
         self._set(keys[self.processes.rank], value)
         return [self._wait(key, rank, waiting) for rank, key in enumerate(keys)]
+
+    def part(self) -> None:
+        """End the meeting in order; the main process, which may hold the store, goes last."""
+        names = [f"process {rank} parted" for rank in range(self.size)]
+        self._set(names[self.processes.rank], True)
+        if self.is_main:
+            for rank, name in enumerate(names):
+                self._wait(name, rank, lambda: None)
 
     def leave(self, reason: str) -> None:
         """Tell the others that this process will not come to what they may wait for."""

@@ -195,8 +195,11 @@ def run_each(jobs: Sequence[Job], what: str = "jobs", team: Team | None = None) 
         for job in jobs:
             if team.tally(f"{job.of} failed", 0) or not team.claim(job.name):
                 continue
+            started = time.perf_counter()
             try:
                 job.make(team)
+                if team.size > 1:
+                    print(f"{job.name}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
             except Exception as error:
                 print(f"{job.of} failed ({type(error).__name__}):", file=sys.stderr)
                 if isinstance(error, EXPECTED):
