@@ -662,11 +662,7 @@ def step_of_all(
 
         told = group.agree(own)
         states = [state for _, _, state in told]
-        if any(state != states[0] for state in states):
-            raise WanError(
-                f"step {i + 1}: the callback changed prompts or guidance in some processes only "
-                f"({states}); let it do so in all of them"
-            )
+        group.check_equal(f"prompts changed, and guidance, after step {i + 1}", states)
         if states[0][0]:
             denoiser.set_context(*group.tensors(denoiser.context, denoiser.negative_context))
         if told[0][1]:  # the main process has other latents

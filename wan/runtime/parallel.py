@@ -14,7 +14,7 @@ a head; H rows and W columns of frames inside the VAE, h rows of one process.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -166,13 +166,20 @@ class ParallelGroup:
         Raises:
             WanError: in all processes.
         """
-        values = self.agree(lambda: value)
+        self.check_equal(what, self.agree(lambda: value))
+
+    def check_equal(self, what: str, values: Sequence[Any]) -> None:
+        """Refuse values, by rank, that are not all the same; `agree` has given them to everyone.
+
+        Raises:
+            WanError: in all processes.
+        """
         for rank, other in enumerate(values):
             if other != values[0]:
                 self._all_know = True
                 raise WanError(
                     f"{what}: process 0 has {values[0]}, process {rank} has {other}; all processes "
-                    "must make the same call"
+                    "must do the same"
                 )
 
     @contextmanager
