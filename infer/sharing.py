@@ -41,6 +41,11 @@ class Sharing:
         return self.team.size if self.together else 1
 
     @property
+    def on_this_machine(self) -> int:
+        """How many processes share the memory of this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.team.size))
+
+    @property
     def helps(self) -> bool:
         """Whether this process helps to make videos that the main one writes."""
         return self.together and not self.team.is_main
@@ -121,6 +126,9 @@ def printing(sharing: Sharing, stdout: TextIO, stderr: TextIO) -> Iterator[None]
     Where all make each video together, the main one prints as if it were alone, and the others
     nothing. Where each makes videos of its own, each names them on stdout.
     """
+    if sharing.team.size == 1:
+        yield
+        return
     if not sharing.together:
         with redirect_stdout(stdout):
             yield

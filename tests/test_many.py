@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from test_costs import SMALL_VAES
 from test_pipeline import DIT, build, random_weights, write_models
 
+import infer.sample.generate  # noqa: F401 - for the processes that are forked from this file
 from configs.cli import compose_runs, execute
 from infer.processes import Processes
 from infer.sample.__main__ import LINE, SampleCommand
@@ -229,8 +231,10 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("many")
     write_models(root)
     (root / "prompts.txt").write_text(PROMPTS)
-    mp.get_context("forkserver").set_forkserver_preload([__name__])
-    mp.start_processes(run, (root, free_ports(2)), nprocs=4, start_method="forkserver")
+    with pytest.MonkeyPatch.context() as patch:  # one process imports this file for all four
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        mp.get_context("forkserver").set_forkserver_preload([__name__])
+        mp.start_processes(run, (root, free_ports(2)), nprocs=4, start_method="forkserver")
     assert commands(root, 1) == [0, 0, 0]
     return root
 

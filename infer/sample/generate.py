@@ -239,8 +239,12 @@ def check_memory(
             file=sys.stderr,
         )
         return memory  # an upper bound, which is no reason to refuse
+    free_host //= sharing.on_this_machine
+    free = free_host if device == host else free
     if sharing.team.is_main:
-        print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
+        each = " for each process" if sharing.team.size > 1 else ""
+        free_text = f"({size(free)} free on {device}{each})"
+        print(f"memory, predicted: {memory} {free_text}", file=sys.stderr)
     check_fits(memory, free, None if device == host else free_host)
     return memory
 
