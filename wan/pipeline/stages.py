@@ -494,7 +494,8 @@ class PipelineStages(PipelineAdapters):
             FloatingPointError: latents became infinite or NaN; names the step.
         """
         timesteps, steps = plan.schedule.timesteps.tolist(), len(plan.schedule)
-        group, at_work = self.parallel, nullcontext[Any]()
+        group = self.parallel
+        at_work: AbstractContextManager[Any] = nullcontext()
         if group is not None:
             call = (tuple(x.shape), plan.sampler, timesteps, plan.guidance_scale)
             group.check_alike("latents, sampler, timesteps and guidance_scale", call)
@@ -632,7 +633,7 @@ def shared_noise(
     group: "ParallelGroup", renoise: Callable[[int], Tensor]
 ) -> Callable[[int], Tensor]:
     """Noise that all processes draw, so that their generators move on; the main one's counts."""
-    return lambda step: cast(Tensor, group.tensors(renoise(step))[0])
+    return lambda step: group.tensors(renoise(step))[0]
 
 
 def step_of_all(

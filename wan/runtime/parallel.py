@@ -153,7 +153,7 @@ class ParallelGroup:
             dist.broadcast_object_list(made, src=0, group=self.agreement)
         return made[0]
 
-    def tensors(self, *own: Tensor | None) -> list[Tensor | None]:
+    def tensors(self, *own: Tensor | None) -> list[Any]:
         """The main process's tensors in all processes; those of others come to `device`."""
         sent = self.first(lambda: [None if one is None else one.cpu() for one in own])
         if self.is_main:
