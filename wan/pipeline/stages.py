@@ -497,7 +497,8 @@ class PipelineStages(PipelineAdapters):
         group = self.parallel
         at_work: AbstractContextManager[Any] = nullcontext()
         if group is not None:
-            call = (tuple(x.shape), plan.sampler, timesteps, plan.guidance_scale)
+            scales = (plan.guidance_scale, plan.guidance_scale_2)
+            call = (tuple(x.shape), plan.sampler, timesteps, scales)
             group.check_alike("latents, sampler, timesteps and guidance_scale", call)
             x, context, negative, image_latents = group.tensors(x, context, negative, image_latents)
             at_work = group.at_work(self.networks().values(), plan.guided)
