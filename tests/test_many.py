@@ -65,6 +65,8 @@ CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # Four rows of latents.
     "miniature": ("miniature", {"height": 64, "guidance_scale": 4.0, "num_inference_steps": 2}, {}),
 }
+# What four processes are not asked.
+BY_TWO = ("guided, no halves", "one expert guided", "sharded", "sharded, bfloat16", "offload")
 
 
 def prepared(root: Path, question: str) -> tuple[WanPipeline, dict[str, Any]]:
@@ -113,6 +115,8 @@ def refusal(work: Callable[[], Any]) -> str:
 def calls_of_all(root: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for question, (_, _, options) in CALLS.items():
+        if question in BY_TWO and dist.get_world_size() > 2:
+            continue
         pipe, call = prepared(root, question)
         if dist.get_rank() > 0:
             pipe.text_encoder = pipe.tokenizer = None
@@ -239,8 +243,11 @@ def root(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:  # one process imports this file for all four
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         mp.get_context("forkserver").set_forkserver_preload([__name__])
-        mp.start_processes(run, (root, free_ports(2)), nprocs=4, start_method="forkserver")
+        arguments = {"nprocs": 4, "start_method": "forkserver", "join": False}
+        processes = mp.start_processes(run, (root, free_ports(2)), **arguments)
     assert commands(root, 1) == [0, 0, 0]
+    while not processes.join():
+        pass
     return root
 
 
@@ -266,8 +273,8 @@ def assert_same(seen: list[dict[str, Any]], question: str, one: Any, equal: floa
 def test_a_call_gives_every_process_the_video_of_one(root, seen, question):
     pipe, call = prepared(root, question)
     one = made(pipe, **call)
-    for results in seen.values():
-        assert_same(results, question, one, 2e-2 if "bfloat16" in question else EQUAL)
+    for size in (2,) if question in BY_TWO else (2, 4):
+        assert_same(seen[size], question, one, 2e-2 if "bfloat16" in question else EQUAL)
 
 
 @pytest.mark.parametrize("case", DECODINGS, ids=str)
