@@ -162,7 +162,7 @@ SMALL_VAES = {
 }
 
 
-def doubling_first(layer, x):
+def doubling_first(layer, x, rows=None):
     return convolve_layer(layer, F.interpolate(x, scale_factor=2.0))
 
 
