@@ -227,7 +227,8 @@ class Assistance(Story):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.record: dict[str, Any] = {"seconds": {}, "steps_sha256": [], "text_sha256": {}}
+        parts: dict[str, Any] = {name: {} for name in ("begun", "seconds", "text_sha256")}
+        self.record = parts | {"steps_sha256": []}
         self.code, self._device = 0, device
 
     def write(self) -> None:
