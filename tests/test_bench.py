@@ -132,6 +132,18 @@ def test_what_takes_too_long_is_left_out_with_a_line_and_the_others_go_on(
     assert "a matrix product in float32 here" in out
 
 
+def test_a_stage_that_was_left_out_leaves_out_the_sum_of_its_dtype_alone():
+    def outcome(stage: str, dtype: str, seconds: float) -> Outcome:
+        return Outcome(Task(stage, f"small, {dtype}"), {"eager": timing(seconds, seconds)})
+
+    outcomes = [outcome(stage, "bfloat16", 1.0) for stage in STAGES]
+    outcomes += [outcome(stage, "float32", 5.0) for stage in STAGES[1:]]
+    config = BenchConfig(stages="tiny", dtypes=["float32", "bfloat16"])
+    (total,) = bench_stages.end_to_end(outcomes, config, parity_checked=True)
+    assert total.task.what.endswith("bfloat16")
+    assert total.sides["eager"].median("wall") == len(STAGES)
+
+
 @pytest.mark.skipif(reset_resident_peak() is None, reason="this system tells no peak")
 def test_peak_memory_is_what_a_call_takes_and_gives_back():
     size = 64 << 20

@@ -1,7 +1,6 @@
 """One video by two and by four processes is the video of one; and none is left waiting."""
 
 import os
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_costs import SMALL_VAES
+from test_parallel import free_ports
 from test_pipeline import DIT, build, random_weights, write_models
 
 import infer.sample.generate  # noqa: F401 - for the processes that are forked from this file
@@ -217,16 +217,6 @@ def run(rank: int, root: Path, ports: list[int]) -> None:
             return
         torch.save(results, root / f"results of {rank} in {size}")
         dist.destroy_process_group()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 # --- and what it is compared with -----------------------------------------------------------------

@@ -120,9 +120,14 @@ def end_to_end(
     outcomes: Sequence[Outcome], config: BenchConfig, parity_checked: bool
 ) -> list[Outcome]:
     """The stages added up, an outcome per dtype; none where a stage was left out."""
-    of_stages = [[one for one in outcomes if one.task.target == stage] for stage in STAGES]
     totals = []
-    for dtype, *stages in zip(config.dtypes or DTYPES, *of_stages, strict=False):
+    for dtype in config.dtypes or DTYPES:
+        of_dtype = {
+            one.task.target: one for one in outcomes if one.task.what.endswith(f", {dtype}")
+        }
+        if any(stage not in of_dtype for stage in STAGES):
+            continue
+        stages = [of_dtype[stage] for stage in STAGES]
         sides = {name: added([stage.sides[name] for stage in stages]) for name in stages[0].sides}
         checked = parity_checked and dtype == "bfloat16"  # the dtype that parity= checks
         what = f"{' + '.join(STAGES)}, {dtype}{'' if checked else ', parity NOT CHECKED'}"

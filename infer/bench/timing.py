@@ -266,14 +266,12 @@ def median_peak(run: Callable[[], Any], device: torch.device) -> int | None:
     return int(statistics.median(peaks)) if peaks else None
 
 
-def product_rate(
-    device: torch.device, dtype: torch.dtype = torch.float32, size: int = 1536
-) -> float:
-    """FLOP/s of the machine's own matrix product: the best of several, of square matrices.
+def product_rate(device: torch.device, size: int = 1536) -> float:
+    """FLOP/s of the machine's own matrix product in float32: the best of several square ones.
 
     It is what convolutions and attention can be held against, whatever the machine.
     """
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    a, b = (torch.ones(size, size, device=device) for _ in range(2))
     taken = [timed(lambda: a @ b, device)[0] for _ in range(6)]
     return 2 * size**3 / min(taken)
 

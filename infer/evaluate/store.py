@@ -8,7 +8,7 @@ in parts, which several processes can make.
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class StoredClips:
     def is_complete(self, record: dict[str, Any] | None) -> bool:
         return record is not None and len(record["clips"]) >= self.question.num_clips
 
-    @property
+    @cached_property
     def parts(self) -> ClipParts:
         folder = self.file.with_suffix(".parts")
         return ClipParts(self.label, self.question, folder, self.weights)

@@ -8,8 +8,8 @@
 Writes a folder with the names, shapes, dtypes and shards of the release, runs infer.sample on it in
 a process of its own, and prints for each stage what it took: seconds, memory beside the prediction,
 bytes from the disk. With compare=true the networks of diffusers and transformers then make the same
-video from the same files and noise (needs pip install -e ".[parity]"), and text, latents and pixels
-are compared. The video shows nothing. Exit codes: 0 done; 1 infer.sample failed, or the results
+video from the same files and noise (needs pip install -e ".[parity]"), and latents and pixels are
+compared. The video shows nothing. Exit codes: 0 done; 1 infer.sample failed, or the results
 differ; 2 the command has an error, such as a disk without room; 130 stopped with Ctrl-C.
 """
 

@@ -159,10 +159,10 @@ def write_release(name: str, folder: Path, seed: int) -> bool:
         )
     release = release_named(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if release.num_bytes > free:
+    free, needed = shutil.disk_usage(folder.parent).free, release.num_bytes
+    if needed > free:
         raise WanError(
-            f"folder={folder.parent}: the weights of {name} take {release.num_bytes / 1e9:.1f} GB, "
+            f"folder={folder.parent}: the weights of {name} take {needed / 1e9:.1f} GB, "
             f"and {free / 1e9:.1f} GB are free; give a folder= on another disk, or a smaller "
             "release="
         )

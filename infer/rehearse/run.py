@@ -23,20 +23,21 @@ from infer.rehearse.watch import StageUse, Watch
 from infer.sample.record import BAD_RESULT
 from wan.errors import WanError
 from wan.files import expanded, read_json, read_sealed, write_json
+from wan.pipeline.memory import size
 from wan.runtime.memory_meter import free_bytes
 from wan.runtime.offload import resolve_device
-
-GIB = 2**30
 
 
 def rehearse(config: RehearseConfig) -> int:
     """Run the whole rehearsal; returns the exit code.
 
     Raises:
-        WanError: the disk has no room, or the references are not installed.
+        WanError: the disk has no room, the references are not installed, or files cannot be cold.
     """
     if config.compare:
         reference("diffusers")  # its absence is reported before all work
+    if config.cold and not hasattr(os, "posix_fadvise"):
+        raise WanError("cold=true: this system can't be asked to forget a file; leave it out")
     folder = expanded(config.folder)
     model, videos = folder / config.release, folder / "videos"
     with doing(f"writing {config.release} with random weights"):
@@ -49,31 +50,34 @@ def rehearse(config: RehearseConfig) -> int:
 
 
 def report(config: RehearseConfig, model: Path, videos: Path) -> int:
-    """Run and compare; print the tables and write report.json beside the videos."""
+    """Run and compare; print the tables, and keep them beside the video."""
     free = free_bytes(torch.device("cpu"))
-    forget(model, config.cold)
-    code, record_path, use = run_sample(config, model, videos)
-    if code != 0 or record_path is None:
+    if config.cold:
+        forget(model)
+    code, record_path, watch = run_sample(config, model, videos)
+    if record_path is None:
         return code
     record = read_sealed(record_path)
-    size = sum(file.stat().st_size for file in model.rglob("*.safetensors"))
+    use = watch.stages(record["begun"], record["seconds"])
+    weights_bytes = sum(file.stat().st_size for file in model.rglob("*.safetensors"))
     print(
-        f"\n{config.release}, {size / 1e9:.1f} GB with random weights, {config.width}x"
+        f"\n{config.release}, {weights_bytes / 1e9:.1f} GB with random weights, {config.width}x"
         f"{config.height}, {config.num_frames} frames, {describe(config)}; "
-        f"{free / GIB:.1f} GiB were free"
+        f"{size(free)} were free"
     )
     print(use_table("this project", use, record.get("predicted_memory_bytes")))
     rows: list[Row] = []
     theirs: dict[str, StageUse] = {}
     if config.compare:
-        forget(model, config.cold)
+        if config.cold:
+            forget(model)
         rows, theirs = run_reference(config, model, record_path)
         print("\n" + use_table("diffusers and transformers, loading within each stage", theirs))
         print("\n" + parity_table(rows))
     values = {
         "config": asdict(config) | {"folder": None},
         "environment": environment(resolve_device(config.device)),
-        "weights_bytes": size,
+        "weights_bytes": weights_bytes,
         "free_bytes": free,
         "predicted_memory_bytes": record.get("predicted_memory_bytes"),
         "stages": {name: asdict(one) for name, one in use.items()},
@@ -85,9 +89,14 @@ def report(config: RehearseConfig, model: Path, videos: Path) -> int:
     return 0 if all(row.passed for row in rows) else BAD_RESULT
 
 
+def kind_of_weights(config: RehearseConfig) -> str:
+    """The 8-bit format of the weights, or their dtype."""
+    return config.dtype if config.quantize == "none" else config.quantize
+
+
 def describe(config: RehearseConfig) -> str:
     """How the weights are kept, in words."""
-    words = [config.dtype if config.quantize == "none" else config.quantize]
+    words = [kind_of_weights(config)]
     words += [f"offload={config.offload}"] if config.offload != "none" else []
     return ", ".join(words)
 
@@ -109,10 +118,12 @@ def sample_options(config: RehearseConfig, model: Path, videos: Path) -> list[st
     ]
 
 
-def run_sample(
-    config: RehearseConfig, model: Path, videos: Path
-) -> tuple[int, Path | None, dict[str, StageUse]]:
-    """infer.sample in a process of its own: its exit code, its record, and what it took."""
+def run_sample(config: RehearseConfig, model: Path, videos: Path) -> tuple[int, Path | None, Watch]:
+    """infer.sample in a process of its own, and what looked at it.
+
+    Returns:
+        its exit code, its record if it made a video, and the watch.
+    """
     options = sample_options(config, model, videos)
     command = [sys.executable, "-m", "infer.sample", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
@@ -126,11 +137,8 @@ def run_sample(
             raise
     print("\n".join(lines).strip())
     made = [Path(line) for line in lines if line.endswith(".mp4")]
-    if code != 0 or not made:
-        return code, None, {}
-    path = made[0].with_suffix(".json")
-    record = read_sealed(path)
-    return code, path, watch.stages(record["begun"], record["seconds"])
+    record = made[0].with_suffix(".json") if code == 0 and made else None
+    return code, record, watch
 
 
 def run_reference(
@@ -142,7 +150,7 @@ def run_reference(
         WanError: they failed; their traceback was printed.
     """
     out = record.with_suffix(".reference.json")
-    kind = config.dtype if config.quantize == "none" else config.quantize
+    kind = kind_of_weights(config)
     process = get_context("spawn").Process(target=make_reference, args=(model, record, kind, out))
     process.start()
     assert process.pid is not None
@@ -184,12 +192,8 @@ def use_table(
     return aligned(lines, left=(0,))
 
 
-def forget(model: Path, cold: bool) -> None:
-    """Ask the system to drop the pages of a model's files, if they are to be cold."""
-    if not cold:
-        return
-    if not hasattr(os, "posix_fadvise"):
-        raise WanError("cold=true: this system can't be asked to forget a file; leave it out")
+def forget(model: Path) -> None:
+    """Ask the system to drop the pages of a model's files."""
     for file in model.rglob("*.safetensors"):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
