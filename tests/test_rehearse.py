@@ -76,6 +76,7 @@ def test_what_a_process_holds_is_told_apart_stage_by_stage():
     code = (
         "import json, time, sys\n"
         "begun, seconds = {}, {}\n"
+        "time.sleep(0.3)\n"  # so that it is looked at once all imports are done
         "for name, size in (('small', 1), ('large', 64), ('after', 0)):\n"
         "    begun[name] = time.time()\n"
         "    held = bytearray(b'x') * (size << 20)\n"

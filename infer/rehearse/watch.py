@@ -91,7 +91,7 @@ class Watch:
         resting = before[-1].held if before else 0
         for name, start in begun.items():
             end = start + seconds[name]
-            within = [look for look in self.looks if start <= look.at <= end + SECONDS]
+            within = [look for look in self.looks if start <= look.at <= end]
             if not within:
                 found[name] = StageUse(seconds[name])
                 continue

@@ -35,8 +35,10 @@ class PipelineAdapters:
         raise NotImplementedError
 
     def refuse_sharded(self, what: str) -> None:
-        """Refuse what would need whole weights where each process holds a part of them."""
-        raise NotImplementedError
+        """Refuse what would need whole weights where each process holds a part of them.
+
+        Here every process holds them whole; a pipeline, which can shard them, looks.
+        """
 
     @property
     def adapters(self) -> AdapterSet:
