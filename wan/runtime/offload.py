@@ -43,18 +43,6 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def is_fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are no slower than in float32.
-
-    A CPU without AVX-512 computes them number by number, ten times slower or more.
-    """
-    if device.type != "cpu":
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def homes_of(module: nn.Module, without: nn.Module | None = None) -> list[Home]:
     """Every tensor of a module with the dict that holds it, except those of a part."""
     left_out = set(() if without is None else without.modules())
