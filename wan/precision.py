@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Numbers of a weight that are restored at a time: 4 MiB in float32, which stays in the cache.
+# Numbers of a weight that are restored at a time: 4 MiB in float32, which stays in the cache. More
+# pay, up to as many as the input has, where that is larger.
 PIECE = 1 << 20
 # What these variables allow oneDNN, if they name one of its instruction sets.
 ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -87,8 +88,8 @@ def linear(
 ) -> Tensor:
     """x Wᵀ + bias in the dtype of x: (..., in) -> (..., out).
 
-    A weight of another dtype is restored to that of x first: as a whole, or on a CPU `PIECE`
-    numbers at a time where no gradient is needed, which takes neither its memory nor its time.
+    A weight of another dtype is restored to that of x first: as a whole, or on a CPU in pieces
+    where no gradient is needed, which takes neither its memory nor its time.
 
     Args:
         weight: (out, in), of the dtype of x or a narrower one.
@@ -103,10 +104,11 @@ def linear(
     restored = restore or (lambda part, rows: part.to(x.dtype))
     bias = None if bias is None else bias.to(x.dtype)
     in_pieces = x.device.type == "cpu" and not (autocast or torch.is_grad_enabled())
-    if torch.compiler.is_compiling() or not in_pieces or weight.numel() <= PIECE:
+    piece = max(PIECE, x.numel())
+    if torch.compiler.is_compiling() or not in_pieces or weight.numel() <= piece:
         return F.linear(x, restored(weight, slice(None)), bias)
     out = x.new_empty(*x.shape[:-1], len(weight))
-    step = max(1, PIECE // weight.shape[1])
+    step = max(1, piece // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         part = None if bias is None else bias[rows]
