@@ -8,6 +8,7 @@ so that the weights still take half the memory. What a network returns has the d
 
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -70,6 +71,31 @@ def precision_note(stored: torch.dtype, device: torch.device) -> str | None:
         return None
     names = [str(dtype).removeprefix("torch.") for dtype in (stored, used)]
     return f"weights {names[0]}, computed in {names[1]}: this CPU has no fast {names[0]}"
+
+
+def conv3d_warning(torch_version: str, cudnn: int | None) -> str | None:
+    """What is wrong with 3-D convolutions in bfloat16 on a GPU with these versions, if anything.
+
+    cuDNN 9.8 to 9.14 computes some of them wrongly (pytorch/pytorch#163539). PyTorch 2.9.0 leaves
+    cuDNN out for all of them from 9.8 on (#163581), 2.9.1 and later for 9.8 to 9.14 only (#166480).
+    What it does instead took 17 times the memory in a video encoder (#166643).
+
+    Args:
+        torch_version: `torch.__version__`.
+        cudnn: `torch.backends.cudnn.version()`, such as 91002; None without cuDNN.
+    """
+    if cudnn is None or cudnn < 90800:
+        return None
+    release = tuple(int(number) for number in re.findall(r"\d+", torch_version)[:3])
+    about = f"PyTorch {torch_version} with cuDNN {cudnn // 10000}.{cudnn // 100 % 100}"
+    slow = "decodes in bfloat16 without cuDNN, which is slow and takes many times the memory"
+    if release == (2, 9, 0):
+        return f"{about} {slow}: install PyTorch 2.9.1 or later, with cuDNN 9.15 or later"
+    if cudnn >= 91500:
+        return None
+    if release < (2, 9, 0):
+        return f"{about} may decode wrongly in bfloat16: install cuDNN 9.15 or later"
+    return f"{about} {slow}: install cuDNN 9.15 or later (pip install nvidia-cudnn-cu12)"
 
 
 # --- products -------------------------------------------------------------------------------------
