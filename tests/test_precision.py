@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_dit import FRAMES, random_dit, random_inputs, relative_rms, to_bfloat16
 from test_umt5 import tiny_encoder
-from test_vae import GENERATIONS, build, clip
+from test_vae import GENERATIONS, WAN22, build, clip
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -177,3 +177,29 @@ def test_autocast_chooses_the_dtype_before_a_weight_is_restored():
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert linear(x.double(), layer.weight, layer.bias).dtype == torch.float64
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on any device but the CPU, as MPS does; meta stands for MPS."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                assert leaf.dtype != torch.float64, func
+        return result
+
+
+@torch.no_grad()
+def test_networks_make_no_float64_on_a_device_that_has_none():
+    meta = torch.device("meta")
+    latents, context = random_inputs()
+    dit, encoder, vae = random_dit().to(meta), tiny_encoder().to(meta), build(WAN22).to(meta)
+    with pytest.raises(AssertionError), NoFloat64():
+        torch.zeros(2, device=meta).double()
+    with NoFloat64():
+        prepared = dit.prepare_context(context.to(meta))
+        assert dit(latents.to(meta), FRAMES.to(meta), prepared).is_meta
+        assert encoder(torch.zeros(1, 4, dtype=torch.int64, device=meta)).is_meta
+        encoded = vae.encode_normalized(clip(WAN22).to(meta))
+        assert vae.decode_normalized(encoded).is_meta

@@ -359,7 +359,7 @@ def lock_file(file: IO[Any], wait: bool) -> None:
     file.seek(0)
     while True:
         try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             return
         except OSError as error:
             if not wait:

@@ -641,7 +641,7 @@ def weights_state(module: nn.Module) -> tuple[Any, ...]:
     state: list[Any] = []
     for parameter in module.parameters():
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 16)][:17].double().sum().item()
+        sample = flat[:: max(1, flat.numel() // 16)][:17].cpu()  # not every device has float64
         version = None if parameter.is_inference() else parameter._version
-        state.append((id(parameter), version, parameter.dtype, sample))
+        state.append((id(parameter), version, parameter.dtype, sample.double().sum().item()))
     return tuple(state)
