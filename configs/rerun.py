@@ -19,7 +19,10 @@ from configs.schema import (
 # Options of `infer.sample` that name something on the machine that a record was made on.
 PLACES = ("checkpoint", "revision", "variant", *PARTS, "image", "lora", "lora_2")
 # Those that say how a command goes about its work, and nothing of one video.
-COMMAND_ONLY = ("prompt_file", "output_dir", "num_videos", "preflight", "verify")
+COMMAND_ONLY = (
+    *("prompt_file", "output_dir", "num_videos", "preflight", "verify", "skip_done"),
+    *("parallel.mode", "parallel.weights", "parallel.guidance"),
+)
 # All others, with their types: a record of a video decides them.
 OF_A_VIDEO = {
     name: kind

@@ -306,6 +306,28 @@ class LoadingConfig(Options):
     )
 
 
+@dataclass
+class SharingConfig(Options):
+    """What the processes do that torchrun has started for one command."""
+
+    GROUP: ClassVar[str] = "parallel."
+
+    mode: str = option(
+        "auto",
+        "torchrun's processes: video (all make each video together), jobs (each makes videos of "
+        "its own), auto (video for a single one, else jobs)",
+        choices=("auto", "video", "jobs"),
+    )
+    weights: str = option(
+        "whole",
+        "video: whole on each device, or sharded, of the transformers a part on each",
+        choices=("whole", "sharded"),
+    )
+    guidance: bool = option(
+        True, "video: an even number of processes computes guidance's two forwards on two halves"
+    )
+
+
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 
 # Options that name files or folders, in whatever group of settings they stand.
@@ -461,6 +483,7 @@ class SampleConfig(LoadingConfig, PartsConfig):
     )
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: SharingConfig = field(default_factory=SharingConfig)
     preflight: str = option(
         "auto",
         "estimate memory and refuse what cannot fit: always, never, auto (from about 1 GiB on)",
@@ -486,6 +509,9 @@ class SampleConfig(LoadingConfig, PartsConfig):
     lora_strength_2: float | None = option(None, "the same for lora_2; none: as lora_strength")
 
     output_dir: str = option("outputs", "made if missing; nothing in it is ever overwritten")
+    skip_done: bool = option(
+        False, "leave out videos that the same command has finished in output_dir before"
+    )
     save_latents: bool = option(
         True, "keep the latents of good videos; those of bad ones are always kept"
     )
@@ -499,6 +525,11 @@ class SampleConfig(LoadingConfig, PartsConfig):
             raise WanError("prompt= and prompt_file=: give only one of them")
         check_colour("image_background", self.image_background)
         check_sample_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
+        if self.skip_done and self.seed == RANDOM_SEED:
+            raise WanError(
+                f"skip_done=true with seed={RANDOM_SEED}: each run draws other seeds, so that no "
+                "video is found again; give a seed"
+            )
         for name in ("lora_strength", "lora_strength_2"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise WanError(f"{name}={getattr(self, name)}: must be a finite number")

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from configs.schema import STRENGTH, LoadingConfig, PartsConfig, SampleConfig
+from infer.sharing import Sharing
 from wan.errors import WanError
 from wan.files import expanded
 from wan.lora.files import read_lora
@@ -201,21 +202,35 @@ class LoadedModel:
         config: SampleConfig,
         attention: NetworkAttention,
         loras: LoRAs,
+        sharing: Sharing,
     ) -> None:
         self.begun, started = time.time(), time.perf_counter()
-        if config.verify:
+        if config.verify and not sharing.helps:
             verify_files(folder.path, folder.places)
-        bars = StageBars()
+        bars, place = StageBars(), resolve_device(config.device)
+        options: dict[str, Any] = {"loras": loras, "on_progress": bars}
+        if sharing.helps:  # the main process encodes texts
+            options["text_encoder"] = None
+        how: LoadingConfig = config
+        if sharing.sharded:  # no device could hold the whole
+            dtype = str(known_dtype(config.dtype, place)).removeprefix("torch.")
+            how = replace(config, device="cpu", dtype=dtype)
         try:
-            self.pipeline = load_pipeline(folder, config, attention, loras=loras, on_progress=bars)
+            self.pipeline = load_pipeline(folder, how, attention, **options)
         finally:
             bars.close()
         self.folder = folder.path
         reports = [(part, one.report) for part, merges in loras.items() for one in merges]
         kept = [replace(r, path=kept_path(r.path, config.output_dir)) for _, r in reports]
         self.merges = [f"{part}: {r}" for (part, _), r in zip(reports, kept, strict=True)]
-        self.digests = WeightDigests(folder, loras) if config.hash_weights else None
+        hashed = config.hash_weights and not sharing.helps
+        self.digests = WeightDigests(folder, loras) if hashed else None
         self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
+        if sharing.together:
+            choices = sharing.config
+            self.pipeline.enable_parallelism(
+                choices.weights, guidance=choices.guidance, device=place
+            )
         self.seconds = time.perf_counter() - started
 
     def describe(self) -> str:
@@ -253,24 +268,29 @@ class ModelCache:
         attention: NetworkAttention,
         loras: LoRAs,
         device: torch.device,
+        sharing: Sharing | None = None,
     ) -> LoadedModel:
         """The model with these settings; it is loaded unless the last one had the same.
 
         Args:
             attention: attention functions that were verified on the device.
             loras: from `read_loras`.
+            sharing: what several processes do; None for one that is alone.
         """
+        sharing = Sharing() if sharing is None else sharing
         key = (
             *(folder.path, *sorted(folder.places.items()), folder.variant),
             *(device, config.dtype, config.offload, config.compile, config.quantize),
             *(config.lora, config.lora_2, config.lora_strength, config.lora_strength_2),
             *(config.hash_weights, config.verify),
+            *(sharing.together, config.parallel.weights, config.parallel.guidance),
         )
         if self._model is None or key != self._key:
             self._model = None  # frees its memory before the next model is loaded
-            self._model = LoadedModel(folder, config, attention, loras)
+            self._model = LoadedModel(folder, config, attention, loras, sharing)
             self._key = key
-            print(self._model.describe(), file=sys.stderr)
+            if sharing.team.is_main:
+                print(self._model.describe(), file=sys.stderr)
         self._model.pipeline.tile = config.tile
         self._model.pipeline.chunk_latents = config.chunk_latents
         self._model.pipeline.set_attention(attention)

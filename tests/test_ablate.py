@@ -16,7 +16,7 @@ from configs.command_line import preset_names
 from infer.ablate import run as ablate
 from infer.ablate.__main__ import LINE, main
 from infer.ablate.run import MAX_PSNR
-from infer.evaluate import store
+from infer.evaluate import parts
 from wan.errors import WanError
 from wan.files import read_sealed, write_sealed
 from wan.media.video import read_video
@@ -327,9 +327,9 @@ def test_the_world_is_read_by_its_detectors(tmp_path, model, monkeypatch):
     assert first["clips"] == 2
     assert "read by its detectors" in (tmp_path / "report.md").read_text()
     made: list[int] = []
-    evaluate = store.evaluate
+    evaluate = parts.evaluate
     monkeypatch.setattr(
-        store, "evaluate", lambda clips, *more: made.append(len(clips)) or evaluate(clips, *more)
+        parts, "evaluate", lambda clips, *more: made.append(len(clips)) or evaluate(clips, *more)
     )
     assert run(config) == 0
     assert made == []

@@ -37,13 +37,14 @@ from train.held_out import held_out_loss
 from train.kept import export_kept
 from train.loop import run_training, step_generator
 from train.optim import EMA, Muon, apply_gradients, make_optimizers
-from train.parallel import ALONE, Ranks, SequenceSplit, gathered, share_out, start
+from train.parallel import ALONE, Ranks, gathered, share_out, start
 from train.state import TrainState
 from wan.errors import WanError
 from wan.media.video import read_video
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.pipeline.config import SamplingDefaults, read_pipeline_config, write_configs
+from wan.runtime.parallel import SequenceSplit
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import list_files
 from wan.weights.load import load_state

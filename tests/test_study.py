@@ -21,8 +21,9 @@ from configs.evaluation import (
     StudyConfig,
 )
 from configs.schema import SamplerConfig
-from infer.evaluate import queue, report, store
+from infer.evaluate import parts, queue, report
 from infer.evaluate.queue import LastPipeline, open_source
+from infer.processes import Team
 from infer.study import run as study
 from infer.study.__main__ import LINE, main
 from infer.study.report import read_settings
@@ -70,13 +71,13 @@ def made(monkeypatch) -> list[int]:
     """The number of clips of each evaluation that is made from now on. No report is written."""
     monkeypatch.setattr(study, "write_report", lambda *_: "reported")
     numbers: list[int] = []
-    evaluate = store.evaluate
+    evaluate = parts.evaluate
 
     def counting(examples, source, batch_size):
         numbers.append(len(examples))
         return evaluate(examples, source, batch_size)
 
-    monkeypatch.setattr(store, "evaluate", counting)
+    monkeypatch.setattr(parts, "evaluate", counting)
     return numbers
 
 
@@ -190,7 +191,7 @@ def test_what_grew_is_what_would_have_been_made_at_once(folder, made, tmp_path):
     more["seeds"] = CaptionSetConfig(5, seeds_per_caption=2, split="train", omit=1.0)
     assert run(ceilings(folder, **more)) == 0
     assert run(ceilings(tmp_path / "once", **more)) == 0
-    assert made == [3, 6, 8, 2, 10]
+    assert made == [3, 6, 8, 2, 8, 2]
 
     def without_seconds(value):
         """Numbers to nine places: least squares differ in the last bits from call to call."""
@@ -251,7 +252,7 @@ def test_clips_are_of_the_weights_that_were_there_when_they_were_begun(
         checkpoint=str(copy),
         **few,
     )
-    evaluate = store.evaluate
+    evaluate = parts.evaluate
 
     def replacing(*args):
         yield from evaluate(*args)
@@ -260,7 +261,7 @@ def test_clips_are_of_the_weights_that_were_there_when_they_were_begun(
         weights.write_bytes(content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "evaluate", replacing)
+        patch.setattr(parts, "evaluate", replacing)
         patch.setattr(study, "CAPTION_SETS", ("single",))
         run(config)
     assert made == [2]
@@ -270,26 +271,27 @@ def test_clips_are_of_the_weights_that_were_there_when_they_were_begun(
     assert made == [2, 2, 2, 4]
 
 
-@pytest.mark.parametrize(("every", "kept"), [(0.0, 2), (300.0, 0)])
-def test_a_long_set_is_stored_while_it_is_made(tmp_path, made, monkeypatch, every, kept):
-    """An interruption loses the last few minutes of clips, and an unfinished caption's."""
-    monkeypatch.setattr(store, "STORE_EVERY", every)
-    evaluate = store.evaluate
+def test_an_interruption_costs_the_part_at_hand(tmp_path, made, monkeypatch):
+    evaluate = parts.evaluate
 
-    def stop_at_the_sixth(examples, source, batch_size):
+    def stop_in_the_second_part(examples, source, batch_size):
         for index, one in enumerate(evaluate(examples, source, batch_size)):
-            if index == 5 and made[-1] == 12:
+            if index == 2 and made[-1] == 4:
                 raise KeyboardInterrupt
             yield one
 
     seeds = CaptionSetConfig(6, seeds_per_caption=2, split="train", omit=1.0)
     config = ceilings(tmp_path, only=["renders"], seeds=seeds)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "evaluate", stop_at_the_sixth)
+        patch.setattr(parts, "evaluate", stop_in_the_second_part)
         with pytest.raises(KeyboardInterrupt):
             run(config)
+    assert made == [5, 2, 8, 4]
+    (part,) = (tmp_path / "renders" / "seeds.parts").glob("*.json")
     assert run(config) == 0
-    assert made == [5, 2, 12, 12 - 2 * kept]
+    assert made == [5, 2, 8, 4, 4]
+    assert not part.parent.exists()
+    assert len(read_sealed(tmp_path / "renders" / "seeds.json")["clips"]) == 12
 
 
 def test_a_setting_that_fails_is_named_and_the_others_are_made(folder, made, capsys):
@@ -455,8 +457,8 @@ def test_the_seconds_of_a_setting_are_without_its_warm_up(tmp_path, models, monk
         return asked[-1][1]
 
     made: list[int] = []
-    evaluate = store.evaluate
-    monkeypatch.setattr(store, "evaluate", lambda *a: made.append(1) or evaluate(*a))
+    evaluate = parts.evaluate
+    monkeypatch.setattr(parts, "evaluate", lambda *a: made.append(1) or evaluate(*a))
     monkeypatch.setattr(LastPipeline, "warm_up", noting)
     monkeypatch.setattr(study, "CAPTION_SETS", ("single", "pair"))
     config = ceilings(
@@ -466,7 +468,7 @@ def test_the_seconds_of_a_setting_are_without_its_warm_up(tmp_path, models, monk
         checkpoint=str(models / "teacher"),
         single=CaptionSetConfig(num_captions=2),
     )
-    assert study.run_settings(config, tmp_path) == []
+    assert study.run_settings(config, tmp_path, Team()) == []
     stored = [json.loads((tmp_path / "few" / f"{c}.json").read_text()) for c in study.CAPTION_SETS]
     assert [record["warmup_seconds"] for record in stored] == [seconds for _, seconds in asked]
     assert [count for count, _ in asked] == [0, 1]  # before the clips

@@ -14,9 +14,6 @@ keeps `replicate` copies of that, and splits the tokens of each clip over `seque
 Every process draws the randomness of the whole batch and keeps its own samples, so that the number
 of processes changes none of them. Gradients are means over all processes: the loss of a process
 must be a mean over its samples, and equal on those that share a clip.
-
-Letters: P processes that share tokens, B batch, N heads, L tokens, l = ceil(L / P), K channels of a
-head.
 """
 
 import math
@@ -26,14 +23,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -42,6 +36,7 @@ from configs.parallel import ParallelConfig
 from wan.errors import WanError
 from wan.models.dit import WanDiT
 from wan.runtime.offload import resolve_device
+from wan.runtime.parallel import SequenceSplit
 
 T = TypeVar("T")
 Rows = tuple[int, int]  # first row and number of rows
@@ -334,66 +329,6 @@ class ShardedRanks(Ranks):
         chunk = -(-total // self.num_shards)
         first = min(self.shard_rank * chunk, total)
         return first, min(chunk, total - first)
-
-
-class SequenceSplit:
-    """Tokens shared out over P processes, and heads within self-attention.
-
-    Each process holds l consecutive tokens through every block. Self-attention trades them for all
-    tokens of N / P heads and back; nothing else needs a neighbour. L is padded to P l; padded
-    tokens are never attended and cut off at the end.
-
-    Source: DeepSpeed Ulysses, arXiv:2309.14509.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.size, self.rank = group, group.size(), group.rank()
-
-    def share(self, x: Tensor, dim: int) -> Tensor:
-        """This process's l of L entries along `dim`, zeros beyond the end."""
-        share = -(-x.shape[dim] // self.size)
-        first = min(self.rank * share, x.shape[dim])
-        own = x.narrow(dim, first, min(share, x.shape[dim] - first))
-        beyond = [0, 0] * (x.ndim - 1 - dim) + [0, share - own.shape[dim]]
-        return F.pad(own, beyond)
-
-    def collect(self, x: Tensor, length: int) -> Tensor:
-        """Everyone's tokens (B, l, ...) -> (B, L, ...); gradients come back summed."""
-        everyone = self.exchange(x.expand(self.size, *x.shape))  # (P, B, l, ...)
-        return everyone.movedim(0, 1).flatten(1, 2)[:, :length]
-
-    def around(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """That self-attention for queries, keys and values of which each process holds l tokens."""
-        return partial(self.attend, attention)
-
-    def attend(
-        self,
-        attention: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: tuple[int, int, int],
-        exact: bool = False,
-    ) -> Tensor:
-        """(B, N, l, K) three times and the grid of all L tokens -> (B, N, l, K)."""
-        share, length = q.shape[2], math.prod(grid)
-        q, k, v = self.tokens_to_heads(torch.stack((q, k, v)))[..., :length, :]
-        out = attention(q, k, v, grid, exact)  # (B, N / P, L, K)
-        return self.heads_to_tokens(F.pad(out, (0, 0, 0, share * self.size - length)))
-
-    def tokens_to_heads(self, x: Tensor) -> Tensor:
-        """All heads of l tokens (..., N, l, K) -> N / P heads of all (..., N / P, P l, K)."""
-        x = self.exchange(x.unflatten(-3, (self.size, -1)).movedim(-4, 0))  # (P, ..., N / P, l, K)
-        return x.movedim(0, -3).flatten(-3, -2)
-
-    def heads_to_tokens(self, x: Tensor) -> Tensor:
-        """The inverse of `tokens_to_heads`."""
-        x = self.exchange(x.unflatten(-2, (self.size, -1)).movedim(-3, 0))  # (P, ..., N / P, l, K)
-        return x.movedim(0, -4).flatten(-4, -3)
-
-    def exchange(self, x: Tensor) -> Tensor:
-        """Entry i of x (P, ...) goes to process i; entry j of the result comes from process j."""
-        return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
 
 def share_out(

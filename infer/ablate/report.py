@@ -16,6 +16,7 @@ from infer.evaluate.report import (
     Column,
     Report,
     Row,
+    about_seconds,
     mean_of,
     numbers,
     ratio_of,
@@ -61,7 +62,12 @@ REFERENCE = (
 )
 
 
-CLIP_KINDS: Kinds = {"seconds": (float,), "measures": (dict,), "joint": (bool, float, type(None))}
+CLIP_KINDS: Kinds = {
+    "seconds": (float,),
+    "measures": (dict,),
+    "joint": (bool, float, type(None)),
+    "processes": (int,),
+}
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def write_notes(config: AblateConfig, machines: Sequence[str], failed: Sequence[
         f"{INTERVALS} A mean over one clip has none.",
         f"Seconds are without loading{'' if config.in_world else ', encoding the prompt'} and "
         "what a first clip pays for (warmup_seconds in cells/).",
-        f"They were taken on: {'; '.join(machines)}.",
+        f"They were taken on: {about_seconds(machines)}",
     ]
     if len(machines) > 1:
         notes.append("Cells of different ones do not compare in seconds.")

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from configs.evaluation import loading_key
 from configs.schema import kept_settings
 from infer.ablate.report import Cell, write_report
 from infer.evaluate.measure import draw_examples
+from infer.evaluate.parts import machine
 from infer.evaluate.queue import (
     FORMAT,
+    Job,
     LastPipeline,
     conclude,
     plan_record,
@@ -26,10 +29,11 @@ from infer.evaluate.queue import (
     run_each,
     weights_of,
 )
-from infer.evaluate.store import StoredClips, machine
+from infer.evaluate.store import Missing, StoredClips
 from infer.evaluate.video_distance import flicker, psnr, ssim
 from infer.loading import digests_of, sampling
 from infer.machine import writable_folder
+from infer.processes import Processes, Team
 from wan.errors import WanError
 from wan.files import expanded, read_text, write_sealed
 from wan.media.video import to_uint8, write_video
@@ -48,18 +52,13 @@ class Runner:
 
     config: AblateConfig
     models: LastPipeline
+    team: Team
 
 
 def write_clip(runner: Runner, cell: Cell, video: Tensor) -> None:
     """Write the clip (3, F, H, W) to look at; black where there is no number."""
     pixels = to_uint8(video.nan_to_num(-1))
     write_video(cell.file.with_suffix(".mp4"), pixels, runner.config.fps or 8)
-
-
-def make_captions(runner: Runner, cell: Cell) -> None:
-    """Make and read the clips of one setting and seed: captions of the world."""
-    assert cell.clips is not None
-    cell.clips.make_missing(runner.models, on_first=partial(write_clip, runner, cell))
 
 
 # --- any prompts ----------------------------------------------------------------------------------
@@ -94,10 +93,12 @@ def make_video(
     # A prompt is encoded once for all cells: its time is not in "seconds".
     seconds: dict[str, Any] = {"seconds": stages["denoise"] + stages["decode"], "stages": stages}
     seconds |= {"seconds_in_all": wall, "cpu_seconds_in_all": cpu}
+    if runner.team.size > 1:
+        seconds["processes"] = runner.team.size
     return video, {"plan": record, "warmup_seconds": warmup_seconds, **machine(config)}, seconds
 
 
-def make_reference(runner: Runner, cell: Cell) -> None:
+def make_reference(runner: Runner, cell: Cell, team: Team) -> None:
     """Write what cells are compared with, as 8-bit frames (F, H, W, 3)."""
     assert cell.prompt is not None
     assert cell.reference is not None
@@ -130,7 +131,7 @@ def has_reference(cell: Cell) -> bool:
         return False
 
 
-def make_compared(runner: Runner, cell: Cell) -> None:
+def make_compared(runner: Runner, cell: Cell, team: Team) -> None:
     """Make one clip and compare it with its reference, both as 8-bit frames."""
     assert cell.prompt is not None
     assert cell.reference is not None
@@ -217,41 +218,87 @@ def make_cell(
     return Cell(name, setting, seed, prompt, number, key, file, reference, clips)
 
 
-def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str]]:
-    """All cells, and the names of those whose model is not there."""
-    cells: list[Cell] = []
+def cell_makers(config: AblateConfig, folder: Path) -> dict[str, Callable[[], Cell]]:
+    """How to make each cell of the grid, by its name, in the report's order."""
+    makers: dict[str, Callable[[], Cell]] = {}
     prompts = read_prompts(config)
-    entries = {}
     for setting in config.settings():
         for number, prompt in enumerate(prompts):
             for seed in config.seeds:
                 which = f", prompt {number + 1}" if len(prompts) > 1 else ""
                 name = f"{', '.join(setting.axes().values())}{which}, seed {seed}"
-                make = partial(make_cell, config, folder, name, setting, seed, number, prompt)
-                entries[name] = lambda make=make: cells.append(make())
-    return cells, run_each(entries)
+                what = (setting, seed, number, prompt)
+                makers[name] = partial(make_cell, config, folder, name, *what)
+    return makers
 
 
-def run_cells(config: AblateConfig, folder: Path, cells: list[Cell]) -> list[str]:
-    """Make what is not stored yet; the names of the cells that failed."""
-    (folder / "cells").mkdir(exist_ok=True)
-    runner = Runner(config, LastPipeline())
-    missing = [cell for cell in cells if not cell.is_stored]
+def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str]]:
+    """All cells, and the names of those whose model is not there."""
+    cells: list[Cell] = []
+
+    def add(make: Callable[[], Cell], team: Team) -> None:
+        cells.append(make())
+
+    makers = cell_makers(config, folder)
+    return cells, run_each([Job(n, n, partial(add, make), 0) for n, make in makers.items()])
+
+
+def list_missing(
+    cells: Sequence[Cell], num_processes: int
+) -> tuple[list[tuple[str, Missing | None]], list[str], list[str]]:
+    """What is not stored yet.
+
+    Returns:
+        Names of cells, of the world's with the clips that are missing; of the cells that make a
+        reference first; and of those that failed.
+    """
+    missing: list[tuple[str, Missing | None]] = []
+    references: dict[Path, str] = {}  # each with the first cell that needs it
+
+    def look(cell: Cell, team: Team) -> None:
+        if cell.clips is not None:
+            found = cell.clips.missing(num_processes)
+            if cell.clips.jobs(cell.name, found, LastPipeline()):
+                missing.append((cell.name, found))
+        elif not cell.is_stored:
+            missing.append((cell.name, None))
+            reference = cell.reference
+            if reference is not None and reference not in references and not has_reference(cell):
+                references[reference] = cell.name
+
+    failed = run_each([Job(cell.name, cell.name, partial(look, cell), 0) for cell in cells])
     if missing:
         print(f"{len(missing)} of {len(cells)} cells to make", file=sys.stderr)
-    references: dict[Path, Cell] = {}  # each with the first cell that needs it
-    for cell in missing:
-        reference = cell.reference
-        if reference is not None and reference not in references and not has_reference(cell):
-            references[reference] = cell
-    run_each(
-        {
-            f"the reference of {cell.name}": partial(make_reference, runner, cell)
-            for cell in references.values()
-        }
-    )
-    make = make_captions if config.in_world else make_compared
-    return run_each({cell.name: partial(make, runner, cell) for cell in missing})
+    return missing, list(references.values()), failed
+
+
+def run_cells(config: AblateConfig, folder: Path, cells: Sequence[Cell], team: Team) -> list[str]:
+    """Make what is not stored yet; the names of the cells that failed.
+
+    Args:
+        cells: all, in the main process; the others make those that it lists.
+    """
+    (folder / "cells").mkdir(exist_ok=True)
+    missing, references, failed = team.first(lambda: list_missing(cells, team.size))
+    known = {cell.name: cell for cell in cells}
+    if not team.is_main:
+        makers = cell_makers(config, folder)
+        known = {name: makers[name]() for name, _ in missing}
+    runner = Runner(config, LastPipeline(team.processes), team)
+    jobs = []
+    for name in references:
+        of = f"the reference of {name}"
+        jobs.append(Job(of, of, partial(make_reference, runner, known[name])))
+    run_each(jobs, "references", team)
+    jobs = []
+    for name, clips in missing:
+        cell = known[name]
+        if cell.clips is None or clips is None:
+            jobs.append(Job(name, name, partial(make_compared, runner, cell)))
+        else:
+            first = partial(write_clip, runner, cell)
+            jobs += cell.clips.jobs(name, clips, runner.models, first)
+    return [*failed, *run_each(jobs, "parts of cells" if config.in_world else "cells", team)]
 
 
 def check_models(run: Run[AblateConfig]) -> None:
@@ -282,9 +329,12 @@ def ablate(run: Run[AblateConfig]) -> int:
     check_models(run)
     config.check_world()
     folder = writable_folder(config.output_dir)
-    cells, failed = list_cells(config, folder)
-    if not config.report_only:
-        failed += run_cells(config, folder, cells)
-    stored = [cell for cell in cells if cell.is_stored]
-    report = write_report(config, stored, failed, folder) if stored else None
-    return conclude(report, failed, "cells", folder)
+    with Processes.started().together(config.device) as team:
+        cells, failed = list_cells(config, folder) if team.is_main else ([], [])
+        if not config.report_only:
+            failed += run_cells(config, folder, cells, team)
+        if not team.is_main:
+            return 0
+        stored = [cell for cell in cells if cell.is_stored]
+        report = write_report(config, stored, failed, folder) if stored else None
+        return conclude(report, failed, "cells", folder)

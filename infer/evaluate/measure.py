@@ -73,6 +73,7 @@ class Result:
         num_frames: of both.
         seconds, cpu_seconds: time to make the clip, without loading and measuring; the second adds
             up all threads, and is the same on a machine that is busy with something else.
+        processes: how many made clips at once; on one machine they slow each other down.
     """
 
     example: Example
@@ -82,6 +83,7 @@ class Result:
     num_frames: int
     seconds: float
     cpu_seconds: float
+    processes: int = 1
 
     @cached_property
     def score(self) -> Score:
@@ -262,6 +264,7 @@ def table(summary: dict[str, Any]) -> str:
 def to_json(result: Result) -> dict[str, Any]:
     """One clip's line of the record."""
     return {
+        **({"processes": result.processes} if result.processes > 1 else {}),
         "prompt": result.example.caption.text,
         "seed": result.example.seed,
         "stated": {
@@ -278,7 +281,16 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
-    """Everything that was measured: JSON, and beside it a .safetensors file with the features.
+    """Everything that was measured, and its summary; see `write_results`."""
+    summary = summarise(results)
+    about = {**more, "summary": summary}
+    if "diversity" in summary:
+        about["captions"] = caption_diversities(results)
+    write_results(file, results, **about)
+
+
+def write_results(file: Path, results: Sequence[Result], **more: Any) -> None:
+    """Every clip's line as JSON, and beside it a .safetensors file with the features.
 
     Features come first: a record that is there is complete. `more` goes to its top.
     """
@@ -287,10 +299,7 @@ def write_record(file: Path, results: Sequence[Result], **more: Any) -> None:
         "truth": torch.stack([result.truth for result in results]),
     }
     write_checked(file.with_suffix(".safetensors"), features)
-    summary = summarise(results)
-    record = {"torch": torch.__version__, **more, "summary": summary}
-    if "diversity" in summary:
-        record["captions"] = caption_diversities(results)
+    record = {"torch": torch.__version__, **more}
     record = sealed(record | {"clips": [to_json(result) for result in results]})
     clips = ",\n".join("  " + json.dumps(clip) for clip in record.pop("clips"))
     head = json.dumps(record, indent=1)[:-2]
@@ -309,7 +318,7 @@ def read_features(file: Path) -> dict[str, Tensor]:
 
 
 def read_results(file: Path, examples: Sequence[Example]) -> list[Result]:
-    """The results that `write_record` wrote of these examples."""
+    """The results that `write_results` wrote of these examples."""
     record, features = read_sealed(file), read_features(file)
     num_frames = record["config"]["num_frames"]
     results = []
@@ -317,6 +326,6 @@ def read_results(file: Path, examples: Sequence[Example]) -> list[Result]:
         objects = tuple(DetectedObject(**item) for item in clip["seen"]["objects"])
         detection = Detection(clip["seen"]["background"], objects)
         own = features["clips"][index], features["truth"][index]
-        seconds = clip["seconds"], clip["cpu_seconds"]
-        results.append(Result(example, detection, *own, num_frames, *seconds))
+        how = clip["seconds"], clip["cpu_seconds"], clip.get("processes", 1)
+        results.append(Result(example, detection, *own, num_frames, *how))
     return results

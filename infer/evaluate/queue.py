@@ -1,12 +1,16 @@
-"""Many things to make one after the other: they share a model, and a failure stops only itself."""
+"""Many things to make one after the other: they share a model, and a failure stops only itself.
+
+Several processes share them: each takes the next one that nobody has taken.
+"""
 
 import hashlib
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,12 @@ import torch
 
 from configs.cli import report as report_error
 from configs.evaluation import EvaluateConfig
+from configs.progress import Steps
 from configs.schema import LOADING
 from infer.evaluate.measure import Example, VideoSource
 from infer.evaluate.sources import SOURCES, generate, open_pipeline
 from infer.loading import digests_of, folder_of, sampling
+from infer.processes import ALONE, Processes, Team
 from wan.errors import WanError
 from wan.files import read_sealed
 from wan.models.attention_config import AttentionConfig
@@ -30,14 +36,40 @@ FORMAT = 2  # of stored results: others are made again
 EXPECTED = (WanError, OSError, FloatingPointError, torch.OutOfMemoryError)
 
 
-class LastPipeline:
-    """The last model that was loaded, for the next entry that wants the same."""
+@dataclass(frozen=True)
+class Job:
+    """One thing to make.
 
-    def __init__(self) -> None:
+    Attributes:
+        of: what it belongs to, such as a cell; if it fails, no other job of that is begun.
+        name: its own, unlike all others.
+        make: makes it; the argument is the processes that share the jobs.
+        clips: how many clips that are.
+    """
+
+    of: str
+    name: str
+    make: Callable[[Team], None]
+    clips: int = 1
+
+
+class LastPipeline:
+    """The last model that was loaded, for the next entry that wants the same.
+
+    Args:
+        processes: of several, this one loads it to a GPU of its own.
+    """
+
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._key: tuple[Any, ...] | None = None
         self._pipeline: WanPipeline | None = None
         self._attention: AttentionConfig | None = None
         self._warm: set[tuple[Any, ...]] = set()  # what ran since model and attention were set
+
+    def here(self, config: EvaluateConfig) -> EvaluateConfig:
+        """The same with the device that this process computes on."""
+        return replace(config, device=self._processes.device(config.device))
 
     def get(self, config: EvaluateConfig) -> WanPipeline:
         """The model that a config names, with the attention that it names."""
@@ -46,7 +78,7 @@ class LastPipeline:
         key = (folder_of(config), weights, config.device, loading)
         if self._pipeline is None or key != self._key:
             self._pipeline = None  # before the next one needs the room
-            self._pipeline = open_pipeline(config)
+            self._pipeline = open_pipeline(self.here(config))
             self._key = key
         elif config.attention != self._attention:
             self._pipeline.set_attention(config.attention)
@@ -139,24 +171,47 @@ def plan_record(
     }
 
 
-def run_each(entries: Mapping[str, Callable[[], None]]) -> list[str]:
-    """Call one entry after the other, whatever fails; only Ctrl-C stops them all.
+def run_each(jobs: Sequence[Job], what: str = "jobs", team: Team | None = None) -> list[str]:
+    """Do one job after the other, whatever fails; only Ctrl-C stops them all.
 
+    Args:
+        jobs: the same in all processes.
+        what: names what they make, in the plural.
+        team: the processes that share them; each job is done by one, and all wait for the last.
+            None is this one alone.
     Returns:
-        The names of those that failed, each with its reason on stderr.
+        What failed in any process, in the order of the jobs; the reason is on stderr.
     """
-    failed = []
-    for name, make in entries.items():
-        try:
-            make()
-        except Exception as error:
-            print(f"{name} failed ({type(error).__name__}):", file=sys.stderr)
-            if isinstance(error, EXPECTED):
-                report_error(error)
-            else:
-                traceback.print_exc()
-            failed.append(name)
-    return failed
+    team = team or Team()
+    if team.size > 1 and team.is_main and jobs:
+        print(f"{team.size} processes share {len(jobs)} {what}", file=sys.stderr)
+    failed: dict[str, None] = {}
+    with Steps("clips", sum(job.clips for job in jobs), quiet=not team.is_main) as steps:
+
+        def advance(number: int) -> None:
+            if new := team.tally(f"clips of {what}", number) - steps.done:
+                steps.add(new)
+
+        for job in jobs:
+            if team.tally(f"{job.of} failed", 0) or not team.claim(job.name):
+                continue
+            started = time.perf_counter()
+            try:
+                job.make(team)
+                if team.size > 1:
+                    print(f"{job.name}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
+            except Exception as error:
+                print(f"{job.of} failed ({type(error).__name__}):", file=sys.stderr)
+                if isinstance(error, EXPECTED):
+                    report_error(error)
+                else:
+                    traceback.print_exc()
+                failed[job.of] = None
+                team.tally(f"{job.of} failed", 1)
+            advance(job.clips)
+        everywhere = team.everyone(list(failed), lambda: advance(0))
+    names = {name for own in everywhere for name in own}
+    return [name for name in dict.fromkeys(job.of for job in jobs) if name in names]
 
 
 def conclude(report: str | None, failed: Sequence[str], what: str, folder: Path) -> int:
@@ -194,7 +249,7 @@ def open_source(
 ) -> tuple[VideoSource, dict[str, Any] | None]:
     """The source of the clips, and the `plan_record` of the model that makes them, if one does."""
     if config.source != "model":
-        return SOURCES[config.source](config), None
+        return SOURCES[config.source](models.here(config)), None
     pipeline = models.get(config)
     size = (config.height, config.width, config.num_frames)
     plan = pipeline.plan(**sampling(config))

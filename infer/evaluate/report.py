@@ -19,6 +19,7 @@ from wan.miniature.statistics import Estimate, mean, ratio
 INTERVALS = (
     "Intervals are 95 %: Wilson's for shares, a bootstrap over captions or clips for the rest."
 )
+AT_ONCE = " at once"
 Values = Mapping[str, Tensor]  # measure -> one number per clip or caption (N,), NaN for none
 Compute = Callable[[Values], Estimate]
 
@@ -30,7 +31,21 @@ def numbers(values: Iterable[float | None]) -> Tensor:
 
 def taken_on(record: Mapping[str, Any]) -> str:
     """What the seconds of a record depend on."""
-    return f"{record['device']}, {record['dtype']}, {record['threads']} threads"
+    place = f"{record['device']}, {record['dtype']}, {record['threads']} threads"
+    numbers = sorted({clip.get("processes", 1) for clip in record["clips"]})
+    if numbers == [1]:
+        return place
+    return f"{place}, {' or '.join(map(str, numbers))} processes{AT_ONCE}"
+
+
+def about_seconds(machines: Sequence[str]) -> str:
+    """What a reader of seconds must know of the machines (`taken_on`) that they were taken on."""
+    if not any(place.endswith(AT_ONCE) for place in machines):
+        return "; ".join(machines) + "."
+    return (
+        f"{'; '.join(machines)}. Processes at once on one machine slow each other down: their "
+        "seconds are more than one alone takes, and only settings of one report compare."
+    )
 
 
 def exactly(value: float) -> Estimate:

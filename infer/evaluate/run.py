@@ -1,30 +1,30 @@
 """Make clips, let the detectors read them, report: the work of `infer.evaluate`."""
 
+import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.cli import Run
 from configs.evaluation import EvaluateConfig
+from configs.progress import Steps
 from configs.schema import kept_settings
-from infer.evaluate.measure import (
-    Result,
-    draw_examples,
-    evaluate,
-    summarise,
-    table,
-    write_record,
-)
+from infer.evaluate.measure import Result, VideoSource, summarise, table, write_record
+from infer.evaluate.parts import ClipParts
+from infer.evaluate.queue import weights_of
 from infer.evaluate.sources import SOURCES
+from infer.processes import Processes, Team
 from wan.errors import WanError
 from wan.files import expanded
 from wan.media.images import write_image
+from wan.weights.checked import read_checked, write_checked
 
 # B batch, F frames, H W pixels
 
@@ -55,29 +55,84 @@ def _writable(path: str | None) -> Path | None:
     return file
 
 
+@contextmanager
+def parts_folder(output: Path | None, team: Team) -> Iterator[Path]:
+    """Where clips are kept until all are made: beside the output, or nowhere that lasts."""
+    if output is not None:
+        yield output.with_suffix(".parts")
+        return
+    with tempfile.TemporaryDirectory() if team.is_main else nullcontext("") as own:
+        yield Path(team.first(lambda: own))
+
+
+def make_clips(config: EvaluateConfig, parts: ClipParts, team: Team) -> None:
+    """Make what is not stored of the clips; return when all processes have.
+
+    Of the first clips that do not match, a row of frames is stored too, if a sheet is asked for.
+    """
+    missing = team.first(lambda: parts.missing(0, team.size))
+    if team.size > 1 and team.is_main:
+        print(f"{team.size} processes share {config.num_clips} clips", file=sys.stderr)
+    config = replace(config, device=team.processes.device(config.device))
+    source: VideoSource | None = None
+    num_failed = 0
+
+    def seen(number: int, result: Result, video: Tensor) -> None:
+        nonlocal num_failed
+        if config.sheet is not None and not result.score.joint and num_failed < SHEET_ROWS:
+            num_failed += 1
+            write_checked(parts.row_file(number), {"row": failure_row(video)})
+
+    count = sum(stop - start for start, stop in missing)
+    with Steps("clips", config.num_clips, config.num_clips - count, not team.is_main) as steps:
+        already = steps.done
+
+        def advance(number: int) -> None:
+            if new := already + team.tally("clips", number) - steps.done:
+                steps.add(new)
+
+        for start, stop in missing:
+            if team.claim(f"clips {start} to {stop}"):
+                source = source or SOURCES[config.source](config)
+                parts.make((start, stop), source, {}, team.size, seen)
+                advance(stop - start)
+        team.everyone(None, lambda: advance(0))
+
+
 def evaluate_source(run: Run[EvaluateConfig]) -> None:
     """The command: make the clips, print the table, write the files that the settings name."""
     config = run.config
     output, sheet = (_writable(path) for path in (config.output, config.sheet))
-    examples = draw_examples(config)
     started = time.perf_counter()
-    source = SOURCES[config.source](config)
-    results: list[Result] = []
-    failed: list[Tensor] = []
-    progress = tqdm(total=len(examples), desc="clips", unit="clip", disable=None)
-    for result, video in evaluate(examples, source, config.batch_size):
-        results.append(result)
-        if not result.score.joint and len(failed) < SHEET_ROWS:
-            failed.append(failure_row(video))
-        progress.update()
-    progress.close()
-    seconds = time.perf_counter() - started
-    print(f"{config.num_captions} captions, split {config.split}, source {config.source}")
-    print(table(summarise(results)))
-    print(f"{'seconds in all':<28} {seconds:>7.0f}")
-    if output is not None:
-        kept = kept_settings(asdict(config), output.parent)
-        more = {"config": kept, "presets": run.presets, "seconds": seconds}
-        write_record(output, results, **more)
-    if sheet is not None and failed:
-        write_image(sheet, Image.fromarray(torch.cat(failed).numpy()))
+    with (
+        Processes.started().together(config.device) as team,
+        parts_folder(output, team) as folder,
+    ):
+        weights = None if output is None else team.first(lambda: weights_of(config))
+        parts = ClipParts("clips", config, folder, weights, with_rows=sheet is not None)
+        make_clips(config, parts, team)
+        if not team.is_main:
+            return
+        results, _ = parts.joined()
+        seconds = time.perf_counter() - started
+        print(f"{config.num_captions} captions, split {config.split}, source {config.source}")
+        print(table(summarise(results)))
+        print(f"{'seconds in all':<28} {seconds:>7.0f}")
+        if team.size > 1:
+            print(f"{'processes at once':<28} {team.size:>7}")
+        if output is not None:
+            kept = kept_settings(asdict(config), output.parent)
+            more = {"config": kept, "presets": run.presets, "seconds": seconds}
+            write_record(output, results, **more)
+        if sheet is not None:
+            write_sheet(sheet, parts, results)
+        parts.remove()
+
+
+def write_sheet(sheet: Path, parts: ClipParts, results: Sequence[Result]) -> None:
+    """A picture of the first clips that do not match, a row each; none if all do."""
+    failed = [number for number, result in enumerate(results) if not result.score.joint]
+    files = [parts.row_file(number) for number in failed[:SHEET_ROWS]]
+    if files:
+        rows = [read_checked(file)["row"] for file in files]
+        write_image(sheet, Image.fromarray(torch.cat(rows).numpy()))

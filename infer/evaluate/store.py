@@ -1,19 +1,18 @@
 """Measurements of clips that are kept in a file, so that only missing clips are made.
 
 A study and an ablation in the world both consist of such files: a model and how it is run, some
-captions, and what the detectors read from the clips.
+captions, and what the detectors read from the clips. Until all clips are there, they lie beside it
+in parts, which several processes can make.
 """
 
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.evaluation import EvaluateConfig
 from configs.schema import kept_settings
@@ -21,23 +20,23 @@ from infer.evaluate.measure import (
     Example,
     Result,
     draw_examples,
-    evaluate,
     read_features,
     read_results,
     write_record,
 )
+from infer.evaluate.parts import ClipParts, Range, check_machine, machine
 from infer.evaluate.queue import (
+    Job,
     LastPipeline,
     open_source,
     question_key,
     stored_record,
     warm_up,
 )
+from infer.processes import Team
 from wan.errors import WanError
-from wan.pipeline.arguments import known_dtype
-from wan.runtime.offload import resolve_device
 
-STORE_EVERY = 300.0  # seconds of work that an interruption may cost
+Missing = tuple[int, list[Range]]  # clips of the record that are kept, parts to make after them
 
 
 @dataclass(frozen=True)
@@ -89,76 +88,103 @@ class StoredClips:
     def is_complete(self, record: dict[str, Any] | None) -> bool:
         return record is not None and len(record["clips"]) >= self.question.num_clips
 
-    def make_missing(
-        self, models: LastPipeline, on_first: Callable[[Tensor], None] | None = None
-    ) -> None:
-        """Make the clips that are not stored; store them at the end and every few minutes.
+    @property
+    def parts(self) -> ClipParts:
+        folder = self.file.with_suffix(".parts")
+        return ClipParts(self.label, self.question, folder, self.weights)
 
-        Args:
-            on_first: called with the first clip (3, F, H, W), if that is made now.
+    def missing(self, num_processes: int) -> Missing:
+        """What `jobs` is to make.
+
         Raises:
             WanError: what is stored was made on another machine.
         """
-        record, question = self.read(), self.question
+        record = self.read()
+        if record is None:
+            return 0, self.parts.missing(0, num_processes)
+        kept = len(record["clips"])
         if self.is_complete(record):
-            return
-        results = [] if record is None else self._continued(record)
-        examples = draw_examples(question)
-        missing = examples[len(results) :]
-        source, plan = open_source(question, models)
-        about = {"plan": plan, "warmup_seconds": warm_up(question, missing[0], models)}
-        clips = evaluate(missing, source, question.batch_size)
-        bar = {"initial": len(results), "unit": "clip", "disable": None}
-        last_stored = time.monotonic()
-        for result, video in tqdm(clips, self.label, len(examples), **bar):
-            if not results and on_first is not None:
+            return kept, []
+        check_machine(self.file, record, self.question)
+        return kept, self.parts.missing(kept, num_processes)
+
+    def jobs(
+        self,
+        name: str,
+        missing: Missing,
+        models: LastPipeline,
+        on_first: Callable[[Tensor], None] | None = None,
+    ) -> list[Job]:
+        """The making of what is missing, in parts; whoever makes the last one writes the record.
+
+        Args:
+            name: what the clips belong to; if one part fails, no others of that name are begun.
+            on_first: called with the first clip (3, F, H, W), if that is made now.
+        """
+        kept, parts = missing
+        if kept >= self.question.num_clips:
+            return []
+        parts = [(start, stop) for start, stop in parts]
+
+        def make(part: Range | None, team: Team) -> None:
+            if part is not None:
+                self._make(part, models, team, on_first)
+            done = team.tally(f"parts of {self.file}", 1)
+            if done == max(1, len(parts)):
+                self._join(kept)
+
+        if not parts:  # all were made by a process that was killed before it joined them
+            return [Job(name, f"{self.label}, to be joined", partial(make, None), 0)]
+        return [
+            Job(
+                name,
+                f"{self.label}, clips {start} to {stop}",
+                partial(make, (start, stop)),
+                stop - start,
+            )
+            for start, stop in parts
+        ]
+
+    def _make(
+        self,
+        part: Range,
+        models: LastPipeline,
+        team: Team,
+        on_first: Callable[[Tensor], None] | None,
+    ) -> None:
+        source, plan = open_source(self.question, models)
+        first = self.parts.examples[part[0]]
+        about = {"plan": plan, "warmup_seconds": warm_up(self.question, first, models)}
+
+        def seen(number: int, result: Result, video: Tensor) -> None:
+            if number == 0 and on_first is not None:
                 on_first(video)
-            results.append(result)
-            is_whole = len(results) % question.seeds_per_caption == 0
-            if is_whole and time.monotonic() - last_stored >= STORE_EVERY:
-                self._write(results, about)
-                last_stored = time.monotonic()
-        self._write(results, about)
-        made = f"{len(missing)} clips made, {len(results)} stored"
-        print(f"{self.label}: {made}", file=sys.stderr)
 
-    def _continued(self, record: dict[str, Any]) -> list[Result]:
-        """The clips of a record, to add to; one record holds no clips of two machines."""
-        now = machine(self.question)
-        before = {name: record.get(name) for name in now}
-        if before != now:
-            there, these = (
-                ", ".join(f"{name} {value}" for name, value in place.items())
-                for place in (before, now)
-            )
-            raise WanError(
-                f"{self.file}: the {len(record['clips'])} clips there were made with {there}, "
-                f"these would be with {these}; go on as before, or choose another output_dir="
-            )
-        return read_results(self.file, self.first(record["config"]["num_captions"])[1])
+        self.parts.make(part, source, about, team.size, seen)
 
-    def _write(self, results: Sequence[Result], about: Mapping[str, Any]) -> None:
-        """Store the first clips, which belong to whole captions."""
-        question, examples = self.first(len(results) // self.question.seeds_per_caption)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+    def _join(self, kept: int) -> None:
+        """Write the record: the clips that are kept, and those of the parts."""
+        record = self.read() if kept else None
+        results: list[Result] = []
+        if record is not None:
+            results = read_results(self.file, self.first(record["config"]["num_captions"])[1])
+        more, heads = self.parts.joined(kept)
+        results = [*results[:kept], *more]
+        question = self.question
         write_record(
             self.file,
             results,
-            key=question_key(question, examples, self.weights),
+            key=question_key(question, self.parts.examples, self.weights),
             config=kept_settings(question.question(), self.file.parent),
             weights=self.weights,
-            **machine(self.question),
+            **machine(question),
             **self.about,
-            **about,
+            plan=heads[-1]["plan"],
+            warmup_seconds=max(head["warmup_seconds"] for head in heads),
         )
-
-
-def machine(config: Any) -> dict[str, Any]:
-    """What clips and their seconds depend on besides the settings."""
-    device = resolve_device(config.device)
-    dtype = str(known_dtype(config.dtype, device)).removeprefix("torch.")
-    threads = torch.get_num_threads()
-    return {"device": str(device), "dtype": dtype, "threads": threads, "torch": torch.__version__}
+        self.parts.remove()
+        made = f"{len(more)} clips made, {len(results)} stored"
+        print(f"{self.label}: {made}", file=sys.stderr)
 
 
 def cut(record: dict[str, Any], question: EvaluateConfig) -> dict[str, Any]:

@@ -69,7 +69,10 @@ def wan21(heads: int, ffn_dim: int, layers: int, **settings: Any) -> PipelineCon
 
 
 def ti2v_5b(class_name: str, **settings: Any) -> PipelineConfig:
-    options = {"expand_timesteps": True, "scheduler": SchedulerSettings(shift=5.0)} | settings
+    options: dict[str, Any] = {
+        "expand_timesteps": True,
+        "scheduler": SchedulerSettings(shift=5.0),
+    } | settings
     return PipelineConfig(class_name, DiTConfig(), VAE_2_2, UMT5Config(), **options)
 
 
@@ -98,7 +101,7 @@ def release_named(name: str) -> Release:
     if name == "wan22_ti2v_5b":
         return Release(ti2v_5b(BASE), HALF | {"transformer": F32})
     if name == "wan22_t2v_a14b":
-        two = {"boundary_ratio": 0.875, "scheduler": SchedulerSettings(shift=12.0)}
+        two: dict[str, Any] = {"boundary_ratio": 0.875, "scheduler": SchedulerSettings(shift=12.0)}
         return Release(wan21(40, 13824, 40, **two), HALF | {"transformer": F32})
     if name == "wan21_t2v_14b":
         return Release(wan21(40, 13824, 40), FULL)

@@ -171,7 +171,7 @@ def use_table(
     def megabytes(value: int | None) -> str:
         return "" if value is None else f"{value / 1e6:.0f}"
 
-    lines = [(title, *HEADER[1:])]
+    lines: list[tuple[str, ...]] = [(title, *HEADER[1:])]
     for name, one in stages.items():
         foreseen = (predicted or {}).get(name)
         lines.append(

@@ -19,6 +19,7 @@ from configs.rerun import RerunConfig
 from configs.schema import PARTS
 from infer.diff.compare import compare, report
 from infer.diff.records import VideoRecord, read_record
+from infer.processes import Processes
 from wan.errors import WanError
 
 LINE = CommandLine(
@@ -33,6 +34,8 @@ LINE = CommandLine(
 
 def main(run: Run[RerunConfig]) -> int:
     config = run.config
+    if Processes.started().size > 1:
+        raise WanError("infer.rerun makes one video in one process: start it without torchrun")
     if not config.record:
         raise WanError("no record: python -m infer.rerun FILE, a record or an mp4 of infer.sample")
     record = read_record(config.record)

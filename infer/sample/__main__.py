@@ -5,6 +5,7 @@
     python -m infer.sample model=wan22_ti2v_5b image=cat.png prompt="it jumps" output_dir=cats
     python -m infer.sample prompt_file=prompts.txt num_videos=2
     python -m infer.sample -m steps=4,8,20 seed=0,1 prompt="a blue star"
+    torchrun --nproc-per-node 4 -m infer.sample model=wan22_t2v_a14b prompt="a fox"
     python -m infer.sample lora=style.safetensors:0.8,motion.safetensors prompt="a blue star"
 
 The prompt is used exactly as typed; only your shell needs the quotes. An option with the value
@@ -14,13 +15,16 @@ no picture (its latents are kept); 2 the command has an error; 130 stopped with 
 reached so far are kept).
 """
 
-from typing import Any
+import sys
+from typing import Any, TextIO
 
 from configs.cli import INTERRUPTED, Run, run
 from configs.command_line import ATTENTION, CommandLine, Shortcut
 from configs.progress import loading_pytorch
 from configs.schema import PARTS, SampleConfig
+from infer.processes import Processes
 from infer.sample.jobs import read_jobs
+from infer.sharing import Sharing, makes_together, printing, told_once
 
 LINE = CommandLine(
     SampleConfig,
@@ -42,24 +46,33 @@ class SampleCommand:
 
     def __init__(self) -> None:
         self._models: Any = None
+        self._streams: tuple[TextIO, TextIO] | None = None
 
     def __call__(self, run: Run[SampleConfig]) -> int:
         """Make all videos of one point; returns the exit code.
 
         Errors in the request are raised before weights are downloaded or read.
         """
-        jobs = read_jobs(run.config, run.sources)
+        config, processes = run.config, Processes.started()
+        jobs = read_jobs(config, run.sources)
+        together = makes_together(config, run.sources, jobs.num_videos, processes)
         with loading_pytorch():
             from infer.loading import ModelCache
             from infer.sample.generate import make_video, prepare
         self._models = self._models or ModelCache()
-        session = prepare(run, jobs, self._models)
+        self._streams = self._streams or (sys.stdout, sys.stderr)
         code = 0
-        for request in session.requests:
-            for seed in request.seeds:
-                code = max(code, make_video(session, request, seed).code)
-                if code == INTERRUPTED:
-                    return code
+        with processes.together(config.device) as team:
+            sharing = Sharing(team, together, config.parallel)
+            with told_once(team), printing(sharing, *self._streams):
+                session = prepare(run, jobs, self._models, sharing)
+                for request, seed in session.own_videos():
+                    code = max(code, make_video(session, request, seed).code)
+                    if code == INTERRUPTED:
+                        if together:  # the others wait for this process, and it for none of them
+                            sys.exit(code)
+                        return code
+            team.everyone(code)  # torchrun ends all as soon as one ends with an error
         return code
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -28,7 +28,9 @@ from infer.sample.record import (
     IN_COMMENT,
     RECORD_VERSION,
     UNFINISHED,
+    Assistance,
     BadResultError,
+    FinishedVideos,
     Story,
     now,
     out_of_memory,
@@ -36,6 +38,7 @@ from infer.sample.record import (
     save_latents,
 )
 from infer.sample.request import Request, describe, resolve_request
+from infer.sharing import Sharing, join
 from wan.errors import WanError, shortened, visible
 from wan.files import expanded
 from wan.media.images import write_image
@@ -66,6 +69,7 @@ class Session:
         model: the loaded model.
         output: the folder that videos are written to.
         memory: the memory estimate, or None if none was made.
+        sharing: what several processes do.
     """
 
     run: Run[SampleConfig]
@@ -74,6 +78,38 @@ class Session:
     model: LoadedModel
     output: Path
     memory: MemoryEstimate | None
+    sharing: Sharing
+
+    def own_videos(self) -> Iterator[tuple[Request, int]]:
+        """The videos that this process makes, with their seeds, each claimed when its turn comes.
+
+        With `skip_done`, those that the folder holds already are named and left out.
+        """
+        finished: FinishedVideos | None = None
+        videos = ((request, seed) for request in self.requests for seed in request.seeds)
+        for number, (request, seed) in enumerate(videos, 1):
+            if request.config.skip_done:
+                finished = finished or FinishedVideos(self.output)
+                found = self._already_made(finished, request, seed)
+            else:
+                found = None
+            team = self.sharing.team
+            if not self.sharing.together and not team.claim(f"video {number}"):
+                continue
+            if found is None:
+                yield request, seed
+            elif not self.sharing.helps:
+                print(f"{found}: made already", file=sys.stderr)
+
+    def _already_made(self, finished: FinishedVideos, request: Request, seed: int) -> str | None:
+        """The name of a finished video; where all make it together, the main process looks."""
+
+        def look() -> str | None:
+            record = finished.take(identity(request), seed)
+            return None if record is None else record.stem
+
+        group = self.model.pipeline.parallel
+        return look() if group is None else group.first(look)
 
     @property
     def several(self) -> bool:
@@ -84,17 +120,23 @@ class Session:
 MAX_LOOKED_AT = 50  # images that are decoded before the first video is made
 
 
-def prepare(run: Run[SampleConfig], jobs: Jobs, models: ModelCache) -> Session:
+def prepare(
+    run: Run[SampleConfig], jobs: Jobs, models: ModelCache, sharing: Sharing | None = None
+) -> Session:
     """Decide all settings, refuse what cannot work, then load the model.
 
     The attention is built and verified here, each job's sampling plan is made here, and each JSON
     file of the model is read here; later code only uses the results.
+
+    Args:
+        sharing: what several processes do; None for one that is alone.
 
     Raises:
         WanError: the request is wrong (raised before weights are downloaded or read), or the
             weights are.
     """
     config = run.config
+    sharing = Sharing() if sharing is None else sharing
     output = writable_folder(config.output_dir)
     device = resolve_device(config.device)
     dtype = known_dtype(config.dtype, device)
@@ -115,23 +157,53 @@ def prepare(run: Run[SampleConfig], jobs: Jobs, models: ModelCache) -> Session:
         requests.append(resolve(job, look=look))
         images.add(job.config.image)
     loras = read_loras(config, folder.config)
-    print(describe(requests[0], folder.path), file=sys.stderr)
-    if jobs.count > 1:
-        print(f"the first of {jobs.count} jobs; every video has a record", file=sys.stderr)
+    if sharing.together:
+        check_together(requests, sharing, device)
+    if sharing.team.is_main:
+        print(describe(requests[0], folder.path), file=sys.stderr)
+        if jobs.count > 1:
+            print(f"the first of {jobs.count} jobs; every video has a record", file=sys.stderr)
+        if sharing.team.size > 1:
+            print(sharing, file=sys.stderr)
     all_texts = len(requests) == jobs.count
-    memory = check_memory(requests, all_texts, folder, attention, device, dtype, models, loras)
+    memory = check_memory(
+        requests, all_texts, folder, attention, device, dtype, models, sharing, loras
+    )
     # Now with the weights; the branch on the hub may have changed in between.
     path = resolve_model(config.checkpoint, config.revision, variant=config.variant)
     if path != folder.path or config.variant is not None:
         folder = model_folder(config)
     if memory is not None and None in memory.request.stored.values():  # now they can be looked at
-        memory = check_memory(requests, all_texts, folder, attention, device, dtype, models, loras)
+        memory = check_memory(
+            requests, all_texts, folder, attention, device, dtype, models, sharing, loras
+        )
     try:
-        model = models.get(folder, config, attention, loras, device)
+        model = models.get(folder, config, attention, loras, device, sharing)
     except torch.OutOfMemoryError as error:
         raise WanError(out_of_memory()) from error
     each = chain(requests[:1], (resolve(job, look=False) for job in islice(jobs.each(), 1, None)))
-    return Session(run, each, jobs.num_videos, model, output, memory)
+    return Session(run, each, jobs.num_videos, model, output, memory, sharing)
+
+
+def check_together(requests: Sequence[Request], sharing: Sharing, device: torch.device) -> None:
+    """Refuse what many processes cannot make together, and let them meet.
+
+    Raises:
+        WanError: options that do not go together, or heads that cannot be shared out.
+    """
+    from wan.runtime.parallel import check_heads, check_options
+
+    config = requests[0].config
+    check_options(
+        config.parallel.weights,
+        offload=config.offload,
+        compile=config.compile,
+        quantized=config.quantize != "none",
+        tile=config.tile,
+    )
+    for request in requests:
+        check_heads(request.heads, sharing.size, sharing.halved(request.plan.guided))
+    join(device.type)
 
 
 def check_memory(
@@ -142,6 +214,7 @@ def check_memory(
     device: torch.device,
     dtype: torch.dtype,
     models: ModelCache,
+    sharing: Sharing,
     loras: Collection[str],
 ) -> MemoryEstimate | None:
     """Estimate the memory of the largest job if it may matter; refuse what cannot fit.
@@ -158,14 +231,34 @@ def check_memory(
     rough = rough_bytes(folder.config, largest.latent_shape, dtype)
     if config.preflight == "auto" and rough <= GIB:
         return None
+    if sharing.helps:
+        return None
     memory = estimate_memory(
         memory_request(requests, all_texts, largest, folder, attention, device, dtype, loras)
     )
     host = torch.device("cpu")
     free, free_host = (free_bytes(where) + models.bytes_on(where) for where in (device, host))
-    print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
+    if sharing.together:
+        whole = "a part of" if sharing.sharded else "all"
+        print(
+            f"memory, predicted for one process alone: {memory}; with {sharing.size}, each holds "
+            f"{whole} weights of the transformers, and a part of what computing takes "
+            f"({size(free)} free on {device})",
+            file=sys.stderr,
+        )
+        return memory  # an upper bound, which is no reason to refuse
+    free_host //= sharing.on_this_machine
+    free = free_host if device == host else free
+    if sharing.team.is_main:
+        each = " for each process" if sharing.team.size > 1 else ""
+        free_text = f"({size(free)} free on {device}{each})"
+        print(f"memory, predicted: {memory} {free_text}", file=sys.stderr)
     check_fits(memory, free, None if device == host else free_host)
-    if memory.mapped and free_host < memory.mapped + (memory.host or memory.peak):
+    if (
+        sharing.team.is_main
+        and memory.mapped
+        and free_host < memory.mapped + (memory.host or memory.peak)
+    ):
         print(
             f"the weights do not all stay in the {size(free_host)} that are free: some are read "
             "from the disk again in every step",
@@ -217,15 +310,10 @@ def make_video(session: Session, request: Request, seed: int) -> Story:
     the run ends.
     """
     config, pipeline = request.config, session.model.pipeline
-    record = first_record(session, request, seed)
-    identity = {"prompt": request.prompt, "settings": record["settings"]}
-    files = reserve_files(session.output, identity, seed, record)
-    if session.several:
-        print(f"{files.stem}: {shortened(visible(request.prompt), 400)}", file=sys.stderr)
     generators = sample_generators(seed, 1)
     bars = StageBars()
-    places: list[str | Path] = [session.model.folder, *given_paths(config)]
-    with Story(files, record, pipeline.device, places) as story, torch.no_grad():
+    with begin_story(session, request, seed) as story, torch.no_grad():
+        record = story.record
         noise = pipeline.prepare_latents(
             1,
             height=request.height,
@@ -270,8 +358,30 @@ def make_video(session: Session, request: Request, seed: int) -> Story:
         story.write()
         with story.stage("decode", bars):
             video = pipeline.decode_latents(kept.latents, bars)[0]
-        write_files(session, request, seed, video, story)
+        if not session.sharing.helps:
+            write_files(session, request, seed, video, story)
     return story
+
+
+def begin_story(session: Session, request: Request, seed: int) -> Story:
+    """The record of a new video and its files; nothing in a process that helps another one."""
+    device = session.model.pipeline.device
+    if session.sharing.helps:
+        return Assistance(device)
+    record = first_record(session, request, seed)
+    files = reserve_files(session.output, identity(request), seed, record)
+    if session.several:
+        print(f"{files.stem}: {shortened(visible(request.prompt), 400)}", file=sys.stderr)
+    places: list[str | Path] = [session.model.folder, *given_paths(request.config)]
+    return Story(files, record, device, places)
+
+
+def identity(request: Request) -> dict[str, Any]:
+    """What a video is made from, as its record holds it: prompt, settings and their sources."""
+    settings = {
+        name: {"value": value, "from": source} for name, (value, source) in request.settings.items()
+    }
+    return {"prompt": request.prompt, "settings": settings}
 
 
 class KeptLatents:
@@ -297,6 +407,9 @@ class KeptLatents:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._story.record["steps_done"] = self.step
+        if isinstance(self._story, Assistance):
+            return
         config = self._request.config
         about = {
             "prompt": self._request.prompt,
@@ -306,7 +419,6 @@ class KeptLatents:
             "steps": len(self._request.plan.schedule),
         }
         save_latents(self._story.files.latents, self.latents, **about)
-        self._story.record["steps_done"] = self.step
 
 
 def write_files(session: Session, request: Request, seed: int, video: Tensor, story: Story) -> None:
@@ -349,9 +461,9 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
     """The record of a video with everything that is known before the first step."""
     model, schedule = session.model, request.plan.schedule
     prompt = model.pipeline.tokenizer(request.clean(request.prompt), request.max_sequence_length)
-    settings = {
-        name: {"value": value, "from": source} for name, (value, source) in request.settings.items()
-    }
+    machine = environment(model.pipeline.device)
+    if session.sharing.together:
+        machine["processes"] = session.sharing.size
     record = {
         "record_version": RECORD_VERSION,
         "status": UNFINISHED,
@@ -363,7 +475,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "prompt_tokens": {"all": prompt.num_tokens_before_truncation, "read": len(prompt.ids)},
         "seed": seed,
         "image_sha256": None,
-        "settings": settings,
+        "settings": identity(request)["settings"],
         "schedule": {
             "description": schedule.description,
             "timesteps": schedule.timesteps.tolist(),
@@ -390,7 +502,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "seconds": {"load": round(model.seconds, 3)},
         "begun": {"load": round(model.begun, 3)},
         "peak_memory_bytes": None,
-        "environment": environment(model.pipeline.device),
+        "environment": machine,
     }
     if request.config.image is not None:
         record["image_sha256"] = sha256_file(expanded(request.config.image))

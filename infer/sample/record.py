@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
-from wan.files import create_sealed, write_sealed
+from wan.errors import WanError
+from wan.files import create_sealed, read_sealed, write_sealed
 from wan.media.video import Frames
 from wan.paths import kept_text
 from wan.runtime.memory_meter import peak_memory
 from wan.weights.safetensors_file import write_tensors
 
 RECORD_VERSION = 1
+DONE = "done"
 UNFINISHED = "unfinished"  # the status of a video that is being made, or whose process was killed
 BAD_RESULT = 1  # exit code
 # What the comment of an mp4 keeps of its record, beside the settings.
@@ -69,7 +71,7 @@ def reserve_files(
     folder: Path, settings: dict[str, Any], seed: int, record: dict[str, Any]
 ) -> OutputFiles:
     """Names for a new video: its record is written here, so that no other run takes them."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    digest = digest_of(settings)
     taken = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
     number = max((int(match[1]) + 1 for match in taken if match), default=0)
     while True:
@@ -79,6 +81,42 @@ def reserve_files(
             return files
         except FileExistsError:
             number += 1
+
+
+def digest_of(settings: dict[str, Any]) -> str:
+    """Eight digits that stand for a prompt and its settings in a file's name."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+class FinishedVideos:
+    """The videos that a folder holds, found by what they were made from. Each is given out once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._records: dict[tuple[str, int], list[Path]] = {}
+        for path in sorted(folder.glob("*.json")):
+            if match := re.fullmatch(r"\d{5,}_([0-9a-f]{8})_s(\d+)\.json", path.name):
+                self._records.setdefault((match[1], int(match[2])), []).append(path)
+
+    def take(self, settings: dict[str, Any], seed: int) -> Path | None:
+        """The record of a finished video of these settings that was not given out before.
+
+        Args:
+            settings: the prompt and the settings, as `reserve_files` takes them.
+        """
+        found = self._records.get((digest_of(settings), seed), [])
+        asked = json.loads(json.dumps(settings))
+        while found:
+            path = found.pop(0)
+            try:
+                record = read_sealed(path)
+            except WanError:  # damaged: made again
+                continue
+            same = all(record.get(name) == value for name, value in asked.items())
+            video = (record.get("video") or {}).get("file")
+            if same and record.get("status") == DONE and (self._folder / str(video)).is_file():
+                return path
+        return None
 
 
 class BadResultError(RuntimeError):
@@ -157,7 +195,7 @@ class Story:
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> bool:
         record, files = self.record, self.files
-        expected, record["status"] = True, "done"
+        expected, record["status"] = True, DONE
         self._hasher.shutdown()
         if isinstance(error, KeyboardInterrupt):
             self.code, record["status"] = INTERRUPTED, "interrupted"
@@ -180,6 +218,35 @@ class Story:
             reason = record["status"].removeprefix("failed: ")
             print(f"error: {reason}{kept}", file=sys.stderr)
         return expected
+
+
+class Assistance(Story):
+    """What stands in place of a `Story` in a process that helps to make a video: it writes nothing.
+
+    Expected failures become the same exit codes. The main process, which has the files, tells them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        parts: dict[str, Any] = {name: {} for name in ("begun", "seconds", "text_sha256")}
+        self.record = parts | {"steps_sha256": []}
+        self.code, self._device = 0, device
+
+    def write(self) -> None:
+        pass
+
+    def hash(self, put: Callable[[str], None], values: Tensor | Frames) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> bool:
+        if isinstance(error, KeyboardInterrupt):
+            self.code = INTERRUPTED
+        elif isinstance(error, FloatingPointError):
+            self.code = BAD_RESULT
+        elif isinstance(error, torch.OutOfMemoryError):
+            raise WanError(out_of_memory()) from error  # only this process knows
+        return self.code != 0
 
 
 def out_of_memory() -> str:

@@ -51,6 +51,7 @@ class Request:
         plan: sampler, schedule and guidance.
         latent_shape: (C, T, h, w).
         grid: tokens along T, H, W.
+        heads: attention heads of the transformer.
         attention_density: share of the FLOPs of dense self-attention, over layers and steps.
         settings: each option in SHOWN -> (value, its source).
     """
@@ -64,6 +65,7 @@ class Request:
     plan: SamplingPlan
     latent_shape: tuple[int, int, int, int]
     grid: tuple[int, int, int]
+    heads: int
     attention_density: float
     settings: dict[str, tuple[Any, str]]
 
@@ -196,6 +198,7 @@ def _resolve(
         plan=plan,
         latent_shape=shape,
         grid=grid,
+        heads=model.transformer.num_attention_heads,
         attention_density=attention.density(grid, len(plan.schedule)),
         settings=_settings(config, sources, values | decided, model),
         **values,

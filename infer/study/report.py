@@ -16,6 +16,7 @@ from infer.evaluate.report import (
     Compute,
     Report,
     Row,
+    about_seconds,
     exactly,
     mean_of,
     numbers,
@@ -153,7 +154,7 @@ def write_report(config: StudyConfig, rows: list[Row], folder: Path) -> str:
     notes = (
         f"Captions: of one object + of two + with several seeds each. {INTERVALS} Distances are of "
         "fixed random features, to other true clips of the same captions; the row of the renders "
-        f"is their floor. Seconds without loading, on: {'; '.join(report.machines)}."
+        f"is their floor. Seconds without loading, on: {about_seconds(report.machines)}"
     )
     text = f"{table}\n\n{notes}\n\n```\n{decision}\n```\n"
     write_text(folder / REPORT, text)

@@ -52,7 +52,7 @@ class ContextCache:
 
 
 class TokenSplit(Protocol):
-    """Sequence parallelism: each process holds a part of the tokens. See `train.parallel`."""
+    """Sequence parallelism: each process holds a part of the tokens. See `wan.runtime.parallel`."""
 
     size: int
 
@@ -433,13 +433,16 @@ class WanDiT(nn.Module):
             block.self_attention.attention = self.split.around(layer) if self.split else layer
             block.cross_attention.attention = self.attention.cross
 
-    def split_tokens(self, split: "TokenSplit") -> None:
+    def split_tokens(self, split: "TokenSplit | None") -> None:
         """Use sequence parallelism from the next call on: blocks hold a part of the tokens.
+
+        Args:
+            split: None lets them hold all tokens again.
 
         Raises:
             WanError: the number of heads is not a multiple of `split.size`.
         """
-        if self.config.num_attention_heads % split.size:
+        if split is not None and self.config.num_attention_heads % split.size:
             raise WanError(
                 f"{self.config.num_attention_heads} heads cannot be shared out over {split.size} "
                 "processes: parallel.sequence must divide them"

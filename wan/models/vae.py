@@ -25,6 +25,7 @@ from wan.models.vae_layers import (
     EncoderLevel,
     MidBlock,
     RMSNorm,
+    Rows,
     StreamCache,
     causal_conv,
     silu,
@@ -178,9 +179,16 @@ class WanVAE(nn.Module):
         return torch.cat(list(self.decode_stream(latents, chunk_latents)), dim=2)
 
     def decode_stream(
-        self, latents: Tensor, chunk_latents: int | None = CHUNK_LATENTS
+        self,
+        latents: Tensor,
+        chunk_latents: int | None = CHUNK_LATENTS,
+        rows: Rows | None = None,
     ) -> Iterator[Tensor]:
-        """Like `decode_normalized`, but yields (B, 3, f, H, W) as soon as each chunk is ready."""
+        """Like `decode_normalized`, but yields (B, 3, f, H, W) as soon as each chunk is ready.
+
+        Args:
+            rows: how processes share out the rows of each frame; all of them get whole frames.
+        """
         z_dim = self.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z_dim or 0 in latents.shape:
             raise WanError(f"latents {tuple(latents.shape)}: need (B, {z_dim}, T, h, w), none 0")
@@ -188,13 +196,17 @@ class WanVAE(nn.Module):
             raise WanError(f"chunk_latents={chunk_latents}: must be at least 1")
         mean, std = self.latent_statistics(latents.device)
         z = (latents.float() * std + mean).to(self.post_quant_conv.weight.dtype)
-        yield from self.decode_chunks(z, chunk_latents)
+        yield from self.decode_chunks(z, chunk_latents, rows)
 
-    def decode_chunks(self, z: Tensor, chunk_latents: int | None) -> Iterator[Tensor]:
+    def decode_chunks(
+        self, z: Tensor, chunk_latents: int | None, rows: Rows | None = None
+    ) -> Iterator[Tensor]:
         """Like `decode_stream`, for latents that are not normalised, in the weights' dtype."""
-        cache = StreamCache(keep=chunk_latents is not None)
+        cache = StreamCache(chunk_latents is not None, rows)
+        z = z if rows is None else rows.own(z)
         for chunk in split_stream(z, chunk_latents):
-            yield self.decode_chunk(chunk, cache).clamp(-1, 1)
+            pixels = self.decode_chunk(chunk, cache).clamp(-1, 1)
+            yield pixels if rows is None else rows.collect(pixels)
             cache.first = False
 
     def decode_chunk(self, z: Tensor, cache: StreamCache) -> Tensor:

@@ -8,6 +8,8 @@ Letters: B batch, C channels, T H W frames, rows and columns inside the network.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +19,35 @@ from torch import Tensor, nn
 from wan.precision import convolve
 
 
+class Rows(Protocol):
+    """Rows of each frame shared out over processes while decoding. See `wan.runtime.parallel`."""
+
+    def own(self, x: Tensor) -> Tensor:
+        """This process's rows of latents: (..., H, W) -> (..., h, W)."""
+        ...
+
+    def with_neighbours(self, x: Tensor) -> Tensor:
+        """A row of each neighbour around the own ones, or zeros: (..., h, W) -> (..., h + 2, W)."""
+        ...
+
+    def collect(self, x: Tensor) -> Tensor:
+        """All rows, from those of each process: (..., h, W) -> (..., H, W)."""
+        ...
+
+
 class StreamCache:
     """The states that causal convolutions keep from chunk to chunk of one clip.
 
     `history[layer]` holds the last input frames a causal layer saw. `first` is true during the
     first chunk, in which frame 0 skips the temporal resampling. Layers read and replace their own
     entry; `WanVAE` clears `first`. With `keep=False` (a clip in one chunk) nothing is stored.
+    With `rows`, the decoder's layers hold some rows of each frame, and other processes the others.
     """
 
-    def __init__(self, keep: bool = True) -> None:
+    def __init__(self, keep: bool = True, rows: Rows | None = None) -> None:
         self.first = True
         self.keep = keep
+        self.rows = rows
         self.history: dict[nn.Module, Tensor] = {}
 
     def remember(self, layer: nn.Module, frames: Tensor) -> None:
@@ -36,12 +56,16 @@ class StreamCache:
             self.history[layer] = frames.clone()
 
 
-def convolve_layer(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+def convolve_layer(
+    layer: nn.Conv2d | nn.Conv3d, x: Tensor, padding: Sequence[int] | None = None
+) -> Tensor:
+    """A layer's convolution; with other padding where x holds what the layer would pad."""
     assert layer.padding_mode == "zeros"
     assert not isinstance(layer.padding, str)
     assert layer.groups == 1
     assert set(layer.dilation) == {1}
-    return convolve(x, layer.weight, layer.bias, layer.stride, layer.padding)
+    padding = layer.padding if padding is None else padding
+    return convolve(x, layer.weight, layer.bias, layer.stride, padding)
 
 
 class Conv2d(nn.Conv2d):
@@ -60,6 +84,9 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, cache: StreamCache) -> Tensor:  # type: ignore[override]
         """(B, C, T, H, W) -> (B, C', T, H', W')."""
         past = self.kernel_size[0] - 1
+        padding: tuple[int, ...] | None = None
+        if cache.rows is not None and self.kernel_size[1] == 3:
+            x, padding = cache.rows.with_neighbours(x), (0, 0, 1)
         if past:
             history = cache.history.get(self)
             if history is None:
@@ -67,7 +94,7 @@ class CausalConv3d(nn.Conv3d):
             else:
                 x = torch.cat([history, x], dim=2)
             cache.remember(self, x[:, :, -past:])
-        return convolve_layer(self, x)
+        return convolve_layer(self, x, padding)
 
 
 def causal_conv(in_dim: int, out_dim: int, kernel: int) -> CausalConv3d:
@@ -131,11 +158,14 @@ class FrameAttention(nn.Module):
         self.qkv = Conv2d(dim, 3 * dim, 1)
         self.proj = Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
         frames = frames_of(x)
-        q, k, v = rearrange(
-            self.qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3
-        )
+        width = frames.shape[1]
+        query, key_value = self.qkv(self.norm(frames)).split([width, 2 * width], dim=1)
+        if cache.rows is not None:
+            key_value = cache.rows.collect(key_value)
+        q = rearrange(query, "n c h w -> n 1 (h w) c")
+        k, v = rearrange(key_value, "n (two c) h w -> two n 1 (h w) c", two=2)
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = rearrange(mixed, "n 1 (h w) c -> n c h w", h=x.shape[-2])
         return x + clip_of(self.proj(mixed), len(x))
@@ -151,7 +181,7 @@ class MidBlock(nn.Module):
         self.resnet_out = ResidualBlock(dim, dim)
 
     def forward(self, x: Tensor, cache: StreamCache) -> Tensor:
-        return self.resnet_out(self.attention(self.resnet_in(x, cache)), cache)
+        return self.resnet_out(self.attention(self.resnet_in(x, cache), cache), cache)
 
 
 class Downsample(nn.Module):
@@ -196,12 +226,15 @@ class DoublingConv2d(nn.Conv2d):
     of the FLOPs. The result is equal up to rounding.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         height, width = x.shape[2:]
         by_row = merge_taps(self.weight.float(), 2)  # (2, C', C, 2, 3)
         kernels = merge_taps(by_row, 4).to(x.dtype)  # (column, row, C', C, 2, 2)
         bias = None if self.bias is None else self.bias.repeat(4)
-        seen = convolve(x, kernels.flatten(0, 2), bias, (1, 1), (1, 1))  # (n, 4 C', H + 1, W + 1)
+        padding = (1, 1)
+        if rows is not None:
+            x, padding = rows.with_neighbours(x), (0, 1)
+        seen = convolve(x, kernels.flatten(0, 2), bias, (1, 1), padding)  # (n, 4 C', H + 1, W + 1)
         phases = seen.unflatten(1, (2, 2, -1))
         y = seen.new_empty(len(x), 2 * height, 2 * width, self.out_channels).permute(0, 3, 1, 2)
         for column, row in itertools.product((0, 1), (0, 1)):
@@ -228,7 +261,7 @@ class Upsample(nn.Module):
                 pairs = self.time_conv(rest, cache).permute(0, 2, 3, 4, 1).unflatten(-1, (2, -1))
                 rest = pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
             x = rest if alone is None else torch.cat([alone, rest], dim=2)
-        return clip_of(self.conv(frames_of(x)), len(x))
+        return clip_of(self.conv(frames_of(x), cache.rows), len(x))
 
 
 def average_down(x: Tensor, out_dim: int, time: int, space: int, cache: StreamCache) -> Tensor:

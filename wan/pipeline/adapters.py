@@ -34,6 +34,10 @@ class PipelineAdapters:
         """The loaded transformers, by the names of their folders."""
         raise NotImplementedError
 
+    def refuse_sharded(self, what: str) -> None:
+        """Refuse what would need whole weights where each process holds a part of them."""
+        raise NotImplementedError
+
     @property
     def adapters(self) -> AdapterSet:
         """The adapters of the networks that the pipeline has now."""
@@ -77,6 +81,7 @@ class PipelineAdapters:
                 other expert, the name is taken, or the weights are quantised.
         """
         del low_cpu_mem_usage
+        self.refuse_sharded("load_lora_weights")
         if use_safetensors is False:
             raise WanError("use_safetensors=False: only .safetensors files are read here")
         part = EXPERTS[load_into_transformer_2]

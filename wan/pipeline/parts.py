@@ -56,6 +56,7 @@ ON_EVERY_PART = {
 ON_THE_TRANSFORMER = {
     "enable_cache": "every step is computed; a few-step student, see WanDMDPipeline, has three",
     "add_adapter": "wan.lora.merge.add_lora(network, rank) adds a LoRA to train",
+    "enable_parallelism": "call it on the pipeline, which shares out decoding too",
     "load_lora_adapter": "use load_lora_weights of the pipeline",
     **dict.fromkeys(
         ("set_adapters", "delete_adapters", "enable_lora", "disable_lora", "fuse_lora"),

@@ -301,6 +301,7 @@ class WanPipeline(PipelineSwitches):
         Raises:
             WanError: a change has no such name, or the model is one of the other class.
         """
+        pipeline.refuse_sharded("from_pipe")
         wanted = one_of(changes, "dtype", "torch_dtype")
         changes = {n: v for n, v in changes.items() if n not in ("dtype", "torch_dtype")}
         known = [n for n in inspect.signature(WanPipeline.__init__).parameters if n != "self"]
@@ -348,6 +349,7 @@ class WanPipeline(PipelineSwitches):
                 weights are quantised.
         """
         check_saving(safe_serialization, push_to_hub)
+        self.refuse_sharded("save_pretrained")
         for module in self.modules.values():
             refuse_quantized(module, "released layouts hold plain ones; load with quantize=none")
         parts = {name: self.part(name) for name in ("tokenizer", *self.config.components)}

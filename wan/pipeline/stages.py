@@ -11,9 +11,9 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ from wan.sampling.schedule import NUM_TIMESTEPS
 from wan.weights.load import target_dtype
 from wan.weights.quantize import QuantizedLinear
 
+if TYPE_CHECKING:  # torch.distributed takes time to import, and most pipelines run alone
+    from wan.runtime.parallel import ParallelGroup
+
 MAX_CACHED_PROMPTS = 64
 COMPILE = ("none", "dit", "all")
 PARTS_IN_ORDER = ("tokenizer", "text_encoder", "vae", "transformer", "transformer_2")
@@ -95,6 +98,7 @@ class PipelineStages(PipelineAdapters):
         compile: "dit": the blocks of the transformers are compiled; "all": the VAE's decoder too.
         chunk_latents: latent frames that are decoded at a time, one more in the first chunk. Fewer
             need less memory; results change by the rounding of sums only.
+        parallel: the processes that share out the work, after `enable_parallelism`; None alone.
         last_timings: seconds per stage of the last call: encode_text, encode_image, denoise,
             decode.
     """
@@ -110,6 +114,7 @@ class PipelineStages(PipelineAdapters):
     offload: str
     compile: str
     chunk_latents: int
+    parallel: "ParallelGroup | None"
     last_timings: dict[str, float]
     _parts: dict[str, Any]
     _prompt_cache: dict[tuple[str, int], Tensor]
@@ -130,6 +135,7 @@ class PipelineStages(PipelineAdapters):
         self.offload = offload
         self.compile = compile
         self.chunk_latents = CHUNK_LATENTS
+        self.parallel = None
         self.last_timings = {}
         self._prompt_cache = {}
         self._prompt_source = None
@@ -163,8 +169,11 @@ class PipelineStages(PipelineAdapters):
         """Replace a part, or take it away with None.
 
         Raises:
-            WanError: an object of another kind, or one whose sizes do not fit the other parts.
+            WanError: an object of another kind, or one whose sizes do not fit the other parts; or
+                the weights are sharded.
         """
+        if name in self.networks():
+            self.refuse_sharded(f"another {name}")
         if value is not None:
             value = adopt_part(name, value)
             self.config = fitted_config(self.config, {name: value})
@@ -198,8 +207,9 @@ class PipelineStages(PipelineAdapters):
             target: a device, a dtype, or both.
 
         Raises:
-            WanError: no such device, or a dtype other than float32 and bfloat16.
+            WanError: no such device, a dtype other than float32 and bfloat16, or sharded weights.
         """
+        self.refuse_sharded("another device or dtype")
         for one in target:
             if isinstance(one, torch.dtype):
                 dtype = one
@@ -207,6 +217,8 @@ class PipelineStages(PipelineAdapters):
                 device = one
         if device is not None:
             self.device = resolve_device(device)
+            if self.parallel is not None:
+                self.parallel.device = self.device
         if dtype is not None:
             known_dtype(dtype, self.device)
         for module in self.modules.values():
@@ -224,6 +236,18 @@ class PipelineStages(PipelineAdapters):
         problem = conv3d_warning(torch.__version__, torch.backends.cudnn.version())
         if problem is not None and any(p.dtype == torch.bfloat16 for p in vae.parameters()):
             warnings.warn(problem, stacklevel=3)
+
+    def refuse_sharded(self, what: str) -> None:
+        """Refuse what would need whole weights where each process holds a part of them.
+
+        Raises:
+            WanError: the transformers' weights are sharded.
+        """
+        if self.parallel is not None and self.parallel.sharded:
+            raise WanError(
+                f"{what}: the weights are sharded over processes; do it before enable_parallelism, "
+                'or use weights="whole"'
+            )
 
     def _place(self, module: nn.Module) -> None:
         """Bring a network's weights to where `offload` keeps them."""
@@ -248,6 +272,7 @@ class PipelineStages(PipelineAdapters):
             WanError: the kind is unknown.
         """
         check_names("offload", [offload], OFFLOAD)
+        self.refuse_sharded(f"offload={offload}")
         self.offload = offload
         self.to(self.device)
 
@@ -340,7 +365,10 @@ class PipelineStages(PipelineAdapters):
                     f"embeddings {tuple(given.shape)} for {count} prompts: need (B, S, {text_dim})"
                 )
         texts = [clean(text) for text in (*(prompts or []), *(negatives or []))]
-        encoded = self._encode(texts, length, on_progress)
+        if self.parallel is None:
+            encoded = self._encode(texts, length, on_progress)
+        else:  # one process needs the text encoder
+            encoded = self.parallel.first(lambda: self._encode(texts, length, on_progress))
 
         def context_of(texts: list[str] | None, given: Tensor | None) -> Tensor:
             if texts is not None:
@@ -394,9 +422,17 @@ class PipelineStages(PipelineAdapters):
     def encode_frames(self, pixels: Sequence[Tensor], count: int) -> Tensor:
         """`encode_image` for frames (3, H, W) in [-1, 1] that have the video's size already."""
         vae = self.part("vae")
-        with self._on_device(vae):
-            latents = [vae.encode_normalized(p[None, :, None].to(self.device)) for p in pixels]
-        return torch.cat(latents).expand(count, -1, -1, -1, -1)
+
+        def encode() -> Tensor:
+            with self._on_device(vae):
+                latents = [vae.encode_normalized(p[None, :, None].to(self.device)) for p in pixels]
+            return torch.cat(latents)
+
+        if self.parallel is None:
+            latents = encode()
+        else:
+            latents = self.parallel.first(lambda: encode().cpu()).to(self.device)
+        return latents.expand(count, -1, -1, -1, -1)
 
     def prepare_latents(
         self,
@@ -470,6 +506,16 @@ class PipelineStages(PipelineAdapters):
             FloatingPointError: latents became infinite or NaN; names the step.
         """
         timesteps, steps = plan.schedule.timesteps.tolist(), len(plan.schedule)
+        group = self.parallel
+        at_work: AbstractContextManager[Any] = nullcontext()
+        if group is not None:
+            scales = (plan.guidance_scale, plan.guidance_scale_2)
+            call = (tuple(x.shape), plan.sampler, timesteps, scales)
+            group.check_alike("latents, sampler, timesteps and guidance_scale", call)
+            x, context, negative, image_latents = group.tensors(x, context, negative, image_latents)
+            at_work = group.at_work(self.networks().values(), plan.guided)
+            if renoise is not None:
+                renoise = shared_noise(group, renoise)
         slot = ExpertSlot(self.device, self.offload)
 
         def bring(network: Any) -> None:
@@ -496,9 +542,10 @@ class PipelineStages(PipelineAdapters):
                 )
             return None if on_step is None else on_step(denoiser, i, timestep, x)
 
-        with closing(slot):
+        with closing(slot), at_work as denoiser.halves:
+            watch = after_step if group is None else step_of_all(group, denoiser, after_step)
             try:
-                x = sample(denoiser, x, plan.stepper(renoise), after_step)
+                x = sample(denoiser, x, plan.stepper(renoise), watch)
             except Interrupted as stopped:
                 x = stopped.latents
         return denoiser.impose_image(x)
@@ -528,6 +575,13 @@ class PipelineStages(PipelineAdapters):
         total = len(latents) * latents.shape[2]
         vae = self.part("vae")
         config, done = vae.config, 0
+        if self.parallel is not None:
+            if vae.tile is not None:
+                raise WanError(
+                    "tiles with many processes: these share out the rows of each frame, which "
+                    "takes less memory too; leave tiling off"
+                )
+            (latents,) = self.parallel.tensors(latents)
         frames, height, width = latents.shape[2:]
         stride = config.spatial_stride
         num_frames = (frames - 1) * config.temporal_stride + 1
@@ -546,7 +600,11 @@ class PipelineStages(PipelineAdapters):
 
     def _decoded(self, vae: WanVAE, latents: Tensor) -> Iterator[Tensor]:
         """Yield the frames of one video by chunks; with tiles, all frames at once."""
-        if vae.tile is None:
+        if self.parallel is not None:
+            with self.parallel.together():
+                rows = self.parallel.rows(latents.shape[3])
+                yield from vae.decode_stream(latents, self.chunk_latents, rows)
+        elif vae.tile is None:
             yield from vae.decode_stream(latents, self.chunk_latents)
         else:
             yield decode_tiled(vae, latents, vae.tile, vae.tile_overlap, self.chunk_latents)
@@ -582,6 +640,54 @@ class PipelineStages(PipelineAdapters):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.last_timings[name] = time.perf_counter() - start
+
+
+def shared_noise(
+    group: "ParallelGroup", renoise: Callable[[int], Tensor]
+) -> Callable[[int], Tensor]:
+    """Noise that all processes draw, so that their generators move on; the main one's counts."""
+    return lambda step: group.tensors(renoise(step))[0]
+
+
+def step_of_all(
+    group: "ParallelGroup", denoiser: Denoiser, after_step: Callable[..., Tensor | None]
+) -> Callable[..., Tensor | None]:
+    """After each step every process runs `after_step`, and then all go on alike.
+
+    Latents and prompts that it replaces are taken from the main process; if it stops in one of
+    them, it stops in all.
+    """
+
+    def watch(i: int, timestep: float, sigma: float, x: Tensor) -> Tensor | None:
+        before, replaced = (denoiser.context, denoiser.negative_context), None
+
+        def own() -> tuple[bool, bool, tuple[Any, ...]]:
+            nonlocal replaced
+            stopped = False
+            try:
+                replaced = after_step(i, timestep, sigma, x)
+            except Interrupted as stop:
+                stopped, replaced = True, stop.latents
+            after = (denoiser.context, denoiser.negative_context)
+            changed = any(one is not other for one, other in zip(before, after, strict=True))
+            experts = (denoiser.high_noise, denoiser.low_noise)
+            scales = tuple(one.guidance_scale for one in experts if one is not None)
+            return stopped, replaced is not None, (changed, scales)
+
+        told = group.agree(own)
+        states = [state for _, _, state in told]
+        group.check_equal(f"prompts changed, and guidance, after step {i + 1}", states)
+        if states[0][0]:
+            denoiser.set_context(*group.tensors(denoiser.context, denoiser.negative_context))
+        if told[0][1]:  # the main process has other latents
+            (replaced,) = group.tensors(x if replaced is None else replaced)
+        else:
+            replaced = None
+        if any(stopped for stopped, _, _ in told):
+            raise Interrupted(x if replaced is None else replaced)
+        return replaced
+
+    return watch
 
 
 def context_of_text(

@@ -21,6 +21,7 @@ from wan.pipeline.schedulers import SCHEDULERS
 from wan.pipeline.stages import PipelineStages
 from wan.runtime.offload import resolve_device
 from wan.sampling.scheduler_config import CLASS_OF
+from wan.weights.quantize import QuantizedLinear
 
 
 class VideoProcessor:
@@ -127,7 +128,9 @@ class PipelineSwitches(PipelineStages):
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """A bar of tqdm; by default only where stderr is a terminal."""
-        return tqdm(iterable, total=total, **{"disable": None, **self._progress_bar_config})
+        alone = self.parallel is None or self.parallel.is_main
+        settings = {"disable": None if alone else True}
+        return tqdm(iterable, total=total, **{**settings, **self._progress_bar_config})
 
     @property
     def video_processor(self) -> VideoProcessor:
@@ -214,6 +217,62 @@ class PipelineSwitches(PipelineStages):
         if torch.device(offload_device).type != "cpu" or exclude_modules:
             raise WanError("group offload keeps every part on the CPU: leave exclude_modules out")
         self._offload_from("block", None, onload_device)
+
+    def enable_parallelism(
+        self,
+        weights: str = "whole",
+        *,
+        guidance: bool = True,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Make each video together with all other processes of `torch.distributed`.
+
+        Call it once in every process, after `init_process_group`. From then on all processes make
+        the same calls and get the same results, which equal those of one process up to the
+        rounding of sums. What goes into a call is the main process's (rank 0): noise, prompts, and
+        what a callback returns. It alone encodes text and images, so the other processes may be
+        loaded with text_encoder=None.
+
+        Shared out are: the tokens of self-attention and everything between (Ulysses); with
+        guidance and an even number of processes its two forwards, on a half each; and the rows of
+        each frame in decoding, where there are at least as many rows of latents as processes.
+
+        Args:
+            weights: "whole": each device holds all; "sharded": each holds its part of the
+                transformers' blocks, and gathers one while it computes (FSDP2). Load the model
+                with device="cpu" for that.
+            guidance: False computes both forwards of guidance in every process.
+            device: computes from now on, e.g. this process's GPU; None is the pipeline's device.
+
+        Raises:
+            WanError: there is no process group, or it does not serve the device; or sharded
+                weights with offload, LoRA adapters or 8-bit weights; or compiled networks.
+        """
+        if self.parallel is not None:
+            raise WanError("enable_parallelism: it is on already")
+        if not torch.distributed.is_available():
+            raise WanError("enable_parallelism: this build of PyTorch has no torch.distributed")
+        from wan.runtime.parallel import ParallelGroup, check_options
+
+        networks = self.networks()
+        layers = (layer for network in networks.values() for layer in network.modules())
+        quantized = any(isinstance(layer, QuantizedLinear) for layer in layers)
+        check_options(
+            weights,
+            offload=self.offload,
+            compile=self.compile,
+            quantized=quantized,
+            tile=self.tile,
+        )
+        if weights == "sharded" and self.get_list_adapters():
+            raise WanError("LoRA adapters with sharded weights: merge them, with loras=")
+        place = self.device if device is None else resolve_device(device)
+        group = ParallelGroup(place, networks.values(), weights, guidance=guidance)
+        self.device = place
+        for name, module in self.modules.items():
+            if not (group.sharded and name in networks):
+                self._place(module)
+        self.parallel = group
 
     def maybe_free_model_hooks(self) -> None:
         """Do nothing: between calls no weights are left on the device under offload."""

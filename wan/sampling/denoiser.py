@@ -88,6 +88,16 @@ class Condition:
         return weight
 
 
+class Halves(Protocol):
+    """Two groups of processes that compute guidance's two forwards. See `wan.runtime.parallel`."""
+
+    negative: bool  # whether this process computes the unconditional velocity
+
+    def exchange(self, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's velocity -> the conditional and the unconditional one."""
+        ...
+
+
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: v_u + g (v_c - v_u). Source: arXiv:2207.12598, eq. 6."""
     return unconditional + scale * (conditional - unconditional)
@@ -165,6 +175,7 @@ class Denoiser:
         before_expert: called with an expert's network before its first forward and at each
             switch; CPU offload copies weights to the device in it.
         exact_timesteps: timesteps at which the networks use exact self-attention.
+        halves: how processes share guidance's two forwards; None computes both here.
 
     Raises:
         WanError: arguments contradict each other or are out of range.
@@ -180,6 +191,7 @@ class Denoiser:
         image_latents: Tensor | None = None,
         before_expert: Callable[[Network], None] | None = None,
         exact_timesteps: Collection[float] = (),
+        halves: Halves | None = None,
     ) -> None:
         if (low_noise is None) != (boundary is None):
             raise WanError(
@@ -206,6 +218,7 @@ class Denoiser:
         self.condition = Condition(context, first_frame=image_latents)
         self.negative_context = negative_context
         self.exact_timesteps = exact_timesteps
+        self.halves = halves
         self._before_expert = before_expert
         self._active: Expert | None = None
         self._prepared: dict[tuple[int, bool], Any] = {}  # by (sample, negative)
@@ -289,6 +302,9 @@ class Denoiser:
 
     def _guided(self, expert: Expert, x: Tensor, timestep: float, sample: int) -> Tensor:
         """v_u + g (v_c - v_u) in float32, of one sample (1, C, T, H, W)."""
+        if expert.guidance_scale != 1 and self.halves is not None:
+            own = self._forward(expert, x, timestep, sample, self.halves.negative)
+            return guide(*self.halves.exchange(own), expert.guidance_scale)
         conditional = self._forward(expert, x, timestep, sample, negative=False)
         if expert.guidance_scale == 1:
             return conditional
