@@ -1,6 +1,6 @@
 """The settings of `python -m infer.bench`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from configs.schema import (
     DTYPES,
@@ -22,7 +22,7 @@ STAGES = ("text", "denoise", "decode")
 
 def check_timed_device(name: str, value: str) -> None:
     check_device(name, value)
-    if not value.startswith(("cpu", "cuda")):
+    if value == "mps":
         raise WanError(f"{name}={value}: nothing else than cpu or cuda can be timed here")
 
 
@@ -63,7 +63,9 @@ class BenchConfig(Options):
         "full or tiny: our 5B alone, random weights; full is what device=cuda does",
         choices=("full", "tiny"),
     )
-    device: str = option("cpu", "cpu or cuda", check=check_timed_device)
+    device: str = option(
+        "auto", "auto (cuda if there is one, else cpu), cpu, cuda", check=check_timed_device
+    )
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parity: bool = option(True, "before stages: hold bfloat16 on the device against diffusers")
     compile: bool = option(True, "time stages compiled too")
@@ -79,11 +81,25 @@ class BenchConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stages is None and self.device != "cpu":
+        if self.stages is None and self.device.startswith("cuda"):
             self.stages = "full"
         for target in self.targets:
             check_choice("targets", target, self.all_targets)
         check_every_step(self.attention)
+
+    def on(self, device: str) -> "BenchConfig":
+        """The settings for the device that `auto` is here: a GPU has stages, a CPU is compared.
+
+        Raises:
+            WanError: a target that only CPUs have.
+        """
+        others = [target for target in self.targets if target not in STAGES]
+        if self.device == "auto" and self.stages is None and device != "cpu" and others:
+            raise WanError(
+                f"targets={','.join(others)}: timed beside diffusers, on the CPU only, and "
+                f"device=auto is {device} here; add device=cpu, or choose {', '.join(STAGES)}"
+            )
+        return replace(self, device=device)
 
     @property
     def all_targets(self) -> tuple[str, ...]:

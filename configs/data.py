@@ -141,7 +141,9 @@ class PreprocessConfig(Options):
         at_least=1,
         at_most=512,
     )
-    device: str = option("cpu", "cpu, cuda, cuda:N", check=check_device)
+    device: str = option(
+        "auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:N", check=check_device
+    )
     threads: int = count(2, "CPU threads")
 
     def __post_init__(self) -> None:

@@ -281,7 +281,7 @@ class LoadingConfig(Options):
     variant: str | None = option(None, "weights of that variant where a part has it, as in fp16")
     device: str = option(
         "auto",
-        "auto (cuda if there is one, else cpu), cpu, mps, cuda, cuda:N",
+        "auto (what there is of cuda, mps, cpu, in this order), cpu, mps, cuda, cuda:N",
         check=check_device,
     )
     dtype: str = option(

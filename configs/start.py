@@ -69,8 +69,8 @@ def name_user() -> None:
 
     try:
         getpass.getuser()
-    except (KeyError, OSError):
-        os.environ["USER"] = str(os.getuid())
+    except (KeyError, OSError, ImportError):  # the last on Windows
+        os.environ["USER"] = str(os.getuid()) if hasattr(os, "getuid") else "user"
 
 
 def lasting(stream: "TextIO | None", number: int) -> "TextIO":

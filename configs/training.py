@@ -158,7 +158,9 @@ class TransformerTrainConfig(OptimConfig):
 
     checkpoint: str = option("builtin:miniature-teacher", "folder or hub id to start from")
     threads: int = count(2, "CPU threads")
-    device: str = option("cpu", "auto, cpu, cuda, cuda:N", check=check_device)
+    device: str = option(
+        "auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:N", check=check_device
+    )
     compile: bool = option(False, "compile the transformers' blocks")
     checkpoint_blocks: str = option(
         "none", "activation checkpointing: none, full, selective", choices=CHECKPOINT_BLOCKS

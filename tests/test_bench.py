@@ -409,7 +409,6 @@ def test_random_networks_have_the_dtypes_of_loaded_ones():
         ({"stages": "huge"}, "full, tiny"),
         ({"device": "mps"}, "cpu or cuda"),
         ({"device": "mps", "stages": "tiny"}, "cpu or cuda"),
-        ({"device": "auto", "stages": "tiny"}, "cpu or cuda"),
         ({"repeats": 1}, "at least 2"),
         ({"clock": "sun"}, "wall, cpu"),
         ({"dtypes": ["float8"]}, "float32, bfloat16"),
@@ -433,3 +432,14 @@ def test_prompts_have_the_tokens_that_were_asked_for():
             return type("Tokens", (), {"ids": [*text.split(), "</s>"][:max_length]})
 
     assert prompt_of(Words(), 4) == "a red a"
+
+
+def test_auto_times_stages_on_a_gpu_and_beside_diffusers_on_a_cpu():
+    assert BenchConfig().on("cpu").stages is None
+    assert BenchConfig().on("cuda").stages == "full"
+    assert BenchConfig(targets=["decode"]).on("cuda").stages == "full"
+    assert BenchConfig(device="cpu", targets=["encode"]).on("cpu").chosen() == ("encode",)
+    with pytest.raises(WanError, match=r"targets=encode: .* add device=cpu, or choose text"):
+        BenchConfig(targets=["encode"]).on("cuda")
+    with pytest.raises(WanError, match="device=mps: nothing else than cpu or cuda can be timed"):
+        BenchConfig(device="mps")

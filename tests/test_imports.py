@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "wan.errors": (),
     "wan.files": (),
     "wan.paths": (),
+    "wan.precision": (),
     "wan.settings": (),
     "wan.models": (),
     "wan.sampling": (),
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "infer": ("wan", "configs"),
     "train": ("wan", "configs"),
 }
-OPEN = ("wan.errors", "wan.files", "wan.paths", "wan.settings")
+OPEN = ("wan.errors", "wan.files", "wan.paths", "wan.precision", "wan.settings")
 
 # The network knows no sampler and the samplers no network; inside the rooms this is the order.
 LAYERS = {

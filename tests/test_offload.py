@@ -131,6 +131,18 @@ def test_only_devices_that_it_names_are_accepted(name):
     assert resolve_device("cpu") == CPU
 
 
+@pytest.mark.parametrize(
+    ("cuda", "on_mac", "found"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_auto_finds_cuda_then_mps_then_the_cpu(cuda, on_mac, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: on_mac)
+    assert resolve_device("auto").type == found
+    # Training and times: MPS only where it is named, if at all.
+    assert resolve_device("auto", mps=False).type == ("cuda" if cuda else "cpu")
+
+
 def test_an_unknown_way_is_refused(tokenizer_folder):
     with pytest.raises(WanError, match="offload: unknown disk; known are none, stage, block"):
         build(tokenizer_folder).__class__.from_pretrained("x", offload="disk")

@@ -10,6 +10,7 @@ from wan.lora.merge import LoRA, LoRAMerge, merge_lora
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Encoder
+from wan.precision import working_dtype
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.load import build_on_meta, load_module
 from wan.weights.quantize import (
@@ -109,7 +110,7 @@ def test_products_are_in_the_compute_dtype():
     seen = []
     dit.blocks[0].ffn.up.register_forward_hook(lambda layer, args, out: seen.append(out.dtype))
     forward(dit)
-    assert seen == [torch.bfloat16]
+    assert seen == [working_dtype(torch.bfloat16, torch.device("cpu"))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -83,6 +83,16 @@ def only_record(tmp_path) -> dict:
 # --- what a good run leaves -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["slow", "fast"])
+def test_header_and_record_say_in_which_precision_products_are(run, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("wan.precision.cpu_is_fast_in_bfloat16", lambda: fast)
+    code, _, err = run(f"prompt={PROMPT}", "dtype=bfloat16", "device=cpu")
+    assert code == 0, err
+    note = "weights bfloat16, computed in float32: this CPU has no fast bfloat16"
+    assert (note in err.splitlines()) is not fast
+    assert only_record(tmp_path)["precision"] == (None if fast else note)
+
+
 def test_a_prompt_becomes_a_video_with_its_record(run, tmp_path, models):
     code, out, err = run(f"prompt={PROMPT}", "seed=5")
     assert code == 0, err

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
 from wan.errors import WanError
-from wan.models import vae_layers
 from wan.models.vae import VAEConfig, WanVAE, decode_tiled, patchify, unpatchify
 from wan.models.vae_layers import Conv3d, DoublingConv2d
 from wan.weights.keys import VAELevels, released_name
@@ -95,20 +94,6 @@ def test_a_later_latent_never_changes_an_earlier_frame(config):
     before, after = vae.decode_normalized(latents, 1), vae.decode_normalized(changed, 1)
     assert torch.equal(before[:, :, :9], after[:, :, :9])
     assert not torch.equal(before[:, :, 9:], after[:, :, 9:])
-
-
-@pytest.mark.parametrize("kernel", [(3, 3), (3, 3, 3)], ids=["2d", "3d"])
-def test_without_fast_bfloat16_a_convolution_is_rounded_from_float32(kernel, monkeypatch):
-    """On CPUs that have none, PyTorch's own bfloat16 loop takes up to 60 times as long."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 5, *(6,) * len(kernel), generator=generator).bfloat16()
-    weight = torch.randn(7, 5, *kernel, generator=generator).bfloat16()
-    bias = torch.randn(7, generator=generator).bfloat16()
-    rest = ((1,) * len(kernel), (1,) * len(kernel))
-    monkeypatch.setattr(vae_layers, "slow_in_bfloat16", lambda: True)
-    expected = vae_layers.convolve(x.float(), weight.float(), bias.float(), *rest).bfloat16()
-    assert torch.equal(vae_layers.convolve(x, weight, bias, *rest), expected)
-    assert expected.dtype == torch.bfloat16
 
 
 @GENERATIONS

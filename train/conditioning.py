@@ -18,6 +18,7 @@ from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Encoder, pad_ids
 from wan.pipeline.config import PipelineConfig, part_folder
 from wan.pipeline.folder import load_part
+from wan.precision import default_dtype
 from wan.weights.digests import list_files, remembered_sha256
 
 TEXT_LENGTH = 512  # tokens of context that every Wan transformer reads
@@ -53,7 +54,7 @@ def load_frozen(
 
 def text_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which the text encoder runs and its embeddings are stored."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return default_dtype(device)
 
 
 def component_digests(folder: Path) -> dict[str, str]:

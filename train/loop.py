@@ -77,6 +77,7 @@ FREE_SETTINGS = {
     "sample_negative_prompt",
     "sample_seed",
     # How the same numbers are computed, up to rounding.
+    "device",
     "compile",
     "checkpoint_blocks",
     "gradient_accumulation",

@@ -16,7 +16,7 @@ from configs.training import OptimConfig
 from train.checkpoint import newest_settings
 from train.parallel import Ranks, gathered, sharded_like
 from wan.errors import WanError
-from wan.runtime.offload import is_fast_in_bfloat16
+from wan.precision import is_fast_in_bfloat16
 
 # Quintic Newton-Schulz coefficients: five rounds push all singular values of a matrix with unit
 # norm into about [0.7, 1.2]. Source: Jordan et al., Muon (2024).

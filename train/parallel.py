@@ -362,7 +362,7 @@ def start(config: ParallelConfig, device: str = "cpu") -> Iterator[Ranks]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     share_out(config, size)
     if size == 1:
-        yield Ranks(resolve_device(device))
+        yield Ranks(resolve_device(device, mps=False))  # not tried there: only if it is named
         return
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

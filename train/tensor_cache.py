@@ -6,7 +6,6 @@ A shard is written beside its place and renamed; its metadata holds, for each te
 its bytes, which every reading checks, its dtype and shape, and facts about it.
 """
 
-import fcntl
 import hashlib
 import json
 import sys
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError
-from wan.files import parse_json, sealed, unsealed
+from wan.files import lock_file, parse_json, sealed, unsealed
 from wan.weights.safetensors_file import (
     SafetensorsFile,
     TensorEntry,
@@ -177,10 +176,10 @@ def only_writer(folder: Path, lock: str = ".lock", wait: bool = False) -> Iterat
     """
     with (folder / lock).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, wait=False)
         except BlockingIOError as error:
             if not wait:
                 raise WanError(f"{folder}: another process is writing there; let it end") from error
             print(f"{folder}: another process is writing there; waiting", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file, wait=True)
         yield

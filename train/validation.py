@@ -117,7 +117,7 @@ def measure_clip(
         stated: its caption, for the miniature's world.
         shown: whether its frames are wanted too.
     """
-    values = latents.detach().double()
+    values = latents.detach().cpu().double()  # not every device has float64
     return ClipNumbers(
         motion(video),
         saturation(video),

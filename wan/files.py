@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,14 +24,18 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wan.errors import WanError
 
 try:
     import fcntl
-except ImportError:  # Windows: there, no leftovers are removed
+except ImportError:  # Windows, where an open file is not renamed either: no leftovers are removed
     fcntl = None  # type: ignore[assignment]
+
+# What Windows lacks (a program that is started inherits no file there), and what only it has: bytes
+# as they are.
+OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 # A released config.json has 2 kB, and the index of the largest model 150 kB.
 MAX_JSON_BYTES = 4 << 20
@@ -64,7 +69,7 @@ def open_regular(path: Path) -> BufferedReader:
         WanError: it is no regular file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS | getattr(os, "O_NONBLOCK", 0))
     except ValueError as error:  # a name that holds a zero byte
         raise WanError(f"{path}: no file can have this name ({error})") from error
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -274,21 +279,25 @@ def _claimed(path: Path) -> Iterator[Path]:
         raise
     finally:
         beside.unlink(missing_ok=True)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _locked_file(path: Path) -> tuple[Path, int]:
+def _locked_file(path: Path) -> tuple[Path, int | None]:
+    """An empty file beside `path`, and the descriptor that locks it; none on Windows."""
     while True:
         # The start of the name says whose it is; the whole of a long one would be too long.
         beside = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o666)
         except OSError as error:
             error.filename = str(path)
             raise
+        if fcntl is None:
+            os.close(descriptor)
+            return beside, None
         with suppress(OSError):  # disks without locks: there, leftovers stay
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         if beside.exists():  # nobody took it for a leftover before it was locked
             return beside, descriptor
         os.close(descriptor)
@@ -314,7 +323,7 @@ def remove_leftovers(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file as a whole, in UTF-8."""
     with written_beside(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -331,6 +340,31 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# --- locks ----------------------------------------------------------------------------------------
+
+
+def lock_file(file: IO[Any], wait: bool) -> None:
+    """Lock an open file that nobody reads, until it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is false.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return
+    import msvcrt
+
+    file.seek(0)
+    while True:
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            return
+        except OSError as error:
+            if not wait:
+                raise BlockingIOError("locked by another process") from error
+        time.sleep(1)
 
 
 # --- records that are read again ------------------------------------------------------------------
@@ -395,7 +429,7 @@ def create_sealed(path: Path, values: Mapping[str, Any]) -> None:
     """
     with _claimed(path) as beside:
         text = json.dumps(sealed(values), indent=2, ensure_ascii=False) + "\n"
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", newline="\n")
         flush_to_disk(beside)
         try:
             os.link(beside, path)
@@ -427,7 +461,10 @@ def expanded(path: str | Path) -> Path:
 
 def flush_to_disk(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    writable = fcntl is None  # Windows flushes files that may be written, and no folder
+    if writable and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -166,7 +166,8 @@ def measured(
 
 @torch.no_grad()
 def bench(config: BenchConfig) -> None:
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, mps=False)
+    config = config.on(str(device))
     folder = writable_folder(config.output_dir)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -489,6 +489,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "model_folder": kept_path(model.folder, session.output),
         "pipeline": type(model.pipeline).__name__,
         "weights": model.census,
+        "precision": request.precision,  # None: computed in the dtype of the weights
         "lora": model.merges,
         "weights_sha256": None,
         "noise_sha256": None,

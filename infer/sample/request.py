@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from wan.models.attention import NetworkAttention
 from wan.models.tokenizer import check_escapes, clean_prompt, strip_prompt
 from wan.pipeline.config import OFFICIAL_NEGATIVE_PROMPT, PipelineConfig
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
+from wan.precision import precision_note
 
 MODEL = "checkpoint"  # as the source of a value: the model's own folder
 CHOSEN = ("command line", PROMPT_FILE, RECORD)  # sources that somebody typed
@@ -95,6 +97,12 @@ class Request:
     def tokens(self) -> int:
         """Number of video tokens, the sequence length of self-attention."""
         return math.prod(self.grid)
+
+    @property
+    def precision(self) -> str | None:
+        """A sentence if the networks compute in another dtype than their weights'; else None."""
+        device, dtype = (self.settings[name][0] for name in ("device", "dtype"))
+        return precision_note(getattr(torch, dtype), torch.device(device))
 
     @property
     def seeds(self) -> range:
@@ -319,6 +327,8 @@ def describe(request: Request, folder: Path) -> str:
     ]
     lines.append(f"t (sigma) of {schedule.description}:")
     lines += ["  " + "  ".join(steps[i : i + 6]) for i in range(0, len(steps), 6)]
+    if (note := request.precision) is not None:
+        lines.append(note)
     if request.plan.untrained:
         lines.append(f"not what this model was trained for: {', '.join(request.plan.untrained)}")
     return "\n".join(lines)

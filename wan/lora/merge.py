@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from wan.errors import WanError
 from wan.lora.files import FOLDER_NAMES, FullDelta, LoRA, LowRank, read_lora
+from wan.precision import Linear
 from wan.weights.keys import released_name
 from wan.weights.names import grouped
 from wan.weights.quantize import refuse_quantized
@@ -227,7 +228,12 @@ DEFAULT_TARGETS = (
 )
 
 
-class LoRALinear(nn.Linear):
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one and nothing more."""
+    return type(layer) in (nn.Linear, Linear)
+
+
+class LoRALinear(Linear):
     """A linear layer with a trainable low-rank pair beside its frozen weight.
 
     y = W x + b + (alpha / r) * lora_B lora_A x. The pair is kept in float32, which small updates
@@ -291,7 +297,7 @@ def add_lora(
     names = [name for target in targets for name in matching(layers, target)]
     chosen = [name for name in layers if name in set(names)]
     for name in chosen:
-        if type(layers[name]) is not nn.Linear:
+        if not is_plain(layers[name]):
             kind = type(layers[name]).__name__
             raise WanError(f"LoRA target {name}: is a {kind}, only plain linear layers take a LoRA")
     module.requires_grad_(False)
@@ -343,7 +349,7 @@ def pairs_to_train(module: nn.Module, lora: LoRA) -> dict[str, LowRank]:
     layers = dict(module.named_modules())
     pairs = {name.removesuffix(".weight"): pair for name, pair in lora.pairs.items()}
     others = [*lora.deltas]
-    others += [f"{name}.weight" for name in pairs if type(layers[name]) is not nn.Linear]
+    others += [f"{name}.weight" for name in pairs if not is_plain(layers[name])]
     if others:
         raise WanError(
             f"LoRA {lora.path}: training goes on with pairs of plain linear layers only; it also "
@@ -388,9 +394,7 @@ def fold_lora(module: nn.Module) -> list[str]:
     folded = lora_layers(module)
     for name, layer in folded.items():
         delta = LowRank(layer.lora_A, layer.lora_B, layer.scale).delta(layer.weight.device)
-        plain = nn.Linear(
-            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-        )
+        plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         plain.weight.copy_(layer.weight.float() + delta)
         set_layer(module, name, plain)

@@ -4,8 +4,9 @@ Source: Wan, arXiv:2503.20314, section 4.2 and figure 10; DiT, arXiv:2212.09748 
 
 Precision: the time path, all modulation tables, `cross_norm`, the arithmetic of every norm, the
 rotary tables, the residual stream and the head are float32 whatever the dtype of the weights and
-whether or not autocast is on; the other matmuls run in their weights' dtype. Loaders keep the
-parameters that `WanDiT.FLOAT32_PARAMETERS` names in float32.
+whether or not autocast is on; the other matmuls run in their weights' dtype, or in float32 on a CPU
+that is slow in that (`wan.precision`). Loaders keep the parameters that
+`WanDiT.FLOAT32_PARAMETERS` names in float32.
 
 Letters: B batch, C channels, T H W latent frames, height, width (`grid` counts patches), L tokens
 (order T, H, W, row-major), S text tokens, D width, N heads, K = D / N. G counts the groups of
@@ -33,6 +34,7 @@ from wan.models.attention import (
 from wan.models.dit_config import DiTConfig
 from wan.models.recompute import CHECKPOINT_BLOCKS
 from wan.models.rope import apply_rope, rope_table
+from wan.precision import Linear, linear, working_dtype
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values, (B, N, S, K) each
 
@@ -111,8 +113,8 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
 
 
 def compute_dtype(layer: nn.Linear) -> torch.dtype:
-    """The dtype a layer computes in: that of its bias, as its weight may be stored in 8 bits."""
-    return layer.bias.dtype
+    """The dtype a layer computes in, by its bias, as its weight may be stored in 8 bits."""
+    return working_dtype(layer.bias.dtype, layer.bias.device)
 
 
 class RMSNorm(nn.Module):
@@ -157,8 +159,9 @@ class PatchEmbedding(nn.Module):
         t, h, w = self.weight.shape[2:]
         patches = latents.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, T, H, W, C, t, h, w)
-        patches = patches.flatten(4).flatten(1, 3).to(self.weight.dtype)  # (B, L, C t h w)
-        return F.linear(patches, self.weight.flatten(1), self.bias).float()
+        patches = patches.flatten(4).flatten(1, 3)  # (B, L, C t h w)
+        patches = patches.to(working_dtype(self.weight.dtype, patches.device))
+        return linear(patches, self.weight.flatten(1), self.bias).float()
 
 
 class TimeEmbedding(nn.Module):
@@ -174,15 +177,15 @@ class TimeEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Output of the text encoder (B, S, text_dim) -> (B, S, D) in the dtype of the weights."""
+    """Output of the text encoder (B, S, text_dim) -> (B, S, D) in `compute_dtype`."""
 
     def __init__(self, text_dim: int, width: int) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(text_dim, width)
-        self.out_proj = nn.Linear(width, width)
+        self.in_proj = Linear(text_dim, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, context: Tensor) -> Tensor:
-        hidden = self.in_proj(context.to(self.in_proj.weight.dtype))
+        hidden = self.in_proj(context.to(compute_dtype(self.in_proj)))
         return self.out_proj(F.gelu(hidden, approximate="tanh"))
 
 
@@ -193,10 +196,10 @@ class AttentionLayers(nn.Module):
         super().__init__()
         width = config.width
         self.num_heads = config.num_attention_heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.out = Linear(width, width)
         self.query_norm = RMSNorm(width, config.eps)
         self.key_norm = RMSNorm(width, config.eps)
 
@@ -222,7 +225,7 @@ class SelfAttention(AttentionLayers):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], grid: Grid, exact: bool = False
     ) -> Tensor:
-        """(B, L, D) on a grid of tokens -> (B, L, D) in the dtype of the weights.
+        """(B, L, D) on a grid of tokens -> (B, L, D) in `compute_dtype`.
 
         With `exact` all tokens attend to all, whatever `attention` is.
         """
@@ -256,12 +259,12 @@ class CrossAttention(AttentionLayers):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, linear: (B, L, D) -> (B, L, D) in the dtype of the weights."""
+    """Linear, GELU, linear: (B, L, D) -> (B, L, D) in `compute_dtype`."""
 
     def __init__(self, width: int, ffn_dim: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, ffn_dim)
-        self.down = nn.Linear(ffn_dim, width)
+        self.up = Linear(width, ffn_dim)
+        self.down = Linear(ffn_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x.to(compute_dtype(self.up)))

@@ -3,8 +3,9 @@
 No biases, no dropout, no embedding scale, no 1/sqrt(d) on the attention scores.
 Source: T5, arXiv:1910.10683; UMT5, arXiv:2304.09151; transformers `modeling_umt5.py`.
 
-Precision: matmuls run in the weights' dtype; the residual stream, the norms' statistics and the
-softmax accumulate in float32 whatever that dtype is. The result has the weights' dtype.
+Precision: matmuls run in the weights' dtype, or in float32 on a CPU that is slow in that
+(`wan.precision`); the residual stream, the norms' statistics and the softmax accumulate in float32
+whatever that dtype is. The result has the weights' dtype.
 
 Letters: B batch, S text tokens, D width, N heads, K = d_kv, width of one head.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from wan.errors import WanError, errors_about
 from wan.models.tokenizer import PAD_ID, Tokenizer, clean_prompt
+from wan.precision import Linear, working_dtype
 from wan.settings import bounded, check_settings
 
 
@@ -125,9 +127,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) float32 -> (..., D) in the weight's dtype, rounded before the multiply."""
+        """(..., D) float32 -> (..., D) in the dtype of products, rounded before the multiply."""
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(self.weight.dtype)
+        return self.weight * x.to(working_dtype(self.weight.dtype, x.device))
 
 
 class Attention(nn.Module):
@@ -137,10 +139,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.num_heads = config.num_heads
-        self.query = nn.Linear(config.d_model, inner, bias=False)
-        self.key = nn.Linear(config.d_model, inner, bias=False)
-        self.value = nn.Linear(config.d_model, inner, bias=False)
-        self.out = nn.Linear(inner, config.d_model, bias=False)
+        self.query = Linear(config.d_model, inner, bias=False)
+        self.key = Linear(config.d_model, inner, bias=False)
+        self.value = Linear(config.d_model, inner, bias=False)
+        self.out = Linear(inner, config.d_model, bias=False)
         self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
@@ -150,6 +152,7 @@ class Attention(nn.Module):
             for proj in (self.query, self.key, self.value)
         )
         bias = self.relative_bias(buckets).permute(2, 0, 1).unsqueeze(0)  # (1, N, S, S)
+        bias = bias.to(working_dtype(bias.dtype, bias.device))
         if mask is not None:
             # The most negative finite number, as in the reference: a query that may attend to no
             # key (in an entry that is all padding) gets an even average instead of NaN.
@@ -163,9 +166,9 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate = Linear(config.d_model, config.d_ff, bias=False)
+        self.up = Linear(config.d_model, config.d_ff, bias=False)
+        self.down = Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -229,7 +232,7 @@ class UMT5Encoder(nn.Module):
         for block in self.blocks:
             with self.block_at_work(block):
                 x = block(x, buckets, key_mask)
-        return self.final_norm(x)
+        return self.final_norm(x).to(self.final_norm.weight.dtype)
 
 
 def pad_ids(ids: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from wan.models.vae_layers import (
     causal_conv,
     silu,
 )
+from wan.precision import working_dtype
 
 __all__ = ["StreamCache", "VAEConfig", "WanVAE", "decode_tiled"]
 
@@ -100,8 +101,9 @@ def unpatchify(x: Tensor, size: int) -> Tensor:
 class WanVAE(nn.Module):
     """Video (B, 3, F, H, W) in [-1, 1] <-> normalised latents (B, z, T, h, w).
 
-    Computes in the dtype of its weights, norm statistics in float32. Latents are the posterior
-    mean. `encode_normalized` normalises them per channel with `latents_mean` and `latents_std`, in
+    Computes in the dtype of its weights, or in float32 on a CPU that is slow in that
+    (`wan.precision`), norm statistics in float32. Latents are the posterior mean.
+    `encode_normalized` normalises them per channel with `latents_mean` and `latents_std`, in
     float32, and `decode_normalized` undoes it.
 
     Attributes:
@@ -157,11 +159,12 @@ class WanVAE(nn.Module):
         cache = StreamCache(keep=chunk_frames is not None)
         moments = []
         for chunk in split_stream(video, chunk_frames):
-            x = patchify(chunk.to(self.dtype), self.config.patch_size or 1)
+            chunk = chunk.to(working_dtype(self.dtype, chunk.device))
+            x = patchify(chunk, self.config.patch_size or 1)
             # Channels innermost in memory, so that `frames_of` is a view and no copy.
             moments.append(self.encoder(x.contiguous(memory_format=torch.channels_last_3d), cache))
             cache.first = False
-        return self.quant_conv(torch.cat(moments, dim=2), cache)
+        return self.quant_conv(torch.cat(moments, dim=2), cache).to(self.dtype)
 
     def decode_normalized(
         self, latents: Tensor, chunk_latents: int | None = CHUNK_LATENTS
@@ -208,9 +211,9 @@ class WanVAE(nn.Module):
 
     def decode_chunk(self, z: Tensor, cache: StreamCache) -> Tensor:
         """De-normalised latents to unclamped pixels, with the caller's cache."""
-        z = z.contiguous(memory_format=torch.channels_last_3d)
+        z = z.to(working_dtype(z.dtype, z.device)).contiguous(memory_format=torch.channels_last_3d)
         x = self.decoder(self.post_quant_conv(z, cache), cache)
-        return unpatchify(x, self.config.patch_size or 1)
+        return unpatchify(x, self.config.patch_size or 1).to(self.post_quant_conv.weight.dtype)
 
     def _check_video(self, video: Tensor) -> None:
         stride = self.config.spatial_stride

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from wan.precision import convolve
+
 
 class Rows(Protocol):
     """Rows of each frame shared out over processes while decoding. See `wan.runtime.parallel`."""
@@ -52,40 +54,6 @@ class StreamCache:
         """Store a copy: a view of the last frames would keep the whole activation in memory."""
         if self.keep:
             self.history[layer] = frames.clone()
-
-
-def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """A 2-D or 3-D convolution that uses oneDNN wherever it is faster.
-
-    In float32 on CPUs, PyTorch uses oneDNN only for batches and large inputs (C T H > 20480). Its
-    own loop for all others takes 4 to 10 times as long with 3-D kernels. In bfloat16 oneDNN needs
-    AVX-512, and that loop takes up to 60 times as long as float32: without AVX-512 the convolution
-    is computed in float32, and its result is rounded to bfloat16.
-    """
-    # First: the compiler cannot look at what follows.
-    on_cpu = not torch.compiler.is_compiling() and x.device.type == "cpu"
-    if on_cpu and x.dtype == torch.bfloat16 and slow_in_bfloat16():
-        wide = None if bias is None else bias.float()
-        return convolve(x.float(), weight.float(), wide, stride, padding).bfloat16()
-    onednn = (
-        on_cpu
-        and x.dtype == weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
-    )
-    if onednn:
-        ones = (1,) * len(stride)
-        return torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1)
-    function = F.conv3d if weight.ndim == 5 else F.conv2d
-    return function(x, weight, bias, stride, padding)
-
-
-def slow_in_bfloat16() -> bool:
-    """Whether this CPU has no fast convolution in bfloat16."""
-    return torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def convolve_layer(
@@ -261,7 +229,7 @@ class DoublingConv2d(nn.Conv2d):
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         height, width = x.shape[2:]
         by_row = merge_taps(self.weight.float(), 2)  # (2, C', C, 2, 3)
-        kernels = merge_taps(by_row, 4).to(self.weight.dtype)  # (column, row, C', C, 2, 2)
+        kernels = merge_taps(by_row, 4).to(x.dtype)  # (column, row, C', C, 2, 2)
         bias = None if self.bias is None else self.bias.repeat(4)
         padding = (1, 1)
         if rows is not None:

@@ -16,6 +16,7 @@ from wan.errors import WanError, check_names
 from wan.lora.merge import Merges
 from wan.models.attention import AttentionChoice
 from wan.pipeline.inputs import OnProgress
+from wan.precision import default_dtype
 from wan.runtime.offload import resolve_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -195,13 +196,13 @@ def one_device(device_map: Any) -> Any:
 
 
 def known_dtype(dtype: Any, device: torch.device) -> torch.dtype:
-    """A dtype by itself or by its name; None and "auto" are the best for the device.
+    """A dtype by itself or by its name; None and "auto" are `default_dtype` of the device.
 
     Raises:
         WanError: neither float32 nor bfloat16.
     """
     if dtype is None or dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return default_dtype(device)
     found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
         narrow = str(found).removeprefix("torch.") in ("float16", "half")

@@ -33,6 +33,7 @@ from wan.pipeline.config import PipelineConfig
 from wan.pipeline.folder import QUANTIZED_PARTS, ModelFolder, module_builders, part_builder
 from wan.pipeline.parts import weight_kind
 from wan.pipeline.plan import SamplingPlan
+from wan.precision import working_dtype
 from wan.runtime.costs import count_parameters
 from wan.runtime.memory_meter import FusedAttention, LiveBytes, peak_bytes
 from wan.runtime.offload import has_blocks
@@ -87,6 +88,11 @@ class MemoryRequest:
     def grid(self) -> Grid:
         """Number of tokens along T, H and W."""
         return self.config.transformer.token_grid(self.latent_shape[1:])
+
+    @property
+    def computing(self) -> "MemoryRequest":
+        """The same in the dtype of products, in which working memory is counted."""
+        return replace(self, dtype=working_dtype(self.dtype, self.device))
 
 
 def weight_bytes(config: PipelineConfig, dtype: torch.dtype) -> int:
@@ -148,7 +154,9 @@ def as_loaded(build: Callable[[], nn.Module], request: MemoryRequest, part: str)
 
 
 def shallow(request: MemoryRequest, part: str) -> Any:
-    """Like `as_loaded`, but with two layers, or with one layer per kind of attention."""
+    """A network to count working memory with: in the dtype of products, and of two layers, or of
+    one layer per kind of attention.
+    """
     config = request.config
     attention = counted_attention(request)
     kinds = tuple(dict.fromkeys(attention.layers))
@@ -159,7 +167,7 @@ def shallow(request: MemoryRequest, part: str) -> Any:
         text_encoder=replace(config.text_encoder, num_layers=2),
     )
     builders = module_builders(config, replace(attention, layers=layers))
-    return as_loaded(builders[part], request, part)
+    return as_loaded(builders[part], request.computing, part)
 
 
 def counted_attention(request: MemoryRequest) -> NetworkAttention:
@@ -353,7 +361,7 @@ def denoise_bytes(request: MemoryRequest) -> int:
                 lambda i: torch.empty(shape, device=META)
             )
             sample(velocity, noise, stepper)
-    return texts + keys_values * request.dtype.itemsize + memory.peak
+    return texts + keys_values * request.computing.dtype.itemsize + memory.peak
 
 
 def image_bytes(request: MemoryRequest) -> int:

@@ -9,6 +9,7 @@ B videos, C T h w latent sizes, F frames, H W pixels, S text tokens.
 import difflib
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import cache
@@ -42,6 +43,7 @@ from wan.pipeline.inputs import (
     report,
 )
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
+from wan.precision import conv3d_warning
 from wan.runtime.offload import (
     OFFLOAD,
     ExpertSlot,
@@ -223,7 +225,17 @@ class PipelineStages(PipelineAdapters):
             if dtype is not None:
                 cast_weights(module, dtype)
             self._place(module)
+        self._warn_of_decoding()
         return self
+
+    def _warn_of_decoding(self) -> None:
+        """Say so where this build of PyTorch decodes badly on a GPU."""
+        vae = self._parts.get("vae")
+        if self.device.type != "cuda" or vae is None:
+            return
+        problem = conv3d_warning(torch.__version__, torch.backends.cudnn.version())
+        if problem is not None and any(p.dtype == torch.bfloat16 for p in vae.parameters()):
+            warnings.warn(problem, stacklevel=3)
 
     def refuse_sharded(self, what: str) -> None:
         """Refuse what would need whole weights where each process holds a part of them.
@@ -735,7 +747,7 @@ def weights_state(module: nn.Module) -> tuple[Any, ...]:
     state: list[Any] = []
     for parameter in module.parameters():
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 16)][:17].double().sum().item()
+        sample = flat[:: max(1, flat.numel() // 16)][:17].cpu()  # not every device has float64
         version = None if parameter.is_inference() else parameter._version
-        state.append((id(parameter), version, parameter.dtype, sample))
+        state.append((id(parameter), version, parameter.dtype, sample.double().sum().item()))
     return tuple(state)

@@ -8,8 +8,9 @@ they live. It counts neither the memory that libraries keep for themselves nor t
 GPU's convolutions and matrix products.
 """
 
-import os
-import resource
+import ctypes
+import re
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -23,6 +24,11 @@ from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # Linux lists here the free memory, this process's control groups, and the limits of these.
 MEMINFO, OWN_CGROUPS, CGROUPS = map(Path, ("/proc/meminfo", "/proc/self/cgroup", "/sys/fs/cgroup"))
@@ -117,25 +123,82 @@ def peak_bytes(compute: Callable[[], Any]) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free bytes of a device; for a CPU, what the system and its container can still allocate."""
+    """Free bytes of a device; for a CPU, what the system and its container can still allocate.
+
+    On macOS these are the free pages and those that hold nothing that is not on the disk too.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    try:
-        rows = dict(line.split(":") for line in MEMINFO.read_text("ascii").splitlines())
-        return min([int(rows["MemAvailable"].split()[0]) * 1024, *left_in_cgroups()])
-    except FileNotFoundError:  # not Linux: all physical memory
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if resource is None:
+        return int(asked_of_windows("GlobalMemoryStatusEx", SystemMemory()).available_physical)
+    if sys.platform == "darwin":
+        done = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, check=True)
+        return available_on_macos(done.stdout)
+    rows = dict(line.split(":") for line in MEMINFO.read_text("ascii").splitlines())
+    return min([int(rows["MemAvailable"].split()[0]) * 1024, *left_in_cgroups()])
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Most bytes that this process has held so far: "process", and "cuda" on a GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if resource is None:
+        own = asked_of_windows("K32GetProcessMemoryInfo", ProcessMemory(), of_process=True)
+        peak = {"process": int(own.peak_working_set)}
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+        peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":
         peak["cuda"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+class SystemMemory(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX."""
+
+    _fields_ = (
+        *(("size", ctypes.c_uint32), ("load", ctypes.c_uint32)),
+        *(("total_physical", ctypes.c_uint64), ("available_physical", ctypes.c_uint64)),
+        ("others", ctypes.c_uint64 * 5),
+    )
+
+
+class ProcessMemory(ctypes.Structure):
+    """Windows' PROCESS_MEMORY_COUNTERS."""
+
+    _fields_ = (
+        *(("size", ctypes.c_uint32), ("page_faults", ctypes.c_uint32)),
+        *(("peak_working_set", ctypes.c_size_t), ("working_set", ctypes.c_size_t)),
+        ("others", ctypes.c_size_t * 6),
+    )
+
+
+def asked_of_windows(question: str, answer: Any, of_process: bool = False) -> Any:
+    """A structure that a function of kernel32 fills.
+
+    Args:
+        answer: its first field is its size.
+        of_process: the function takes this process before the structure, and its size after it.
+    Raises:
+        OSError: the function failed.
+    """
+    kernel: Any = ctypes.windll.kernel32  # type: ignore[attr-defined]
+    answer.size = ctypes.sizeof(answer)
+    arguments: list[Any] = [ctypes.byref(answer)]
+    if of_process:
+        kernel.GetCurrentProcess.restype = ctypes.c_void_p
+        process = ctypes.c_void_p(kernel.GetCurrentProcess())
+        arguments = [process, *arguments, ctypes.c_uint32(answer.size)]
+    if not getattr(kernel, question)(*arguments):
+        raise OSError(f"Windows does not answer {question}")
+    return answer
+
+
+def available_on_macos(vm_stat: str) -> int:
+    """Bytes that macOS can hand out, from what `vm_stat` prints."""
+    page = int(re.findall(r"page size of (\d+) bytes", vm_stat)[0])
+    counts = dict(re.findall(r"Pages (\w+): +(\d+)\.", vm_stat))
+    return page * sum(int(counts[name]) for name in ("free", "inactive", "speculative"))
 
 
 def left_in_cgroups() -> list[int]:

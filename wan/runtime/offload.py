@@ -17,14 +17,18 @@ OFFLOAD = ("none", "stage", "block")
 Home = tuple[dict[str, Any], str, Tensor]  # a module's dict, the name in it, the tensor
 
 
-def resolve_device(name: str | torch.device) -> torch.device:
-    """The device of that name; "auto" is a CUDA device if there is one, else the CPU.
+def resolve_device(name: str | torch.device, mps: bool = True) -> torch.device:
+    """The device of that name; "auto" is a CUDA device if there is one, else MPS, else the CPU.
+
+    Args:
+        mps: whether "auto" may be MPS, the GPU of a Mac.
 
     Raises:
         WanError: no such device, or this build of PyTorch cannot use it.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        on_mac = mps and torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if on_mac else "cpu"
     try:
         device = torch.device(name)
         known = device.type == "cuda" or (device.type in ("cpu", "mps") and not device.index)
@@ -41,18 +45,6 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise WanError(f"device={name}: not available here; use cpu")
     return device
-
-
-def is_fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are no slower than in float32.
-
-    A CPU without AVX-512 computes them number by number, ten times slower or more.
-    """
-    if device.type != "cpu":
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def homes_of(module: nn.Module, without: nn.Module | None = None) -> list[Home]:

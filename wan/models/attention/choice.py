@@ -31,6 +31,7 @@ from wan.models.attention.sliding_tile import SlidingTile
 from wan.models.attention.top_k import TopK
 from wan.models.attention_config import AttentionConfig
 from wan.models.dit_config import DiTConfig
+from wan.precision import working_dtype
 
 SELF_TEST_GRID = (4, 4, 32)  # large enough that every sparse variant leaves something out
 # A kernel is trusted if its relative rms error against the formula in float32 is below this.
@@ -284,10 +285,12 @@ def verified_attention(
 
     A `NetworkAttention` is returned unchanged, because it was verified when it was built.
 
+    Args:
+        dtype: of the weights; verified in the dtype of their products.
     Raises:
         WanError: as `network_attention` and `NetworkAttention.verify`.
     """
     built = network_attention(choice, config.num_layers)
     if built is not choice:
-        built.verify(config.attention_head_dim, device, dtype)
+        built.verify(config.attention_head_dim, device, working_dtype(dtype, device))
     return built
