@@ -42,6 +42,7 @@ class BenchConfig(Options):
         "timed calls of each side, taking turns",
         at_least=2,  # one call has no spread
     )
+    most_seconds: float = positive(60.0, "a target is left out if one call of a side takes longer")
     warmup: int = count(1, "untimed calls before them")
     clock: str = option(
         "wall",

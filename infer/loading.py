@@ -189,7 +189,11 @@ class StageBars:
 
 
 class LoadedModel:
-    """A loaded pipeline, and the facts about it that the record of a video holds."""
+    """A loaded pipeline, and the facts about it that the record of a video holds.
+
+    Attributes:
+        begun, seconds: when loading began (Unix time), and how long it took.
+    """
 
     def __init__(
         self,
@@ -198,7 +202,7 @@ class LoadedModel:
         attention: NetworkAttention,
         loras: LoRAs,
     ) -> None:
-        started = time.perf_counter()
+        self.begun, started = time.time(), time.perf_counter()
         if config.verify:
             verify_files(folder.path, folder.places)
         bars = StageBars()

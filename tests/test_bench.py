@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +22,7 @@ from infer.bench.timing import (
     Outcome,
     Task,
     Timing,
+    num_calls,
     peak_bytes,
     reset_resident_peak,
     run_contest,
@@ -100,6 +102,34 @@ def test_sides_take_turns_after_warming_up_and_are_compared():
     assert "".join(calls[-8:]) == "abbaabba"
     assert all(side.first > 0 for side in outcome.sides.values())
     assert [len(side.wall) for side in outcome.sides.values()] == [4, 4]
+
+
+def test_a_call_is_told_as_often_as_was_said_before():
+    sides = {"ours": lambda: torch.zeros(2), "reference": lambda: torch.ones(2)}
+    contest, calls = Contest(Task("dit", ""), sides), []
+    run_contest(contest, repeats=3, warmup=2, called=lambda: calls.append(1))
+    assert len(calls) == num_calls(contest, repeats=3, warmup=2)
+
+
+def test_what_takes_too_long_is_left_out_with_a_line_and_the_others_go_on(
+    tmp_path, monkeypatch, capsys
+):
+    def contests(config):
+        for target, seconds in (("text", 0.2), ("dit", 0.0)):
+
+            def run(seconds: float = seconds) -> torch.Tensor:
+                time.sleep(seconds)
+                return torch.ones(1)
+
+            yield Contest(Task(target, "small"), {"ours": run, "reference": run})
+
+    monkeypatch.setattr(bench, "compared", contests)
+    bench.bench(BenchConfig(most_seconds=0.1, repeats=2, output_dir=str(tmp_path)))
+    outcomes = json.loads((tmp_path / "bench.json").read_text())["outcomes"]
+    assert [outcome["target"] for outcome in outcomes] == ["dit"]
+    out, err = capsys.readouterr()
+    assert "text: small: left out, one call of reference took 0.2 s; most_seconds=0.1" in err
+    assert "a matrix product in float32 here" in out
 
 
 @pytest.mark.skipif(reset_resident_peak() is None, reason="this system tells no peak")

@@ -21,6 +21,7 @@ from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
 from wan.pipeline import memory as memory_module
 from wan.pipeline.config import PipelineConfig, SamplingDefaults, read_pipeline_config
+from wan.pipeline.folder import ModelFolder
 from wan.pipeline.memory import CPU_MARGIN, check_fits, estimate_memory, fewest, remedies
 from wan.pipeline.memory_counts import (
     MemoryRequest,
@@ -29,6 +30,7 @@ from wan.pipeline.memory_counts import (
     load_bytes,
     networks_of,
     rough_bytes,
+    stored_dtypes,
     text_bytes,
     video_bytes,
 )
@@ -397,6 +399,42 @@ def test_what_is_known_of_other_options_changes_no_prediction(tokenizer_folder):
     for options in remedies(request):
         one = replace(one, **options)
         assert estimate_memory(one, known) == estimate_memory(one)
+
+
+def test_weights_that_stay_in_their_files_are_not_taken(tokenizer_folder, tmp_path):
+    pipeline = build(tokenizer_folder)
+    pipeline.save_pretrained(tmp_path)  # float32
+    folder = ModelFolder.read(tmp_path)
+    size = {"height": 32, "width": 32, "num_frames": 9}
+
+    def estimate(device=CPU, stored=None, **changes):
+        stored = stored_dtypes(folder) if stored is None else stored
+        return estimate_memory(request_of(pipeline, size, device, stored=stored, **changes))
+
+    weights = sum(map(kept_bytes, pipeline.modules.values()))
+    none = estimate(stored={})
+    views = estimate()
+    assert (none.mapped, views.mapped) == (0, weights)
+    for stage in ("encode_text", "denoise", "decode"):
+        assert none.stages[stage] - views.stages[stage] == weights
+    assert views.stages["load"] < none.stages["load"] / 4  # the reader's buffers
+    # Another dtype is a copy, but for what stays in float32; so is what is quantised or merged.
+    exact = estimate(dtype=torch.bfloat16).mapped
+    assert 0 < exact < 0.8 * weights
+    vae = kept_bytes(pipeline.modules["vae"])
+    assert estimate(quantize="int8").mapped == vae
+    others = kept_bytes(pipeline.modules["transformer"])
+    assert estimate(stored=stored_dtypes(folder, ["transformer"])).mapped == weights - others
+    # Weights that are still to be fetched may be stored in any dtype.
+    for part in folder.config.components:
+        for file in folder.part(part).glob("*.safetensors"):
+            file.unlink()
+    assert estimate(dtype=torch.bfloat16).mapped > exact
+    # On a GPU they are copies, unless they are offloaded.
+    assert estimate(CUDA).mapped == 0
+    offloaded = estimate(CUDA, offload="stage")
+    assert offloaded.mapped == weights
+    assert estimate(CUDA, offload="stage", stored={}).host > offloaded.host
 
 
 def test_a_host_that_is_too_small_is_told_what_would_help(tokenizer_folder):

@@ -13,9 +13,19 @@ import torch
 
 from configs.benchmark import BenchConfig
 from configs.parity import ParityConfig
+from configs.progress import Steps, doing
 from configs.schema import kept_settings
 from infer.bench import against_diffusers, loading, stages
-from infer.bench.timing import Contest, Outcome, profile, run_contest, table
+from infer.bench.timing import (
+    Contest,
+    Outcome,
+    TooSlowError,
+    num_calls,
+    product_rate,
+    profile,
+    run_contest,
+    table,
+)
 from infer.machine import environment, package_version, writable_folder
 from infer.parity.models import NEEDED, reference, releases
 from infer.parity.tolerance import Row
@@ -127,19 +137,31 @@ def measured(
         keep: called with all outcomes so far after each: what failed later loses none.
     """
     outcomes: list[Outcome] = []
-    for contest in contests:
-        if sys.stderr.isatty():
-            what = f"{contest.task.target}: {contest.task.what}"
-            print(f"\r{what}", end="\r", file=sys.stderr, flush=True)
+    targets = config.chosen()
+    waiting = iter(contests)
+    while True:
+        with doing("networks and inputs are made"):
+            contest = next(waiting, None)
+        if contest is None:
+            return outcomes
         if isinstance(contest, Outcome):
             outcomes.append(contest)
         else:
-            outcomes.append(run_contest(contest, config.repeats, config.warmup))
+            task = contest.task
+            place = f"target {targets.index(task.target) + 1} of {len(targets)}"
+            total = num_calls(contest, config.repeats, config.warmup)
+            try:
+                with Steps(f"calls of {task.target}, {task.what} ({place})", total) as steps:
+                    limits = (config.repeats, config.warmup, config.most_seconds)
+                    outcomes.append(run_contest(contest, *limits, called=steps.add))
+            except TooSlowError as slow:
+                limit = f"most_seconds={config.most_seconds:g}"
+                print(f"{task.target}: {task.what}: left out, {slow}; {limit}", file=sys.stderr)
+                continue
             if config.profile:
                 write_profiles(contest, folder, len(outcomes))
         keep(outcomes)
         del contest  # and its networks, before the next ones are made
-    return outcomes
 
 
 @torch.no_grad()
@@ -165,7 +187,9 @@ def bench(config: BenchConfig) -> None:
         warnings.simplefilter("ignore")  # of the references
         if config.stages is None:
             outcomes = measured(compared(config), config, folder, keep)
+            rate = product_rate(device)
             print(table(outcomes, config.clock))
+            print(f"a matrix product in float32 here: {rate / 1e12:.3g} TFLOP/s")
         else:
             rows += check_parity(config)
             outcomes = measured(stages.contests(config), config, folder, keep)

@@ -169,15 +169,40 @@ def take_turns(
     return taken
 
 
-def run_contest(contest: Contest, repeats: int, warmup: int) -> Outcome:
-    """Warm up, compare the results, measure memory, then time the sides in turns."""
-    sides, device = contest.sides, contest.device
+class TooSlowError(Exception):
+    """One call takes longer than a contest may; says which and how long."""
+
+
+def num_calls(contest: Contest, repeats: int, warmup: int) -> int:
+    """How many calls `run_contest` makes, of all sides together."""
+    return len(contest.sides) * (warmup + memory_calls(contest.device) + repeats)
+
+
+def run_contest(
+    contest: Contest,
+    repeats: int,
+    warmup: int,
+    most_seconds: float = math.inf,
+    called: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Warm up, compare the results, measure memory, then time the sides in turns.
+
+    Args:
+        most_seconds: that the first call of a side may take, unless it compiles.
+        called: called after each call of a side.
+
+    Raises:
+        TooSlowError: a call took longer, and so none is made again.
+    """
+    sides, device = {name: told(run, called) for name, run in contest.sides.items()}, contest.device
     results, first = {}, {}
     for name in reversed(list(sides)):  # the first side last: libraries have been set up by then
         started = time.perf_counter()
         results[name] = sides[name]()
         synchronize(device)
         first[name] = time.perf_counter() - started
+        if first[name] > most_seconds and name != "compiled":
+            raise TooSlowError(f"one call of {name} took {first[name]:.2g} s")
     difference = None
     if len(sides) > 1:
         ours, *_, theirs = (results[name] for name in sides)
@@ -194,6 +219,17 @@ def run_contest(contest: Contest, repeats: int, warmup: int) -> Outcome:
         wall, cpu = (list(seconds) for seconds in zip(*calls, strict=True))
         timings[name] = Timing(wall, cpu, peaks[name], first[name])
     return Outcome(contest.task, timings, difference)
+
+
+def told(run: Callable[[], T], called: Callable[[], None]) -> Callable[[], T]:
+    """A function that calls `called` after `run`."""
+
+    def run_and_tell() -> T:
+        result = run()
+        called()
+        return result
+
+    return run_and_tell
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
@@ -224,15 +260,28 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     return None if resting is None else max(0, resident("VmHWM") - resting)
 
 
-def median_peak(run: Callable[[], Any], device: torch.device, calls: int = 5) -> int | None:
-    """The median of several calls: the CPU's allocator keeps or gives back memory between them.
+def memory_calls(device: torch.device) -> int:
+    """Calls by which a peak is measured; PyTorch counts a GPU's memory itself, so one is enough."""
+    return 1 if device.type == "cuda" else 5
 
-    PyTorch counts a GPU's memory itself, so that one call is enough.
-    """
-    if device.type == "cuda":
-        return peak_bytes(run, device)
-    peaks = [peak for _ in range(calls) if (peak := peak_bytes(run, device)) is not None]
+
+def median_peak(run: Callable[[], Any], device: torch.device) -> int | None:
+    """The median of several calls: the CPU's allocator keeps or gives back memory between them."""
+    calls = range(memory_calls(device))
+    peaks = [peak for _ in calls if (peak := peak_bytes(run, device)) is not None]
     return int(statistics.median(peaks)) if peaks else None
+
+
+def product_rate(
+    device: torch.device, dtype: torch.dtype = torch.float32, size: int = 1536
+) -> float:
+    """FLOP/s of the machine's own matrix product: the best of several, of square matrices.
+
+    It is what convolutions and attention can be held against, whatever the machine.
+    """
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    taken = [timed(lambda: a @ b, device)[0] for _ in range(6)]
+    return 2 * size**3 / min(taken)
 
 
 def reset_resident_peak() -> int | None:

@@ -256,20 +256,37 @@ def write_release(
     return config.components
 
 
+def drawn_like(name: str, tensor: Tensor, kind: str, text: UMT5Config) -> tuple[float, float]:
+    """Mean and spread of random weights with which every path of a network matters.
+
+    Nothing is zero, nothing is one, and outputs are of order one.
+
+    Args:
+        name: ours, of a parameter.
+        kind: "transformer", "vae" or "text_encoder".
+        text: the settings of the text encoder, whose scores are not scaled.
+    """
+    if name.endswith(("norm.weight", "gamma")):
+        return 1.0, 0.2
+    if tensor.ndim == 1:
+        return 0.0, 0.1
+    if name.endswith("modulation"):
+        return 0.0, 0.3
+    fan_in = tensor[0].numel()
+    if kind == "text_encoder" and name.endswith("query.weight"):
+        fan_in *= text.d_kv
+    return 0.0, fan_in**-0.5
+
+
 @torch.no_grad()
 def randomise(module: M, generator: torch.Generator) -> M:
-    """Weights under which every path matters: nothing zero, nothing one, outputs of order one."""
+    """Fill a network with random weights; see `drawn_like`."""
+    text, kind = UMT5Config(), "transformer"
+    if isinstance(module, UMT5Encoder):
+        text, kind = module.config, "text_encoder"
     for name, parameter in module.named_parameters():
-        if name.endswith(("norm.weight", "gamma")):
-            parameter.normal_(mean=1.0, std=0.2, generator=generator)
-        elif parameter.ndim == 1:
-            parameter.normal_(std=0.1, generator=generator)
-        elif name.endswith("modulation"):
-            parameter.normal_(std=0.3, generator=generator)
-        else:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-            if isinstance(module, UMT5Encoder) and name.endswith("query.weight"):
-                parameter.mul_(module.config.d_kv**-0.5)  # its scores are not scaled
+        mean, std = drawn_like(name, parameter, kind, text)
+        parameter.normal_(mean=mean, std=std, generator=generator)
     return module
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -46,7 +46,7 @@ from wan.pipeline.arguments import known_dtype
 from wan.pipeline.callbacks import StepFunction
 from wan.pipeline.folder import ModelFolder
 from wan.pipeline.memory import GIB, MemoryEstimate, check_fits, estimate_memory, size
-from wan.pipeline.memory_counts import MemoryRequest, rough_bytes
+from wan.pipeline.memory_counts import MemoryRequest, rough_bytes, stored_dtypes
 from wan.runtime.memory_meter import free_bytes
 from wan.runtime.offload import resolve_device
 from wan.sampling.denoiser import Denoiser
@@ -119,11 +119,13 @@ def prepare(run: Run[SampleConfig], jobs: Jobs, models: ModelCache) -> Session:
     if jobs.count > 1:
         print(f"the first of {jobs.count} jobs; every video has a record", file=sys.stderr)
     all_texts = len(requests) == jobs.count
-    memory = check_memory(requests, all_texts, folder, attention, device, dtype, models)
+    memory = check_memory(requests, all_texts, folder, attention, device, dtype, models, loras)
     # Now with the weights; the branch on the hub may have changed in between.
     path = resolve_model(config.checkpoint, config.revision, variant=config.variant)
     if path != folder.path or config.variant is not None:
         folder = model_folder(config)
+    if memory is not None and None in memory.request.stored.values():  # now they can be looked at
+        memory = check_memory(requests, all_texts, folder, attention, device, dtype, models, loras)
     try:
         model = models.get(folder, config, attention, loras, device)
     except torch.OutOfMemoryError as error:
@@ -140,11 +142,13 @@ def check_memory(
     device: torch.device,
     dtype: torch.dtype,
     models: ModelCache,
+    loras: Collection[str],
 ) -> MemoryEstimate | None:
     """Estimate the memory of the largest job if it may matter; refuse what cannot fit.
 
     Args:
         all_texts: the requests hold all prompts; if not, the longest is taken to fill the model.
+        loras: the parts that a LoRA is merged into.
     """
     config = requests[0].config
     if config.preflight == "never":
@@ -155,12 +159,18 @@ def check_memory(
     if config.preflight == "auto" and rough <= GIB:
         return None
     memory = estimate_memory(
-        memory_request(requests, all_texts, largest, folder, attention, device, dtype)
+        memory_request(requests, all_texts, largest, folder, attention, device, dtype, loras)
     )
     host = torch.device("cpu")
     free, free_host = (free_bytes(where) + models.bytes_on(where) for where in (device, host))
     print(f"memory, predicted: {memory} ({size(free)} free on {device})", file=sys.stderr)
     check_fits(memory, free, None if device == host else free_host)
+    if memory.mapped and free_host < memory.mapped + (memory.host or memory.peak):
+        print(
+            f"the weights do not all stay in the {size(free_host)} that are free: some are read "
+            "from the disk again in every step",
+            file=sys.stderr,
+        )
     return memory
 
 
@@ -172,6 +182,7 @@ def memory_request(
     attention: NetworkAttention,
     device: torch.device,
     dtype: torch.dtype,
+    loras: Collection[str],
 ) -> MemoryRequest:
     """The memory request of the largest job, with the longest prompt of all jobs."""
 
@@ -195,6 +206,7 @@ def memory_request(
         quantize=config.quantize,
         chunk_latents=config.chunk_latents,
         tile=config.tile,
+        stored=stored_dtypes(folder, changed=loras),
     )
 
 
@@ -375,6 +387,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "pixels_sha256": None,
         "video": None,
         "seconds": {"load": round(model.seconds, 3)},
+        "begun": {"load": round(model.begun, 3)},
         "peak_memory_bytes": None,
         "environment": environment(model.pipeline.device),
     }
@@ -382,7 +395,8 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         record["image_sha256"] = sha256_file(expanded(request.config.image))
     if session.memory is not None:  # for the largest job; `peak_memory_bytes` covers all so far
         memory = session.memory
-        record["predicted_memory_bytes"] = memory.stages | {"host": memory.host}
+        parts = {"host": memory.host, "mapped": memory.mapped}
+        record["predicted_memory_bytes"] = memory.stages | parts
     return record
 
 

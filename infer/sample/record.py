@@ -133,12 +133,13 @@ class Story:
 
     @contextmanager
     def stage(self, name: str, bars: Any = None) -> Iterator[None]:
-        """Time a stage; if an error is raised inside, the record names the stage.
+        """Time a stage, and note when it began (Unix time); an error inside names the stage.
 
         Args:
             bars: progress bars that are closed at the end of the stage.
         """
         self.record["stage"] = name
+        self.record["begun"][name] = round(time.time(), 3)
         started = time.perf_counter()
         try:
             yield

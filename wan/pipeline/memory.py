@@ -7,6 +7,9 @@ Weights are counted from the networks on the meta device, with the dtypes and th
 loading gives them. The working memory of a stage is counted by running the stage's own code there
 (`wan.runtime.memory_meter`), so that the estimate cannot drift from what is run.
 
+Weights that stay views of their files are not counted as taken: the system drops their pages when
+it needs room, and reads them again. Where they do not fit beside the rest, a run is slow.
+
 Not counted on GPUs: workspaces of kernels, fragmentation and the CUDA context. On a CPU the working
 memory is multiplied by `CPU_MARGIN`. Compiled networks are counted as eager ones, which need more.
 """
@@ -26,12 +29,13 @@ from wan.pipeline.memory_counts import (
     host_bytes,
     image_bytes,
     load_bytes,
+    mapped_bytes,
     networks_of,
     resident_bytes,
     text_bytes,
     video_bytes,
 )
-from wan.runtime.offload import OFFLOAD
+from wan.runtime.offload import OFFLOAD, has_blocks
 
 # Share of the free memory that is kept for what is not counted.
 RESERVE = 0.05
@@ -51,11 +55,13 @@ class MemoryEstimate:
         request: what the estimate is for.
         stages: bytes on the device, by stage: load, encode_text, [encode_image,] denoise, decode.
         host: bytes beside a device that is not the CPU: weights kept there, and the finished video.
+        mapped: bytes of weights that stay views of their files, which are counted nowhere else.
     """
 
     request: MemoryRequest
     stages: dict[str, int]
     host: int
+    mapped: int = 0
 
     @property
     def worst(self) -> str:
@@ -68,7 +74,9 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         stages = ", ".join(f"{name} {size(n)}" for name, n in self.stages.items())
-        return stages + (f"; host {size(self.host)}" if self.host else "")
+        if self.host:
+            stages += f"; host {size(self.host)}"
+        return stages + (f"; weights mapped from files {size(self.mapped)}" if self.mapped else "")
 
 
 def size(num_bytes: float) -> str:
@@ -95,6 +103,7 @@ def estimate_memory(request: MemoryRequest, known: dict[Any, Any] | None = None)
         return found[key]
 
     networks = once(networks_of, "dtype", "quantize")
+    mapped = mapped_bytes(request, networks)
     working = {
         "encode_text": ("text_encoder", once(text_bytes, "dtype", "quantize")),
         "denoise": ("transformer", once(denoise_bytes, "dtype", "quantize", "attention")),
@@ -104,20 +113,23 @@ def estimate_memory(request: MemoryRequest, known: dict[Any, Any] | None = None)
         working["encode_image"] = ("vae", once(image_bytes, "dtype"))
     on_cpu = request.device.type == "cpu"
     margin = CPU_MARGIN if on_cpu else 1
-    loading = load_bytes(request, networks)
+    loading = load_bytes(request, networks, mapped)
     stages = {"load": loading if on_cpu or request.offload == "none" else 0}
     for stage in ("encode_text", "encode_image", "denoise", "decode"):
         if stage in working:
             part, more = working[stage]
-            stages[stage] = resident_bytes(request, networks, part) + int(margin * more)
+            stages[stage] = resident_bytes(request, networks, mapped, part) + int(margin * more)
     video = video_bytes(request)
     if on_cpu:
         stages["decode"] += video
-        return MemoryEstimate(request, stages, 0)
+        return MemoryEstimate(request, stages, 0, sum(mapped.values()))
     if request.offload == "none":
         return MemoryEstimate(request, stages, video)
+    if request.offload == "block":  # pinned copies
+        mapped = {part: n for part, n in mapped.items() if not has_blocks(networks[part])}
     kept = sum(host_bytes(request, module) for module in networks.values())
-    return MemoryEstimate(request, stages, max(kept + video, loading))
+    views = sum(mapped.values())
+    return MemoryEstimate(request, stages, max(kept - views + video, loading), views)
 
 
 def check_fits(estimate: MemoryEstimate, free: int, free_host: int | None = None) -> None:

@@ -6,8 +6,8 @@ two of them are run.
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -30,7 +30,8 @@ from wan.models.umt5 import UMT5Encoder
 from wan.models.vae import WanVAE
 from wan.models.vae_config import CHUNK_LATENTS
 from wan.pipeline.config import PipelineConfig
-from wan.pipeline.folder import QUANTIZED_PARTS, module_builders, part_builder
+from wan.pipeline.folder import QUANTIZED_PARTS, ModelFolder, module_builders, part_builder
+from wan.pipeline.parts import weight_kind
 from wan.pipeline.plan import SamplingPlan
 from wan.runtime.costs import count_parameters
 from wan.runtime.memory_meter import FusedAttention, LiveBytes, peak_bytes
@@ -38,11 +39,14 @@ from wan.runtime.offload import has_blocks
 from wan.sampling.denoiser import guide
 from wan.sampling.samplers import sample
 from wan.sampling.schedule import Schedule
-from wan.weights.load import GROUP_BYTES, build_on_meta, target_dtype
+from wan.weights.checkpoint import holds_weights
+from wan.weights.load import GROUP_BYTES, build_on_meta, match_names, target_dtype
 from wan.weights.quantize import is_quantized_weight, quantize_layers
 from wan.weights.tensor_reader import CHUNK_BYTES
 
 META = torch.device("meta")
+# Our name -> dtype in the file; None for weights that are still to be fetched.
+StoredDtypes = Mapping[str, torch.dtype] | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class MemoryRequest:
         has_image: the video starts from a given frame.
         chunk_latents: latent frames that are decoded at a time.
         tile: latents per side of the tiles that are decoded, or None for whole frames.
+        stored: part -> what `stored_dtypes` says of its weights. Weights that keep their dtype on
+            the CPU are views of their files: the system may drop such pages and read them again,
+            so they are not counted as taken. Of a part that is missing here nothing is a view.
     """
 
     config: PipelineConfig
@@ -74,6 +81,7 @@ class MemoryRequest:
     quantize: str = "none"
     chunk_latents: int = CHUNK_LATENTS
     tile: int | None = None
+    stored: Mapping[str, "StoredDtypes"] = field(default_factory=dict)
 
     @property
     def grid(self) -> Grid:
@@ -195,19 +203,60 @@ def counted_flex(sparse: Any, grid: Grid) -> AttentionFunction:
     return attend
 
 
+def stored_dtypes(folder: ModelFolder, changed: Collection[str] = ()) -> dict[str, StoredDtypes]:
+    """The dtypes of all weights that may stay in their files, by part; reads headers only.
+
+    Args:
+        changed: parts that a LoRA is merged into: all of their weights are read into memory.
+    """
+    found: dict[str, StoredDtypes] = {}
+    for part in folder.config.components:
+        if part in changed:
+            continue
+        found[part] = None
+        if holds_weights(folder.part(part)):
+            tensors = match_names(folder.checkpoint(part), weight_kind(part)).stored
+            found[part] = {n: t.entry.dtype for n, t in tensors.items() if t.scale is None}
+    return found
+
+
+def mapped_bytes(request: MemoryRequest, networks: dict[str, Any]) -> dict[str, int]:
+    """Bytes of weights, by part, that are views of their files once they are loaded."""
+    if request.device.type != "cpu" and request.offload == "none":
+        return {}
+
+    def is_view(part: str, name: str, tensor: Tensor) -> bool:
+        stored = request.stored[part]
+        if stored is None:  # no doubt before the files can be looked at, but for 8-bit weights
+            return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        return stored.get(name) == tensor.dtype
+
+    return {
+        part: sum(t.nbytes for n, t in module.state_dict().items() if is_view(part, n, t))
+        for part, module in networks.items()
+        if part in request.stored and not (part in QUANTIZED_PARTS and request.quantize != "none")
+    }
+
+
 def kept_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in module.state_dict().values())
 
 
-def resident_bytes(request: MemoryRequest, networks: dict[str, Any], part: str) -> int:
-    """Bytes of weights on the device while one part computes."""
+def resident_bytes(
+    request: MemoryRequest, networks: dict[str, Any], mapped: Mapping[str, int], part: str
+) -> int:
+    """Bytes of weights on the device while one part computes.
+
+    Args:
+        mapped: from `mapped_bytes`; not counted on a CPU.
+    """
     module = networks[part]
     everything = sum(kept_bytes(other) for other in networks.values())
     slots = 0
     if request.offload == "block" and has_blocks(module):
         slots = min(2, len(module.blocks)) * kept_bytes(module.blocks[0])
     if request.device.type == "cpu":  # nothing moves; the slots come on top
-        return everything + slots
+        return everything + slots - sum(mapped.values())
     if request.offload == "none":
         return everything
     # With block offload, the slots are there in place of all blocks.
@@ -215,10 +264,10 @@ def resident_bytes(request: MemoryRequest, networks: dict[str, Any], part: str) 
 
 
 def host_bytes(request: MemoryRequest, module: nn.Module) -> int:
-    """Bytes of weights that stay on the host while a device gets copies of them.
+    """Bytes of weights, mapped ones included, that stay on the host while a device gets copies.
 
-    Weights that are views of a mapped file are counted too, although the system may drop their
-    pages and read them again. For pinned weights PyTorch rounds each tensor up to a power of two.
+    Blocks that a GPU streams are copied into pinned memory, and PyTorch rounds each tensor there up
+    to a power of two.
     """
     if request.offload == "block" and request.device.type == "cuda" and has_blocks(module):
         sizes = (tensor.nbytes for tensor in module.state_dict().values())
@@ -226,11 +275,18 @@ def host_bytes(request: MemoryRequest, module: nn.Module) -> int:
     return kept_bytes(module)
 
 
-def load_bytes(request: MemoryRequest, networks: dict[str, Any]) -> int:
-    """Peak bytes while loading: the weights read so far, and the buffers of the reader."""
+def load_bytes(
+    request: MemoryRequest, networks: dict[str, Any], mapped: Mapping[str, int] | None = None
+) -> int:
+    """Peak bytes while loading: the weights read so far, and the buffers of the reader.
+
+    Args:
+        mapped: from `mapped_bytes`; not counted.
+    """
+    mapped = mapped or {}
     before = peak = 0
     for part, module in networks.items():
-        before += kept_bytes(module)
+        before += kept_bytes(module) - mapped.get(part, 0)
         sizes = {name: tensor.numel() for name, tensor in module.state_dict().items()}
         passing = min(8, os.cpu_count() or 1) * min(CHUNK_BYTES, 4 * max(sizes.values()))
         if request.quantize != "none" and part in QUANTIZED_PARTS:

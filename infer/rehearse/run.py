@@ -1,0 +1,196 @@
+"""Write the release, run infer.sample on it, then the references, and report what it took."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from configs.progress import doing
+from configs.rehearsal import RehearseConfig
+from infer.machine import environment
+from infer.parity.models import reference
+from infer.parity.tolerance import Row, aligned
+from infer.parity.tolerance import table as parity_table
+from infer.rehearse.reference import make_reference
+from infer.rehearse.release import write_release
+from infer.rehearse.watch import StageUse, Watch
+from infer.sample.record import BAD_RESULT
+from wan.errors import WanError
+from wan.files import expanded, read_json, read_sealed, write_json
+from wan.runtime.memory_meter import free_bytes
+from wan.runtime.offload import resolve_device
+
+GIB = 2**30
+
+
+def rehearse(config: RehearseConfig) -> int:
+    """Run the whole rehearsal; returns the exit code.
+
+    Raises:
+        WanError: the disk has no room, or the references are not installed.
+    """
+    if config.compare:
+        reference("diffusers")  # its absence is reported before all work
+    folder = expanded(config.folder)
+    model, videos = folder / config.release, folder / "videos"
+    with doing(f"writing {config.release} with random weights"):
+        is_new = write_release(config.release, model, config.seed)
+    try:
+        return report(config, model, videos)
+    finally:
+        if is_new and not config.keep:
+            shutil.rmtree(model, ignore_errors=True)
+
+
+def report(config: RehearseConfig, model: Path, videos: Path) -> int:
+    """Run and compare; print the tables and write report.json beside the videos."""
+    free = free_bytes(torch.device("cpu"))
+    forget(model, config.cold)
+    code, record_path, use = run_sample(config, model, videos)
+    if code != 0 or record_path is None:
+        return code
+    record = read_sealed(record_path)
+    size = sum(file.stat().st_size for file in model.rglob("*.safetensors"))
+    print(
+        f"\n{config.release}, {size / 1e9:.1f} GB with random weights, {config.width}x"
+        f"{config.height}, {config.num_frames} frames, {describe(config)}; "
+        f"{free / GIB:.1f} GiB were free"
+    )
+    print(use_table("this project", use, record.get("predicted_memory_bytes")))
+    rows: list[Row] = []
+    theirs: dict[str, StageUse] = {}
+    if config.compare:
+        forget(model, config.cold)
+        rows, theirs = run_reference(config, model, record_path)
+        print("\n" + use_table("diffusers and transformers, loading within each stage", theirs))
+        print("\n" + parity_table(rows))
+    values = {
+        "config": asdict(config) | {"folder": None},
+        "environment": environment(resolve_device(config.device)),
+        "weights_bytes": size,
+        "free_bytes": free,
+        "predicted_memory_bytes": record.get("predicted_memory_bytes"),
+        "stages": {name: asdict(one) for name, one in use.items()},
+        "reference_stages": {name: asdict(one) for name, one in theirs.items()},
+        "rows": [asdict(row) for row in rows],
+    }
+    write_json(record_path.with_suffix(".rehearsal.json"), values)
+    print(f"\n{record_path.with_suffix('.rehearsal.json')}")
+    return 0 if all(row.passed for row in rows) else BAD_RESULT
+
+
+def describe(config: RehearseConfig) -> str:
+    """How the weights are kept, in words."""
+    words = [config.dtype if config.quantize == "none" else config.quantize]
+    words += [f"offload={config.offload}"] if config.offload != "none" else []
+    return ", ".join(words)
+
+
+def sample_options(config: RehearseConfig, model: Path, videos: Path) -> list[str]:
+    """The command line of infer.sample."""
+    preset = [] if config.release == "tiny" else [f"model={config.release}"]
+    names = ("height", "width", "num_frames", "seed", "device", "dtype", "quantize", "offload")
+    values = [f"{name}={getattr(config, name)}" for name in names]
+    steps = [] if config.steps is None else [f"steps={config.steps}", "allow_untrained=true"]
+    return [
+        *preset,
+        f"checkpoint={model}",
+        f"prompt={config.prompt}",
+        *values,
+        *steps,
+        "preflight=always",
+        f"output_dir={videos}",
+    ]
+
+
+def run_sample(
+    config: RehearseConfig, model: Path, videos: Path
+) -> tuple[int, Path | None, dict[str, StageUse]]:
+    """infer.sample in a process of its own: its exit code, its record, and what it took."""
+    options = sample_options(config, model, videos)
+    command = [sys.executable, "-m", "infer.sample", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    with process, Watch(process.pid) as watch:
+        assert process.stdout is not None
+        try:
+            lines = process.stdout.read().split("\n")
+            code = process.wait()
+        except BaseException:  # Ctrl-C, SIGTERM: no process is left behind
+            process.terminate()
+            raise
+    print("\n".join(lines).strip())
+    made = [Path(line) for line in lines if line.endswith(".mp4")]
+    if code != 0 or not made:
+        return code, None, {}
+    path = made[0].with_suffix(".json")
+    record = read_sealed(path)
+    return code, path, watch.stages(record["begun"], record["seconds"])
+
+
+def run_reference(
+    config: RehearseConfig, model: Path, record: Path
+) -> tuple[list[Row], dict[str, StageUse]]:
+    """The references in a process of their own: the comparison, and what they took.
+
+    Raises:
+        WanError: they failed; their traceback was printed.
+    """
+    out = record.with_suffix(".reference.json")
+    kind = config.dtype if config.quantize == "none" else config.quantize
+    process = get_context("spawn").Process(target=make_reference, args=(model, record, kind, out))
+    process.start()
+    assert process.pid is not None
+    with doing("the same video by diffusers and transformers"), Watch(process.pid) as watch:
+        try:
+            process.join()
+        except BaseException:
+            process.terminate()
+            raise
+    if process.exitcode != 0:
+        raise WanError(f"the references failed with exit code {process.exitcode}")
+    about = read_json(out)
+    out.unlink()
+    rows = [Row(**row) for row in about["rows"]]
+    return rows, watch.stages(about["begun"], about["seconds"])
+
+
+HEADER = ("", "seconds", "held MB", "predicted", "mapped MB", "from disk MB")
+
+
+def use_table(
+    title: str, stages: Mapping[str, StageUse], predicted: Mapping[str, int] | None = None
+) -> str:
+    """A row for each stage."""
+
+    def megabytes(value: int | None) -> str:
+        return "" if value is None else f"{value / 1e6:.0f}"
+
+    lines = [(title, *HEADER[1:])]
+    for name, one in stages.items():
+        foreseen = (predicted or {}).get(name)
+        lines.append(
+            (
+                name,
+                f"{one.seconds:.1f}",
+                *map(megabytes, (one.held, foreseen, one.mapped, one.read)),
+            )
+        )
+    return aligned(lines, left=(0,))
+
+
+def forget(model: Path, cold: bool) -> None:
+    """Ask the system to drop the pages of a model's files, if they are to be cold."""
+    if not cold:
+        return
+    if not hasattr(os, "posix_fadvise"):
+        raise WanError("cold=true: this system can't be asked to forget a file; leave it out")
+    for file in model.rglob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
