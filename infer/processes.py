@@ -68,9 +68,9 @@ class Processes:
 
         from wan.runtime.offload import resolve_device
 
-        device = resolve_device(name)
+        device = resolve_device(name, mps=False)  # several processes share no GPU of a Mac
         if device.type != "cuda":
-            return name
+            return str(device)
         count = torch.cuda.device_count()
         if device.index is not None:
             raise WanError(f"device={name}: of several processes each takes a GPU; device=cuda")

@@ -263,6 +263,10 @@ def test_compiled_stages_are_added_up_and_a_missed_aim_is_named(tmp_path, capsys
             parts = [stage["sides"][side][number] for stage in stages]
             assert sums["sides"][side][number] == pytest.approx(sum(parts))
     assert sums["flops"] == sum(stage["flops"] for stage in stages)
+    for one in (*stages, sums):
+        for side in one["sides"].values():
+            rate = one["flops"] / side["wall_median"] / 1e12
+            assert side["tflops_per_second"] == pytest.approx(rate)
     assert all(stage["difference"] < 2e-2 for stage in stages)
     assert all(s["sides"]["compiled"]["first"] > s["sides"]["eager"]["first"] for s in stages)
 

@@ -146,18 +146,3 @@ def test_auto_finds_cuda_then_mps_then_the_cpu(cuda, on_mac, found, monkeypatch)
 def test_an_unknown_way_is_refused(tokenizer_folder):
     with pytest.raises(WanError, match="offload: unknown disk; known are none, stage, block"):
         build(tokenizer_folder).__class__.from_pretrained("x", offload="disk")
-
-
-def test_on_a_gpu_blocks_arrive_in_time_and_in_two_slots():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    dit = random_weights(WanDiT(DIT), 2)
-    device = torch.device("cuda")
-    latents = torch.randn(1, 16, 3, 8, 8, device=device)
-    context = torch.randn(1, 6, DIT.text_dim, device=device)
-    with torch.no_grad(), at_work(dit, device, "stage"):
-        expected = dit(latents, torch.tensor([500.0], device=device), context)
-    with torch.no_grad(), streaming(dit, device):
-        for _ in range(5):
-            got = dit(latents, torch.tensor([500.0], device=device), context)
-            assert torch.equal(got, expected)

@@ -106,6 +106,11 @@ class Outcome:
         first, *others = (side.median(clock) for side in self.sides.values())
         return others[-1] / first if others else None
 
+    def tflops_per_second(self, side: Timing, clock: str) -> float | None:
+        """What a side achieves; None if the FLOPs are not counted."""
+        flops = self.task.flops
+        return None if flops is None else flops / side.median(clock) / 1e12
+
     def memory_ratio(self) -> float | None:
         """The first side's peak over the weights that it includes, else over the last side's."""
         peaks = [side.peak_bytes for side in self.sides.values()]
@@ -140,6 +145,7 @@ class Outcome:
             name: asdict(side)
             | {f"{clock}_median": side.median(clock) for clock in CLOCKS}
             | {f"{clock}_spread": side.spread(clock) for clock in CLOCKS}
+            | {"tflops_per_second": self.tflops_per_second(side, "wall")}
             for name, side in self.sides.items()
         }
         ratios = {f"{clock}_ratio": self.ratio(clock) for clock in CLOCKS}
@@ -320,16 +326,16 @@ def table(outcomes: Sequence[Outcome], clock: str, peak_tflops: float | None = N
             "" if outcome.difference is None else f"{outcome.difference:.0e}",
         )
         for place, (name, side) in enumerate(outcome.sides.items()):
-            seconds = side.median(clock)
+            achieved = outcome.tflops_per_second(side, clock)
             lines.append(
                 (
                     f"{task.target}: {task.what}" if place == 0 else "",
                     name,
                     "" if side.first is None else f"{side.first:.3g}",
-                    f"{seconds:.4g}",
+                    f"{side.median(clock):.4g}",
                     f"{side.spread(clock):.0%}",
                     peak_text(side.peak_bytes, outcome.weights_bytes),
-                    f"{flops / seconds / 1e12:.3g}" if flops else "",
+                    "" if achieved is None else f"{achieved:.3g}",
                     *(once if place == 0 else [""] * len(once)),
                 )
             )

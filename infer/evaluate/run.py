@@ -71,8 +71,9 @@ def make_clips(config: EvaluateConfig, parts: ClipParts, team: Team) -> None:
     Of the first clips that do not match, a row of frames is stored too, if a sheet is asked for.
     """
     missing = team.first(lambda: parts.missing(0, team.size))
-    if team.size > 1 and team.is_main:
-        print(f"{team.size} processes share {config.num_clips} clips", file=sys.stderr)
+    count = sum(stop - start for start, stop in missing)
+    if team.size > 1 and team.is_main and missing:
+        print(f"{team.size} processes share {count} clips", file=sys.stderr)
     config = replace(config, device=team.processes.device(config.device))
     source: VideoSource | None = None
     num_failed = 0
@@ -83,7 +84,6 @@ def make_clips(config: EvaluateConfig, parts: ClipParts, team: Team) -> None:
             num_failed += 1
             write_checked(parts.row_file(number), {"row": failure_row(video)})
 
-    count = sum(stop - start for start, stop in missing)
     with Steps("clips", config.num_clips, config.num_clips - count, not team.is_main) as steps:
         already = steps.done
 
