@@ -38,6 +38,7 @@ from wan.pipeline.pipeline import WanPipeline
 from wan.pipeline.plan import SamplingRequest, plan_sampling
 from wan.runtime.memory_meter import FusedAttention, LiveBytes, free_bytes, peak_bytes
 from wan.weights.hub import resolve_model
+from wan.weights.quantize import is_quantized_weight
 from wan.weights.save import save_component
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -418,11 +419,22 @@ def test_weights_that_stay_in_their_files_are_not_taken(tokenizer_folder, tmp_pa
     for stage in ("encode_text", "denoise", "decode"):
         assert none.stages[stage] - views.stages[stage] == weights
     assert views.stages["load"] < none.stages["load"] / 4  # the reader's buffers
-    # Another dtype is a copy, but for what stays in float32; so is what is quantised or merged.
+    # Another dtype is a copy, but for what stays in float32; so are weights in 8 bits or merged.
     exact = estimate(dtype=torch.bfloat16).mapped
     assert 0 < exact < 0.8 * weights
-    vae = kept_bytes(pipeline.modules["vae"])
-    assert estimate(quantize="int8").mapped == vae
+    quantized = [
+        weight.nbytes
+        for part in ("transformer", "text_encoder")
+        for name, weight in pipeline.modules[part].named_parameters()
+        if is_quantized_weight(name)
+    ]
+    assert quantized
+    int8 = estimate(quantize="int8")
+    assert int8.mapped == weights - sum(quantized)
+    assert (
+        int8.mapped
+        == estimate(quantize="int8", stored=dict.fromkeys(folder.config.components)).mapped
+    )
     others = kept_bytes(pipeline.modules["transformer"])
     assert estimate(stored=stored_dtypes(folder, ["transformer"])).mapped == weights - others
     # Weights that are still to be fetched may be stored in any dtype.

@@ -235,14 +235,18 @@ def mapped_bytes(request: MemoryRequest, networks: dict[str, Any]) -> dict[str, 
 
     def is_view(part: str, name: str, tensor: Tensor) -> bool:
         stored = request.stored[part]
-        if stored is None:  # no doubt before the files can be looked at, but for 8-bit weights
-            return tensor.is_floating_point() and tensor.dtype.itemsize > 1
-        return stored.get(name) == tensor.dtype
+        if stored is not None:
+            return stored.get(name) == tensor.dtype
+        # No doubt before the files can be looked at, but for 8-bit weights and their scales.
+        weight = f"{name.removesuffix('scale')}weight" if name.endswith("scale") else name
+        is_quantized = request.quantize != "none" and is_quantized_weight(weight)
+        wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        return wide and not (is_quantized and part in QUANTIZED_PARTS)
 
     return {
         part: sum(t.nbytes for n, t in module.state_dict().items() if is_view(part, n, t))
         for part, module in networks.items()
-        if part in request.stored and not (part in QUANTIZED_PARTS and request.quantize != "none")
+        if part in request.stored
     }
 
 
