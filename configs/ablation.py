@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from omegaconf import MISSING
 
 from configs.evaluation import EvaluateConfig, RunConfig, question_of
+from configs.measurement import MEASURES, MeasuringConfig
 from configs.schema import (
     LoadingConfig,
     Options,
@@ -99,7 +100,7 @@ def changed(
 
 
 @dataclass
-class AblateConfig(LoadingConfig, RunConfig):
+class AblateConfig(LoadingConfig, MeasuringConfig, RunConfig):
     """`python -m infer.ablate`: every combination of some settings, each measured.
 
     Without a prompt, captions of the miniature's world are made and read by its detectors. With
@@ -125,6 +126,9 @@ class AblateConfig(LoadingConfig, RunConfig):
     split: str = option("heldout", "without prompts: heldout, train or any")
     batch_size: int = option(8, "without prompts: clips at a time; changes no clip")
 
+    measures: list[str] = option(
+        [], f"of each prompt's clips too: which of {', '.join(MEASURES)}", choices=MEASURES
+    )
     made_for: list[str] = option([], "model presets that an experiment fits; empty: any")
     models: dict[str, ModelConfig] = option(
         {}, "several models: name -> checkpoint, see ModelConfig"
@@ -176,6 +180,11 @@ class AblateConfig(LoadingConfig, RunConfig):
             raise WanError(
                 "no prompt: without one, captions of the miniature's square world are made; "
                 "for other models give prompt= or prompt_file="
+            )
+        if self.measures:
+            raise WanError(
+                "measures=: for clips of prompts; captions of the miniature's world are read by "
+                "its own detectors, which know more. Give prompt= or leave measures= out"
             )
         self.evaluation(self.settings()[0], self.seeds[-1])
 

@@ -290,9 +290,14 @@ def test_prompts_of_a_file_are_cells_of_their_own(tmp_path, model, made):
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n\na blue, small square\n")
     config = grid(tmp_path / "out", model, prompt=None, prompt_file=str(file), grid=GridConfig())
-    assert run(replace(config, reference=ReferenceConfig(steps=None))) == 0
+    config = replace(config, reference=ReferenceConfig(steps=None), measures=["motion"])
+    assert run(config) == 0
     assert len(made) == 4
     (row,) = rows(tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "measures.json").read_text())["videos"]
+    moved = [video["values"]["motion"] for video in stored.values()]
+    assert row["motion, %/s"] == pytest.approx(sum(moved) / 2)
+    assert "Motion is the mean optical flow" in (tmp_path / "out" / "report.md").read_text()
     assert row["clips"] == 2
     assert row["steps"] == 3  # the model's own
     file.write_text("twice\ntwice\n")

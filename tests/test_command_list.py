@@ -12,8 +12,8 @@ from configs.command_list import commands_of, list_commands
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "infer": {
-        *("ablate", "bench", "convert", "diff", "evaluate", "parity"),
-        *("rehearse", "rerun", "sample", "study"),
+        *("ablate", "bench", "convert", "diff", "evaluate", "measure"),
+        *("parity", "rehearse", "rerun", "sample", "study"),
     },
     "train": {"distill", "export", "finetune", "plot", "preprocess", "text_encoder", "vae"},
 }

@@ -107,9 +107,9 @@ def test_layers_of_the_model_import_downwards_only(name):
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_only_parity_imports_the_oracles_and_only_commands_import_hydra(path):
+def test_only_what_compares_or_measures_imports_the_oracles_and_only_commands_import_hydra(path):
     tops = {name.split(".")[0] for name in imported_modules(path)}
-    if not module_name(path).startswith(("infer.parity.", "infer.bench.")):
+    if not module_name(path).startswith(("infer.parity.", "infer.bench.", "infer.measure.")):
         assert not tops & {"diffusers", "transformers"}
     if path.relative_to(ROOT).parts[0] == "wan":
         assert not tops & {"hydra", "omegaconf"}

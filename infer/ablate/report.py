@@ -25,6 +25,8 @@ from infer.evaluate.report import (
 )
 from infer.evaluate.store import StoredClips, cut
 from infer.evaluate.video_grid import video_grid
+from infer.measure.run import Measured, columns_of
+from infer.measure.run import notes as about_measures
 from wan.errors import WanError
 from wan.files import read_sealed, write_json, write_text
 from wan.media.video import read_video, write_video
@@ -94,6 +96,11 @@ class Cell:
     clips: StoredClips | None = None
 
     @property
+    def clip(self) -> Path:
+        """Where its clip lies, to look at."""
+        return self.file.with_suffix(".mp4")
+
+    @property
     def is_stored(self) -> bool:
         if self.clips is None:
             return is_stored(self.file, self.key, self.name)
@@ -110,17 +117,22 @@ class Cell:
         return record if self.clips is None else cut(record, self.clips.question)
 
 
-def read_rows(cells: Sequence[Cell]) -> list[tuple[Setting, Row]]:
+def read_rows(cells: Sequence[Cell], measured: Measured | None = None) -> list[tuple[Setting, Row]]:
     """The stored results, a row per setting in the grid's order."""
+    more = {} if measured is None else measured.values
+    names = {name for values in more.values() for name in values}
+    none = dict.fromkeys(names)
     axes = {id(setting): setting.axes() for setting in (cell.setting for cell in cells)}
     varied = [n for n in cells[0].setting.axes() if len({a[n] for a in axes.values()}) > 1]
     rows = []
     for setting, group in itertools.groupby(cells, lambda cell: cell.setting):
-        records = [cell.record() for cell in group]
-        clips = [clip for record in records for clip in record["clips"]]
+        own_cells = list(group)
+        records = [cell.record() for cell in own_cells]
         columns = [
             {"joint": clip.get("joint"), "seconds": clip["seconds"], **clip["measures"]}
-            for clip in clips
+            | dict(more.get(cell.clip, none))
+            for cell, record in zip(own_cells, records, strict=True)
+            for clip in record["clips"]
         ]
         own = setting.axes()
         row = Row(
@@ -144,21 +156,30 @@ def num_clips(row: Row) -> int:
 
 
 def write_report(
-    config: AblateConfig, cells: Sequence[Cell], failed: Sequence[str], folder: Path
+    config: AblateConfig,
+    cells: Sequence[Cell],
+    failed: Sequence[str],
+    folder: Path,
+    measured: Measured | None = None,
 ) -> str:
     """Write everything; what a person reads first.
 
+    Args:
+        measured: more numbers of the cells' clips.
     Raises:
         WanError: matplotlib is not installed; all but the picture is written then.
     """
-    settings = read_rows(cells)
-    report = Report([row for _, row in settings], WORLD if config.in_world else REFERENCE)
+    settings = read_rows(cells, measured)
+    *columns, seconds_column = WORLD if config.in_world else REFERENCE
+    if measured is not None:
+        columns += columns_of(measured)
+    report = Report([row for _, row in settings], [*columns, seconds_column])
     plan_columns = {
         "steps": lambda row: str(plan_of(row)["steps"]),
         "density": lambda row: f"{plan_of(row)['density']:.1%}",
     }
     table = report.table(plan_columns, {"clips": lambda row: str(num_clips(row))})
-    notes = write_notes(config, report.machines, failed)
+    notes = write_notes(config, report.machines, failed, measured)
     write_text(folder / "report.md", f"{table}\n\n{notes}\n")
     lines = [
         csv_line(setting, row, report.columns, values)
@@ -174,7 +195,12 @@ def write_report(
     return f"{table}\n\n{notes}\n\n{files} in {folder}"
 
 
-def write_notes(config: AblateConfig, machines: Sequence[str], failed: Sequence[str]) -> str:
+def write_notes(
+    config: AblateConfig,
+    machines: Sequence[str],
+    failed: Sequence[str],
+    measured: Measured | None = None,
+) -> str:
     """What a reader of the table must know."""
     notes = [
         WORLD_NOTE if config.in_world else REFERENCE_NOTE,
@@ -186,6 +212,8 @@ def write_notes(config: AblateConfig, machines: Sequence[str], failed: Sequence[
     if len(machines) > 1:
         notes.append("Cells of different ones do not compare in seconds.")
     notes.append("Density: attention's share of the FLOPs of dense attention.")
+    if measured is not None:
+        notes += about_measures(measured, config.sampled_frames)
     if failed:
         notes.append(f"Failed, and not in here: {'; '.join(failed)}.")
     return " ".join(notes)
@@ -233,9 +261,8 @@ def write_sheet(
     first = {}
     for cell in cells:
         if (cell.seed, cell.number) == (config.seed, 0):
-            clip = cell.file.with_suffix(".mp4")
             try:
-                first[labels[id(cell.setting)]] = read_video(clip)[0]
+                first[labels[id(cell.setting)]] = read_video(cell.clip)[0]
             except (WanError, OSError) as error:
                 print(
                     f"{cell.name}: left out of {file.name} ({error}); to make it again, delete "

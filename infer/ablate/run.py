@@ -33,6 +33,7 @@ from infer.evaluate.store import Missing, StoredClips
 from infer.evaluate.video_distance import flicker, psnr, ssim
 from infer.loading import digests_of, sampling
 from infer.machine import writable_folder
+from infer.measure.run import Towers, Video, measure
 from infer.processes import Processes, Team
 from wan.errors import WanError
 from wan.files import expanded, read_text, write_sealed
@@ -58,7 +59,7 @@ class Runner:
 def write_clip(runner: Runner, cell: Cell, video: Tensor) -> None:
     """Write the clip (3, F, H, W) to look at; black where there is no number."""
     pixels = to_uint8(video.nan_to_num(-1))
-    write_video(cell.file.with_suffix(".mp4"), pixels, runner.config.fps or 8)
+    write_video(cell.clip, pixels, runner.config.fps or 8)
 
 
 # --- any prompts ----------------------------------------------------------------------------------
@@ -329,6 +330,7 @@ def ablate(run: Run[AblateConfig]) -> int:
     check_models(run)
     config.check_world()
     folder = writable_folder(config.output_dir)
+    towers = Towers(config, config.device) if config.measures else None
     with Processes.started().together(config.device) as team:
         cells, failed = list_cells(config, folder) if team.is_main else ([], [])
         if not config.report_only:
@@ -336,5 +338,9 @@ def ablate(run: Run[AblateConfig]) -> int:
         if not team.is_main:
             return 0
         stored = [cell for cell in cells if cell.is_stored]
-        report = write_report(config, stored, failed, folder) if stored else None
+        measured = None
+        if towers is not None and stored:
+            clips = [Video(cell.clip, cell.prompt or "") for cell in stored]
+            measured = measure(clips, towers, folder / "measures.json")
+        report = write_report(config, stored, failed, folder, measured) if stored else None
         return conclude(report, failed, "cells", folder)
