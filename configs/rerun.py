@@ -17,10 +17,11 @@ from configs.schema import (
 )
 
 # Options of `infer.sample` that name something on the machine that a record was made on.
-PLACES = ("checkpoint", "revision", "variant", *PARTS, "image", "lora", "lora_2")
+PLACES = ("checkpoint", "revision", "variant", *PARTS, "image", "decoder", "lora", "lora_2")
 # Those that say how a command goes about its work, and nothing of one video.
 COMMAND_ONLY = (
     *("prompt_file", "output_dir", "num_videos", "preflight", "verify", "skip_done"),
+    *("preview", "preview_decoder"),
     *("parallel.mode", "parallel.weights", "parallel.guidance"),
 )
 # All others, with their types: a record of a video decides them.
@@ -55,6 +56,7 @@ class RerunConfig(PartsConfig):
     revision: str | None = option(None, "commit, branch or tag of checkpoint=")
     variant: str | None = option(None, "variant of checkpoint='s weights, as in fp16")
     image: str | None = option(None, "the picture that the video started from")
+    decoder: str | None = option(None, "the tiny decoder, if the video was decoded with one")
     lora: list[str] | None = option(
         None,
         "the LoRA files in their order; the strengths are the record's unless given as a:0.8",

@@ -333,6 +333,7 @@ PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 # Options that name files or folders, in whatever group of settings they stand.
 PATH_OPTIONS = (
     *("checkpoint", "image", "prompt_file", "lora", "lora_2", *PARTS),
+    *("decoder", "preview_decoder"),
     *("output", "output_dir", "sheet", "folder", "cache_dir", "start", "source", "base", "config"),
 )
 
@@ -493,6 +494,18 @@ class SampleConfig(LoadingConfig, PartsConfig):
         CHUNK_LATENTS, "latent frames decoded at a time; 1 needs least memory and takes longer"
     )
     tile: int | None = count(None, "decode in tiles of this many latents: less memory, not exact")
+    decoder: str | None = option(
+        None,
+        "a tiny decoder in place of the VAE's: TAEHV's taew2_1.safetensors or taew2_2.safetensors; "
+        "fast, needs little memory, not exact",
+    )
+    preview: bool = option(
+        False,
+        "after each step, write what the video will show as a small animated picture (STEM.gif)",
+    )
+    preview_decoder: str | None = option(
+        None, "a tiny decoder for sharper previews, as in decoder=; none: a linear map to colours"
+    )
     verify: bool = option(
         False,
         "hash all files anew and compare with SHA256SUMS or the hub's digests",
@@ -525,6 +538,12 @@ class SampleConfig(LoadingConfig, PartsConfig):
             raise WanError("prompt= and prompt_file=: give only one of them")
         check_colour("image_background", self.image_background)
         check_sample_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
+        if self.preview_decoder is not None and not self.preview:
+            raise WanError("preview_decoder= without preview=true: there is nothing to decode")
+        if self.decoder is not None and self.tile is not None:
+            raise WanError(
+                f"decoder= and tile={self.tile}: a tiny decoder needs no tiles; leave it out"
+            )
         if self.skip_done and self.seed == RANDOM_SEED:
             raise WanError(
                 f"skip_done=true with seed={RANDOM_SEED}: each run draws other seeds, so that no "

@@ -21,6 +21,7 @@ from wan.lora.files import read_lora
 from wan.lora.merge import LoRAMerge
 from wan.lora.names import EXPERTS
 from wan.models.attention import AttentionChoice, NetworkAttention
+from wan.models.taehv import TinyDecoder
 from wan.paths import kept_path
 from wan.pipeline.arguments import known_dtype
 from wan.pipeline.config import (
@@ -32,6 +33,7 @@ from wan.pipeline.config import (
 from wan.pipeline.folder import ModelFolder
 from wan.pipeline.layouts import find_parts
 from wan.pipeline.pipeline import PIPELINES, WanPipeline
+from wan.pipeline.tiny_decoder import load_tiny_decoder
 from wan.runtime.offload import resolve_device
 from wan.weights.digests import remembered_sha256, verify_digests
 from wan.weights.hub import PATTERNS, resolve_model
@@ -137,16 +139,18 @@ def _digests(files: tuple[tuple[str, Path, int, int], ...]) -> dict[str, str]:
 class WeightDigests:
     """sha256 of every file in `model_files` and of the LoRAs, computed while the model runs.
 
+    `more` are further files, by the names that the digests have.
+
     It uses a daemon thread: hashing does not block other threads, and Ctrl-C does not wait for it.
     """
 
-    def __init__(self, folder: ModelFolder, loras: LoRAs) -> None:
+    def __init__(self, folder: ModelFolder, loras: LoRAs, more: Mapping[str, Path]) -> None:
         self._digests: dict[str, str] | None = None
-        self._thread = threading.Thread(target=self._hash, args=(folder, loras), daemon=True)
+        self._thread = threading.Thread(target=self._hash, args=(folder, loras, more), daemon=True)
         self._thread.start()
 
-    def _hash(self, folder: ModelFolder, loras: LoRAs) -> None:
-        found = model_files(folder.path, folder.places)
+    def _hash(self, folder: ModelFolder, loras: LoRAs, more: Mapping[str, Path]) -> None:
+        found = model_files(folder.path, folder.places) | dict(more)
         for part, merges in loras.items():
             for number, merge in enumerate(merges, 1):
                 found[lora_name(part, number)] = Path(merge.lora.path)
@@ -220,11 +224,13 @@ class LoadedModel:
         finally:
             bars.close()
         self.folder = folder.path
+        self.set_decoders(config)
         reports = [(part, one.report) for part, merges in loras.items() for one in merges]
         kept = [replace(r, path=kept_path(r.path, config.output_dir)) for _, r in reports]
         self.merges = [f"{part}: {r}" for (part, _), r in zip(reports, kept, strict=True)]
         hashed = config.hash_weights and not sharing.helps
-        self.digests = WeightDigests(folder, loras) if hashed else None
+        more = {} if config.decoder is None else {"decoder": expanded(config.decoder)}
+        self.digests = WeightDigests(folder, loras, more) if hashed else None
         self.census = {part: census_line(module) for part, module in self.pipeline.modules.items()}
         if sharing.together:
             choices = sharing.config
@@ -232,6 +238,17 @@ class LoadedModel:
                 choices.weights, guidance=choices.guidance, device=place
             )
         self.seconds = time.perf_counter() - started
+
+    def set_decoders(self, config: SampleConfig) -> None:
+        """Load the tiny decoders that a command asks for, in the dtype of the VAE."""
+
+        def load(path: str | None) -> TinyDecoder | None:
+            if path is None:
+                return None
+            return load_tiny_decoder(path, self.pipeline.device, self.pipeline.vae.dtype)
+
+        self.pipeline.decoder = load(config.decoder)
+        self.preview_decoder = load(config.preview_decoder)
 
     def describe(self) -> str:
         lines = [f"{part}: {line}" for part, line in self.census.items()]
@@ -282,7 +299,7 @@ class ModelCache:
             *(folder.path, *sorted(folder.places.items()), folder.variant),
             *(device, config.dtype, config.offload, config.compile, config.quantize),
             *(config.lora, config.lora_2, config.lora_strength, config.lora_strength_2),
-            *(config.hash_weights, config.verify),
+            *(config.hash_weights, config.verify, config.decoder, config.preview_decoder),
             *(sharing.together, config.parallel.weights, config.parallel.guidance),
         )
         if self._model is None or key != self._key:

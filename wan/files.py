@@ -229,7 +229,7 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def written_beside(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`; the file written there becomes `path` at the end.
 
     After an error, such as a full disk, `path` is unchanged and the temporary file is gone. The
@@ -237,12 +237,17 @@ def written_beside(path: Path) -> Iterator[Path]:
     one. If two processes write at once, the last to finish wins. A process that is killed leaves
     its temporary file; the next one that writes into the folder removes it.
 
+    Args:
+        flush: wait until the content is on the disk. A file that is soon replaced need not be:
+            after a power cut it may be empty.
+
     Raises:
         OSError: the file can't be written; it names `path`.
     """
     with _claimed(path) as beside:
         yield beside
-        flush_to_disk(beside)
+        if flush:
+            flush_to_disk(beside)
         os.replace(beside, path)
 
 

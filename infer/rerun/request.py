@@ -146,11 +146,13 @@ def places_of(record: VideoRecord, given: RerunConfig) -> dict[str, Any]:
         found["checkpoint"] = place("checkpoint", named.get("checkpoint"), record.path.parent)
         for name in ("revision", "variant"):
             found[name] = found[name] or version(name, named.get(name))
-    for name in (*PARTS, "image"):
+    for name in (*PARTS, "image", "decoder"):
         if found[name] is None and named.get(name) is not None:
             found[name] = place(name, named[name], record.path.parent)
     if found["image"] is not None and not has_image(record):
         raise WanError("image=: the video was made without one")
+    if found["decoder"] is not None and named.get("decoder") is None:
+        raise WanError("decoder=: the video was decoded by the model's own VAE")
     for name in ("lora", "lora_2"):
         entries = of_type(name, named.get(name), list[str] | None) or []
         found[name] = loras(name, entries, found[name], record.path.parent)

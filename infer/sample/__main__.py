@@ -4,6 +4,7 @@
     python -m infer.sample model=fastwan_ti2v_5b device=cuda prompt="a cat, running" seed=7
     python -m infer.sample model=wan22_ti2v_5b image=cat.png prompt="it jumps" output_dir=cats
     python -m infer.sample prompt_file=prompts.txt num_videos=2
+    python -m infer.sample preview=true steps=20 prompt="a blue star"
     python -m infer.sample -m steps=4,8,20 seed=0,1 prompt="a blue star"
     torchrun --nproc-per-node 4 -m infer.sample model=wan22_t2v_a14b prompt="a fox"
     python -m infer.sample lora=style.safetensors:0.8,motion.safetensors prompt="a blue star"
@@ -30,7 +31,10 @@ LINE = CommandLine(
     SampleConfig,
     "sample",
     text_keys=("prompt", "negative_prompt"),
-    path_keys=("prompt_file", "image", "checkpoint", "output_dir", *PARTS),
+    path_keys=(
+        *("prompt_file", "image", "checkpoint", "output_dir", *PARTS),
+        *("decoder", "preview_decoder"),
+    ),
     list_keys=("lora", "lora_2"),
     shortcuts={
         "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),

@@ -47,13 +47,17 @@ from wan.models.attention import NetworkAttention, verified_attention
 from wan.paths import kept_path
 from wan.pipeline.arguments import known_dtype
 from wan.pipeline.callbacks import StepFunction
+from wan.pipeline.config import PipelineConfig
 from wan.pipeline.folder import ModelFolder
 from wan.pipeline.memory import GIB, MemoryEstimate, check_fits, estimate_memory, size
 from wan.pipeline.memory_counts import MemoryRequest, rough_bytes, stored_dtypes
+from wan.pipeline.preview import Preview, check_preview
+from wan.pipeline.tiny_decoder import check_fits_latents, open_tiny_decoder
 from wan.runtime.memory_meter import free_bytes
 from wan.runtime.offload import resolve_device
 from wan.sampling.denoiser import Denoiser
 from wan.sampling.noise import draw_noise, sample_generators
+from wan.sampling.samplers import OnX0
 from wan.weights.digests import sha256_file
 from wan.weights.hub import CONFIGS, resolve_model
 
@@ -117,6 +121,7 @@ class Session:
         return self.num_videos > 1
 
 
+TINY = "a tiny decoder, not exact"  # in a record
 MAX_LOOKED_AT = 50  # images that are decoded before the first video is made
 
 
@@ -157,6 +162,7 @@ def prepare(
         requests.append(resolve(job, look=look))
         images.add(job.config.image)
     loras = read_loras(config, folder.config)
+    check_decoders(config, folder.config)
     if sharing.together:
         check_together(requests, sharing, device)
     if sharing.team.is_main:
@@ -183,6 +189,15 @@ def prepare(
         raise WanError(out_of_memory()) from error
     each = chain(requests[:1], (resolve(job, look=False) for job in islice(jobs.each(), 1, None)))
     return Session(run, each, jobs.num_videos, model, output, memory, sharing)
+
+
+def check_decoders(config: SampleConfig, model: PipelineConfig) -> None:
+    """Refuse previews and tiny decoders that do not fit the model, from their headers alone."""
+    given = [path for path in (config.decoder, config.preview_decoder) if path is not None]
+    for kind in {open_tiny_decoder(path)[0] for path in given}:
+        check_fits_latents(kind, model.vae)
+    if config.preview and config.preview_decoder is None:
+        check_preview(model.vae)
 
 
 def check_together(requests: Sequence[Request], sharing: Sharing, device: torch.device) -> None:
@@ -299,6 +314,7 @@ def memory_request(
         quantize=config.quantize,
         chunk_latents=config.chunk_latents,
         tile=config.tile,
+        decoder=None if config.decoder is None else open_tiny_decoder(config.decoder)[0],
         stored=stored_dtypes(folder, changed=loras),
     )
 
@@ -353,6 +369,7 @@ def make_video(session: Session, request: Request, seed: int) -> Story:
                         request.latent_shape, generators, config.frame_first_noise
                     ),
                     on_step=kept.after_step(bars),
+                    on_x0=preview_of(session, request, story),
                 )
         story.hash(partial(record.__setitem__, "latents_sha256"), kept.latents)
         story.write()
@@ -361,6 +378,14 @@ def make_video(session: Session, request: Request, seed: int) -> Story:
         if not session.sharing.helps:
             write_files(session, request, seed, video, story)
     return story
+
+
+def preview_of(session: Session, request: Request, story: Story) -> OnX0 | None:
+    """What writes the previews of a video; None without them, and where another process does."""
+    if not request.config.preview or session.sharing.helps:
+        return None
+    print(f"preview: {story.files.preview}", file=sys.stderr)
+    return Preview(session.model.pipeline, story.files.preview, session.model.preview_decoder).show
 
 
 def begin_story(session: Session, request: Request, seed: int) -> Story:
@@ -489,6 +514,7 @@ def first_record(session: Session, request: Request, seed: int) -> dict[str, Any
         "model_folder": kept_path(model.folder, session.output),
         "pipeline": type(model.pipeline).__name__,
         "weights": model.census,
+        "decoder": None if request.config.decoder is None else TINY,
         "precision": request.precision,  # None: computed in the dtype of the weights
         "lora": model.merges,
         "weights_sha256": None,

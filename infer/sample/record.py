@@ -2,6 +2,7 @@
 
     00003_9f2c81d0_s42.mp4                  the video
     00003_9f2c81d0_s42.png                  frames of it side by side
+    00003_9f2c81d0_s42.gif                  with preview=true, what the last step predicted
     00003_9f2c81d0_s42.latents.safetensors  the decoder's input
     00003_9f2c81d0_s42.json                 the record
 
@@ -57,6 +58,10 @@ class OutputFiles:
     @property
     def sheet(self) -> Path:
         return self.folder / f"{self.stem}.png"
+
+    @property
+    def preview(self) -> Path:
+        return self.folder / f"{self.stem}.gif"
 
     @property
     def latents(self) -> Path:

@@ -39,6 +39,8 @@ SHOWN = (
     "allow_untrained",
     *("lora", "lora_2", "lora_strength", "lora_strength_2"),
 )
+# Listed only if given, so that videos of older releases are still known by their settings.
+SHOWN_IF_GIVEN = ("decoder",)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Request:
         grid: tokens along T, H, W.
         heads: attention heads of the transformer.
         attention_density: share of the FLOPs of dense self-attention, over layers and steps.
-        settings: each option in SHOWN -> (value, its source).
+        settings: each option in SHOWN, and in SHOWN_IF_GIVEN -> (value, its source).
     """
 
     job: Job
@@ -285,6 +287,9 @@ def _settings(
         if asked is None and value is not None and source == "default":
             source = _source_of_default(name, model, decided)
         settings[name] = (kept_settings({name: value}, config.output_dir)[name], source)
+    for name in SHOWN_IF_GIVEN:
+        if (value := getattr(config, name)) is not None:
+            settings[name] = (kept_settings({name: value}, config.output_dir)[name], sources[name])
     if config.sampler.timesteps is not None:
         settings["sampler.steps"] = (settings["sampler.steps"][0], sources["sampler.timesteps"])
     return settings
@@ -329,6 +334,8 @@ def describe(request: Request, folder: Path) -> str:
     lines += ["  " + "  ".join(steps[i : i + 6]) for i in range(0, len(steps), 6)]
     if (note := request.precision) is not None:
         lines.append(note)
+    if request.config.decoder is not None:
+        lines.append("not exact: decoded by a tiny decoder, not by the model's own VAE")
     if request.plan.untrained:
         lines.append(f"not what this model was trained for: {', '.join(request.plan.untrained)}")
     return "\n".join(lines)

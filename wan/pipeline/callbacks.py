@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import WanError, check_names
-from wan.pipeline.inputs import CALLBACK_TENSORS, OnProgress, report
+from wan.pipeline.inputs import CALLBACK_TENSORS, X0, OnProgress, report
 from wan.sampling.denoiser import Denoiser
 
 # (pipeline, step, timestep, tensors by name) -> tensors that replace some of them, by name
@@ -34,8 +34,9 @@ class StepHook:
             (`_guidance_scale`) and stop sampling (`interrupt`).
         steps: number of steps of the whole run.
         callback: the caller's function, in the form that diffusers defined.
-        names: names from `CALLBACK_TENSORS`, the tensors that the callback receives.
+        names: names from `CALLBACK_TENSORS`, and x0: the tensors that the callback receives.
         bar: counts the steps, if there is one.
+        x0: the clean latents that were predicted in the last step, if `see_x0` was called.
     """
 
     pipeline: Any
@@ -44,6 +45,10 @@ class StepHook:
     names: Sequence[str]
     on_progress: OnProgress | None
     bar: Any = None
+    x0: Tensor | None = None
+
+    def see_x0(self, i: int, x0: Tensor) -> None:
+        self.x0 = x0
 
     def __call__(self, denoiser: Denoiser, i: int, timestep: float, x: Tensor) -> Tensor | None:
         """Called after step i; returns the latents that replace x, or None to keep x.
@@ -69,6 +74,7 @@ class StepHook:
             "latents": x,
             "prompt_embeds": denoiser.context,
             "negative_prompt_embeds": denoiser.negative_context,
+            X0: self.x0,
         }
         # Whole timesteps become int64, the dtype that callbacks written for diffusers expect.
         t = torch.tensor(int(timestep) if timestep == int(timestep) else timestep)
@@ -81,7 +87,13 @@ class StepHook:
                 f"the callback returned a {type(changed).__name__}: it must return a dict of "
                 "tensors, such as the one that it got, or None"
             )
-        check_names("the callback's return", list(changed), CALLBACK_TENSORS)
+        if X0 in changed and changed[X0] is not shown.get(X0):
+            raise WanError(
+                "the callback returned another x0: that is a prediction and is shown only; return "
+                "latents to change what the next step starts from"
+            )
+        returned = [name for name in changed if name != X0]
+        check_names("the callback's return", returned, CALLBACK_TENSORS)
         if "prompt_embeds" in changed or "negative_prompt_embeds" in changed:
             denoiser.set_context(
                 changed.get("prompt_embeds", denoiser.context),

@@ -29,6 +29,7 @@ OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 COMPAT = ("none", "fastvideo")
 FASTVIDEO_SEED = 1024  # where its caller gives none
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+X0 = "x0"  # what a callback may see as well: the predicted clean latents
 
 ImageInput = Image.Image | Tensor | NDArray[Any] | str | Path
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -234,7 +235,7 @@ def check_output(
     Also a callback that cannot be called, and latents that are no tensor.
     """
     check_names("output_type", [output_type], OUTPUT_TYPES)
-    check_names("callback_on_step_end_tensor_inputs", callback_tensors, CALLBACK_TENSORS)
+    check_names("callback_on_step_end_tensor_inputs", callback_tensors, (*CALLBACK_TENSORS, X0))
     if callback is not None and not callable(callback):
         raise WanError(f"callback_on_step_end={callback!r}: need a function")
     if latents is not None and not isinstance(latents, Tensor):

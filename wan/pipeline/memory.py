@@ -202,7 +202,7 @@ def remedies(request: MemoryRequest, on_host: bool = False) -> list[dict[str, An
         options.append({"dtype": torch.bfloat16})
     if request.quantize == "none":
         options.append({"quantize": "int8"})
-    if request.tile is None and max(request.latent_shape[2:]) > 16:
+    if request.tile is None and request.decoder is None and max(request.latent_shape[2:]) > 16:
         options.append({"tile": 16})
     return options
 

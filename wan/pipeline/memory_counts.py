@@ -26,6 +26,7 @@ from wan.models.attention import (
 )
 from wan.models.attention.pattern import Pattern, attend_blocks, block_mask
 from wan.models.dit import WanDiT
+from wan.models.taehv import TinyDecoder, TinyKind
 from wan.models.umt5 import UMT5Encoder
 from wan.models.vae import WanVAE
 from wan.models.vae_config import CHUNK_LATENTS
@@ -64,6 +65,7 @@ class MemoryRequest:
         has_image: the video starts from a given frame.
         chunk_latents: latent frames that are decoded at a time.
         tile: latents per side of the tiles that are decoded, or None for whole frames.
+        decoder: the tiny decoder that decodes in place of the VAE's, if there is one.
         stored: part -> what `stored_dtypes` says of its weights. Weights that keep their dtype on
             the CPU are views of their files: the system may drop such pages and read them again,
             so they are not counted as taken. Of a part that is missing here nothing is a view.
@@ -82,6 +84,7 @@ class MemoryRequest:
     quantize: str = "none"
     chunk_latents: int = CHUNK_LATENTS
     tile: int | None = None
+    decoder: TinyKind | None = None
     stored: Mapping[str, "StoredDtypes"] = field(default_factory=dict)
 
     @property
@@ -398,11 +401,14 @@ def decode_bytes(request: MemoryRequest) -> int:
 
 def chunks_bytes(request: MemoryRequest) -> int:
     """Decoding all latents of a request, chunk by chunk, without keeping the frames."""
-    vae: WanVAE = shallow(request, "vae")
+    if (kind := request.decoder) is None:
+        decoder: WanVAE | TinyDecoder = shallow(request, "vae")
+    else:
+        decoder = build_on_meta(lambda: TinyDecoder(kind)).to(request.dtype)
 
     def decode() -> None:
         latents = torch.empty(1, *request.latent_shape, device=META)
-        for _chunk in vae.decode_stream(latents, request.chunk_latents):
+        for _chunk in decoder.decode_stream(latents, request.chunk_latents):
             pass  # a chunk lives until the next one exists, as in the pipeline
 
     with FusedAttention():

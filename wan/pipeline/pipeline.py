@@ -41,6 +41,7 @@ from wan.pipeline.inputs import (
     CALLBACK_TENSORS,
     COMPAT,
     FASTVIDEO_SEED,
+    X0,
     Generators,
     ImageInput,
     OnProgress,
@@ -471,7 +472,7 @@ class WanPipeline(PipelineSwitches):
         timesteps_used = plan.schedule.timesteps.tolist()
         self._experts(plan, timesteps_used)  # refuses a network that is needed and is not there
         self._first_network().attention.exact_timesteps(timesteps_used)
-        if output_type != "latent":
+        if output_type != "latent" and self.decoder is None:
             self.part("vae")
         num_videos_per_prompt = video_count(num_videos_per_prompt)
         scale = lora_scale(attention_kwargs)
@@ -519,6 +520,14 @@ class WanPipeline(PipelineSwitches):
         report(on_progress, "denoise", 0, len(plan.schedule))
         bar = self.progress_bar(total=len(plan.schedule)) if on_progress is None else nullcontext()
         with self._timed("denoise"), bar as shown, self.adapters.scaled(scale):
+            hook = StepHook(
+                self,
+                len(plan.schedule),
+                callback_on_step_end,
+                tensor_names,
+                on_progress,
+                shown,
+            )
             x = self.denoise(
                 plan,
                 x,
@@ -526,14 +535,8 @@ class WanPipeline(PipelineSwitches):
                 negative,
                 image_latents,
                 renoise=lambda i: draw_noise(x.shape[1:], generators, frame_first_noise),
-                on_step=StepHook(
-                    self,
-                    len(plan.schedule),
-                    callback_on_step_end,
-                    tensor_names,
-                    on_progress,
-                    shown,
-                ),
+                on_step=hook,
+                on_x0=hook.see_x0 if X0 in tensor_names else None,
             )
         self._current_timestep = None
 

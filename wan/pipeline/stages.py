@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wan.errors import WanError, check_names
 from wan.models.attention import AttentionChoice, verified_attention
 from wan.models.dit import WanDiT
+from wan.models.taehv import TinyDecoder
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Encoder, encode_text
 from wan.models.vae import WanVAE, decode_tiled
@@ -43,6 +44,7 @@ from wan.pipeline.inputs import (
     report,
 )
 from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
+from wan.pipeline.tiny_decoder import check_fits_latents
 from wan.precision import conv3d_warning
 from wan.runtime.offload import (
     OFFLOAD,
@@ -55,7 +57,7 @@ from wan.runtime.offload import (
 )
 from wan.sampling.denoiser import Denoiser, Expert
 from wan.sampling.noise import draw_noise
-from wan.sampling.samplers import sample
+from wan.sampling.samplers import OnX0, sample
 from wan.sampling.schedule import NUM_TIMESTEPS
 from wan.weights.load import target_dtype
 from wan.weights.quantize import QuantizedLinear
@@ -98,6 +100,8 @@ class PipelineStages(PipelineAdapters):
         compile: "dit": the blocks of the transformers are compiled; "all": the VAE's decoder too.
         chunk_latents: latent frames that are decoded at a time, one more in the first chunk. Fewer
             need less memory; results change by the rounding of sums only.
+        decoder: a tiny decoder that stands in for the VAE's, or None. It is fast and not exact: see
+            `wan.pipeline.tiny_decoder.load_tiny_decoder`.
         parallel: the processes that share out the work, after `enable_parallelism`; None alone.
         last_timings: seconds per stage of the last call: encode_text, encode_image, denoise,
             decode.
@@ -117,6 +121,7 @@ class PipelineStages(PipelineAdapters):
     parallel: "ParallelGroup | None"
     last_timings: dict[str, float]
     _parts: dict[str, Any]
+    _decoder: TinyDecoder | None
     _prompt_cache: dict[tuple[str, int], Tensor]
     _prompt_source: Any
 
@@ -137,6 +142,7 @@ class PipelineStages(PipelineAdapters):
         self.chunk_latents = CHUNK_LATENTS
         self.parallel = None
         self.last_timings = {}
+        self._decoder = None
         self._prompt_cache = {}
         self._prompt_source = None
         self._parts = {name: parts.get(name) for name in PARTS_IN_ORDER}
@@ -312,6 +318,21 @@ class PipelineStages(PipelineAdapters):
         vae = self.part("vae")
         vae.tile = tile
         vae.tile_overlap = 0 if tile is None else tile // 4
+
+    @property
+    def decoder(self) -> TinyDecoder | None:
+        """The tiny decoder that is used in place of the VAE's, which then may be None.
+
+        Raises:
+            WanError: it was made for the latents of another model (when it is set).
+        """
+        return self._decoder
+
+    @decoder.setter
+    def decoder(self, decoder: TinyDecoder | None) -> None:
+        if decoder is not None:
+            check_fits_latents(decoder.kind, self.config.vae)
+        self._decoder = decoder
 
     def plan(self, **request: Any) -> SamplingPlan:
         """Sampler, schedule and guidance of a call; arguments as for `SamplingRequest`."""
@@ -490,6 +511,7 @@ class PipelineStages(PipelineAdapters):
         *,
         renoise: Callable[[int], Tensor] | None = None,
         on_step: StepFunction | None = None,
+        on_x0: OnX0 | None = None,
     ) -> Tensor:
         """Noise to normalised latents: (B, C, T, h, w) float32 -> the same.
 
@@ -501,6 +523,7 @@ class PipelineStages(PipelineAdapters):
             image_latents: (B, C, 1, h, w), a clean first frame from `encode_image`.
             renoise: step -> fresh noise, shaped like x; for few-step sampling.
             on_step: called after every step, see `StepFunction`.
+            on_x0: called before it as (step, x0), with the predicted clean latents, shaped like x.
 
         Raises:
             FloatingPointError: latents became infinite or NaN; names the step.
@@ -542,10 +565,14 @@ class PipelineStages(PipelineAdapters):
                 )
             return None if on_step is None else on_step(denoiser, i, timestep, x)
 
+        def see(i: int, x0: Tensor) -> None:
+            if on_x0 is not None and bool(x0.isfinite().all()):  # else `after_step` ends the run
+                on_x0(i, denoiser.impose_image(x0))
+
         with closing(slot), at_work as denoiser.halves:
             watch = after_step if group is None else step_of_all(group, denoiser, after_step)
             try:
-                x = sample(denoiser, x, plan.stepper(renoise), watch)
+                x = sample(denoiser, x, plan.stepper(renoise), watch, on_x0 and see)
             except Interrupted as stopped:
                 x = stopped.latents
         return denoiser.impose_image(x)
@@ -573,10 +600,12 @@ class PipelineStages(PipelineAdapters):
     def decode_latents(self, latents: Tensor, on_progress: OnProgress | None = None) -> Tensor:
         """Normalised latents (B, C, T, h, w) -> video (B, 3, F, H, W) in [-1, 1], on the CPU."""
         total = len(latents) * latents.shape[2]
-        vae = self.part("vae")
-        config, done = vae.config, 0
+        vae = self.part("vae") if self.decoder is None else None
+        config, done = self.config.vae, 0
+        if self.decoder is not None and self.tile is not None:
+            raise WanError("tiles with a tiny decoder: it takes little memory; leave tiling off")
         if self.parallel is not None:
-            if vae.tile is not None:
+            if self.tile is not None:
                 raise WanError(
                     "tiles with many processes: these share out the rows of each frame, which "
                     "takes less memory too; leave tiling off"
@@ -587,7 +616,7 @@ class PipelineStages(PipelineAdapters):
         num_frames = (frames - 1) * config.temporal_stride + 1
         video = torch.empty(len(latents), 3, num_frames, height * stride, width * stride)
         report(on_progress, "decode", 0, total)
-        with self._on_device(vae):
+        with nullcontext() if vae is None else self._on_device(vae):
             for one, room in zip(latents.to(self.device).split(1), video.split(1), strict=True):
                 start = 0
                 for chunk in self._decoded(vae, one):
@@ -598,9 +627,12 @@ class PipelineStages(PipelineAdapters):
                     report(on_progress, "decode", done, total)
         return video
 
-    def _decoded(self, vae: WanVAE, latents: Tensor) -> Iterator[Tensor]:
+    def _decoded(self, vae: WanVAE | None, latents: Tensor) -> Iterator[Tensor]:
         """Yield the frames of one video by chunks; with tiles, all frames at once."""
-        if self.parallel is not None:
+        if vae is None:
+            assert self.decoder is not None
+            yield from self.decoder.to(self.device).decode_stream(latents, self.chunk_latents)
+        elif self.parallel is not None:
             with self.parallel.together():
                 rows = self.parallel.rows(latents.shape[3])
                 yield from vae.decode_stream(latents, self.chunk_latents, rows)

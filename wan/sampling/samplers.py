@@ -22,6 +22,7 @@ from wan.sampling.schedule import Schedule
 
 Velocity = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, float, float, Tensor], Tensor | None]
+OnX0 = Callable[[int, Tensor], None]
 Renoise = Callable[[int], Tensor]
 
 
@@ -43,7 +44,11 @@ class Stepper(Protocol):
 
 
 def sample(
-    velocity: Velocity, x: Tensor, stepper: Stepper, on_step: OnStep | None = None
+    velocity: Velocity,
+    x: Tensor,
+    stepper: Stepper,
+    on_step: OnStep | None = None,
+    on_x0: OnX0 | None = None,
 ) -> Tensor:
     """Take all steps of a schedule, with one velocity call each.
 
@@ -55,10 +60,15 @@ def sample(
             was given, the state x after the step and its noise level sigma. If it returns a tensor,
             sampling continues from that tensor; the corrector of `UniPC`, as in diffusers, still
             starts from its own state of the step before.
+        on_x0: called as (i, x0) in step i, before `on_step`, with the clean latents that the model
+            predicts there. It watches only.
     """
     sigmas = stepper.schedule.sigmas.tolist()
     for i, timestep in enumerate(stepper.schedule.timesteps.tolist()):
-        x = stepper.step(i, x, velocity(x, timestep))
+        predicted = velocity(x, timestep)
+        if on_x0 is not None:
+            on_x0(i, x0_from_velocity(x, predicted, sigmas[i]))
+        x = stepper.step(i, x, predicted)
         if on_step is not None:
             replaced = on_step(i, timestep, sigmas[i + 1], x)
             x = x if replaced is None else replaced
