@@ -249,9 +249,10 @@ class LoadedModel:
             )
         self.seconds = time.perf_counter() - started
 
-    def describe(self) -> str:
+    def describe(self, verbose: bool) -> str:
+        """What LoRAs changed, a line each, and with `verbose` what the parts hold."""
         lines = [f"{part}: {line}" for part, line in self.census.items()]
-        return "\n".join([*lines, *self.merges])
+        return "\n".join([*(lines if verbose else ()), *self.merges])
 
 
 def verify_files(folder: Path, places: Mapping[str, Path] | None = None) -> None:
@@ -305,8 +306,8 @@ class ModelCache:
             self._model = None  # frees its memory before the next model is loaded
             self._model = LoadedModel(folder, config, attention, loras, sharing)
             self._key = key
-            if sharing.team.is_main:
-                print(self._model.describe(), file=sys.stderr)
+            if sharing.team.is_main and (about := self._model.describe(config.verbose)):
+                print(about, file=sys.stderr)
         self._model.pipeline.tile = config.tile
         self._model.pipeline.chunk_latents = config.chunk_latents
         self._model.pipeline.set_attention(attention)
