@@ -145,7 +145,7 @@ def test_the_header_is_short_and_the_record_has_everything(run, tmp_path):
     assert record["schedule"]["timesteps"] == [999.0, 750.0]
     assert record["weights"]["transformer"].startswith("23.9 k parameters")
     _, _, err = run("prompt=x", "steps=20", "sampler=euler")
-    assert "20 of euler, t 1000 950 900 850 .. 150 100 50;" in err
+    assert "20 of euler, t 1000 989.6 978.3 965.9 .. 468.8 357.1 208.3;" in err
 
 
 def test_with_verbose_the_header_tells_every_setting_and_its_source(run):

@@ -350,7 +350,7 @@ def summary(request: Request) -> list[str]:
 
 def _ends(timesteps: list[float], most: int = 8) -> str:
     """Timesteps in words; of many, the first and the last ones."""
-    words = [f"{t:g}" for t in timesteps]
+    words = [f"{t:.4g}" for t in timesteps]
     return " ".join(words if len(words) <= most else [*words[:4], "..", *words[-3:]])
 
 
