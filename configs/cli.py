@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from configs.command_line import (
+    COMMON,
     CONFIG_FOLDER,
     CommandLine,
     help_text,
@@ -34,6 +35,7 @@ from configs.command_line import (
     read_yaml,
     short_key,
 )
+from configs.progress import progress_shown
 from configs.schema import check_text, read_config
 from configs.start import interrupt_from_now_on
 from wan.errors import WanError, shortened, visible
@@ -136,12 +138,14 @@ class Run(Generic[C]):
             preset as `model=mini`, or "default".
         presets: the chosen file of each group, e.g. {"model": "mini"}.
         title: the swept values of this point; empty outside a sweep.
+        progress: whether the command says how far it is while it works; changes no result.
     """
 
     config: C
     sources: dict[str, str]
     presets: dict[str, str]
     title: str
+    progress: bool = True
 
 
 Main = Callable[[Run[Any]], int | None]
@@ -182,12 +186,13 @@ def execute(main: Main, line: CommandLine, description: str, arguments: Sequence
             for number, one in enumerate(runs, 1):
                 if one.title:
                     print(f"[{number}/{len(runs)}] {one.title}", file=sys.stderr)
-                try:
-                    done = main(one) or 0
-                except (WanError, OSError) as error:  # the other points of a sweep still run
-                    if "--traceback" in arguments:
-                        raise
-                    done = report(error)
+                with progress_shown(one.progress):
+                    try:
+                        done = main(one) or 0
+                    except (WanError, OSError) as error:  # the other points of a sweep still run
+                        if "--traceback" in arguments:
+                            raise
+                        done = report(error)
                 code = max(code, done)
                 if done == INTERRUPTED:
                     return INTERRUPTED
@@ -240,6 +245,7 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
     """
     tokens = _name_words(tokens, line)
     _check_words(tokens, line)
+    progress, tokens = _take_progress(tokens)
     tokens, texts = _take_texts(tokens, line, sweep)
     overrides = [_parse(token, line) for token in tokens]
     _check_once([line_key(line, o.key_or_group) for o in overrides] + list(texts), line)
@@ -248,7 +254,8 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
         runs = []
         for point in _points(overrides, sweep):
             title = ", ".join(f"{o.key_or_group}={v}" for o, v in point if o.is_sweep_override())
-            runs.append(_compose_run(line, point, groups, texts, title))
+            run = _compose_run(line, point, groups, texts, title)
+            runs.append(replace(run, progress=progress))
     _check_written(line, runs)
     return runs
 
@@ -278,6 +285,20 @@ def _check_words(tokens: Sequence[str], line: CommandLine) -> None:
         elif key in (*line.text_keys, *line.text_lists, *line.path_keys, *line.list_keys):
             advice = f'put quotes around a text with spaces: {key}="{value} {token} ..."'
         raise WanError(f"{token!r}: {advice}")
+
+
+def _take_progress(tokens: Sequence[str]) -> tuple[bool, list[str]]:
+    """Separate `progress=`, which every command has: (its value, the other arguments).
+
+    It is no setting: nothing that is made or kept depends on it.
+    """
+    given = [token for token in tokens if token.startswith("progress=")]
+    if len(given) > 1:
+        raise WanError("progress= is given twice")
+    value = given[0].removeprefix("progress=") if given else "true"
+    if value.lower() not in ("true", "false"):
+        raise WanError(f"progress={value}: must be true or false")
+    return value.lower() == "true", [token for token in tokens if token not in given]
 
 
 def _take_texts(
@@ -436,7 +457,7 @@ def _read(line: CommandLine, groups: Sequence[str], cfg: DictConfig) -> Any:
         return read_config(line.schema, cfg)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        known = [*option_names(line.schema), *line.shortcuts, *groups]
+        known = [*option_names(line.schema), *line.shortcuts, *groups, *COMMON]
         raise WanError(f"unknown option {key}=; {_suggest(key, known)}") from error
     except OmegaConfBaseException as error:
         key = short_key(line, str(error.full_key))
@@ -518,7 +539,7 @@ def _check_flags(flags: Sequence[str], line: CommandLine) -> None:
         if flag in known:
             continue
         name = re.sub(r"=.*", "", flag.lstrip("-"), flags=re.DOTALL).replace("-", "_")
-        options = [*option_names(line.schema), *line.shortcuts]
+        options = [*option_names(line.schema), *line.shortcuts, *COMMON]
         if name in options:
             raise WanError(f"{flag.split('=')[0]}: options are written without dashes: {name}=..")
         raise WanError(f"unknown flag {flag}; the flags are {', '.join(known)}")

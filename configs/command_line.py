@@ -23,6 +23,13 @@ class Shortcut:
     clears: tuple[str, ...] = ()
 
 
+# What every command has beside its settings: name -> its type and default, and its help.
+COMMON = {
+    "progress": (
+        "true/false [True]",
+        "say what takes long, and for how long; in files and pipes a line every ten seconds",
+    )
+}
 ATTENTION = {"attention": Shortcut("attention.name")}
 
 
@@ -106,6 +113,8 @@ def help_text(line: CommandLine, description: str, flags: Mapping[str, str]) -> 
         shown = shown if len(shown) <= 40 else shown[:37] + "..."
         left = f"  {short_key(line, name)}= {_type_name(kind)} [{shown}]"
         lines.append(f"{left:<44}  {item.metadata.get('help', '')}".rstrip())
+    for name, (kind_and_default, help) in COMMON.items():
+        lines.append(f"{f'  {name}= {kind_and_default}':<44}  {help}")
     for group, choice in sorted(presets.items()):
         lines += ["", f"Presets, written {group}=name [{choice}]:"]
         for name in preset_names(group):

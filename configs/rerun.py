@@ -20,7 +20,7 @@ from configs.schema import (
 PLACES = ("checkpoint", "revision", "variant", *PARTS, "image", "decoder", "lora", "lora_2")
 # Those that say how a command goes about its work, and nothing of one video.
 COMMAND_ONLY = (
-    *("prompt_file", "output_dir", "num_videos", "preflight", "verify", "skip_done"),
+    *("prompt_file", "output_dir", "num_videos", "preflight", "verify", "skip_done", "verbose"),
     *("preview", "preview_decoder"),
     *("parallel.mode", "parallel.weights", "parallel.guidance"),
 )

@@ -521,6 +521,7 @@ class SampleConfig(LoadingConfig, PartsConfig):
     lora_strength: float = option(1.0, "factor on all LoRAs; 1 as they were trained")
     lora_strength_2: float | None = option(None, "the same for lora_2; none: as lora_strength")
 
+    verbose: bool = option(False, "print every setting, where it comes from, and the weights")
     output_dir: str = option("outputs", "made if missing; nothing in it is ever overwritten")
     skip_done: bool = option(
         False, "leave out videos that the same command has finished in output_dir before"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from configs.progress import Steps, doing
 from configs.schema import STRENGTH, LoadingConfig, PartsConfig, SampleConfig
 from infer.sharing import Sharing
 from wan.errors import WanError
@@ -132,7 +132,8 @@ def weight_digests(folder: Path, places: Mapping[str, Path] | None = None) -> di
 
 @cache
 def _digests(files: tuple[tuple[str, Path, int, int], ...]) -> dict[str, str]:
-    digests = remembered_sha256(path for _, path, _, _ in files)
+    with doing("hashing the weights"):
+        digests = remembered_sha256(path for _, path, _, _ in files)
     return {name: digests[path] for name, path, _, _ in files}
 
 
@@ -171,26 +172,40 @@ def lora_name(part: str, number: int) -> str:
     return f"LoRA {number} of {part}"
 
 
-class StageBars:
-    """A progress bar per stage on stderr; silent where stderr is not a terminal."""
+# What a stage of a pipeline counts.
+STAGES = {
+    "load": "parts loaded",
+    "encode": "texts encoded",
+    "denoise": "steps",
+    "decode": "latent frames decoded",
+}
 
-    def __init__(self) -> None:
-        self._stage = ""
-        self._bar: Any = None
+
+class StageBars:
+    """How far a pipeline is: the `on_progress` of its calls, which tells one stage after another.
+
+    Args:
+        quiet: say nothing; for all processes of a run but one.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet, self._stage = quiet, ""
+        self._steps: Steps | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
+        if self._steps is None or stage != self._stage:
             self.close()
             self._stage = stage
-            self._bar = tqdm(total=total, desc=f"{stage:<8}", disable=None, file=sys.stderr)
-        self._bar.update(done - self._bar.n)
+            self._steps = Steps(STAGES.get(stage, stage), total, done, self._quiet)
+        elif done > self._steps.done:
+            self._steps.add(done - self._steps.done)
         if done >= total:
             self.close()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._stage, self._bar = "", None
+        if self._steps is not None:
+            self._steps.close()
+        self._stage, self._steps = "", None
 
 
 class LoadedModel:
@@ -210,7 +225,8 @@ class LoadedModel:
     ) -> None:
         self.begun, started = time.time(), time.perf_counter()
         if config.verify and not sharing.helps:
-            verify_files(folder.path, folder.places)
+            with doing("hashing all files of the model"):
+                verify_files(folder.path, folder.places)
         bars, place = StageBars(), resolve_device(config.device)
         options: dict[str, Any] = {"loras": loras, "on_progress": bars}
         if sharing.helps:  # the main process encodes texts
@@ -250,9 +266,10 @@ class LoadedModel:
         self.pipeline.decoder = load(config.decoder)
         self.preview_decoder = load(config.preview_decoder)
 
-    def describe(self) -> str:
+    def describe(self, verbose: bool) -> str:
+        """What LoRAs changed, a line each, and with `verbose` what the parts hold."""
         lines = [f"{part}: {line}" for part, line in self.census.items()]
-        return "\n".join([*lines, *self.merges])
+        return "\n".join([*(lines if verbose else ()), *self.merges])
 
 
 def verify_files(folder: Path, places: Mapping[str, Path] | None = None) -> None:
@@ -306,8 +323,8 @@ class ModelCache:
             self._model = None  # frees its memory before the next model is loaded
             self._model = LoadedModel(folder, config, attention, loras, sharing)
             self._key = key
-            if sharing.team.is_main:
-                print(self._model.describe(), file=sys.stderr)
+            if sharing.team.is_main and (about := self._model.describe(config.verbose)):
+                print(about, file=sys.stderr)
         self._model.pipeline.tile = config.tile
         self._model.pipeline.chunk_latents = config.chunk_latents
         self._model.pipeline.set_attention(attention)

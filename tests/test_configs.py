@@ -1,6 +1,7 @@
 """Every preset composes into checked settings, and says what it is."""
 
 import json
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -55,12 +56,12 @@ def test_sampler_presets_compose(sampler):
     assert config.sampler.grid in (None, *GRIDS.get(config.sampler.name, ()))
 
 
-@pytest.mark.parametrize("group", ["model", "sampler"])
-def test_presets_explain_themselves_in_their_first_comment(group):
+@pytest.mark.parametrize("group", ["model", "sampler", "method", "recipe", "experiment", "study"])
+def test_presets_explain_themselves_in_a_sentence(group):
     for name in preset_names(group):
         lines = (Path(configs.__file__).parent / group / f"{name}.yaml").read_text().splitlines()
         comments = [line for line in lines[:2] if line.startswith("# ") and "@package" not in line]
-        assert comments, name
+        assert re.fullmatch(r"# [A-Z].{10,}\.", comments[0]), name
 
 
 def test_yaml_names_no_python_code():

@@ -129,8 +129,27 @@ def test_a_prompt_becomes_a_video_with_its_record(run, tmp_path, models):
     assert record["environment"]["packages"]["torch"] == torch.__version__
 
 
-def test_the_header_tells_every_setting_and_its_source(run):
-    _, _, err = run("prompt=x", "steps=2", "shift=3")
+def test_the_header_is_short_and_the_record_has_everything(run, tmp_path):
+    _, _, err = run("prompt=x", "steps=2", "shift=3", "seed=7", "num_videos=2")
+    assert err.splitlines()[:5] == [
+        "model   base",
+        "size    32x32, 9 frames: 48 tokens (3 x 4 x 4)",
+        "steps   2 of unipc, t 999 750; guidance 5",
+        "seed    7 to 8",
+        "device  cpu, float32, attention sdpa",
+    ]
+    assert [line.partition(":")[2] for line in err.splitlines()[5:]] == [" x", " x"]  # the videos
+    record = read_sealed(next((tmp_path / "out").glob("*.json")))
+    assert record["settings"]["sampler.shift"] == {"value": 3.0, "from": "command line"}
+    assert record["settings"]["height"] == {"value": 32, "from": "checkpoint"}
+    assert record["schedule"]["timesteps"] == [999.0, 750.0]
+    assert record["weights"]["transformer"].startswith("23.9 k parameters")
+    _, _, err = run("prompt=x", "steps=20", "sampler=euler")
+    assert "20 of euler, t 1000 989.6 978.3 965.9 .. 468.8 357.1 208.3;" in err
+
+
+def test_with_verbose_the_header_tells_every_setting_and_its_source(run):
+    _, _, err = run("prompt=x", "steps=2", "shift=3", "verbose=true")
     lines = [line.split("  ") for line in err.splitlines()]
     rows = {p[0].strip(): (next(filter(None, p[1:-1])).strip(), p[-1].strip()) for p in lines[:24]}
     assert rows["height"] == ("32", "checkpoint")
@@ -326,13 +345,13 @@ def test_an_image_starts_the_video(run, tmp_path):
     Image.new("RGB", (64, 64), (200, 30, 40)).save(tmp_path / "a.png")
     code, _, err = run("prompt=x", f"image={tmp_path / 'a.png'}")
     assert code == 0, err
-    assert "command line" in next(line for line in err.splitlines() if line.startswith("image"))
+    assert "image a.png" in err.splitlines()[0]
 
 
 def test_what_lies_behind_a_transparent_image_can_be_said(run, tmp_path):
     Image.new("RGBA", (32, 32)).save(tmp_path / "clear.png")
     image = f"image={tmp_path / 'clear.png'}"
-    code, _, err = run("prompt=x", image, "image_background=[9,9,9]")
+    code, _, err = run("prompt=x", image, "image_background=[9,9,9]", "verbose=true")
     assert code == 0, err
     assert "image_background" in err
 

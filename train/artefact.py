@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from configs.progress import doing
 from train.checkpoint import move_aside, name_of
 from train.lora import Scales
 from train.optim import trainable
@@ -238,7 +239,8 @@ class Artefacts:
             if ranks.is_main:
                 with only_writer(folder):
                     for artefact in self.made:
-                        artefact.write(weights, folder / artefact.final)
+                        with doing(f"writing {folder / artefact.final}"):
+                            artefact.write(weights, folder / artefact.final)
                         print(f"wrote {folder / artefact.final}")
 
 
@@ -289,5 +291,6 @@ def write_new(weights: Weights, places: Places) -> None:
     for artefact, place in places:
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
-            artefact.write(weights, place)
+            with doing(f"writing {place}"):
+                artefact.write(weights, place)
             print(f"wrote {place}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.progress import doing
 from wan.errors import WanError
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.umt5 import UMT5Encoder, pad_ids
@@ -48,7 +49,8 @@ def load_frozen(
     Args:
         config, options: as in `wan.pipeline.folder.load_part`.
     """
-    module = load_part(folder, part, config, options, dtype=dtype, device=device)
+    with doing(f"loading {part}"):
+        module = load_part(folder, part, config, options, dtype=dtype, device=device)
     return module.requires_grad_(False)
 
 
@@ -69,7 +71,8 @@ def component_digests(folder: Path) -> dict[str, str]:
             for part in parts
             for n, p in list_files(part_folder(folder, part)).items()
         }
-        sums = remembered_sha256(files.values())
+        with doing(f"hashing {name}"):
+            sums = remembered_sha256(files.values())
         lines = "".join(f"{sums[path]}  {file}\n" for file, path in files.items())
         digests[name] = hashlib.sha256(lines.encode()).hexdigest()
     return digests
@@ -83,7 +86,9 @@ def transformer_digest(folder: Path) -> str:
 def weights_digest(part: Path) -> str:
     """One sha256 over all safetensors files of a part's folder."""
     files = list_files(part)
-    sums = remembered_sha256(path for name, path in files.items() if name.endswith(".safetensors"))
+    with doing(f"hashing {part}"):
+        weights = (path for name, path in files.items() if name.endswith(".safetensors"))
+        sums = remembered_sha256(weights)
     return hashlib.sha256("".join(sorted(sums.values())).encode()).hexdigest()
 
 

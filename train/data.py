@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from configs.data import MAX_REPEATS, DataConfig
-from configs.progress import Steps
+from configs.progress import Steps, doing
 from train.conditioning import (
     TEXT_LENGTH,
     CaptionEncoder,
@@ -279,8 +279,8 @@ def world_cache(
         for number, start in enumerate(range(0, num_clips, SHARD)):
             part = scenes[start : start + SHARD]
             path = folder / f"latents-{number:05d}.safetensors"
-            shards.append(world_shard(vae, path, part))
-            progress.add(len(part))
+            shards.append(world_shard(vae, path, part, progress))
+            progress.add(start + len(part) - progress.done)
     latents = torch.cat(shards)
     numbers = list(range(num_clips))
     circling = [i for i in numbers if any(o.motion == "circling" for o in scenes[i].objects)]
@@ -291,8 +291,12 @@ def world_cache(
     )
 
 
-def world_shard(vae: WanVAE, path: Path, scenes: Sequence[Scene]) -> Tensor:
-    """The latents (n, C, T, h, w) of some scenes: from their file, or made and written there."""
+def world_shard(vae: WanVAE, path: Path, scenes: Sequence[Scene], progress: Steps) -> Tensor:
+    """The latents (n, C, T, h, w) of some scenes: from their file, or made and written there.
+
+    Args:
+        progress: counts the scenes that are made.
+    """
     if path.exists():
         try:
             latents = read_checked(path)["latents"]
@@ -302,7 +306,11 @@ def world_shard(vae: WanVAE, path: Path, scenes: Sequence[Scene]) -> Tensor:
         except (WanError, KeyError) as error:
             print(f"warning: {error}; it is made again", file=sys.stderr)
     groups = [scenes[i : i + 8] for i in range(0, len(scenes), 8)]
-    latents = torch.cat([encode_float16(vae, render(group)) for group in groups])
+    made = []
+    for group in groups:
+        made.append(encode_float16(vae, render(group)))
+        progress.add(len(group))
+    latents = torch.cat(made)
     write_checked(path, {"latents": latents})
     return latents
 
@@ -325,8 +333,9 @@ def open_data(
     """
     data.check_source()
     if data.folder:
-        weights = component_digests(source) if data.check_weights else None
-        cache = folder_cache(map(expanded, data.folder), weights, data.weights)
+        with doing("opening the encoded clips"):
+            weights = component_digests(source) if data.check_weights else None
+            cache = folder_cache(map(expanded, data.folder), weights, data.weights)
         for shape, bucket in zip(cache.shapes, cache.buckets, strict=True):
             if bucket:
                 check_shape(shape, settings, ", ".join(data.folder))

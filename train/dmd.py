@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.distillation import DistillConfig
+from configs.progress import Steps
 from train.conditioning import Texts
 from train.gan import Discriminator, block_numbers, noised_logits
 from train.loop import CLIPS, Diverged, step_generator
@@ -431,10 +432,13 @@ class Distillation:
                 latents = self.sample_few(self.student, texts, generators)
             else:
                 velocity = self.teacher_velocity(texts, self.config.scores.guidance_scale)
-                latents = sample_euler(velocity, self.start(generators), schedule)
+                with Steps("steps", len(schedule), quiet=not self.ranks.is_main) as steps:
+                    start = self.start(generators)
+                    latents = sample_euler(velocity, start, schedule, lambda *_: steps.add())
             return [look(i, clip) for i, clip in zip(numbers, latents, strict=True)]
 
-        found = self.ranks.spread(sample, range(len(captions)), self.chunk)
+        what = f"clips of the {'student' if schedule is None else 'teacher'} sampled"
+        found = self.ranks.spread(sample, range(len(captions)), self.chunk, what)
         self.ranks.reshard(self.student, self.teacher)
         return found
 
@@ -457,7 +461,9 @@ class Distillation:
             self.sample_few(self.teacher, texts, generators, seen.append)
             return torch.stack([spread_of_clips(x0) for x0 in seen], dim=1)
 
-        found = self.ranks.spread_tensors(spreads, range(len(captions)), self.chunk)  # (B, K)
+        what = "clips of the teacher sampled in few steps"
+        numbers = range(len(captions))
+        found = self.ranks.spread_tensors(spreads, numbers, self.chunk, what)  # (B, K)
         self.ranks.reshard(self.teacher)
         found = torch.cat([found, spread_of_clips(finished)[:, None].expand_as(found)])
         self.healthy = list(zip(found.amin(0).tolist(), found.amax(0).tolist(), strict=True))

@@ -117,7 +117,7 @@ def held_out_loss(
             found.append(flow_matching_loss(velocity, velocity_target(x0, noise)).item())
         return found
 
-    by_clip = ranks.spread(losses_of, range(len(held)), 1)
+    by_clip = ranks.spread(losses_of, range(len(held)), 1, "held-out clips")
     ranks.reshard(dit)
     by_level = [sum(column) / len(by_clip) for column in zip(*by_clip, strict=True)]
     named = {f"{prefix}_sigma_{level}": x for level, x in zip(LEVELS, by_level, strict=True)}

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from configs.export import ExportConfig
+from configs.progress import doing
 from configs.schema import kept_config
 from train.artefact import EXPORTS, Artefacts, Places, step_places, write_new
 from train.checkpoint import list_checkpoints, load_checkpoint, load_newest, name_of, step_of
@@ -39,7 +40,8 @@ def export_kept(config: ExportConfig) -> None:
         WanError: there is no such checkpoint or no such model, or the output is there already.
     """
     folder = expanded(config.run)
-    tree = read_state(config, folder / "checkpoints")
+    with doing("reading the checkpoint"):
+        tree = read_state(config, folder / "checkpoints")
     artefacts = left_by(config, folder, tree)
     weights = weights_of(config, tree, artefacts.network)
     places = named_places(config, folder, tree["step"], artefacts)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from configs.progress import Steps
+from configs.progress import Steps, doing
 from configs.schema import kept_settings
 from configs.training import LoopConfig
 from train.artefact import Artefacts
@@ -142,7 +142,8 @@ def run_training(
         with ranks.together():
             if ranks.is_main:
                 stack.enter_context(only_writer(folder))
-        seen = resume(state, config, checkpoints, settings, ranks)
+        with doing("looking for a checkpoint to go on from", quiet=not ranks.is_main):
+            seen = resume(state, config, checkpoints, settings, ranks)
         export = partial(export_due, state, config, folder, artefacts, ranks)
         export()  # where a run was stopped after the checkpoint and before it
         if state.step >= config.steps:
@@ -165,7 +166,8 @@ def run_training(
                 steps.print(text)
 
         def look() -> dict[str, float]:
-            measured = {} if on_save is None else on_save(state)
+            with doing("validation", quiet=on_save is None or not ranks.is_main):
+                measured = {} if on_save is None else on_save(state)
             if measured:
                 report("    " + format_numbers(measured), measured)
             return measured
@@ -186,14 +188,16 @@ def run_training(
                 means, speed = numbers.take()
                 pace = f"{speed['seconds_per_step']:.2f} s/step"
                 done = f"{state.step}/{config.steps}"
-                report(f"{done}  {format_numbers(means)}  {pace}", means | speed)
+                left = f"  {steps.left()}" * (not last)
+                report(f"{done}  {format_numbers(means)}  {pace}{left}", means | speed)
             due = state.step % config.save_every == 0 or last
             if due or stopping:
                 paused = time.perf_counter()
                 looks = last or (due and not stopping)
                 health = look().get(HEALTH) if looks and ranked else None
                 tree = {**state.to_tree(), "settings": settings, "seen": numbers.seen}
-                save_checkpoint(checkpoints, state.step, tree, config.keep_last, ranks, health)
+                with doing("writing a checkpoint", quiet=not ranks.is_main):
+                    save_checkpoint(checkpoints, state.step, tree, config.keep_last, ranks, health)
                 if looks and not ranked:
                     look()
                 if log is not None:

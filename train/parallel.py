@@ -33,6 +33,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from configs.parallel import ParallelConfig
+from configs.progress import Steps, progress_shown
 from wan.errors import WanError
 from wan.models.dit import WanDiT
 from wan.runtime.offload import resolve_device
@@ -171,7 +172,11 @@ class Ranks:
         return self.rank % (self.size // self.data_size) == 0
 
     def spread(
-        self, make: Callable[[list[int]], Sequence[T]], numbers: Sequence[int], chunk: int
+        self,
+        make: Callable[[list[int]], Sequence[T]],
+        numbers: Sequence[int],
+        chunk: int,
+        what: str = "clips",
     ) -> list[T]:
         """Apply `make` to numbers, one result each; every group does a share of them.
 
@@ -181,18 +186,27 @@ class Ranks:
         Args:
             make: up to `chunk` numbers -> as many results, which are sent to all processes: let
                 them be small, and no views of large tensors.
+            what: names the results in the plural, while they are made.
         Returns:
             all results in order, in every process.
         """
         count = len(numbers)
         share = -(-count // self.data_size)
         own = [numbers[min(self.data_rank * share + i, count - 1)] for i in range(share)]
-        made = [one for i in range(0, share, chunk) for one in make(own[i : i + chunk])]
+        made: list[T] = []
+        with Steps(what, share, quiet=not self.is_main) as steps:
+            for i in range(0, share, chunk):
+                made += make(own[i : i + chunk])
+                steps.add(len(own[i : i + chunk]))
         by_group = self.gather(made)[:: self.size // self.data_size]
         return [one for part in by_group for one in part][:count]
 
     def spread_tensors(
-        self, make: Callable[[list[int]], Tensor], numbers: Sequence[int], chunk: int
+        self,
+        make: Callable[[list[int]], Tensor],
+        numbers: Sequence[int],
+        chunk: int,
+        what: str = "clips",
     ) -> Tensor:
         """`spread` for a function that returns a tensor with one entry for each number.
 
@@ -203,7 +217,7 @@ class Ranks:
         def entries(part: list[int]) -> list[Tensor]:
             return [entry.clone() for entry in make(part).cpu()]
 
-        return torch.stack(self.spread(entries, numbers, chunk))
+        return torch.stack(self.spread(entries, numbers, chunk, what))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -379,7 +393,8 @@ def start(config: ParallelConfig, device: str = "cpu") -> Iterator[Ranks]:
         with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
             # Linear layers return views; nothing here changes them in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-            with redirect_stdout(sys.stdout if ranks.is_main else nowhere):
+            out = sys.stdout if ranks.is_main else nowhere
+            with redirect_stdout(out), progress_shown(ranks.is_main):
                 yield ranks
     finally:
         dist.destroy_process_group()

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.data import parse_size
+from configs.progress import Steps
 from configs.schema import check_prompt
 from configs.training import FinetuneConfig
 from train.clips import read_prompts
@@ -161,7 +161,6 @@ class Sampler:
         made: dict[int, Tensor] = {}
         count = len(self.prompts)
         share = -(-count // self.ranks.data_size)
-        hidden = None if self.ranks.is_main else True  # None: where nobody looks
 
         def make(numbers: list[int]) -> list[None]:
             for number in numbers:
@@ -169,9 +168,9 @@ class Sampler:
             return [None] * len(numbers)
 
         total = share * len(self.plan.schedule)
-        with tqdm(total=total, desc="samples", unit="step", leave=False, disable=hidden) as bar:
+        with Steps("steps of samples", total, quiet=not self.ranks.is_main) as bar:
             try:
-                self.ranks.spread(make, range(count), 1)
+                self.ranks.spread(make, range(count), 1, "samples")
             except torch.OutOfMemoryError as error:
                 if self.ranks.size > 1:
                     raise
@@ -181,7 +180,7 @@ class Sampler:
         first = self.ranks.data_rank * share  # what is made behind the share fills up the turns
         return {n: made[n] for n in range(first, min(first + share, count)) if n in made}
 
-    def sample_one(self, dit: WanDiT, prompt: str, bar: tqdm) -> Tensor:
+    def sample_one(self, dit: WanDiT, prompt: str, bar: Steps) -> Tensor:
         condition, null = (Condition(*self.texts([text])) for text in (prompt, self.negative))
         scale = self.plan.guidance_scale
         velocity = sampler_velocity(dit, condition, null, scale, self.bfloat16)
@@ -190,7 +189,7 @@ class Sampler:
         x = draw_noise(self.shape, generators).to(self.ranks.device)
 
         def on_step(*_: object) -> None:
-            bar.update()
+            bar.add()
 
         return sample(velocity, x, stepper, on_step)[0].cpu()
 

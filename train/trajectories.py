@@ -120,7 +120,8 @@ def sample_trajectories(
             [i for i, key in enumerate(keys) if ranks.is_main and key not in store]
         )
         done = len(keys) - len(missing)
-        bar = stack.enter_context(Steps("trajectories", len(keys), done, quiet=not ranks.is_main))
+        name = "trajectories of the teacher"
+        bar = stack.enter_context(Steps(name, len(keys), done, quiet=not ranks.is_main))
         at_once = chunk * ranks.data_size
         per_file = at_once * -(-PER_FILE // at_once)
         for start in range(0, len(missing), per_file):

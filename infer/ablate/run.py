@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.ablation import AblateConfig, Setting
 from configs.cli import Run
 from configs.evaluation import loading_key
+from configs.progress import doing
 from configs.schema import kept_settings
 from infer.ablate.report import Cell, write_report
 from infer.evaluate.measure import draw_examples
@@ -241,7 +242,9 @@ def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str
         cells.append(make())
 
     makers = cell_makers(config, folder)
-    return cells, run_each([Job(n, n, partial(add, make), 0) for n, make in makers.items()])
+    return cells, run_each(
+        [Job(n, n, partial(add, make), 0) for n, make in makers.items()], "cells looked for"
+    )
 
 
 def list_missing(
@@ -267,7 +270,8 @@ def list_missing(
             if reference is not None and reference not in references and not has_reference(cell):
                 references[reference] = cell.name
 
-    failed = run_each([Job(cell.name, cell.name, partial(look, cell), 0) for cell in cells])
+    looks = [Job(cell.name, cell.name, partial(look, cell), 0) for cell in cells]
+    failed = run_each(looks, "cells looked for")
     if missing:
         print(f"{len(missing)} of {len(cells)} cells to make", file=sys.stderr)
     return missing, list(references.values()), failed
@@ -342,5 +346,6 @@ def ablate(run: Run[AblateConfig]) -> int:
         if towers is not None and stored:
             clips = [Video(cell.clip, cell.prompt or "") for cell in stored]
             measured = measure(clips, towers, folder / "measures.json")
-        report = write_report(config, stored, failed, folder, measured) if stored else None
+        with doing("writing the report"):
+            report = write_report(config, stored, failed, folder, measured) if stored else None
         return conclude(report, failed, "cells", folder)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.benchmark import BenchConfig
+from configs.progress import Steps
 from infer.bench.timing import Outcome, Task, Timing, reset_resident_peak, resident, take_turns
 from infer.parity.models import Sides, reference, write_part
 from wan.errors import WanError
@@ -98,10 +99,15 @@ def contest(config: BenchConfig, scratch: Path, stored: torch.dtype) -> Outcome:
     """Seconds and peak resident memory of all sides; the files are in the page cache."""
     size = write_sharded(scratch, config.load_gb, config.seed, stored)
 
-    def measure(side: str) -> dict[str, Any]:
-        return load_apart(scratch, side, config.threads)
+    calls = config.warmup + config.repeats
+    with Steps(f"calls of load, {stored}", calls * len(LOADERS)) as steps:
 
-    loads = take_turns(list(LOADERS), config.warmup + config.repeats, measure)
+        def measure(side: str) -> dict[str, Any]:
+            loaded = load_apart(scratch, side, config.threads)
+            steps.add()
+            return loaded
+
+        loads = take_turns(list(LOADERS), calls, measure)
     timings = {}
     for side, every in loads.items():
         every = every[config.warmup :]

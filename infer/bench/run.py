@@ -66,7 +66,10 @@ def check_parity(config: BenchConfig) -> list[Row]:
         reference("diffusers")
     except WanError:
         return []
-    with tempfile.TemporaryDirectory() as scratch:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        doing(f"holding bfloat16 on {device} against diffusers"),
+    ):
         rows = list(against_diffusers.parity_rows(size, device, config, Path(scratch)))
     if wrong := [row for row in rows if not row.passed]:
         raise WanError(

@@ -1,12 +1,13 @@
 """`infer.convert` with base=: a LoRA file from two checkpoints, and how much it loses."""
 
-import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from configs.conversion import ConvertConfig
+from infer.loading import StageBars
 from wan.errors import WanError
 from wan.files import expanded, write_json
 from wan.lora.extract import ExtractedLoRA, extract_lora
@@ -27,6 +28,7 @@ def convert_lora(config: ConvertConfig, source: Path, base: Path) -> None:
         raise WanError(f"output={output}: a LoRA is one file: {output}.safetensors")
     if taken := [path for path in (output, report) if path.exists()]:
         raise WanError(f"{taken[0]}: is there already; choose another output=")
+    bars = StageBars()
     lora = extract_lora(
         open_transformer("source", source),
         open_transformer("base", base),
@@ -34,8 +36,9 @@ def convert_lora(config: ConvertConfig, source: Path, base: Path) -> None:
         diffs=config.diffs,
         dtype=getattr(torch, config.dtype or "float32"),
         device=resolve_device(config.device),
-        on_progress=progress if sys.stderr.isatty() else None,
+        on_progress=partial(bars, "tensors compared"),
     )
+    bars.close()
     print(losses(lora))
     about = {"rank": str(rank), "residual_energy": f"{lora.residual:.6g}"}
     write_lora(output, lora.tensors, about | trained_attention(source))
@@ -51,10 +54,6 @@ def trained_attention(source: Path) -> dict[str, str]:
         return {}
     attention = read_pipeline_config(source).defaults.attention
     return {} if attention is None else {ATTENTION: attention}
-
-
-def progress(done: int, total: int) -> None:
-    print(f"\r{done}/{total} tensors", end="\r", file=sys.stderr, flush=True)
 
 
 def open_transformer(option: str, source: Path) -> Checkpoint:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from configs.conversion import ConvertConfig
+from configs.progress import Steps, doing
 from configs.schema import check_choice
 from infer.convert.extract_lora import convert_lora
 from infer.convert.releases import layout_config
@@ -132,19 +133,23 @@ def convert_component(
         dtypes = {name: target_dtype(name, t.dtype, most, float32) for name, t in state.items()}
     if component == "vae":
         levels = vae_levels(module.config)
-    written = save_component(
-        state,
-        folder,
-        component,
-        "diffusers" if is_diffusers else "official",
-        vae_levels=levels,
-        prefix=PREFIX if is_prefixed else "",
-        dtypes=dtypes,
-        scales=scales,
-        # A prefixed file is one file by definition.
-        max_shard_bytes=sys.maxsize if is_prefixed else int(target.shard_gb * 1e9),
-        metadata=None if is_diffusers else {CONFIG_METADATA: json.dumps(values)},
-    )
+    kept = {name: tensor.dtype for name, tensor in state.items()}
+    total = sum(state[name].numel() * dtype.itemsize for name, dtype in (dtypes or kept).items())
+    with Steps(f"MB of {component} written", total, unit=10**6) as steps:
+        written = save_component(
+            state,
+            folder,
+            component,
+            "diffusers" if is_diffusers else "official",
+            vae_levels=levels,
+            prefix=PREFIX if is_prefixed else "",
+            dtypes=dtypes,
+            scales=scales,
+            # A prefixed file is one file by definition.
+            max_shard_bytes=sys.maxsize if is_prefixed else int(target.shard_gb * 1e9),
+            metadata=None if is_diffusers else {CONFIG_METADATA: json.dumps(values)},
+            on_bytes=steps.add,
+        )
     for file in checkpoint.files:
         file.open().close()  # notices what was overwritten meanwhile
     if (written_config := layout_config(component, target.layout, values, model_type)) is not None:
@@ -193,7 +198,8 @@ def convert_release(
         component = "transformer" if name in experts else name
         into = official_folder(folder, name, len(experts)) if to_official else folder / name
         values = component_settings(source, name, given) if index and name in given else None
-        checkpoint = open_checkpoint(place, model=source)
+        with doing(f"opening {name}"):
+            checkpoint = open_checkpoint(place, model=source)
         convert_component(checkpoint, component, into, target, values, model_type)
     tokenizer = folder / (TOKENIZER_FOLDER if to_official else "tokenizer")
     own_tokenizer = places.get("tokenizer", source / "tokenizer")

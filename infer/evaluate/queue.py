@@ -186,10 +186,12 @@ def run_each(jobs: Sequence[Job], what: str = "jobs", team: Team | None = None) 
     if team.size > 1 and team.is_main and jobs:
         print(f"{team.size} processes share {len(jobs)} {what}", file=sys.stderr)
     failed: dict[str, None] = {}
-    with Steps("clips", sum(job.clips for job in jobs), quiet=not team.is_main) as steps:
+    total = sum(job.clips for job in jobs)
+    counted = ("clips", total) if total else (what, len(jobs))  # nothing is made: looked at
+    with Steps(*counted, quiet=not team.is_main) as steps:
 
         def advance(number: int) -> None:
-            if new := team.tally(f"clips of {what}", number) - steps.done:
+            if new := team.tally(f"{counted[0]} of {what}", number) - steps.done:
                 steps.add(new)
 
         for job in jobs:
@@ -208,7 +210,7 @@ def run_each(jobs: Sequence[Job], what: str = "jobs", team: Team | None = None) 
                     traceback.print_exc()
                 failed[job.of] = None
                 team.tally(f"{job.of} failed", 1)
-            advance(job.clips)
+            advance(job.clips if total else 1)
         everywhere = team.everyone(list(failed), lambda: advance(0))
     names = {name for own in everywhere for name in own}
     return [name for name in dict.fromkeys(job.of for job in jobs) if name in names]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from configs.evaluation import EvaluateConfig
 from infer.evaluate.measure import Example, VideoSource
-from infer.loading import folder_of, load_pipeline, model_folder, places_of, sampling
+from infer.loading import StageBars, folder_of, load_pipeline, model_folder, places_of, sampling
 from wan.miniature.world import render
 from wan.pipeline.folder import load_part
 from wan.pipeline.pipeline import WanPipeline, WanPipelineOutput
@@ -19,7 +19,11 @@ from wan.runtime.offload import resolve_device
 
 def open_pipeline(config: EvaluateConfig) -> WanPipeline:
     """The model of an evaluation."""
-    return load_pipeline(model_folder(config), config, config.attention)
+    bars = StageBars()
+    try:
+        return load_pipeline(model_folder(config), config, config.attention, on_progress=bars)
+    finally:
+        bars.close()
 
 
 def render_truth(config: EvaluateConfig) -> VideoSource:
@@ -61,6 +65,7 @@ def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> Vid
     )
 
     def make(batch: Sequence[Example]) -> Tensor:
+        bars = StageBars()
         try:
             made = pipe(
                 [example.caption.text for example in batch],
@@ -71,6 +76,7 @@ def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> Vid
                 seed=[example.seed for example in batch],
                 max_sequence_length=config.max_sequence_length,
                 output_type="pt",
+                on_progress=bars,
                 **sampling(config),
             )
         except FloatingPointError:
@@ -78,6 +84,8 @@ def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> Vid
                 return torch.cat([make([example]) for example in batch])
             shape = (1, 3, config.num_frames, config.height, config.width)
             return torch.full(shape, math.nan)
+        finally:
+            bars.close()
         assert isinstance(made, WanPipelineOutput)
         return made.frames.transpose(1, 2) * 2 - 1  # (B, 3, F, H, W), from [0, 1]
 

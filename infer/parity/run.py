@@ -1,13 +1,15 @@
 """Climb the rungs of the comparison and print the table: the work of `infer.parity`."""
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 
 from configs.parity import ParityConfig
+from configs.progress import Steps, doing
 from infer.parity import with_weights as rungs
 from infer.parity import without_weights as facts
 from infer.parity.models import Sides, reference, releases
@@ -33,13 +35,23 @@ RELEASE_RUNGS: list[Callable[[Sides], list[Row]]] = [
 
 def climb(config: ParityConfig) -> Iterator[list[Row]]:
     """The rows of one rung after the other."""
-    reference("diffusers")  # its absence, like a missing release, is reported before all work
-    with releases(config) as all_sides:
+    with doing("loading diffusers and transformers"):
+        reference("diffusers")  # its absence, like a missing release, is reported before all work
+    with ExitStack() as stack:
+        with doing(f"opening checkpoint={config.checkpoint}"):
+            all_sides = stack.enter_context(releases(config))
+        climbed: list[tuple[str, Callable[[], list[Row]]]] = []
         for general in () if config.full_block else GENERAL_RUNGS:
-            yield general()
+            climbed.append((general.__name__, general))
         for sides in all_sides:
             for rung in (rungs.transformer,) if config.full_block else RELEASE_RUNGS:
-                yield rung(sides)
+                climbed.append((f"{rung.__name__} of {sides.name}", partial(rung, sides)))
+        steps = stack.enter_context(Steps("comparisons", len(climbed)))
+        for name, compare in climbed:
+            with doing(name.replace("_", " ")):
+                rows = compare()
+            steps.add()
+            yield rows
 
 
 @torch.no_grad()
@@ -50,8 +62,6 @@ def parity(config: ParityConfig) -> int:
         warnings.simplefilter("ignore")  # of the references, and that a long prompt is cut
         for found in climb(config):
             rows += found
-            if sys.stderr.isatty():
-                print(f"\r{len(rows)} rows compared", end="\r", file=sys.stderr, flush=True)
     print(table(rows))
     failed = [row for row in rows if not row.passed]
     seconds = time.perf_counter() - started

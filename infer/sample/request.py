@@ -24,6 +24,8 @@ from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
 from wan.precision import precision_note
 
 MODEL = "checkpoint"  # as the source of a value: the model's own folder
+OF_IMAGE = "image's proportions"  # as the source of a size
+HOW = ("offload", "quantize", "compile", "tile")  # told in a summary where they are chosen
 CHOSEN = ("command line", PROMPT_FILE, RECORD)  # sources that somebody typed
 # Options whose default is in the model's folder, under the same name.
 FROM_MODEL = ("height", "width", "num_frames", "fps", "max_sequence_length")
@@ -172,7 +174,7 @@ def _resolve(
             area = values["height"] * values["width"]
             size = best_size(*image_size, area, multiple)
             values["height"], values["width"] = size
-            sources["height"] = sources["width"] = "image's proportions"
+            sources["height"] = sources["width"] = OF_IMAGE
     few_steps_of_base = model.timesteps is None and config.sampler.name == "few_step"
     if few_steps_of_base and sources["guidance_scale"] not in (*CHOSEN, "default"):
         # A preset's is for the base model's own weights, not for a student's merged into them.
@@ -311,7 +313,56 @@ def _source_of_default(name: str, model: PipelineConfig, decided: dict[str, Any]
 
 
 def describe(request: Request, folder: Path) -> str:
-    """The header of a run: each setting and its source, then every step's (t, sigma)."""
+    """The header of a run, and below it what should be known of its result."""
+    lines = details(request, folder) if request.config.verbose else summary(request)
+    if (note := request.precision) is not None:
+        lines.append(note)
+    if request.config.decoder is not None:
+        lines.append("not exact: decoded by a tiny decoder, not by the model's own VAE")
+    if request.plan.untrained:
+        lines.append(f"not what this model was trained for: {', '.join(request.plan.untrained)}")
+    return "\n".join(lines)
+
+
+def summary(request: Request) -> list[str]:
+    """What decides most of a run, a line each: model, size, steps, seed, device."""
+    value = {name: value for name, (value, _) in request.settings.items()}
+    source = {name: source for name, (_, source) in request.settings.items()}
+    grid, schedule = " x ".join(map(str, request.grid)), request.plan.schedule
+    model = [str(value["checkpoint"])]
+    for name in (*PARTS, "lora", "lora_2", "image"):
+        if value[name]:
+            model.append(f"{name} {_short(value[name])}")
+    size = f"{value['width']}x{value['height']}, {value['num_frames']} frames"
+    if source["width"] == OF_IMAGE:
+        size += f" ({OF_IMAGE})"
+    steps = f"{len(schedule)} of {value['sampler.name']}, t {_ends(schedule.timesteps.tolist())}"
+    guidance = f"guidance {value['guidance_scale']:g}" if request.plan.guided else "no guidance"
+    seed, count = value["seed"], value["num_videos"]
+    seeds = f"{seed}" if count == 1 else f"{seed} to {seed + count - 1}"
+    if source["seed"] not in (*CHOSEN, "default"):
+        seeds += f", {source['seed']}"
+    device = [value["device"], value["dtype"], f"attention {value['attention']}"]
+    device += [f"{name} {value[name]}" for name in HOW if value[name] not in (None, "none")]
+    if request.attention_density < 1:
+        device.append(f"{request.attention_density:.1%} of dense self-attention")
+    return [
+        f"model   {', '.join(model)}",
+        f"size    {size}: {request.tokens} tokens ({grid})",
+        f"steps   {steps}; {guidance}",
+        f"seed    {seeds}",
+        f"device  {', '.join(map(str, device))}",
+    ]
+
+
+def _ends(timesteps: list[float], most: int = 8) -> str:
+    """Timesteps in words; of many, the first and the last ones."""
+    words = [f"{t:.4g}" for t in timesteps]
+    return " ".join(words if len(words) <= most else [*words[:4], "..", *words[-3:]])
+
+
+def details(request: Request, folder: Path) -> list[str]:
+    """Each setting and its source, then every step's (t, sigma)."""
     rows = [("prompt", _short(request.prompt), request.job.sources["prompt"])]
     for name, (value, source) in request.settings.items():
         if value is not None and value != "":
@@ -331,14 +382,7 @@ def describe(request: Request, folder: Path) -> str:
         for t, s in zip(schedule.timesteps.tolist(), schedule.sigmas.tolist(), strict=False)
     ]
     lines.append(f"t (sigma) of {schedule.description}:")
-    lines += ["  " + "  ".join(steps[i : i + 6]) for i in range(0, len(steps), 6)]
-    if (note := request.precision) is not None:
-        lines.append(note)
-    if request.config.decoder is not None:
-        lines.append("not exact: decoded by a tiny decoder, not by the model's own VAE")
-    if request.plan.untrained:
-        lines.append(f"not what this model was trained for: {', '.join(request.plan.untrained)}")
-    return "\n".join(lines)
+    return lines + ["  " + "  ".join(steps[i : i + 6]) for i in range(0, len(steps), 6)]
 
 
 def _short(value: Any, limit: int = 60) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from configs.cli import Run
 from configs.evaluation import CAPTION_SETS, StudyConfig
+from configs.progress import doing
 from infer.evaluate.queue import Job, LastPipeline, conclude, run_each, weights_of
 from infer.evaluate.store import Missing, StoredClips
 from infer.machine import writable_folder
@@ -29,7 +30,8 @@ def list_missing(
         missing.extend((name, c, clips.missing(num_processes)) for c, clips in found)
 
     names = config.only or config.settings
-    failed = run_each([Job(name, name, partial(look, name), clips=0) for name in names])
+    looks = [Job(name, name, partial(look, name), clips=0) for name in names]
+    failed = run_each(looks, "settings looked for")
     return missing, failed
 
 
@@ -53,6 +55,8 @@ def study(run: Run[StudyConfig]) -> int:
         failed = [] if config.report_only else run_settings(config, folder, team)
         if not team.is_main:
             return 0
-        rows = read_settings(config, folder)
-        report = write_report(config, rows, folder) if rows else None
+        with doing("reading what is stored"):
+            rows = read_settings(config, folder)
+        with doing("writing the report"):
+            report = write_report(config, rows, folder) if rows else None
         return conclude(report, failed, "settings", folder)

@@ -382,7 +382,7 @@ def make_validation(
     else:
         captions = first_captions(run.draw, config.validation_captions)
     captions *= 2  # two clips of each, which should differ
-    with doing("sampling with the teacher, to compare with", quiet=not run.ranks.is_main):
+    with doing("the teacher's panel, to compare with", quiet=not run.ranks.is_main):
         finished = teacher_panel(run, settings, captions, folder, teacher_digest)
     run.teacher_std = float(finished.std())
     if config.dmd_weight:
@@ -395,7 +395,8 @@ def make_validation(
     def measure_teacher(numbers: list[int]) -> list[ClipNumbers]:
         return [measure(i, finished[i], decode_clip(vae, finished[i])) for i in numbers]
 
-    reference = run.ranks.spread(measure_teacher, range(len(captions)), 1)
+    numbers = range(len(captions))
+    reference = run.ranks.spread(measure_teacher, numbers, 1, "clips of the teacher measured")
 
     def validate(state: TrainState) -> dict[str, float]:
         pictures = Pictures(folder / "samples", state.step)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
-from configs.progress import doing
+from configs.progress import Steps, doing
 from configs.training import FinetuneConfig
 from train.artefact import Artefacts, TrainedLoRA, TrainedModel
 from train.conditioning import Texts, check_trainable, transformer_digest
@@ -191,7 +191,8 @@ def validate(
         guidance, bfloat16 = config.validation_guidance, bool(config.bfloat16)
         velocity = sampler_velocity(dit, condition, null, guidance, bfloat16)
         x = draw_noise(shape, sample_generators(numbers, len(numbers))).to(texts.device)
-        latents = sample_euler(velocity, x, schedule)
+        with Steps("steps", len(schedule), quiet=not ranks.is_main) as steps:
+            latents = sample_euler(velocity, x, schedule, lambda *_: steps.add())
         return [
             read_clip(decode_clip(vae, clip), captions[number])
             for number, clip in zip(numbers, latents, strict=True)
@@ -199,7 +200,8 @@ def validate(
 
     own = ranks.share(config.batch_size, config.gradient_accumulation)
     at_once = (own.stop - own.start) // config.gradient_accumulation  # as in training
-    return shares(ranks.spread(found, range(len(captions)), at_once), "val")
+    numbers = range(len(captions))
+    return shares(ranks.spread(found, numbers, at_once, "captions sampled and read"), "val")
 
 
 def artefacts_of(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.cli import INTERRUPTED
+from configs.progress import Steps, doing
 from configs.training import TextEncoderTrainConfig
 from train.artefact import Artefacts, Weights, export_part
 from train.kept import KeptRun
@@ -194,8 +195,9 @@ def make_tokenizer(config: TextEncoderTrainConfig, folder: Path) -> Tokenizer:
     settings = {name: getattr(config, name) for name in names}
     if not (folder / "tokenizer_config.json").is_file():
         write_json(record, settings)
-        examples = draw_examples(config.seed, "tokenizer", config.tokenizer_captions, 0.7)
-        spiece = train_spiece((example.text for example in examples), config.vocab_size)
+        with doing(f"training the tokenizer on {config.tokenizer_captions} captions"):
+            examples = draw_examples(config.seed, "tokenizer", config.tokenizer_captions, 0.7)
+            spiece = train_spiece((example.text for example in examples), config.vocab_size)
         write_tokenizer_folder(spiece, folder, NUM_SENTINELS)
     elif not config.loop.allow_changes and (before := read_json(record)) != settings:
         raise WanError(
@@ -374,13 +376,18 @@ def measure_gates(
     fit_on = draw_examples(config.seed, "probe", 2 * n, 0.5)
     slots = [i for i, name in enumerate(CLASSES) if name[:-2] in OBJECT_ATTRIBUTES]
     measured = {}
-    for pooling in ("mean", "token"):
-        probe = fit_probe(*pooled_states(encoder, tokenizer, fit_on, pooling))
-        for name, examples in sets.items():
-            vectors, labels = pooled_states(encoder, tokenizer, examples, pooling)
-            hits = label_hits(probe(vectors), labels)
-            rate = hits[:, slots].all(1).float() if name == "binding" else hits.float().mean(0)
-            measured[f"{name}_{pooling}"] = float(rate.mean() if name == "binding" else rate.min())
+    poolings = ("mean", "token")
+    with Steps("probes fitted or read", len(poolings) * (1 + len(sets))) as steps:
+        for pooling in poolings:
+            probe = fit_probe(*pooled_states(encoder, tokenizer, fit_on, pooling))
+            steps.add()
+            for name, examples in sets.items():
+                vectors, labels = pooled_states(encoder, tokenizer, examples, pooling)
+                hits = label_hits(probe(vectors), labels)
+                whole = name == "binding"
+                rate = hits[:, slots].all(1).float() if whole else hits.float().mean(0)
+                measured[f"{name}_{pooling}"] = float(rate.mean() if whole else rate.min())
+                steps.add()
     return measured
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.cli import INTERRUPTED
+from configs.progress import Steps, doing
 from configs.training import VAETrainConfig
 from train.artefact import Artefacts, Weights, export_part
 from train.conditioning import weights_digest
@@ -138,10 +139,15 @@ def psnr(mse: float) -> float:
 @torch.no_grad()
 def measure(vae: WanVAE, clips: Tensor, bfloat16: bool) -> dict[str, float]:
     """PSNR of whole-clip reconstructions, over all pixels and over the objects' pixels."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        video = torch.cat(
-            [vae.decode_normalized(vae.encode_normalized(clip[None]), None) for clip in clips]
-        ).float()
+    made = []
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+        Steps("whole clips measured", len(clips)) as steps,
+    ):
+        for clip in clips:
+            made.append(vae.decode_normalized(vae.encode_normalized(clip[None]), None))
+            steps.add()
+        video = torch.cat(made).float()
     error = (video - clips).square()
     mask = foreground_mask(clips).expand_as(error)
     return {
@@ -154,9 +160,11 @@ def measure(vae: WanVAE, clips: Tensor, bfloat16: bool) -> dict[str, float]:
 def latent_statistics(vae: WanVAE, num_clips: int, seed: int) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation of raw latents over freshly rendered clips."""
     means = []
-    for start in range(0, num_clips, 8):
-        moments = vae.encode_moments(rendered_clips(8, seed + start))
-        means.append(moments.chunk(2, dim=1)[0].transpose(0, 1).flatten(1))
+    with Steps("clips encoded for the statistics of latents", num_clips) as steps:
+        for start in range(0, num_clips, 8):
+            moments = vae.encode_moments(rendered_clips(8, seed + start))
+            means.append(moments.chunk(2, dim=1)[0].transpose(0, 1).flatten(1))
+            steps.add(min(8, num_clips - start))
     z = torch.cat(means, dim=1)
     return z.mean(dim=1).tolist(), z.std(dim=1).tolist()
 
@@ -225,7 +233,8 @@ def train_vae(config: VAETrainConfig) -> int:
     vae = build_vae(config)
     optimizers = make_optimizers(vae, config.optimizer, config.lr)
     state = TrainState({"vae": vae}, optimizers, {"vae": EMA(vae, config.ema_decay)})
-    validation = rendered_clips(config.validation_clips, seed=2**40)
+    with doing("rendering clips to validate with"):
+        validation = rendered_clips(config.validation_clips, seed=2**40)
     averaged = copy.deepcopy(vae)
 
     def on_save(state: TrainState) -> dict[str, float]:

@@ -50,6 +50,7 @@ DTYPES = {
 # The format's other dtypes, all of quantised files: their numbers mean nothing without more.
 BLOCK_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OnBytes = Callable[[int], None]  # called with the number of bytes that were just written
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")  # no slash, no "..", ASCII
@@ -377,7 +378,10 @@ def read_bytes(file: BinaryIO, buffer: Tensor, offset: int) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> None:
     """Write a safetensors file beside `path`, then rename it there: complete or not at all.
 
@@ -385,6 +389,8 @@ def write_tensors(
     then by name) keeps every tensor aligned and makes equal content equal bytes. The file gets the
     rights the umask leaves, so that a group can read it.
 
+    Args:
+        on_bytes: called after each tensor with the number of its bytes.
     Raises:
         WanError: a tensor has a dtype that the format lacks.
     """
@@ -409,3 +415,5 @@ def write_tensors(
         for name in names:
             tensor = tensors[name].detach().cpu().contiguous()
             file.write(raw_bytes(tensor))
+            if on_bytes is not None:
+                on_bytes(tensor.nbytes)

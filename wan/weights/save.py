@@ -13,7 +13,7 @@ from wan.errors import WanError
 from wan.files import folder_beside, write_json
 from wan.weights.checkpoint import INDEX_SUFFIX, family
 from wan.weights.keys import VAELevels, released_name
-from wan.weights.safetensors_file import write_tensors
+from wan.weights.safetensors_file import OnBytes, write_tensors
 from wan.weights.scaled import plain_dtype, restored
 
 
@@ -30,6 +30,7 @@ def save_component(
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
     variant: str | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> list[Path]:
     """Write a state dict with our names as a component in a released layout.
 
@@ -44,6 +45,7 @@ def save_component(
             without a scale.
         scales: our name -> the scale of an 8-bit weight, which is restored shard by shard.
         variant: put into the names of the files, as in `<name>.fp16.safetensors`.
+        on_bytes: called after each tensor with the number of bytes that were written.
     Returns:
         The weight files, and the index if there are several.
     Raises:
@@ -59,7 +61,9 @@ def save_component(
     factors = {released[n]: scale for n, scale in scales.items()}
     stem = file_stem(component, layout, vae_levels) + ("" if variant is None else f".{variant}")
     try:
-        return write_shards(named, wanted, factors, folder, stem, max_shard_bytes, metadata or {})
+        return write_shards(
+            named, wanted, factors, folder, stem, max_shard_bytes, metadata or {}, on_bytes
+        )
     except OSError as error:
         raise WanError(f"{folder}: can't be written: {error.strerror or error}") from error
 
@@ -72,6 +76,7 @@ def write_shards(
     stem: str,
     max_shard_bytes: int,
     metadata: Mapping[str, str],
+    on_bytes: OnBytes | None = None,
 ) -> list[Path]:
     """Write tensors under their final names in the wanted dtypes; see `save_component`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +97,7 @@ def write_shards(
             # No copy of what does not change.
             {n: restored(tensor, scales.get(n), wanted[n]) for n, tensor in shard.items()},
             {"format": "pt", **metadata},
+            on_bytes,
         )
     written = [folder / name for name in names]
     if len(shards) > 1:
