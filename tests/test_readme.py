@@ -127,6 +127,13 @@ def test_links_and_pictures_are_there(page):
             assert anchor in anchors(path.read_text(encoding="utf-8")), target
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_paper_that_is_named_is_linked(page):
+    text = prose(TEXTS[page])
+    unlinked = re.sub(r"\[[^\]]*\]\(https?://[^)]*\)", "", text)
+    assert not re.findall(r"arXiv:\d{4}\.\d{5}", unlinked)
+
+
 @pytest.mark.parametrize("page", ROOMS)
 def test_the_readme_links_to_every_room(page):
     assert f"]({page}/README.md)" in README

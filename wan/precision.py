@@ -1,4 +1,4 @@
-"""In which precision a device computes, and the products that a CPU has no fast kernel for.
+"""The precision in which a device computes, and the products that a CPU has no fast kernel for.
 
 A CPU without AVX-512 (on ARM: without bfloat16 instructions) multiplies bfloat16 numbers one by
 one, five times slower than float32 or more. There, networks whose weights are bfloat16 compute in
