@@ -12,7 +12,7 @@ from configs.command_list import commands_of, list_commands
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "infer": {
-        *("ablate", "bench", "convert", "diff", "evaluate", "measure"),
+        *("ablate", "app", "bench", "convert", "diff", "evaluate", "measure"),
         *("parity", "rehearse", "rerun", "sample", "study"),
     },
     "train": {"distill", "export", "finetune", "plot", "preprocess", "text_encoder", "vae"},
@@ -36,7 +36,7 @@ def test_every_command_has_a_line_that_is_a_sentence(package, capsys):
         (["sampel"], "did you mean python -m infer.sample?"),
         (["sample", "prompt=x"], "typed with a dot, python -m infer.sample"),
         (["infer.sample"], "typed with a dot, python -m infer.sample"),
-        (["steps=4"], "ablate, bench, convert, diff"),
+        (["steps=4"], "ablate, app, bench, convert"),
     ],
 )
 def test_a_word_that_is_no_command_is_one_line_and_exit_code_2(words, advice, capsys):

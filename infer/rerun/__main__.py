@@ -26,7 +26,7 @@ LINE = CommandLine(
     RerunConfig,
     "rerun",
     text_keys=(),
-    path_keys=("record", "checkpoint", "image", "output_dir", *PARTS),
+    path_keys=("record", "checkpoint", "image", "decoder", "output_dir", *PARTS),
     list_keys=("lora", "lora_2"),
     words=("record",),
 )

@@ -20,29 +20,12 @@ import sys
 from typing import Any, TextIO
 
 from configs.cli import INTERRUPTED, Run, run
-from configs.command_line import ATTENTION, CommandLine, Shortcut
 from configs.progress import loading_pytorch
-from configs.schema import PARTS, SampleConfig
+from configs.schema import SampleConfig
 from infer.processes import Processes
 from infer.sample.jobs import read_jobs
+from infer.sample.line import LINE
 from infer.sharing import Sharing, makes_together, printing, told_once
-
-LINE = CommandLine(
-    SampleConfig,
-    "sample",
-    text_keys=("prompt", "negative_prompt"),
-    path_keys=(
-        *("prompt_file", "image", "checkpoint", "output_dir", *PARTS),
-        *("decoder", "preview_decoder"),
-    ),
-    list_keys=("lora", "lora_2"),
-    shortcuts={
-        "steps": Shortcut("sampler.steps", clears=("sampler.timesteps",)),
-        "timesteps": Shortcut("sampler.timesteps", clears=("sampler.steps",)),
-        "shift": Shortcut("sampler.shift"),
-        **ATTENTION,
-    },
-)
 
 
 class SampleCommand:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -31,6 +31,7 @@ from infer.sample.record import (
     Assistance,
     BadResultError,
     FinishedVideos,
+    OutputFiles,
     Story,
     now,
     out_of_memory,
@@ -319,17 +320,29 @@ def memory_request(
     )
 
 
-def make_video(session: Session, request: Request, seed: int) -> Story:
+def make_video(
+    session: Session,
+    request: Request,
+    seed: int,
+    bars: StageBars | None = None,
+    on_files: Callable[[OutputFiles], None] | None = None,
+) -> Story:
     """Make one video with its picture, latents and record; the story has its exit code.
 
     The record is written before the first step and after the last, so that there is one however
     the run ends.
+
+    Args:
+        bars: what is told how far each stage is; None draws bars on a terminal.
+        on_files: called with the names of the files before the first stage.
     """
     config, pipeline = request.config, session.model.pipeline
     generators = sample_generators(seed, 1)
-    bars = StageBars()
+    bars = StageBars() if bars is None else bars
     with begin_story(session, request, seed) as story, torch.no_grad():
         record = story.record
+        if on_files is not None:
+            on_files(story.files)
         noise = pipeline.prepare_latents(
             1,
             height=request.height,
