@@ -1,9 +1,11 @@
-"""Shared by all tests: one CPU thread, and no GPU tests where there is no GPU."""
+"""Shared by all tests: one CPU thread; no GPU tests without a GPU, nor pages without a browser."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from browser import chromium, missing
 
 # The models are tiny: threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
@@ -37,8 +39,15 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="no CUDA device")
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+    lacking = {"gpu": "" if torch.cuda.is_available() else "no CUDA device", "browser": missing()}
+    for item in items:
+        for mark, reason in lacking.items():
+            if reason and mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium (selenium's driver), one for all tests that are marked `browser`."""
+    with chromium(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
