@@ -136,12 +136,14 @@ class Run(Generic[C]):
             preset as `model=mini`, or "default".
         presets: the chosen file of each group, e.g. {"model": "mini"}.
         title: the swept values of this point; empty outside a sweep.
+        last: whether no other point of the sweep follows.
     """
 
     config: C
     sources: dict[str, str]
     presets: dict[str, str]
     title: str
+    last: bool = True
 
 
 Main = Callable[[Run[Any]], int | None]
@@ -250,7 +252,7 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
             title = ", ".join(f"{o.key_or_group}={v}" for o, v in point if o.is_sweep_override())
             runs.append(_compose_run(line, point, groups, texts, title))
     _check_written(line, runs)
-    return runs
+    return [replace(one, last=one is runs[-1]) for one in runs]
 
 
 def _name_words(tokens: Sequence[str], line: CommandLine) -> list[str]:

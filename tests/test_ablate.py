@@ -287,6 +287,23 @@ def test_a_failure_of_any_kind_stops_only_its_cell(tmp_path, model, monkeypatch,
     assert printed.splitlines()[-1].startswith("1 cells failed: model, frame_causal")
 
 
+def test_a_failure_that_all_cells_share_is_told_once(tmp_path, model, monkeypatch, capsys):
+    def failing(runner, setting, seed, prompt):
+        raise WanError("the disk under the weights is gone")
+
+    monkeypatch.setattr(ablate, "make_video", failing)
+    prompts = [f"a fox, number {number}" for number in range(3)]
+    config = grid(tmp_path, model, prompt=None, prompts=prompts, num_seeds=4)
+    assert run(config) == 1
+    said = capsys.readouterr().err
+    assert said.count("the disk under the weights is gone") == 1
+    assert said.count("nothing to compare with") == 1
+    last = said.splitlines()[-2:]
+    assert "48 cells failed, all for the same reason: model, sdpa" in " ".join(last)
+    assert last[-1].endswith("; and 45 more")
+    assert len(said) < 2500
+
+
 def test_ctrl_c_stops_the_grid(tmp_path, model, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

@@ -22,6 +22,7 @@ from configs.evaluation import (
 )
 from configs.schema import SamplerConfig
 from infer.evaluate import parts, queue, report
+from infer.evaluate.measure import read_features
 from infer.evaluate.queue import LastPipeline, open_source
 from infer.processes import Team
 from infer.study import run as study
@@ -146,6 +147,20 @@ def test_what_is_stored_is_not_made_again_and_what_changed_is(folder, made, caps
     assert made == [1, 2, 4, 2, 4]
     said = "again, single: the 4 clips that are stored had other settings, captions or weights"
     assert said in capsys.readouterr().err
+    (aside,) = (folder / "again").glob("single-*.json")
+    assert len(read_sealed(aside)["clips"]) == 4  # nothing that was measured is lost
+    assert read_features(aside)["clips"].shape[0] == 4
+
+
+def test_the_page_has_clips_of_every_setting_and_points_over_seconds(done):
+    text = (done / "index.html").read_text(encoding="utf-8")
+    page = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert {axis["name"] for axis in page["axes"]} == {"prompt", "setting", "captions", "seed"}
+    assert len(page["clips"]) == (5 + 2 + 4) + (3 + 2 + 4)
+    assert all((done / clip["video"]).is_file() for clip in page["clips"])
+    assert page["clips"][0]["command"].startswith("python -m infer.evaluate source=renders")
+    assert [point["label"] for point in page["points"]] == ["renders", "again"]
+    assert page["points"][0]["y"][0] == [1.0, pytest.approx(0.565, abs=0.01), 1.0]
 
 
 @pytest.mark.parametrize("name", ["single.json", "single.safetensors"])

@@ -6,14 +6,14 @@ opened or linked. Its video is the mp4 of the same name beside it.
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from infer.diff.records import VideoRecord, checked
-from infer.gallery.page import SEED, Clip, Page
-from wan.errors import WanError
-from wan.files import read_sealed
+from infer.gallery.page import SEED, Clip, Page, axes_of, setting_of, write_page
+from wan.errors import WanError, shortened, visible
+from wan.files import read_sealed, write_text
 from wan.settings import is_of
 
 CHOSEN = ("command line", "prompt file")  # sources of a setting that somebody typed
@@ -23,7 +23,8 @@ NAMES = {"checkpoint": "model"}
 NOTE = (
     "Videos of infer.sample, from the records beside them. Seconds are of all stages but loading "
     "the model. The command makes a video again from its record and says whether it is the same, "
-    "bit for bit; start it where this page was made."
+    "bit for bit. Start it where the page was made, or, if the folder was named in full, in that "
+    "folder."
 )
 
 
@@ -48,6 +49,54 @@ def find_records(folder: Path) -> list[VideoRecord]:
     return found
 
 
+def read_records(paths: Iterable[Path]) -> list[VideoRecord]:
+    """Records of videos by name; what cannot be read is left out with a line on stderr."""
+    found = []
+    for path in sorted(set(paths)):
+        try:
+            values = checked(read_sealed(path), path)
+        except (WanError, OSError) as error:
+            print(f"{error}; left out", file=sys.stderr)
+            continue
+        found.append(VideoRecord(path, values, path.with_suffix(".latents.safetensors")))
+    return found
+
+
+def write_sweep(paths: Iterable[Path]) -> None:
+    """Write a table and a page of a sweep's videos beside them, named by the first one's number.
+
+    Args:
+        paths: the records; for each folder among them there is a table and a page.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, []).append(path)
+    for folder, own in folders.items():
+        if records := read_records(own):
+            number = records[0].path.name.partition("_")[0]
+            page = page_of(records, folder, f"Sweep {number}")
+            table, file = (folder / f"{number}_sweep.{ending}" for ending in ("md", "html"))
+            write_text(table, table_of(page))
+            write_page(file, page)
+            print(f"table and page of {len(records)} videos: {table}, {file}", file=sys.stderr)
+
+
+def table_of(page: Page) -> str:
+    """What varies, the seconds and the file of each clip, as Markdown."""
+    names = list(axes_of(page.clips))
+    lines = [[*names, "seconds", "video"], ["---"] * (len(names) + 2)]
+    for clip in page.clips:
+        seconds = "-" if clip.seconds is None else f"{clip.seconds:.2f}"
+        file = clip.why if clip.video is None else clip.video.name
+        lines.append([*(setting_of(clip, name) for name in names), seconds, file])
+    return "".join(f"| {' | '.join(map(cell, line))} |\n" for line in lines)
+
+
+def cell(value: str) -> str:
+    """A text in a cell of a table."""
+    return shortened(" ".join(visible(value).split()), 100).replace("|", "\\|")
+
+
 def page_of(records: Sequence[VideoRecord], folder: Path, title: str) -> Page:
     """The page of some records that lies in `folder`."""
     settings = [
@@ -68,7 +117,7 @@ def page_of(records: Sequence[VideoRecord], folder: Path, title: str) -> Page:
     if len({record.values["prompt"] for record in records}) == 1:
         common = {"prompt": str(records[0].values["prompt"])} | common
     clips = [
-        clip_of(record, {name: text(own.get(name)) for name in varied})
+        clip_of(record, folder, {name: text(own.get(name)) for name in varied})
         for record, own in zip(records, settings, strict=True)
     ]
     return Page(title, clips, [NOTE], common, aspect=aspect_of(records))
@@ -97,8 +146,8 @@ def source_of(record: VideoRecord, name: str) -> str:
     return str(entry.get("from")) if isinstance(entry, dict) else ""
 
 
-def clip_of(record: VideoRecord, settings: Mapping[str, str]) -> Clip:
-    """One record as a clip of a page."""
+def clip_of(record: VideoRecord, folder: Path, settings: Mapping[str, str]) -> Clip:
+    """One record as a clip of the page in `folder`; no absolute path is written there."""
     values = record.values
     video: Path | None = record.path.with_suffix(".mp4")
     status = str(values.get("status", "done"))
@@ -107,6 +156,7 @@ def clip_of(record: VideoRecord, settings: Mapping[str, str]) -> Clip:
         video, why = None, why or "the video is not there"
     times = values.get("seconds")
     stages = {n: t for n, t in times.items() if is_of(float, t)} if isinstance(times, dict) else {}
+    name = record.path.relative_to(folder) if record.path.is_absolute() else record.path
     return Clip(
         values["prompt"],
         {**settings, SEED: str(values["seed"])},
@@ -114,7 +164,7 @@ def clip_of(record: VideoRecord, settings: Mapping[str, str]) -> Clip:
         why,
         seconds=stages.get("total"),
         facts=[fact for fact in facts_of(values, stages, status) if fact[1]],
-        command=shlex.join(["python", "-m", "infer.rerun", str(record.path)]),
+        command=shlex.join(["python", "-m", "infer.rerun", str(name)]),
     )
 
 
