@@ -125,6 +125,9 @@ class AblateConfig(LoadingConfig, MeasuringConfig, RunConfig):
     num_objects: int = option(1, "without prompts: objects per caption, 1 or 2")
     split: str = option("heldout", "without prompts: heldout, train or any")
     batch_size: int = option(8, "without prompts: clips at a time; changes no clip")
+    keep_clips: int = option(
+        64, "without prompts: clips of each cell that are kept and shown on the page", at_least=0
+    )
 
     measures: list[str] = option(
         [], f"of each prompt's clips too: which of {', '.join(MEASURES)}", choices=MEASURES

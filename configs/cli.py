@@ -139,6 +139,7 @@ class Run(Generic[C]):
         presets: the chosen file of each group, e.g. {"model": "mini"}.
         title: the swept values of this point; empty outside a sweep.
         progress: whether the command says how far it is while it works; changes no result.
+        last: whether no other point of the sweep follows.
     """
 
     config: C
@@ -146,6 +147,7 @@ class Run(Generic[C]):
     presets: dict[str, str]
     title: str
     progress: bool = True
+    last: bool = True
 
 
 Main = Callable[[Run[Any]], int | None]
@@ -257,7 +259,7 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
             run = _compose_run(line, point, groups, texts, title)
             runs.append(replace(run, progress=progress))
     _check_written(line, runs)
-    return runs
+    return [replace(one, last=one is runs[-1]) for one in runs]
 
 
 def _name_words(tokens: Sequence[str], line: CommandLine) -> list[str]:

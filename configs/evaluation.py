@@ -96,6 +96,9 @@ class EvaluateConfig(LoadingConfig, PartsConfig, RunConfig, CaptionSetConfig):
         None, "also write every clip's numbers to this JSON file, and features beside"
     )
     sheet: str | None = option(None, "also write a PNG with frames of clips that do not match")
+    keep_clips: int = option(
+        64, "with output=: clips that are kept as mp4 and shown on the page", at_least=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +109,7 @@ class EvaluateConfig(LoadingConfig, PartsConfig, RunConfig, CaptionSetConfig):
 
     def question(self) -> dict[str, Any]:
         """The settings that numbers depend on."""
-        free = {"batch_size", "output", "sheet", "offload", "quantize", "compile"}
+        free = {"batch_size", "output", "sheet", "offload", "quantize", "compile", "keep_clips"}
         free |= {*PARTS, "variant"}  # the digests of the weights say more
         if self.source == "renders":
             free |= {"checkpoint", "revision"}
@@ -188,6 +191,11 @@ class StudyConfig(LoadingConfig):
     pair: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     seeds: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     batch_size: int = count(8, "clips at a time; changes no clip")
+    keep_clips: int = option(
+        16,
+        "clips of each setting and set of captions that are kept for the page",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_pipeline import build, write_tokenizer
@@ -17,6 +19,8 @@ from infer.ablate import run as ablate
 from infer.ablate.__main__ import LINE, main
 from infer.ablate.run import MAX_PSNR
 from infer.evaluate import parts
+from infer.sample.__main__ import LINE as SAMPLE
+from infer.sample.__main__ import SampleCommand
 from wan.errors import WanError
 from wan.files import read_sealed, write_sealed
 from wan.media.video import read_video
@@ -82,8 +86,8 @@ def done(tmp_path_factory, model) -> Path:
     return folder
 
 
-def rows(folder: Path) -> list[dict]:
-    return json.loads((folder / "results.json").read_text())["rows"]
+def rows(folder: Path, report: str = "results.json") -> list[dict]:
+    return json.loads((folder / report).read_text())["rows"]
 
 
 def test_the_exact_setting_equals_its_reference_and_the_others_do_not(done):
@@ -117,19 +121,30 @@ def test_every_form_of_the_report_is_written(done):
     assert (done / "report.png").stat().st_size > 1000
 
 
-def test_what_is_stored_is_not_made_again_and_a_longer_grid_adds_to_it(done, model, made):
-    assert run(grid(done, model)) == 0
+def test_what_is_stored_is_not_made_again_and_a_longer_grid_adds_to_it(
+    done, model, made, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(done, tmp_path / "ablation"))
+    assert run(grid(folder, model)) == 0
     assert made == []
     longer = GridConfig(attention=["sdpa", "frame_causal"], steps=[1, 4, 2])
-    assert run(grid(done, model, grid=longer)) == 0
+    assert run(grid(folder, model, grid=longer)) == 0
     assert made == ["sdpa 2 0", "frame_causal 2 0"]
+    assert len(rows(folder)) == 6  # in place of the report of four
+    assert not (folder / "results-2.json").exists()
     made.clear()
-    assert run(grid(done, model, num_seeds=2, grid=GridConfig(steps=[1]))) == 0
+    for _ in range(2):  # the second time in place of its own
+        assert run(grid(folder, model, num_seeds=2, grid=GridConfig(steps=[1]))) == 0
     assert made == ["sdpa 4 1", "sdpa 1 1"]  # the second seed's reference first
-    (row,) = rows(done)
+    (row,) = rows(folder, "results-2.json")
     assert row["clips"] == 2
     assert row["SSIM, low"] < row["SSIM"] < row["SSIM, high"]
-    assert run(grid(done, model)) == 0  # as it was for the other tests
+    assert len(rows(folder)) == 6  # nothing that was reported is lost
+    assert (
+        "index-2.html, report-2.md, results-2.csv, results-2.json, report-2.png, clips-2.mp4"
+        in (capsys.readouterr().out)
+    )
+    assert not (folder / "results-3.json").exists()
 
 
 def flip(content: bytes) -> bytes:
@@ -219,8 +234,12 @@ def test_quantised_cells_are_made_anew_and_offloaded_ones_are_the_same(done, tmp
     assert loaded(tmp_path / "anew") == {"none int8 none"}
     compared = ("PSNR, dB", "SSIM", "flicker / reference's")
     plain, offloaded, quantised = (
-        [[row[name] for name in compared] for row in rows(folder)]
-        for folder in (done, tmp_path / "offloaded", tmp_path / "int8")
+        [[row[name] for name in compared] for row in rows(folder, report)]
+        for folder, report in (
+            (done, "results.json"),
+            (tmp_path / "offloaded", "results.json"),
+            (tmp_path / "int8", "results-2.json"),  # beside that of the plain cells
+        )
     )
     for a, b in zip(offloaded, plain, strict=True):
         assert a == pytest.approx(b, rel=1e-4)  # a CPU rounds by where in memory a weight lies
@@ -266,6 +285,23 @@ def test_a_failure_of_any_kind_stops_only_its_cell(tmp_path, model, monkeypatch,
     assert "in failing" in printed
     assert "RuntimeError: inductor: no kernel" in printed
     assert printed.splitlines()[-1].startswith("1 cells failed: model, frame_causal")
+
+
+def test_a_failure_that_all_cells_share_is_told_once(tmp_path, model, monkeypatch, capsys):
+    def failing(runner, setting, seed, prompt):
+        raise WanError("the disk under the weights is gone")
+
+    monkeypatch.setattr(ablate, "make_video", failing)
+    prompts = [f"a fox, number {number}" for number in range(3)]
+    config = grid(tmp_path, model, prompt=None, prompts=prompts, num_seeds=4)
+    assert run(config) == 1
+    said = capsys.readouterr().err
+    assert said.count("the disk under the weights is gone") == 1
+    assert said.count("nothing to compare with") == 1
+    last = said.splitlines()[-2:]
+    assert "48 cells failed, all for the same reason: model, sdpa" in " ".join(last)
+    assert last[-1].endswith("; and 45 more")
+    assert len(said) < 2500
 
 
 def test_ctrl_c_stops_the_grid(tmp_path, model, monkeypatch):
@@ -331,6 +367,14 @@ def test_the_world_is_read_by_its_detectors(tmp_path, model, monkeypatch):
     assert first["text adherence, high"] > 0.5  # two clips say little
     assert first["clips"] == 2
     assert "read by its detectors" in (tmp_path / "report.md").read_text()
+    page = page_data(tmp_path / "index.html")
+    assert [axis["name"] for axis in page["axes"]] == ["prompt", "attention"]
+    assert [clip["at"] for clip in page["clips"]] == [[0, 0], [1, 0], [0, 1], [1, 1]]
+    for clip in page["clips"]:
+        assert read_video(tmp_path / clip["video"])[1].decoded_frames == 9
+        assert not clip["right"]
+        assert set(clip["failed"]) <= {"count", "background", "shape", "colour", "size", "motion"}
+        assert clip["facts"][0][0] == "seen"
     made: list[int] = []
     evaluate = parts.evaluate
     monkeypatch.setattr(
@@ -342,8 +386,35 @@ def test_the_world_is_read_by_its_detectors(tmp_path, model, monkeypatch):
     assert made == [1, 1]
     assert [row["clips"] for row in rows(tmp_path)] == [3, 3]
     assert run(config) == 0
-    assert [row["clips"] for row in rows(tmp_path)] == [2, 2]
+    assert [row["clips"] for row in rows(tmp_path, "results-2.json")] == [2, 2]
     assert made == [1, 1]
+
+
+def page_data(file: Path) -> dict:
+    text = file.read_text(encoding="utf-8")
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+
+def test_the_page_has_every_cell_and_the_command_that_makes_it_again(
+    done, model, tmp_path, monkeypatch
+):
+    page = page_data(done / "index.html")
+    assert [axis["name"] for axis in page["axes"]] == ["attention", "steps"]
+    assert [point["label"] for point in page["points"]] == [row["setting"] for row in rows(done)]
+    assert page["points"][1]["y"][0][0] == MAX_PSNR
+    assert [clip["point"] for clip in page["clips"]] == [0, 1, 2, 3]
+    assert all((done / clip["video"]).is_file() for clip in page["clips"])
+    # A path is kept as its last name; that is where the command is started.
+    monkeypatch.chdir(model.parent)
+    words = shlex.split(page["clips"][2]["command"])
+    assert words[:3] == ["python", "-m", "infer.sample"]
+    again = tmp_path / "again"
+    more = [f"output_dir={again}", "save_latents=false"]
+    assert execute(SampleCommand(), SAMPLE, "", [*words[3:], *more]) == 0
+    (made,) = again.glob("*.mp4")
+    frames, _ = read_video(made)
+    shown, _ = read_video(done / page["clips"][2]["video"])
+    assert np.abs(frames.astype(int) - shown).mean() < 2  # of 255, both compressed
 
 
 @pytest.mark.parametrize("name", preset_names("experiment"))

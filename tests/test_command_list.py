@@ -12,7 +12,7 @@ from configs.command_list import commands_of, list_commands
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "infer": {
-        *("ablate", "app", "bench", "convert", "diff", "evaluate", "measure"),
+        *("ablate", "app", "bench", "convert", "diff", "evaluate", "gallery", "measure"),
         *("parity", "rehearse", "rerun", "sample", "study"),
     },
     "train": {"distill", "export", "finetune", "plot", "preprocess", "text_encoder", "vae"},

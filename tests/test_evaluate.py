@@ -202,6 +202,18 @@ def test_the_command_writes_its_record(tmp_path, capsys):
     features = load_file(output.with_suffix(".safetensors"))
     assert features["clips"].shape == features["truth"].shape == (6, 128)
     assert not sheet.exists()  # nothing failed
+    clips = output.with_suffix(".clips")
+    assert f"page: {clips / 'index.html'}" in printed
+    assert len(list(clips.glob("*.mp4"))) == 6
+    text = (clips / "index.html").read_text(encoding="utf-8")
+    page = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert [clip["video"] for clip in page["clips"]] == [f"00000{i}.mp4" for i in range(6)]
+    assert all(clip["right"] for clip in page["clips"])
+    again = [*arguments, "keep_clips=2", "offload=stage"]
+    assert execute(main, LINE, "", again) == 0  # the same question
+    assert execute(main, LINE, "", [*arguments, "split=train"]) == 2
+    assert "an evaluation that differs in split" in capsys.readouterr().err
+    assert json.loads(output.read_text())["config"]["split"] == "heldout"
 
 
 @pytest.fixture(scope="module")

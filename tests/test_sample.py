@@ -30,7 +30,7 @@ from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
 from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.jobs import Jobs, read_jobs
-from infer.sample.record import BAD_RESULT, OutputFiles, reserve_files
+from infer.sample.record import BAD_RESULT, VIDEO_NAME, OutputFiles, name_words, reserve_files
 from infer.sample.request import with_official_negative
 from wan.files import read_sealed
 from wan.lora import LoRAMerge, read_lora
@@ -326,7 +326,7 @@ def test_compat_fastvideo_is_one_switch(run, tmp_path, models):
     assert torch.equal(latents, python)
 
 
-def test_a_sweep_loads_the_model_once(run, monkeypatch):
+def test_a_sweep_loads_the_model_once_and_leaves_a_table_and_a_page(run, monkeypatch, tmp_path):
     loads = []
 
     class Counted(LoadedModel):
@@ -336,6 +336,17 @@ def test_a_sweep_loads_the_model_once(run, monkeypatch):
 
     monkeypatch.setattr(infer.loading, "LoadedModel", Counted)
     code, out, err = run("-m", "seed=0,1", "steps=1,2", "prompt=a, b")
+    table = (tmp_path / "out" / "00000_sweep.md").read_text().splitlines()
+    assert table[0] == "| steps | seed | seconds | video |"
+    assert [line.split(" | ")[:2] for line in table[2:]] == [
+        *(["| 1", "0"], ["| 2", "0"], ["| 1", "1"], ["| 2", "1"])
+    ]
+    videos = [Path(line).name for line in out.splitlines()]
+    assert [line.split(" | ")[3][:-2] for line in table[2:]] == videos
+    assert videos[0].startswith("00000_steps-1_")
+    page = (tmp_path / "out" / "00000_sweep.html").read_text()
+    assert str(tmp_path) not in page
+    assert all(video in page for video in videos)
     assert code == 0, err
     assert len(out.splitlines()) == 4
     assert len(loads) == 1
@@ -387,7 +398,7 @@ def test_file_names_tell_videos_apart(run, tmp_path, one, other, model):
     Image.new("RGB", (32, 48)).save(tmp_path / "a.png")
     image = [f"image={tmp_path / 'a.png'}", "height=32"] if one.startswith("image") else []
     names = [run("prompt=x", *image, option, model=model)[1] for option in (one, one, other)]
-    hashes = [Path(name).name.split("_")[1] for name in names]
+    hashes = [Path(name).name.split("_")[-2] for name in names]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -922,6 +933,35 @@ def test_file_names_are_safe_short_and_never_taken_twice(tmp_path):
     assert reserve_files(tmp_path, {"prompt": "else"}, 3, {}).stem[6:] != names[0][6:]
     (tmp_path / "99999_x.txt").touch()
     assert reserve_files(tmp_path, {}, 0, {}).stem.startswith("100000_")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "swept", "words"),
+    [
+        ("A small red circle, moving right: quickly!", "", "small-red-circle-moving-right"),
+        ("a fox", "steps=4, seed=0", "steps-4"),
+        ("a fox", "seed=0", "fox"),
+        (
+            "x",
+            "checkpoint=/home/me/wan 5b, lora=[/a/b.safetensors:0.5]",
+            "checkpoint-wan-5b-lora-b",
+        ),
+        ("Ünïcode, naïve", "", "unicode-naive"),
+        ("一只狐狸", "", ""),
+        ("../../CON:*?<|>", "", "con"),
+        ("x" * 99_999, "", "x" * 32),
+    ],
+)
+def test_names_say_what_was_asked_for_in_letters_that_any_system_takes(prompt, swept, words):
+    assert name_words(prompt, swept) == words
+
+
+def test_equal_words_are_other_names_and_older_ones_are_found(tmp_path):
+    for number, prompt in enumerate(("a red fox", "the red fox!", "a red fox")):
+        files = reserve_files(tmp_path, {"prompt": prompt}, 0, {}, name_words(prompt))
+        assert files.stem.startswith(f"0000{number}_red-fox_")
+        assert VIDEO_NAME.fullmatch(files.record.name)[2] == "0"
+    assert VIDEO_NAME.fullmatch("00003_9f2c81d0_s42.json").groups() == ("9f2c81d0", "42")
 
 
 def test_a_name_taken_by_another_process_is_left_alone(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from configs.evaluation import (
 )
 from configs.schema import SamplerConfig
 from infer.evaluate import parts, queue, report
+from infer.evaluate.measure import read_features
 from infer.evaluate.queue import LastPipeline, open_source
 from infer.processes import Team
 from infer.study import run as study
@@ -146,6 +147,20 @@ def test_what_is_stored_is_not_made_again_and_what_changed_is(folder, made, caps
     assert made == [1, 2, 4, 2, 4]
     said = "again, single: the 4 clips that are stored had other settings, captions or weights"
     assert said in capsys.readouterr().err
+    (aside,) = (folder / "again").glob("single-*.json")
+    assert len(read_sealed(aside)["clips"]) == 4  # nothing that was measured is lost
+    assert read_features(aside)["clips"].shape[0] == 4
+
+
+def test_the_page_has_clips_of_every_setting_and_points_over_seconds(done):
+    text = (done / "index.html").read_text(encoding="utf-8")
+    page = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert {axis["name"] for axis in page["axes"]} == {"prompt", "setting", "captions", "seed"}
+    assert len(page["clips"]) == (5 + 2 + 4) + (3 + 2 + 4)
+    assert all((done / clip["video"]).is_file() for clip in page["clips"])
+    assert page["clips"][0]["command"].startswith("python -m infer.evaluate source=renders")
+    assert [point["label"] for point in page["points"]] == ["renders", "again"]
+    assert page["points"][0]["y"][0] == [1.0, pytest.approx(0.565, abs=0.01), 1.0]
 
 
 @pytest.mark.parametrize("name", ["single.json", "single.safetensors"])
@@ -315,7 +330,8 @@ def test_results_of_other_settings_are_left_out_of_the_report(folder, capsys, mo
     printed = capsys.readouterr()
     assert "again: not all captions are stored" in printed.err
     assert "no verdict, as there are no results of again" in printed.out
-    assert "again" not in (folder / "report.md").read_text().split("Captions:")[0]
+    assert "again" not in (folder / "report-2.md").read_text().split("Captions:")[0]
+    assert "| again |" in (folder / "report.md").read_text()  # what it held stays
     config.settings["again"] = SettingConfig(source="renders", share=0.6)
     assert run(replace(config, single=CaptionSetConfig(5, seed=1))) == 1
     assert "again: stored with other settings" in capsys.readouterr().err
@@ -468,7 +484,7 @@ def test_the_seconds_of_a_setting_are_without_its_warm_up(tmp_path, models, monk
         checkpoint=str(models / "teacher"),
         single=CaptionSetConfig(num_captions=2),
     )
-    assert study.run_settings(config, tmp_path, Team()) == []
+    assert study.run_settings(config, tmp_path, Team()) == {}
     stored = [json.loads((tmp_path / "few" / f"{c}.json").read_text()) for c in study.CAPTION_SETS]
     assert [record["warmup_seconds"] for record in stored] == [seconds for _, seconds in asked]
     assert [count for count, _ in asked] == [0, 1]  # before the clips

@@ -4,33 +4,35 @@ import csv
 import io
 import itertools
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.ablation import AblateConfig, Setting
-from infer.evaluate.queue import is_stored
+from infer.ablate.cell import Cell
+from infer.ablate.page import page_of
+from infer.evaluate.queue import named
 from infer.evaluate.report import (
+    HOLDS,
     INTERVALS,
     Column,
     Report,
     Row,
     about_seconds,
+    free_place,
     mean_of,
     numbers,
     ratio_of,
     share_of,
     taken_on,
 )
-from infer.evaluate.store import StoredClips, cut
 from infer.evaluate.video_grid import video_grid
+from infer.gallery.page import write_page
 from infer.measure.run import Measured, columns_of
 from infer.measure.run import notes as about_measures
 from wan.errors import WanError
-from wan.files import read_sealed, write_json, write_text
+from wan.files import write_json, write_text
 from wan.media.video import read_video, write_video
-from wan.settings import Kinds, check_kinds
 
 WORLD_NOTE = (
     "Clips of captions of the miniature's world, read by its detectors. Text adherence: everything "
@@ -51,70 +53,22 @@ REFERENCE_NOTE = (
 SECONDS = Column("seconds per clip", ".2f", mean_of("seconds"))
 WORLD = (
     Column("text adherence", ".1%", share_of("joint")),
-    Column("motion ratio", ".3f", mean_of("motion_ratio")),
-    Column("residual, px", ".2f", mean_of("residual")),
-    Column("permanence", ".1%", mean_of("permanence")),
+    Column("motion ratio", ".3f", mean_of("motion_ratio"), ("motion_ratio",)),
+    Column("residual, px", ".2f", mean_of("residual"), ("residual",)),
+    Column("permanence", ".1%", mean_of("permanence"), ("permanence",)),
     SECONDS,
 )
 REFERENCE = (
-    Column("PSNR, dB", ".2f", mean_of("psnr")),
-    Column("SSIM", ".4f", mean_of("ssim")),
-    Column("flicker / reference's", ".3f", ratio_of("flicker", "reference_flicker")),
+    Column("PSNR, dB", ".2f", mean_of("psnr"), ("psnr",)),
+    Column("SSIM", ".4f", mean_of("ssim"), ("ssim",)),
+    Column(
+        "flicker / reference's",
+        ".3f",
+        ratio_of("flicker", "reference_flicker"),
+        ("flicker", "reference_flicker"),
+    ),
     SECONDS,
 )
-
-
-CLIP_KINDS: Kinds = {
-    "seconds": (float,),
-    "measures": (dict,),
-    "joint": (bool, float, type(None)),
-    "processes": (int,),
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A setting with one seed, and with one prompt or the captions of the world.
-
-    Attributes:
-        name: names the cell in messages.
-        number: the prompt's, from 0.
-        key: sha256 of all that its result depends on, but for the number of captions.
-        file: the record; a clip to look at lies beside it as .mp4.
-        reference: the clip that a prompt's clip is compared with.
-        clips: those of the world's captions.
-    """
-
-    name: str
-    setting: Setting
-    seed: int
-    prompt: str | None
-    number: int
-    key: str
-    file: Path
-    reference: Path | None = None
-    clips: StoredClips | None = None
-
-    @property
-    def clip(self) -> Path:
-        """Where its clip lies, to look at."""
-        return self.file.with_suffix(".mp4")
-
-    @property
-    def is_stored(self) -> bool:
-        if self.clips is None:
-            return is_stored(self.file, self.key, self.name)
-        return self.clips.is_complete(self.clips.read())
-
-    def record(self) -> dict[str, Any]:
-        record = read_sealed(self.file)
-        check_kinds(record, {"clips": (list,), "plan": (dict, type(None))}, str(self.file))
-        for clip in record.get("clips", ()):
-            source = f"{self.file}, a clip"
-            check_kinds(clip, CLIP_KINDS, source, ("seconds", "measures"))
-            values = clip["measures"]
-            check_kinds(values, dict.fromkeys(values, (float, type(None))), source)
-        return record if self.clips is None else cut(record, self.clips.question)
 
 
 def read_rows(cells: Sequence[Cell], measured: Measured | None = None) -> list[tuple[Setting, Row]]:
@@ -130,7 +84,7 @@ def read_rows(cells: Sequence[Cell], measured: Measured | None = None) -> list[t
         records = [cell.record() for cell in own_cells]
         columns = [
             {"joint": clip.get("joint"), "seconds": clip["seconds"], **clip["measures"]}
-            | dict(more.get(cell.clip, none))
+            | dict(more.get(cell.video(0), none))
             for cell, record in zip(own_cells, records, strict=True)
             for clip in record["clips"]
         ]
@@ -158,18 +112,28 @@ def num_clips(row: Row) -> int:
 def write_report(
     config: AblateConfig,
     cells: Sequence[Cell],
-    failed: Sequence[str],
+    failed: Mapping[str, str],
     folder: Path,
     measured: Measured | None = None,
 ) -> str:
     """Write everything; what a person reads first.
 
+    A report replaces one that holds nothing else. Beside any other it gets the next number.
+
     Args:
+        failed: names of cells, with their reasons.
         measured: more numbers of the cells' clips.
     Raises:
         WanError: matplotlib is not installed; all but the picture is written then.
     """
     settings = read_rows(cells, measured)
+    holds = {cell.key[:16]: len(cell.record()["clips"]) for cell in cells}
+    place = free_place(folder, holds)
+    files = {
+        name: folder / name.replace(".", f"{place}.")
+        for name in ("index.html", "report.md", "results.csv", "results.json", "report.png")
+    }
+    sheet = folder / f"clips{place}.mp4"
     *columns, seconds_column = WORLD if config.in_world else REFERENCE
     if measured is not None:
         columns += columns_of(measured)
@@ -179,28 +143,31 @@ def write_report(
         "density": lambda row: f"{plan_of(row)['density']:.1%}",
     }
     table = report.table(plan_columns, {"clips": lambda row: str(num_clips(row))})
-    notes = write_notes(config, report.machines, failed, measured)
-    write_text(folder / "report.md", f"{table}\n\n{notes}\n")
+    paragraphs = write_notes(config, report.machines, failed, measured)
+    notes = " ".join(paragraphs)
+    write_text(files["report.md"], f"{table}\n\n{notes}\n")
     lines = [
-        csv_line(setting, row, report.columns, values)
+        csv_line(setting, row, report, values)
         for (setting, row), values in zip(settings, report.estimates, strict=True)
     ]
-    write_json(folder / "results.json", {"notes": notes, "failed": list(failed), "rows": lines})
-    write_csv(folder / "results.csv", lines)
+    about = {"notes": notes, "failed": list(failed), "rows": lines, HOLDS: holds}
+    write_json(files["results.json"], about)
+    write_csv(files["results.csv"], lines)
     labels = {id(setting): row.label for setting, row in settings}
-    write_sheet(config, cells, labels, folder / "clips.mp4")
+    write_sheet(config, cells, labels, sheet)
+    write_page(files["index.html"], page_of(config, cells, settings, report, paragraphs, folder))
     seconds = [values[-1] for values in report.estimates]
-    report.draw(folder / "report.png", SECONDS.heading, seconds, len(report.columns) - 1)
-    files = "report.md, results.csv, results.json, report.png, clips.mp4"
-    return f"{table}\n\n{notes}\n\n{files} in {folder}"
+    report.draw(files["report.png"], SECONDS.heading, seconds, len(report.columns) - 1)
+    names = ", ".join(file.name for file in (*files.values(), sheet))
+    return f"{table}\n\n{notes}\n\n{names} in {folder}"
 
 
 def write_notes(
     config: AblateConfig,
     machines: Sequence[str],
-    failed: Sequence[str],
+    failed: Mapping[str, str],
     measured: Measured | None = None,
-) -> str:
+) -> list[str]:
     """What a reader of the table must know."""
     notes = [
         WORLD_NOTE if config.in_world else REFERENCE_NOTE,
@@ -215,13 +182,11 @@ def write_notes(
     if measured is not None:
         notes += about_measures(measured, config.sampled_frames)
     if failed:
-        notes.append(f"Failed, and not in here: {'; '.join(failed)}.")
-    return " ".join(notes)
+        notes.append(f"Failed, and not in here: {named(failed)}.")
+    return notes
 
 
-def csv_line(
-    setting: Setting, row: Row, columns: Sequence[Column], values: Sequence[Any]
-) -> dict[str, Any]:
+def csv_line(setting: Setting, row: Row, report: Report, values: Sequence[Any]) -> dict[str, Any]:
     """A line of the CSV: how the clips were made, then each number with its interval."""
     plan = plan_of(row)
     line: dict[str, Any] = {
@@ -233,11 +198,7 @@ def csv_line(
         "untrained": "; ".join(plan["untrained"]),
         "clips": num_clips(row),
     }
-    for column, value in zip(columns, values, strict=True):
-        known = {} if value is None else asdict(value)
-        line[column.heading] = known.get("value")
-        line |= {f"{column.heading}, {part}": known.get(part) for part in ("low", "high")}
-    return line
+    return line | report.line(values)
 
 
 def write_csv(file: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -261,8 +222,9 @@ def write_sheet(
     first = {}
     for cell in cells:
         if (cell.seed, cell.number) == (config.seed, 0):
+            clip = cell.video(0)
             try:
-                first[labels[id(cell.setting)]] = read_video(cell.clip)[0]
+                first[labels[id(cell.setting)]] = read_video(clip)[0]
             except (WanError, OSError) as error:
                 print(
                     f"{cell.name}: left out of {file.name} ({error}); to make it again, delete "

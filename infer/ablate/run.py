@@ -16,7 +16,8 @@ from configs.cli import Run
 from configs.evaluation import loading_key
 from configs.progress import doing
 from configs.schema import kept_settings
-from infer.ablate.report import Cell, write_report
+from infer.ablate.cell import Cell
+from infer.ablate.report import write_report
 from infer.evaluate.measure import draw_examples
 from infer.evaluate.parts import machine
 from infer.evaluate.queue import (
@@ -30,7 +31,7 @@ from infer.evaluate.queue import (
     run_each,
     weights_of,
 )
-from infer.evaluate.store import Missing, StoredClips
+from infer.evaluate.store import Missing, StoredClips, keep_clip
 from infer.evaluate.video_distance import flicker, psnr, ssim
 from infer.loading import digests_of, sampling
 from infer.machine import writable_folder
@@ -38,7 +39,7 @@ from infer.measure.run import Towers, Video, measure
 from infer.processes import Processes, Team
 from wan.errors import WanError
 from wan.files import expanded, read_text, write_sealed
-from wan.media.video import to_uint8, write_video
+from wan.media.video import to_uint8
 from wan.models.attention import ATTENTION, BACKENDS, SPARSE
 from wan.models.attention.choice import check_known
 from wan.pipeline.pipeline import WanPipelineOutput
@@ -57,10 +58,9 @@ class Runner:
     team: Team
 
 
-def write_clip(runner: Runner, cell: Cell, video: Tensor) -> None:
-    """Write the clip (3, F, H, W) to look at; black where there is no number."""
-    pixels = to_uint8(video.nan_to_num(-1))
-    write_video(cell.clip, pixels, runner.config.fps or 8)
+def write_clip(runner: Runner, cell: Cell, number: int, video: Tensor) -> None:
+    """Write a clip (3, F, H, W) of a cell to look at."""
+    keep_clip(cell.video(number), video, runner.config.fps or 8)
 
 
 # --- any prompts ----------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def make_compared(runner: Runner, cell: Cell, team: Team) -> None:
         "flicker": flicker(ours),
         "reference_flicker": flicker(exact),
     }
-    write_clip(runner, cell, video)
+    write_clip(runner, cell, 0, video)
     kept = kept_settings(asdict(cell.setting), runner.config.output_dir)
     clip = {"prompt": cell.prompt, "seed": cell.seed, "measures": measures, **seconds}
     write_sealed(cell.file, {"key": cell.key, "setting": kept, **how, "clips": [clip]})
@@ -234,8 +234,8 @@ def cell_makers(config: AblateConfig, folder: Path) -> dict[str, Callable[[], Ce
     return makers
 
 
-def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str]]:
-    """All cells, and the names of those whose model is not there."""
+def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], dict[str, str]]:
+    """All cells, and the names of those whose model is not there, with the reason."""
     cells: list[Cell] = []
 
     def add(make: Callable[[], Cell], team: Team) -> None:
@@ -249,12 +249,12 @@ def list_cells(config: AblateConfig, folder: Path) -> tuple[list[Cell], list[str
 
 def list_missing(
     cells: Sequence[Cell], num_processes: int
-) -> tuple[list[tuple[str, Missing | None]], list[str], list[str]]:
+) -> tuple[list[tuple[str, Missing | None]], list[str], dict[str, str]]:
     """What is not stored yet.
 
     Returns:
         Names of cells, of the world's with the clips that are missing; of the cells that make a
-        reference first; and of those that failed.
+        reference first; and of those that failed, with their reasons.
     """
     missing: list[tuple[str, Missing | None]] = []
     references: dict[Path, str] = {}  # each with the first cell that needs it
@@ -262,7 +262,7 @@ def list_missing(
     def look(cell: Cell, team: Team) -> None:
         if cell.clips is not None:
             found = cell.clips.missing(num_processes)
-            if cell.clips.jobs(cell.name, found, LastPipeline()):
+            if found[0] < cell.clips.question.num_clips:
                 missing.append((cell.name, found))
         elif not cell.is_stored:
             missing.append((cell.name, None))
@@ -277,8 +277,10 @@ def list_missing(
     return missing, list(references.values()), failed
 
 
-def run_cells(config: AblateConfig, folder: Path, cells: Sequence[Cell], team: Team) -> list[str]:
-    """Make what is not stored yet; the names of the cells that failed.
+def run_cells(
+    config: AblateConfig, folder: Path, cells: Sequence[Cell], team: Team
+) -> dict[str, str]:
+    """Make what is not stored yet; the names of the cells that failed, with their reasons.
 
     Args:
         cells: all, in the main process; the others make those that it lists.
@@ -301,9 +303,8 @@ def run_cells(config: AblateConfig, folder: Path, cells: Sequence[Cell], team: T
         if cell.clips is None or clips is None:
             jobs.append(Job(name, name, partial(make_compared, runner, cell)))
         else:
-            first = partial(write_clip, runner, cell)
-            jobs += cell.clips.jobs(name, clips, runner.models, first)
-    return [*failed, *run_each(jobs, "parts of cells" if config.in_world else "cells", team)]
+            jobs += cell.clips.jobs(name, clips, runner.models, partial(write_clip, runner, cell))
+    return failed | run_each(jobs, "parts of cells" if config.in_world else "cells", team)
 
 
 def check_models(run: Run[AblateConfig]) -> None:
@@ -336,15 +337,15 @@ def ablate(run: Run[AblateConfig]) -> int:
     folder = writable_folder(config.output_dir)
     towers = Towers(config, config.device) if config.measures else None
     with Processes.started().together(config.device) as team:
-        cells, failed = list_cells(config, folder) if team.is_main else ([], [])
+        cells, failed = list_cells(config, folder) if team.is_main else ([], {})
         if not config.report_only:
-            failed += run_cells(config, folder, cells, team)
+            failed |= run_cells(config, folder, cells, team)
         if not team.is_main:
             return 0
         stored = [cell for cell in cells if cell.is_stored]
         measured = None
         if towers is not None and stored:
-            clips = [Video(cell.clip, cell.prompt or "") for cell in stored]
+            clips = [Video(cell.video(0), cell.prompt or "") for cell in stored]
             measured = measure(clips, towers, folder / "measures.json")
         with doing("writing the report"):
             report = write_report(config, stored, failed, folder, measured) if stored else None

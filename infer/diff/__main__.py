@@ -1,7 +1,7 @@
 """Name the first thing that differs between two videos.
 
-    python -m infer.diff outputs/00000_9f2c81d0_s42 outputs/00001_9f2c81d0_s43
-    python -m infer.diff theirs.json outputs/00001_9f2c81d0_s43.mp4
+    python -m infer.diff outputs/00000_red-fox_9f2c81d0_s42 outputs/00001_red-fox_9f2c81d0_s43
+    python -m infer.diff theirs.json outputs/00001_red-fox_9f2c81d0_s43.mp4
 
 Compares what two records hold, in the order in which a video is made: settings, weights, versions
 and hardware, noise, text embeddings, the latents after each step, and the pixels before they are

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from wan.pipeline.pipeline import WanPipeline
 from wan.pipeline.plan import SamplingPlan
 from wan.weights.quantize import quantization_of
 
+SHOWN = 3  # names of things that failed for one reason
 FORMAT = 2  # of stored results: others are made again
 # Failures whose message says enough; any other kind is printed with its traceback.
 EXPECTED = (WanError, OSError, FloatingPointError, torch.OutOfMemoryError)
@@ -171,7 +172,7 @@ def plan_record(
     }
 
 
-def run_each(jobs: Sequence[Job], what: str = "jobs", team: Team | None = None) -> list[str]:
+def run_each(jobs: Sequence[Job], what: str = "jobs", team: Team | None = None) -> dict[str, str]:
     """Do one job after the other, whatever fails; only Ctrl-C stops them all.
 
     Args:
@@ -180,12 +181,13 @@ def run_each(jobs: Sequence[Job], what: str = "jobs", team: Team | None = None) 
         team: the processes that share them; each job is done by one, and all wait for the last.
             None is this one alone.
     Returns:
-        What failed in any process, in the order of the jobs; the reason is on stderr.
+        What failed in any process, with its reason, in the order of the jobs. Each reason is on
+        stderr once, however many jobs failed for it.
     """
     team = team or Team()
     if team.size > 1 and team.is_main and jobs:
         print(f"{team.size} processes share {len(jobs)} {what}", file=sys.stderr)
-    failed: dict[str, None] = {}
+    failed: dict[str, str] = {}
     total = sum(job.clips for job in jobs)
     counted = ("clips", total) if total else (what, len(jobs))  # nothing is made: looked at
     with Steps(*counted, quiet=not team.is_main) as steps:
@@ -203,24 +205,38 @@ def run_each(jobs: Sequence[Job], what: str = "jobs", team: Team | None = None) 
                 if team.size > 1:
                     print(f"{job.name}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
             except Exception as error:
-                print(f"{job.of} failed ({type(error).__name__}):", file=sys.stderr)
-                if isinstance(error, EXPECTED):
-                    report_error(error)
-                else:
-                    traceback.print_exc()
-                failed[job.of] = None
+                reason = f"{type(error).__name__}: {error}"
+                if team.tally(f"failures for {reason[:200]}", 1) == 1:
+                    print(f"{job.of} failed ({type(error).__name__}):", file=sys.stderr)
+                    if isinstance(error, EXPECTED):
+                        report_error(error)
+                    else:
+                        traceback.print_exc()
+                failed[job.of] = reason
                 team.tally(f"{job.of} failed", 1)
             advance(job.clips if total else 1)
-        everywhere = team.everyone(list(failed), lambda: advance(0))
-    names = {name for own in everywhere for name in own}
-    return [name for name in dict.fromkeys(job.of for job in jobs) if name in names]
+        everywhere = team.everyone(failed, lambda: advance(0))
+    reasons = {name: reason for own in everywhere for name, reason in own.items()}
+    return {job.of: reasons[job.of] for job in jobs if job.of in reasons}
 
 
-def conclude(report: str | None, failed: Sequence[str], what: str, folder: Path) -> int:
+def named(failed: Mapping[str, str]) -> str:
+    """What failed, by name; of several with the same reason the first few."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in failed.items():
+        groups.setdefault(reason, []).append(name)
+    return "; ".join(
+        "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if names[SHOWN:] else "")
+        for names in groups.values()
+    )
+
+
+def conclude(report: str | None, failed: Mapping[str, str], what: str, folder: Path) -> int:
     """Print the report, and at the end, where it is seen, what was not made.
 
     Args:
         report: None if nothing is stored.
+        failed: names, each with its reason.
         what: the kind of the things that failed, in the plural.
     Returns:
         The command's exit code: 1 if something failed or there is nothing to report.
@@ -230,7 +246,9 @@ def conclude(report: str | None, failed: Sequence[str], what: str, folder: Path)
     else:
         print(report)
     if failed:
-        print(f"{len(failed)} {what} failed: {', '.join(failed)}", file=sys.stderr)
+        reasons = len(set(failed.values()))
+        why = ", all for the same reason" if reasons == 1 < len(failed) else ""
+        print(f"{len(failed)} {what} failed{why}: {named(failed)}", file=sys.stderr)
     return 1 if failed or report is None else 0
 
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infer.evaluate.measure import wilson_interval
 from wan.errors import WanError
-from wan.files import written_beside
+from wan.files import MAX_RECORD_BYTES, read_json, written_beside
 from wan.miniature.statistics import Estimate, mean, ratio
 
 INTERVALS = (
@@ -48,6 +48,33 @@ def about_seconds(machines: Sequence[str]) -> str:
     )
 
 
+HOLDS = "holds"  # of results.json: what its report is about
+
+
+def free_place(folder: Path, holds: Mapping[str, int]) -> str:
+    """What the names of a new report's files end in, so that it replaces none that says more.
+
+    Args:
+        holds: the number of clips by the keys of what the report is about.
+    Returns:
+        "" for report.md, results.json and so on, where there are none or where the new one holds
+        all that they hold; otherwise "-2" or the next number for which that is so.
+    """
+    number = 1
+    while True:
+        place = f"-{number}" if number > 1 else ""
+        results, report = folder / f"results{place}.json", folder / f"report{place}.md"
+        if not results.exists() and not report.exists():
+            return place
+        try:
+            before = read_json(results, MAX_RECORD_BYTES).get(HOLDS)
+        except (WanError, OSError):  # damaged, or of a study of an older release
+            before = None
+        if isinstance(before, dict) and all(holds.get(key, -1) >= n for key, n in before.items()):
+            return place
+        number += 1
+
+
 def exactly(value: float) -> Estimate:
     """A number without an interval."""
     return Estimate(value, value, value)
@@ -77,11 +104,23 @@ def ratio_of(name: str, other: str) -> Compute:
 
 @dataclass(frozen=True)
 class Column:
-    """One number of every row: its heading, how it is written, and how it is computed."""
+    """One number of every row: its heading, how it is written, and how it is computed.
+
+    Attributes:
+        each: where a single clip has such a number: the measure's name, or two of a ratio.
+    """
 
     heading: str
     written: str
     compute: Compute
+    each: tuple[str, ...] = ()
+
+    def of_clip(self, values: Mapping[str, float | None]) -> float | None:
+        """The number of one clip, from its measures by name; None if it has none."""
+        found = [values.get(name) for name in self.each]
+        if not found or found[0] is None or None in found:
+            return None
+        return float(found[0]) if len(found) == 1 else found[0] / found[1] if found[1] else None
 
     def estimate(self, values: Values) -> Estimate | None:
         """None where no clip shows what is measured."""
@@ -131,6 +170,15 @@ class Report:
     @property
     def machines(self) -> list[str]:
         return sorted({machine for row in self.rows for machine in row.machines})
+
+    def line(self, values: Sequence[Estimate | None]) -> dict[str, float | None]:
+        """The numbers of a row by the columns' headings, each with its interval."""
+        found: dict[str, float | None] = {}
+        for column, value in zip(self.columns, values, strict=True):
+            known = {} if value is None else asdict(value)
+            found[column.heading] = known.get("value")
+            found |= {f"{column.heading}, {part}": known.get(part) for part in ("low", "high")}
+        return found
 
     def table(
         self,

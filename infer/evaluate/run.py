@@ -19,17 +19,25 @@ from configs.schema import kept_settings
 from infer.evaluate.measure import Result, VideoSource, summarise, table, write_record
 from infer.evaluate.parts import ClipParts
 from infer.evaluate.queue import weights_of
+from infer.evaluate.report import Column, mean_of
 from infer.evaluate.sources import SOURCES
+from infer.evaluate.store import keep_clip, kept_clip
+from infer.gallery.command import command, sample_command
+from infer.gallery.measured import aspect_of, measured_clip, measures_of
+from infer.gallery.page import SEED, Page, write_page
 from infer.processes import Processes, Team
 from wan.errors import WanError
-from wan.files import expanded
+from wan.files import expanded, read_sealed
 from wan.media.images import write_image
+from wan.miniature.metrics import MEASURES
+from wan.paths import kept_path
 from wan.weights.checked import read_checked, write_checked
 
 # B batch, F frames, H W pixels
 
 
 SHEET_ROWS, SHEET_FRAMES = 16, 5
+EACH = [Column(name.replace("_", " "), ".3f", mean_of(name), (name,)) for name in MEASURES]
 
 
 def failure_row(video: Tensor) -> Tensor:
@@ -65,10 +73,13 @@ def parts_folder(output: Path | None, team: Team) -> Iterator[Path]:
         yield Path(team.first(lambda: own))
 
 
-def make_clips(config: EvaluateConfig, parts: ClipParts, team: Team) -> None:
+def make_clips(config: EvaluateConfig, parts: ClipParts, output: Path | None, team: Team) -> None:
     """Make what is not stored of the clips; return when all processes have.
 
     Of the first clips that do not match, a row of frames is stored too, if a sheet is asked for.
+
+    Args:
+        output: where the record will be; the first clips are kept beside it.
     """
     missing = team.first(lambda: parts.missing(0, team.size))
     count = sum(stop - start for start, stop in missing)
@@ -80,6 +91,8 @@ def make_clips(config: EvaluateConfig, parts: ClipParts, team: Team) -> None:
 
     def seen(number: int, result: Result, video: Tensor) -> None:
         nonlocal num_failed
+        if output is not None and number < config.keep_clips:
+            keep_clip(kept_clip(output, number), video, config.fps or 8)
         if config.sheet is not None and not result.score.joint and num_failed < SHEET_ROWS:
             num_failed += 1
             write_checked(parts.row_file(number), {"row": failure_row(video)})
@@ -109,8 +122,10 @@ def evaluate_source(run: Run[EvaluateConfig]) -> None:
         parts_folder(output, team) as folder,
     ):
         weights = None if output is None else team.first(lambda: weights_of(config))
+        if output is not None and team.is_main:
+            check_output(config, output, weights)
         parts = ClipParts("clips", config, folder, weights, with_rows=sheet is not None)
-        make_clips(config, parts, team)
+        make_clips(config, parts, output, team)
         if not team.is_main:
             return
         results, _ = parts.joined()
@@ -122,11 +137,65 @@ def evaluate_source(run: Run[EvaluateConfig]) -> None:
             print(f"{'processes at once':<28} {team.size:>7}")
         if output is not None:
             kept = kept_settings(asdict(config), output.parent)
-            more = {"config": kept, "presets": run.presets, "seconds": seconds}
+            more = {"config": kept, "presets": run.presets, "seconds": seconds, "weights": weights}
             write_record(output, results, **more)
+            page = kept_clip(output, 0).with_name("index.html")
+            page.parent.mkdir(exist_ok=True)
+            write_page(page, page_of(config, output, table(summarise(results))))
+            print(f"page: {page}")
         if sheet is not None:
             write_sheet(sheet, parts, results)
         parts.remove()
+
+
+def check_output(config: EvaluateConfig, output: Path, weights: dict[str, str] | None) -> None:
+    """Refuse to replace the numbers of an evaluation with other settings or of other weights.
+
+    Raises:
+        WanError: see above; before anything is made.
+    """
+    if not output.exists():
+        return
+    record = read_sealed(output)
+    there = record.get("config")
+    asked = kept_settings(config.question(), output.parent)
+    there = there if isinstance(there, dict) else {}
+    differing = [name for name, value in asked.items() if there.get(name) != value]
+    if not differing and record.get("weights") not in (None, weights):
+        differing = ["weights"]
+    if differing:
+        raise WanError(
+            f"output={config.output}: holds an evaluation that differs in {', '.join(differing)}; "
+            "name another file, or move that one away"
+        )
+
+
+def page_of(config: EvaluateConfig, output: Path, summary: str) -> Page:
+    """The page of the clips that are kept, which lies beside them.
+
+    Args:
+        output: the record.
+        summary: what a reader should know, as text.
+    """
+    clips = []
+    again = command("infer.evaluate", replace(config, output=None, sheet=None), output.parent)
+    for number, clip in enumerate(read_sealed(output)["clips"][: config.keep_clips]):
+        if config.source == "model":
+            again = sample_command(config, clip["prompt"], clip["seed"], output.parent)
+        settings = {SEED: str(clip["seed"])} if config.seeds_per_caption > 1 else {}
+        clips.append(measured_clip(clip, settings, kept_clip(output, number), EACH, again))
+    notes = [f"The first {len(clips)} of {config.num_clips} clips.", summary]
+    common = {"source": config.source, "captions": config.split}
+    if config.source == "model":
+        common |= {"model": kept_path(config.checkpoint, output.parent)}
+    return Page(
+        f"Evaluation: {output.stem}",
+        clips,
+        notes,
+        common,
+        measures_of(EACH),
+        aspect=aspect_of(clips),
+    )
 
 
 def write_sheet(sheet: Path, parts: ClipParts, results: Sequence[Result]) -> None:

@@ -35,6 +35,8 @@ from infer.evaluate.queue import (
 )
 from infer.processes import Team
 from wan.errors import WanError
+from wan.files import read_sealed
+from wan.media.video import to_uint8, write_video
 
 Missing = tuple[int, list[Range]]  # clips of the record that are kept, parts to make after them
 
@@ -94,13 +96,14 @@ class StoredClips:
         return ClipParts(self.label, self.question, folder, self.weights)
 
     def missing(self, num_processes: int) -> Missing:
-        """What `jobs` is to make.
+        """What `jobs` is to make. What is stored of other settings or weights is renamed.
 
         Raises:
             WanError: what is stored was made on another machine.
         """
         record = self.read()
         if record is None:
+            self._set_aside()
             return 0, self.parts.missing(0, num_processes)
         kept = len(record["clips"])
         if self.is_complete(record):
@@ -108,18 +111,36 @@ class StoredClips:
         check_machine(self.file, record, self.question)
         return kept, self.parts.missing(kept, num_processes)
 
+    def _set_aside(self) -> None:
+        """Rename a sound record of another question, so that it is not written over."""
+        try:
+            record = read_sealed(self.file)
+        except (WanError, OSError):
+            return
+        number = record.get("config", {}).get("num_captions", 0)
+        key = str(record.get("key", ""))
+        if not number or key == question_key(*self.first(number), self.weights):
+            return
+        aside = self.file.with_name(f"{self.file.stem}-{key[:8]}.json")
+        for ending in (".json", ".safetensors", ".clips"):
+            place = self.file.with_suffix(ending)
+            if place.exists() and not aside.with_suffix(ending).exists():
+                place.rename(aside.with_suffix(ending))
+        print(f"{self.label}: what was stored is kept as {aside.name}", file=sys.stderr)
+
     def jobs(
         self,
         name: str,
         missing: Missing,
         models: LastPipeline,
-        on_first: Callable[[Tensor], None] | None = None,
+        keep: Callable[[int, Tensor], None],
     ) -> list[Job]:
         """The making of what is missing, in parts; whoever makes the last one writes the record.
 
         Args:
             name: what the clips belong to; if one part fails, no others of that name are begun.
-            on_first: called with the first clip (3, F, H, W), if that is made now.
+            keep: called with number and video (3, F, H, W) of the first `keep_clips` clips, of
+                those that are made now.
         """
         kept, parts = missing
         if kept >= self.question.num_clips:
@@ -128,7 +149,7 @@ class StoredClips:
 
         def make(part: Range | None, team: Team) -> None:
             if part is not None:
-                self._make(part, models, team, on_first)
+                self._make(part, models, team, keep)
             done = team.tally(f"parts of {self.file}", 1)
             if done == max(1, len(parts)):
                 self._join(kept)
@@ -150,15 +171,15 @@ class StoredClips:
         part: Range,
         models: LastPipeline,
         team: Team,
-        on_first: Callable[[Tensor], None] | None,
+        keep: Callable[[int, Tensor], None],
     ) -> None:
         source, plan = open_source(self.question, models)
         first = self.parts.examples[part[0]]
         about = {"plan": plan, "warmup_seconds": warm_up(self.question, first, models)}
 
         def seen(number: int, result: Result, video: Tensor) -> None:
-            if number == 0 and on_first is not None:
-                on_first(video)
+            if number < self.question.keep_clips:
+                keep(number, video)
 
         self.parts.make(part, source, about, team.size, seen)
 
@@ -185,6 +206,21 @@ class StoredClips:
         self.parts.remove()
         made = f"{len(more)} clips made, {len(results)} stored"
         print(f"{self.label}: {made}", file=sys.stderr)
+
+
+def kept_clip(record: Path, number: int) -> Path:
+    """Where a clip of a record is kept to look at."""
+    return record.with_suffix(".clips") / f"{number:06}.mp4"
+
+
+def keep_clip(file: Path, video: Tensor, fps: float) -> None:
+    """Write a clip (3, F, H, W) to look at; black where there is no number.
+
+    An mp4 holds even sizes only: a clip of another size is not kept.
+    """
+    if not any(size % 2 for size in video.shape[2:]):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_video(file, to_uint8(video.nan_to_num(-1)), fps)
 
 
 def cut(record: dict[str, Any], question: EvaluateConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Make a video again from its record, and say whether it is the same.
 
-    python -m infer.rerun outputs/00000_9f2c81d0_s42.json
+    python -m infer.rerun outputs/00000_red-fox_9f2c81d0_s42.json
     python -m infer.rerun theirs.mp4 checkpoint=/models/release lora=style.safetensors
-    python -m infer.rerun outputs/00000_9f2c81d0_s42 device=cpu
+    python -m infer.rerun outputs/00000_red-fox_9f2c81d0_s42 device=cpu
 
 The record of a video, or the comment in its mp4, holds every setting and the sha256 of what was
 made on the way. The new video gets a name and a record of its own. Where it is not the same, the

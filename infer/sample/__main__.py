@@ -11,28 +11,36 @@
 
 The prompt is used exactly as typed; only your shell needs the quotes. An option with the value
 `none` below is off, or takes the value of the model's folder. Each video comes with a picture of
-its frames, its latents, and a JSON record of all settings. Exit codes: 0 done; 1 the result shows
+its frames, its latents, and a JSON record of all settings; a sweep (-m) also leaves a table and a
+page of its videos. Exit codes: 0 done; 1 the result shows
 no picture (its latents are kept); 2 the command has an error; 130 stopped with Ctrl-C (the latents
 reached so far are kept).
 """
 
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 from configs.cli import INTERRUPTED, Run, run
 from configs.progress import loading_pytorch
 from configs.schema import SampleConfig
+from infer.gallery.records import write_sweep
 from infer.processes import Processes
 from infer.sample.jobs import read_jobs
 from infer.sample.line import LINE
 from infer.sharing import Sharing, makes_together, printing, told_once
+from wan.errors import WanError
 
 
 class SampleCommand:
-    """Makes the videos of each point of a sweep; keeps the model from point to point."""
+    """Makes the videos of each point of a sweep; keeps the model from point to point.
+
+    At the end of a sweep, a table and a page of its videos are written.
+    """
 
     def __init__(self) -> None:
         self._models: Any = None
+        self._records: list[str] = []  # of all points so far, in all processes
         self._streams: tuple[TextIO, TextIO] | None = None
 
     def __call__(self, run: Run[SampleConfig]) -> int:
@@ -40,6 +48,19 @@ class SampleCommand:
 
         Errors in the request are raised before weights are downloaded or read.
         """
+        over = True  # the last point, or the end of all
+        try:
+            code = self._make(run)
+            over = run.last or code == INTERRUPTED
+            return code
+        except (WanError, OSError):
+            over = run.last
+            raise
+        finally:
+            if over and run.title and self._records and Processes.started().is_main:
+                write_sweep(map(Path, self._records))
+
+    def _make(self, run: Run[SampleConfig]) -> int:
         config, processes = run.config, Processes.started()
         jobs = read_jobs(config, run.sources)
         together = makes_together(config, run.sources, jobs.num_videos, processes)
@@ -48,18 +69,24 @@ class SampleCommand:
             from infer.sample.generate import make_video, prepare
         self._models = self._models or ModelCache()
         self._streams = self._streams or (sys.stdout, sys.stderr)
-        code = 0
+        code, made = 0, list[str]()
         with processes.together(config.device) as team:
             sharing = Sharing(team, together, config.parallel)
             with told_once(team), printing(sharing, *self._streams):
                 session = prepare(run, jobs, self._models, sharing)
                 for request, seed in session.own_videos():
-                    code = max(code, make_video(session, request, seed).code)
+                    story = make_video(session, request, seed)
+                    code = max(code, story.code)
+                    if not sharing.helps:
+                        made.append(str(story.files.record))
                     if code == INTERRUPTED:
+                        self._records += made
                         if together:  # the others wait for this process, and it for none of them
                             sys.exit(code)
                         return code
-            team.everyone(code)  # torchrun ends all as soon as one ends with an error
+            # torchrun ends all as soon as one ends with an error
+            for records in team.everyone([*made, *map(str, session.already)]):
+                self._records += records
         return code
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from infer.sample.record import (
     FinishedVideos,
     OutputFiles,
     Story,
+    name_words,
     now,
     out_of_memory,
     reserve_files,
@@ -75,6 +76,7 @@ class Session:
         output: the folder that videos are written to.
         memory: the memory estimate, or None if none was made.
         sharing: what several processes do.
+        already: the records that `own_videos` left out, as their videos are made.
     """
 
     run: Run[SampleConfig]
@@ -84,6 +86,7 @@ class Session:
     output: Path
     memory: MemoryEstimate | None
     sharing: Sharing
+    already: list[Path] = field(default_factory=list)
 
     def own_videos(self) -> Iterator[tuple[Request, int]]:
         """The videos that this process makes, with their seeds, each claimed when its turn comes.
@@ -104,6 +107,7 @@ class Session:
             if found is None:
                 yield request, seed
             elif not self.sharing.helps:
+                self.already.append(self.output / f"{found}.json")
                 print(f"{found}: made already", file=sys.stderr)
 
     def _already_made(self, finished: FinishedVideos, request: Request, seed: int) -> str | None:
@@ -407,7 +411,8 @@ def begin_story(session: Session, request: Request, seed: int) -> Story:
     if session.sharing.helps:
         return Assistance(device)
     record = first_record(session, request, seed)
-    files = reserve_files(session.output, identity(request), seed, record)
+    words = name_words(request.prompt, session.run.title)
+    files = reserve_files(session.output, identity(request), seed, record, words)
     if session.several:
         print(f"{files.stem}: {shortened(visible(request.prompt), 400)}", file=sys.stderr)
     places: list[str | Path] = [session.model.folder, *given_paths(request.config)]

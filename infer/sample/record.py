@@ -1,12 +1,13 @@
 """The files of a video: names that never collide, and a JSON record that explains them.
 
-    00003_9f2c81d0_s42.mp4                  the video
-    00003_9f2c81d0_s42.png                  frames of it side by side
-    00003_9f2c81d0_s42.gif                  with preview=true, what the last step predicted
-    00003_9f2c81d0_s42.latents.safetensors  the decoder's input
-    00003_9f2c81d0_s42.json                 the record
+    00003_red-fox_9f2c81d0_s42.mp4                  the video
+    00003_red-fox_9f2c81d0_s42.png                  frames of it side by side
+    00003_red-fox_9f2c81d0_s42.gif                  with preview=true, what the last step predicted
+    00003_red-fox_9f2c81d0_s42.latents.safetensors  the decoder's input
+    00003_red-fox_9f2c81d0_s42.json                 the record
 
-The number counts up in a folder, then comes a hash of prompt and settings; s is the seed.
+The number counts up in a folder. Then come a few words of the prompt, or of a sweep the values of
+this point, and a hash of prompt and settings; s is the seed.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import json
 import re
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,6 +36,9 @@ from wan.runtime.memory_meter import peak_memory
 from wan.weights.safetensors_file import write_tensors
 
 RECORD_VERSION = 1
+# The words are missing in names of older releases, and where a prompt has none.
+VIDEO_NAME = re.compile(r"\d{5,}_(?:[a-z0-9-]+_)?([0-9a-f]{8})_s(\d+)\.json")
+NAME_LENGTH = 32
 DONE = "done"
 UNFINISHED = "unfinished"  # the status of a video that is being made, or whose process was killed
 BAD_RESULT = 1  # exit code
@@ -73,10 +78,14 @@ class OutputFiles:
 
 
 def reserve_files(
-    folder: Path, settings: dict[str, Any], seed: int, record: dict[str, Any]
+    folder: Path, settings: dict[str, Any], seed: int, record: dict[str, Any], words: str = ""
 ) -> OutputFiles:
-    """Names for a new video: its record is written here, so that no other run takes them."""
-    digest = digest_of(settings)
+    """Names for a new video: its record is written here, so that no other run takes them.
+
+    Args:
+        words: as `name_words` makes them.
+    """
+    digest = f"{words}_{digest_of(settings)}" if words else digest_of(settings)
     taken = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
     number = max((int(match[1]) + 1 for match in taken if match), default=0)
     while True:
@@ -86,6 +95,27 @@ def reserve_files(
             return files
         except FileExistsError:
             number += 1
+
+
+def name_words(prompt: str, swept: str = "") -> str:
+    """A few words for the name of a video: at most 32 letters, digits and hyphens, of ASCII.
+
+    Args:
+        swept: the values of this point of a sweep, as in "steps=4, seed=0". They come before the
+            prompt; the seed is in the name anyway, and of a path only the last part is taken.
+    Returns:
+        "" where the text has no such letters.
+    """
+    values = [part for part in swept.split(", ") if part and not part.startswith("seed=")]
+    text = ", ".join(re.sub(r"[^=,\s]*[/\\]", "", value) for value in values) or prompt
+    plain = unicodedata.normalize("NFKD", text[:500]).encode("ascii", "ignore").decode().lower()
+    words = [word for word in re.findall(r"[a-z0-9]+", plain) if word not in ("a", "an", "the")]
+    found = words[0][:NAME_LENGTH] if words else ""
+    for word in words[1:]:
+        if len(found) + 1 + len(word) > NAME_LENGTH:
+            break
+        found += f"-{word}"
+    return found
 
 
 def digest_of(settings: dict[str, Any]) -> str:
@@ -100,7 +130,7 @@ class FinishedVideos:
         self._folder = folder
         self._records: dict[tuple[str, int], list[Path]] = {}
         for path in sorted(folder.glob("*.json")):
-            if match := re.fullmatch(r"\d{5,}_([0-9a-f]{8})_s(\d+)\.json", path.name):
+            if match := VIDEO_NAME.fullmatch(path.name):
                 self._records.setdefault((match[1], int(match[2])), []).append(path)
 
     def take(self, settings: dict[str, Any], seed: int) -> Path | None:

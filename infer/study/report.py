@@ -1,6 +1,7 @@
 """From the stored results of a study to a table, a picture and a verdict; no model is needed."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor
 from configs.evaluation import CAPTION_SETS, EvaluateConfig, StudyConfig
 from configs.schema import kept_settings
 from infer.evaluate.measure import read_features
+from infer.evaluate.queue import result_key
 from infer.evaluate.report import (
+    HOLDS,
     INTERVALS,
     Column,
     Compute,
@@ -18,6 +21,7 @@ from infer.evaluate.report import (
     Row,
     about_seconds,
     exactly,
+    free_place,
     mean_of,
     numbers,
     ratio_of,
@@ -25,8 +29,10 @@ from infer.evaluate.report import (
     taken_on,
 )
 from infer.evaluate.store import cut
+from infer.gallery.page import write_page
+from infer.study.page import page_of
 from wan.errors import WanError
-from wan.files import read_sealed, write_text
+from wan.files import read_sealed, write_json, write_text
 from wan.miniature.statistics import Clause, Measured, distance, match, verdict
 
 REPORT, PICTURE = "report.md", "report.png"
@@ -39,12 +45,12 @@ def median_of(name: str) -> Compute:
 COLUMNS = (
     Column("joint, one object", ".1%", share_of("joint")),
     Column("joint, two objects", ".1%", share_of("pair_joint")),
-    Column("motion ratio", ".3f", mean_of("motion_ratio")),
+    Column("motion ratio", ".3f", mean_of("motion_ratio"), ("motion_ratio",)),
     Column("entropy of the unsaid / truth's", ".3f", ratio_of("entropy", "true_entropy")),
     Column("cells in use / truth's", ".3f", ratio_of("cells", "true_cells")),
     Column("kernel distance", ".3f", lambda values: distance(values["clips"], values["truth"])),
-    Column("saturation ratio", ".3f", mean_of("saturation_ratio")),
-    Column("residual, px", ".2f", mean_of("residual")),
+    Column("saturation ratio", ".3f", mean_of("saturation_ratio"), ("saturation_ratio",)),
+    Column("residual, px", ".2f", mean_of("residual"), ("residual",)),
     Column("seconds per video", ".2f", median_of("seconds")),
     Column("CPU seconds per video", ".2f", median_of("cpu_seconds")),
 )
@@ -138,12 +144,20 @@ def num_captions(row: Row) -> str:
 
 
 def write_report(config: StudyConfig, rows: list[Row], folder: Path) -> str:
-    """Write `report.md` and `report.png`; the verdict, for people to read.
+    """Write table, picture, numbers and page; the verdict, for people to read.
+
+    A report replaces one that holds nothing else. Beside any other it gets the next number.
 
     Raises:
-        WanError: matplotlib is not installed; the table is written then.
+        WanError: matplotlib is not installed; all but the picture is written then.
     """
     report = Report(rows, COLUMNS)
+    holds = contents(rows, folder)
+    place = free_place(folder, holds)
+    table_file, picture, results, page = (
+        folder / name.replace(".", f"{place}.")
+        for name in (REPORT, PICTURE, "results.json", "index.html")
+    )
     plan_columns = {
         "steps": lambda row: str((row.plan or {}).get("steps", "-")),
         "guidance": lambda row: str((row.plan or {}).get("guidance_scale", "-")),
@@ -151,15 +165,35 @@ def write_report(config: StudyConfig, rows: list[Row], folder: Path) -> str:
     table = report.table(plan_columns, {"captions": num_captions})
     line, clauses = compare(config, rows)
     decision = "\n".join([line, *(f"  {clause}" for clause in clauses)])
-    notes = (
-        f"Captions: of one object + of two + with several seeds each. {INTERVALS} Distances are of "
-        "fixed random features, to other true clips of the same captions; the row of the renders "
-        f"is their floor. Seconds without loading, on: {about_seconds(report.machines)}"
-    )
-    text = f"{table}\n\n{notes}\n\n```\n{decision}\n```\n"
-    write_text(folder / REPORT, text)
+    notes = [
+        f"Captions: of one object + of two + with several seeds each. {INTERVALS}",
+        "Distances are of fixed random features, to other true clips of the same captions; the row "
+        "of the renders is their floor.",
+        f"Seconds without loading, on: {about_seconds(report.machines)}",
+    ]
+    write_text(table_file, f"{table}\n\n{' '.join(notes)}\n\n```\n{decision}\n```\n")
+    lines = [
+        {"setting": row.label, **report.line(values)}
+        for row, values in zip(rows, report.estimates, strict=True)
+    ]
+    write_json(results, {"verdict": decision, "rows": lines, HOLDS: holds})
+    measures = [column for column in COLUMNS if "seconds" not in column.heading]
+    write_page(page, page_of(config, report, measures, [*notes, decision], folder))
     # Ceilings, which take no steps, are horizontal lines.
     xs = [None if row.plan is None else exactly(row.plan["steps"]) for row in rows]
     ticks = sorted({row.plan["steps"] for row in rows if row.plan is not None})
-    report.draw(folder / PICTURE, "steps", xs, len(COLUMNS), ticks)
-    return f"{decision}\ntable and picture: {folder / REPORT}, {folder / PICTURE}"
+    report.draw(picture, "steps", xs, len(COLUMNS), ticks)
+    files = ", ".join(map(str, (table_file, picture, results, page)))
+    return f"{decision}\ntable, picture, numbers and page: {files}"
+
+
+def contents(rows: Sequence[Row], folder: Path) -> dict[str, int]:
+    """How many clips a report has of each record, by a key of all else that they depend on."""
+    found = {}
+    for row in rows:
+        single, pair, seeds = (len(row.values[n]) for n in ("joint", "pair_joint", "cells"))
+        for captions, number in zip(CAPTION_SETS, (single, pair, seeds), strict=True):
+            record = read_sealed(folder / row.label / f"{captions}.json")
+            config = {n: v for n, v in record["config"].items() if n != "num_captions"}
+            found[result_key([row.label, captions, config, record.get("weights")])[:16]] = number
+    return found

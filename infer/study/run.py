@@ -3,14 +3,18 @@
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from configs.cli import Run
 from configs.evaluation import CAPTION_SETS, StudyConfig
 from configs.progress import doing
 from infer.evaluate.queue import Job, LastPipeline, conclude, run_each, weights_of
-from infer.evaluate.store import Missing, StoredClips
+from infer.evaluate.store import Missing, StoredClips, keep_clip, kept_clip
 from infer.machine import writable_folder
 from infer.processes import Processes, Team
 from infer.study.report import read_settings, write_report
+
+FPS = 8  # of clips to look at
 
 
 def clips_of(name: str, captions: str, config: StudyConfig, folder: Path) -> StoredClips:
@@ -21,8 +25,10 @@ def clips_of(name: str, captions: str, config: StudyConfig, folder: Path) -> Sto
 
 def list_missing(
     config: StudyConfig, folder: Path, num_processes: int
-) -> tuple[list[tuple[str, str, Missing]], list[str]]:
-    """What is not stored yet, by setting and set of captions; and the settings that failed."""
+) -> tuple[list[tuple[str, str, Missing]], dict[str, str]]:
+    """What is not stored yet, by setting and set of captions; and the settings that failed, with
+    their reasons.
+    """
     missing: list[tuple[str, str, Missing]] = []
 
     def look(name: str, team: Team) -> None:
@@ -35,16 +41,20 @@ def list_missing(
     return missing, failed
 
 
-def run_settings(config: StudyConfig, folder: Path, team: Team) -> list[str]:
-    """Run the settings one after the other; the names of those that failed."""
+def run_settings(config: StudyConfig, folder: Path, team: Team) -> dict[str, str]:
+    """Run the settings one after the other; the names of those that failed, with their reasons."""
     missing, failed = team.first(lambda: list_missing(config, folder, team.size))
     models = LastPipeline(team.processes)
-    jobs = [
-        job
-        for name, captions, what in missing
-        for job in clips_of(name, captions, config, folder).jobs(name, what, models)
-    ]
-    return [*failed, *run_each(jobs, "parts of the clips", team)]
+    jobs: list[Job] = []
+    for name, captions, what in missing:
+        clips = clips_of(name, captions, config, folder)
+        jobs += clips.jobs(name, what, models, partial(keep, clips.file))
+    return failed | run_each(jobs, "parts of the clips", team)
+
+
+def keep(record: Path, number: int, video: Tensor) -> None:
+    """Keep a clip (3, F, H, W) of a record to look at."""
+    keep_clip(kept_clip(record, number), video, FPS)
 
 
 def study(run: Run[StudyConfig]) -> int:
@@ -52,7 +62,7 @@ def study(run: Run[StudyConfig]) -> int:
     config = run.config
     folder = writable_folder(config.output_dir)
     with Processes.started().together(config.device) as team:
-        failed = [] if config.report_only else run_settings(config, folder, team)
+        failed = {} if config.report_only else run_settings(config, folder, team)
         if not team.is_main:
             return 0
         with doing("reading what is stored"):

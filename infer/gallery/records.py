@@ -1,0 +1,204 @@
+"""Records of `infer.sample` as clips of a page.
+
+A record may come from a stranger: what it says is shown as text, and no file that it names is
+opened or linked. Its video is the mp4 of the same name beside it.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from infer.diff.records import VideoRecord, checked
+from infer.gallery.page import SEED, Clip, Page, axes_of, setting_of, write_page
+from wan.errors import WanError, shortened, visible
+from wan.files import read_sealed, write_text
+from wan.settings import is_of
+
+CHOSEN = ("command line", "prompt file")  # sources of a setting that somebody typed
+# No axis of a page: said elsewhere on it.
+LEFT_OUT = (SEED, "num_videos")
+NAMES = {"checkpoint": "model"}
+NOTE = (
+    "Videos of infer.sample, from the records beside them. Seconds are of all stages but loading "
+    "the model. The command makes a video again from its record and says whether it is the same, "
+    "bit for bit. Start it where the page was made, or, if the folder was named in full, in that "
+    "folder."
+)
+
+
+def find_records(folder: Path) -> list[VideoRecord]:
+    """The records of videos in a folder and below it, in the order of their names.
+
+    Hidden folders are left out. A record that is damaged is left out with a line on stderr; JSON
+    files of another kind are no records.
+    """
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        try:
+            values = read_sealed(path)
+            if "record_version" in values:
+                latents = path.with_suffix(".latents.safetensors")
+                found.append(VideoRecord(path, checked(values, path), latents))
+        except (WanError, OSError) as error:
+            if path.with_suffix(".mp4").exists():
+                print(f"{error}; left out", file=sys.stderr)
+    return found
+
+
+def read_records(paths: Iterable[Path]) -> list[VideoRecord]:
+    """Records of videos by name; what cannot be read is left out with a line on stderr."""
+    found = []
+    for path in sorted(set(paths)):
+        try:
+            values = checked(read_sealed(path), path)
+        except (WanError, OSError) as error:
+            print(f"{error}; left out", file=sys.stderr)
+            continue
+        found.append(VideoRecord(path, values, path.with_suffix(".latents.safetensors")))
+    return found
+
+
+def write_sweep(paths: Iterable[Path]) -> None:
+    """Write a table and a page of a sweep's videos beside them, named by the first one's number.
+
+    Args:
+        paths: the records; for each folder among them there is a table and a page.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, []).append(path)
+    for folder, own in folders.items():
+        if records := read_records(own):
+            number = records[0].path.name.partition("_")[0]
+            page = page_of(records, folder, f"Sweep {number}")
+            table, file = (folder / f"{number}_sweep.{ending}" for ending in ("md", "html"))
+            write_text(table, table_of(page))
+            write_page(file, page)
+            print(f"table and page of {len(records)} videos: {table}, {file}", file=sys.stderr)
+
+
+def table_of(page: Page) -> str:
+    """What varies, the seconds and the file of each clip, as Markdown."""
+    names = list(axes_of(page.clips))
+    lines = [[*names, "seconds", "video"], ["---"] * (len(names) + 2)]
+    for clip in page.clips:
+        seconds = "-" if clip.seconds is None else f"{clip.seconds:.2f}"
+        file = clip.why if clip.video is None else clip.video.name
+        lines.append([*(setting_of(clip, name) for name in names), seconds, file])
+    return "".join(f"| {' | '.join(map(cell, line))} |\n" for line in lines)
+
+
+def cell(value: str) -> str:
+    """A text in a cell of a table."""
+    return shortened(" ".join(visible(value).split()), 100).replace("|", "\\|")
+
+
+def page_of(records: Sequence[VideoRecord], folder: Path, title: str) -> Page:
+    """The page of some records that lies in `folder`."""
+    settings = [
+        {NAMES.get(name, name.removeprefix("sampler.")): value for name, value in own.items()}
+        for own in (record.settings for record in records)
+    ]
+    names = list(dict.fromkeys(n for own in settings for n in own))
+    varied = [
+        name
+        for name in names
+        if name not in LEFT_OUT and len({text(own.get(name)) for own in settings}) > 1
+    ]
+    decided = decided_by_model(records, settings, varied)
+    varied = [name for name in varied if name not in decided]
+    same = {name: text(settings[0].get(name)) for name in names if name not in (*varied, *LEFT_OUT)}
+    common = {name: value for name, value in same.items() if value not in ("none", "")}
+    common = {name: value for name, value in common.items() if name not in decided}
+    if len({record.values["prompt"] for record in records}) == 1:
+        common = {"prompt": str(records[0].values["prompt"])} | common
+    clips = [
+        clip_of(record, folder, {name: text(own.get(name)) for name in varied})
+        for record, own in zip(records, settings, strict=True)
+    ]
+    return Page(title, clips, [NOTE], common, aspect=aspect_of(records))
+
+
+def decided_by_model(
+    records: Sequence[VideoRecord], settings: Sequence[Mapping[str, Any]], varied: Sequence[str]
+) -> list[str]:
+    """Settings that vary only because the models do: nobody chose them."""
+    models = [text(own.get("model")) for own in settings]
+    found = []
+    for name in varied:
+        by_model = {
+            (model, text(own.get(name))) for model, own in zip(models, settings, strict=True)
+        }
+        if name != "model" and len(by_model) == len(set(models)) > 1:
+            full = [one for one in (name, f"sampler.{name}") if one in records[0].settings]
+            sources = {source_of(record, one) for record in records for one in full}
+            if not sources & set(CHOSEN):
+                found.append(name)
+    return found
+
+
+def source_of(record: VideoRecord, name: str) -> str:
+    entry = record.values["settings"].get(name)
+    return str(entry.get("from")) if isinstance(entry, dict) else ""
+
+
+def clip_of(record: VideoRecord, folder: Path, settings: Mapping[str, str]) -> Clip:
+    """One record as a clip of the page in `folder`; no absolute path is written there."""
+    values = record.values
+    video: Path | None = record.path.with_suffix(".mp4")
+    status = str(values.get("status", "done"))
+    why = "" if status == "done" else status
+    if video is not None and not video.is_file():
+        video, why = None, why or "the video is not there"
+    times = values.get("seconds")
+    stages = {n: t for n, t in times.items() if is_of(float, t)} if isinstance(times, dict) else {}
+    name = record.path.relative_to(folder) if record.path.is_absolute() else record.path
+    return Clip(
+        values["prompt"],
+        {**settings, SEED: str(values["seed"])},
+        video,
+        why,
+        seconds=stages.get("total"),
+        facts=[fact for fact in facts_of(values, stages, status) if fact[1]],
+        command=shlex.join(["python", "-m", "infer.rerun", str(name)]),
+    )
+
+
+def facts_of(
+    values: Mapping[str, Any], stages: Mapping[str, float], status: str
+) -> list[tuple[str, str, bool | None]]:
+    """What a record says of its video besides its settings."""
+    video = values.get("video") or {}
+    size = [video.get(name) for name in ("frames", "height", "width", "fps")]
+    shown = f"{size[0]} frames of {size[1]}x{size[2]}, {size[3]} fps" if None not in size else ""
+    untrained = values.get("not_trained_for")
+    return [
+        ("status", "" if status == "done" else status, False),
+        ("not trained for", text(untrained) if untrained else "", False),
+        ("video", shown, None),
+        ("stages", ", ".join(f"{n} {t:g} s" for n, t in stages.items() if n != "total"), None),
+        ("made", text(values.get("started")) if values.get("started") else "", None),
+    ]
+
+
+def aspect_of(records: Sequence[VideoRecord]) -> tuple[int, int]:
+    """Width and height of the first video that says them."""
+    for record in records:
+        video = record.values.get("video") or {}
+        size = (video.get("width"), video.get("height"))
+        if all(isinstance(one, int) and one > 0 for one in size):
+            return size
+    return 1, 1
+
+
+def text(value: Any) -> str:
+    """A setting's value in words."""
+    if isinstance(value, list):
+        return ", ".join(map(text, value))
+    if isinstance(value, bool) or value is None:
+        return "none" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
