@@ -63,7 +63,7 @@ def build(studio: Studio) -> gr.Blocks:
         prompt = gr.Textbox(EXAMPLE, label="prompt", lines=1, elem_id="prompt")
         with gr.Row():
             common = [
-                gr.Textbox(value, label=label, placeholder=DEFAULT, min_width=60)
+                gr.Textbox(value, label=label, placeholder=DEFAULT, min_width=120)
                 for label, value in (("seed", "0"), ("height", ""), ("width", ""), ("frames", ""))
             ]
         with gr.Row():
