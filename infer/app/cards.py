@@ -13,7 +13,7 @@ STYLE = """
 .sides, .made {display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr))}
 .card {border: 1px solid #8886; border-radius: 8px; padding: .75rem; min-width: 0}
-.card video, .card img {width: 100%; max-height: 70vh; object-fit: contain; border-radius: 4px;
+.card video, .card img {width: 100%; max-height: 50vh; object-fit: contain; border-radius: 4px;
   background: #8882; image-rendering: auto}
 .card progress {width: 100%; margin: .5rem 0}
 .card p {margin: .25rem 0; overflow-wrap: anywhere}

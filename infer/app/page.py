@@ -49,7 +49,9 @@ def build(studio: Studio) -> gr.Blocks:
         return [model, steps, attention, guidance]
 
     def generate(*values: Any) -> Iterator[tuple[str, str]]:
-        shared, compared = Shared(*map(text, values[:5]), bool(values[5])), values[6]
+        typed, seed, height, width, frames = map(text, values[:5])
+        shared = Shared(typed, seed, height, width, frames, allow_untrained=bool(values[5]))
+        compared = bool(values[6])
         sides = [Side(*map(text, values[7:11])), Side(*map(text, values[11:15]))]
         sides = sides if compared else sides[:1]
         names = ["A", "B"][: len(sides)]
@@ -60,8 +62,8 @@ def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         prompt = gr.Textbox(EXAMPLE, label="prompt", lines=1, elem_id="prompt")
         with gr.Row():
-            shared = [
-                gr.Textbox(value, label=label, placeholder=DEFAULT, min_width=60)
+            common = [
+                gr.Textbox(value, label=label, placeholder=DEFAULT, min_width=120)
                 for label, value in (("seed", "0"), ("height", ""), ("width", ""), ("frames", ""))
             ]
         with gr.Row():
@@ -82,7 +84,7 @@ def build(studio: Studio) -> gr.Blocks:
         compare.change(lambda shown: gr.Row(visible=shown), compare, other)
         start.click(
             generate,
-            [prompt, *shared, untrained, compare, *first, *second],
+            [prompt, *common, untrained, compare, *first, *second],
             [result, history],
             show_progress="hidden",
             concurrency_limit=4,  # a second run is told that one is at work
