@@ -63,6 +63,6 @@ def command_of(
         names = ("height", "width", "num_frames", "max_sequence_length")
         own |= {name: getattr(config, name) for name in names}
         if row.plan is not None and row.plan["guidance_scale"] > 1:
-            names = ("negative_prompt", "guidance_scale_2")
-            own |= {name: getattr(config, name) for name in names}
+            own["negative_prompt"] = config.negative_prompt
+            own["guidance_scale_2"] = config.guidance_scale_2
     return sample_command(question, clip["prompt"], clip["seed"], folder, **own)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -158,9 +159,10 @@ def check_output(config: EvaluateConfig, output: Path, weights: dict[str, str] |
         return
     record = read_sealed(output)
     there = record.get("config")
-    asked = kept_settings(config.question(), output.parent)
     there = there if isinstance(there, dict) else {}
-    differing = [name for name, value in asked.items() if there.get(name) != value]
+    asked = kept_settings(asdict(config), output.parent)
+    names = dict.fromkeys([*config.question(), "quantize", "compile"])
+    differing = [name for name in names if not same(there.get(name), asked[name])]
     if not differing and record.get("weights") not in (None, weights):
         differing = ["weights"]
     if differing:
@@ -168,6 +170,13 @@ def check_output(config: EvaluateConfig, output: Path, weights: dict[str, str] |
             f"output={config.output}: holds an evaluation that differs in {', '.join(differing)}; "
             "name another file, or move that one away"
         )
+
+
+def same(there: Any, asked: Any) -> bool:
+    """Whether a setting is the one of a record, which may lack what older releases did not have."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        return all(same(there.get(name), value) for name, value in asked.items())
+    return bool(there == asked)
 
 
 def page_of(config: EvaluateConfig, output: Path, summary: str) -> Page:

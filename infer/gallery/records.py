@@ -189,9 +189,9 @@ def aspect_of(records: Sequence[VideoRecord]) -> tuple[int, int]:
     """Width and height of the first video that says them."""
     for record in records:
         video = record.values.get("video") or {}
-        size = (video.get("width"), video.get("height"))
-        if all(isinstance(one, int) and one > 0 for one in size):
-            return size
+        width, height = video.get("width"), video.get("height")
+        if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
+            return width, height
     return 1, 1
 
 
