@@ -7,6 +7,8 @@ import json
 import re
 import shlex
 import subprocess
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -261,6 +263,26 @@ def test_the_version_is_the_same_everywhere():
     assert f'version = "{wan.__version__}"' in (ROOT / "pyproject.toml").read_text()
     latest = re.findall(r"^## (\S+)$", TEXTS["wan/CHANGELOG.md"], flags=re.MULTILINE)[0]
     assert latest == wan.__version__
+
+
+def test_a_wheel_holds_every_package_and_what_lies_beside_its_code():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]
+    rooms = [ROOT / room for room in ("wan", "configs", "infer", "train")]
+    folders = [file.parent for room in rooms for file in room.rglob("__init__.py")]
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    included = setup["packages"]["find"]["include"]
+    assert {p for p in packages if not any(fnmatch(p, one) for one in included)} == set()
+    kept = {
+        file
+        for package, patterns in setup["package-data"].items()
+        for pattern in patterns
+        for file in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    code = {".py", ".md", ".png", ".jpg", ".pyc"}  # pages and their pictures stay in the repository
+    data = {f for room in rooms for f in room.rglob("*") if f.is_file() and f.suffix not in code}
+    assert data - kept == set()
 
 
 def test_nothing_is_left_to_fill_in():
