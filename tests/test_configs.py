@@ -56,9 +56,7 @@ def test_sampler_presets_compose(sampler):
     assert config.sampler.grid in (None, *GRIDS.get(config.sampler.name, ()))
 
 
-@pytest.mark.parametrize(
-    "group", ["model", "sampler", "method", "recipe", "experiment", "study"]
-)
+@pytest.mark.parametrize("group", ["model", "sampler", "method", "recipe", "experiment", "study"])
 def test_presets_explain_themselves_in_a_sentence(group):
     for name in preset_names(group):
         lines = (Path(configs.__file__).parent / group / f"{name}.yaml").read_text().splitlines()
