@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,6 +44,7 @@ from wan.errors import WanError, shortened, visible
 from wan.files import expanded
 from wan.media.images import write_image
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
+from wan.miniature.captions import outside_world
 from wan.models.attention import NetworkAttention, verified_attention
 from wan.paths import kept_path
 from wan.pipeline.arguments import known_dtype
@@ -55,7 +57,7 @@ from wan.runtime.offload import resolve_device
 from wan.sampling.denoiser import Denoiser
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.weights.digests import sha256_file
-from wan.weights.hub import CONFIGS, resolve_model
+from wan.weights.hub import CONFIGS, STUDENT, TEACHER, resolve_model
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ def prepare(
         requests.append(resolve(job, look=look))
         images.add(job.config.image)
     loras = read_loras(config, folder.config)
+    if folder.path in (STUDENT, TEACHER) and sharing.team.is_main:
+        warn_outside_world(requests)
     if sharing.together:
         check_together(requests, sharing, device)
     if sharing.team.is_main:
@@ -183,6 +187,13 @@ def prepare(
         raise WanError(out_of_memory()) from error
     each = chain(requests[:1], (resolve(job, look=False) for job in islice(jobs.each(), 1, None)))
     return Session(run, each, jobs.num_videos, model, output, memory, sharing)
+
+
+def warn_outside_world(requests: Sequence[Request]) -> None:
+    """Say of the first request that the miniature cannot know what it cannot know, in a line."""
+    sizes = ((one.prompt, one.height, one.width, one.num_frames) for one in requests)
+    if found := next(filter(None, (outside_world(*size) for size in sizes)), None):
+        warnings.warn(found, stacklevel=2)
 
 
 def check_together(requests: Sequence[Request], sharing: Sharing, device: torch.device) -> None:
