@@ -449,7 +449,7 @@ def released_config(checkpoint: str) -> PipelineConfig | None:
 
     For whoever wants to know before they are there; None for any other name.
     """
-    wan21 = {"in_channels": 16, "out_channels": 16}
+    wan21: dict[str, Any] = {"in_channels": 16, "out_channels": 16}
     known = {
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (DiTConfig(), VAE_2_2),
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": (DiTConfig(40, HEAD_DIM, 40, 13824, **wan21), VAE_2_1),
