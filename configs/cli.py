@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
@@ -29,14 +30,17 @@ from configs.command_line import (
     CONFIG_FOLDER,
     CommandLine,
     help_text,
+    kind_in_words,
+    list_of,
     option_names,
+    preset_checkpoint,
     preset_groups,
     preset_names,
     read_yaml,
     short_key,
 )
 from configs.progress import progress_shown
-from configs.schema import check_text, read_config
+from configs.schema import check_text, read_config, walk_options
 from configs.start import interrupt_from_now_on
 from wan.errors import WanError, shortened, visible
 
@@ -248,6 +252,7 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
     tokens = _name_words(tokens, line)
     _check_words(tokens, line)
     progress, tokens = _take_progress(tokens)
+    tokens = [_one_spelling(token, line, sweep) for token in tokens]
     tokens, texts = _take_texts(tokens, line, sweep)
     overrides = [_parse(token, line) for token in tokens]
     _check_once([line_key(line, o.key_or_group) for o in overrides] + list(texts), line)
@@ -301,6 +306,51 @@ def _take_progress(tokens: Sequence[str]) -> tuple[bool, list[str]]:
     if value.lower() not in ("true", "false"):
         raise WanError(f"progress={value}: must be true or false")
     return value.lower() == "true", [token for token in tokens if token not in given]
+
+
+def _one_spelling(token: str, line: CommandLine, sweep: bool) -> str:
+    """An argument as the command's settings have it, where it is spelled as in another command.
+
+    A preset's name stands for its checkpoint (checkpoint=mini), and a command without presets of
+    models takes model= for checkpoint=. A single value of a list needs no brackets, nor do several.
+    Several values of an option with a list of its own in `grid` go there.
+
+    Raises:
+        WanError: model= names no preset, in a command that has none.
+    """
+    key, equals, value = token.partition("=")
+    kinds = {name: kind for name, kind, _ in walk_options(line.schema)}
+    full, presets = line_key(line, key), preset_names("model")
+    several = value.startswith("[") or ("," in value and not sweep)
+    if key == "model" and "model" not in (*kinds, *preset_groups(line.config_name)):
+        if "checkpoint" not in kinds:
+            return token
+        if value not in presets:
+            raise WanError(
+                f"model={value}: no such preset; choose one of {', '.join(presets)}, or give a "
+                "folder or a hub id as checkpoint="
+            )
+        key = full = "checkpoint"
+    if not equals or full not in kinds:
+        return token
+    if full.split(".")[-1] == "checkpoint":
+        names = value.split(",") if sweep else [value]
+        value = ",".join(
+            preset_checkpoint(name) if name in presets and not Path(name).exists() else name
+            for name in names
+        )
+    elif several and list_of(kinds[full]) is None and f"grid.{full}" in kinds:
+        key = f"grid.{full}"
+        value = in_brackets(value)
+    elif list_of(kinds[full]) is not None and not (sweep and "," in value):
+        literal = (*line.text_lists, *line.list_keys)
+        value = value if full in literal else in_brackets(value)
+    return f"{key}={value}"
+
+
+def in_brackets(value: str) -> str:
+    """A list as it is written, of one value or several; nothing and null stay what they are."""
+    return value if value in ("", "null") or value.startswith("[") else f"[{value}]"
 
 
 def _take_texts(
@@ -363,6 +413,8 @@ def _parse(token: str, line: CommandLine) -> Override:
             f"{key}=: cannot read {value!r}; put the value in quotes inside quotes if it is "
             f"a text: '{key}=\"...\"'"
         ) from error
+    if "${" in value:
+        raise WanError(f"{token}: ${{..}} stands for nothing here; write the value itself")
     if override.type == OverrideType.DEL:
         raise WanError(f"{token}: options cannot be removed, only set")
     if override.key_or_group.startswith("hydra"):
@@ -394,8 +446,7 @@ def _points(overrides: list[Override], sweep: bool) -> Iterator[list[tuple[Overr
         if override.is_sweep_override():
             if not sweep:
                 raise WanError(
-                    f"{override.input_line}: one value only; add -m to run one after the other, "
-                    f"or write a list as {override.key_or_group}=[..]"
+                    f"{override.input_line}: one value only; add -m to run one after the other"
                 )
             values.append(list(override.sweep_string_iterator()))
         else:
@@ -425,23 +476,30 @@ def _compose_run(
     arguments: list[str] = []
     given = set(texts)
     clears = {s.key: s.clears for s in line.shortcuts.values()}
+    kinds = {name: kind for name, kind, _ in walk_options(line.schema)}
+    typed = {line_key(line, o.key_or_group): value for o, value in point}
     for override, value in point:
         key = line_key(line, override.key_or_group)
         if key in groups:
             _check_preset(key, value)
             arguments.append(f"{key}={value}")
             continue
-        if key in line.list_keys and value != "null" and not value.startswith("["):
-            value = f"[{value}]"
+        if key in line.list_keys or list_of(kinds.get(key)) is not None:
+            value = in_brackets(value)
         arguments.append(f"++{key}={value}")  # ++: the schema decides which names exist
         arguments += [f"++{other}=null" for other in clears.get(key, ())]
         given |= {key, *clears.get(key, ())}
     try:
         cfg = compose(line.config_name, overrides=arguments, return_hydra_config=True)
-    except HydraException as error:
-        raise WanError(str(error).splitlines()[0]) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        words = " ".join(f"{short_key(line, key)}={value}" for key, value in typed.items())
+        raise WanError(
+            f"{words}: cannot be set so; each option is one of those that --help lists, "
+            "under its whole name"
+        ) from error
     presets = {g: c for g, c in cfg.hydra.runtime.choices.items() if g in groups}
-    config = _read(line, groups, OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
+    cfg = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
+    config = _read(line, groups, cfg, typed)
     config = _set_texts(config, texts)
     sources = _sources(line.schema, presets) | dict.fromkeys(given, "command line")
     return Run(config, sources, presets, title)
@@ -453,8 +511,14 @@ def _check_preset(group: str, name: str) -> None:
         raise WanError(f"{group}={name}: no such preset; choose one of {', '.join(known)}")
 
 
-def _read(line: CommandLine, groups: Sequence[str], cfg: DictConfig) -> Any:
-    """`read_config`, with OmegaConf's errors reworded for users."""
+def _read(
+    line: CommandLine, groups: Sequence[str], cfg: DictConfig, typed: Mapping[str, str]
+) -> Any:
+    """`read_config`, with OmegaConf's errors reworded for users.
+
+    Args:
+        typed: the values of options as they were typed, by full name.
+    """
     try:
         return read_config(line.schema, cfg)
     except ConfigKeyError as error:
@@ -462,22 +526,30 @@ def _read(line: CommandLine, groups: Sequence[str], cfg: DictConfig) -> Any:
         known = [*option_names(line.schema), *line.shortcuts, *groups, *COMMON]
         raise WanError(f"unknown option {key}=; {_suggest(key, known)}") from error
     except OmegaConfBaseException as error:
-        key = short_key(line, str(error.full_key))
-        raise WanError(f"{key}{_plain(str(error).splitlines()[0])}") from error
+        raise WanError(_wrong_kind(line, str(error.full_key or ""), typed)) from error
 
 
-def _plain(message: str) -> str:
-    """What follows the option's name in an error about its type, in plain words."""
-    patterns = {
-        r"Value '(.*)' of type '.*' could not be converted to Float": "={}: must be a number",
-        r"Value '(.*)' of type '.*' could not be converted to Integer": "={}: must be an integer",
-        r"Value '(.*)' is not a valid bool.*": "={}: must be true or false",
-        r"Invalid value assigned: AnyNode is not a ListConfig.*": "=: is a list, write it as [..]",
-    }
-    for pattern, words in patterns.items():
-        if match := re.fullmatch(pattern, message):
-            return words.format(*match.groups())
-    return f"=: {message}"
+def _wrong_kind(line: CommandLine, place: str, typed: Mapping[str, str]) -> str:
+    """What is wrong with a value, from the kind of its option.
+
+    Args:
+        place: where the settings do not fit: an option, an entry of one, or a group.
+    """
+    kinds = {name: kind for name, kind, _ in walk_options(line.schema)}
+    key = re.sub(r"\[.*", "", place)
+    if key not in kinds and key not in typed and len(typed) == 1:
+        key = next(iter(typed))  # the one that was given
+    inside = [short_key(line, name) for name in kinds if name.startswith(f"{key}.")]
+    value = typed.get(key)
+    given = f"{short_key(line, key)}={'' if value is None else value}"
+    if inside:
+        return f"{given}: is a group of options; give one of them, such as {inside[0]}="
+    if key not in kinds:
+        return f"{given}: no option takes that; --help lists them"
+    more = ""
+    if list_of(kinds[key]) is None and (value or "").startswith("["):
+        more = "; for several values, one after the other, add -m and write a,b"
+    return f"{given}: must be {kind_in_words(kinds[key])}{more}"
 
 
 def _suggest(key: str, known: Sequence[str]) -> str:

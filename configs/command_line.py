@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -85,6 +85,36 @@ def preset_groups(config_name: str) -> list[str]:
 
 def preset_names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+
+
+def preset_checkpoint(name: str) -> str:
+    """The checkpoint that a preset of a model names."""
+    return read_yaml(CONFIG_FOLDER / "model" / f"{name}.yaml")["checkpoint"]
+
+
+def list_of(kind: Any) -> Any:
+    """The kind of the entries of a list, or None where an option is no list."""
+    for one in (kind, *get_args(kind)):
+        if get_origin(one) is list:
+            return get_args(one)[0]
+    return None
+
+
+def kind_in_words(kind: Any, several: bool = False) -> str:
+    """What an option takes, for an error."""
+    if (entries := list_of(kind)) is not None:
+        return f"a list of {kind_in_words(entries, True)}, written a,b or [a,b]"
+    if get_origin(kind) is dict:
+        return "settings, written {name: value}"
+    choices = [one for one in (get_args(kind) or (kind,)) if one is not type(None)]
+    names = {
+        str: ("a text", "texts"),
+        int: ("an integer", "integers"),
+        float: ("a number", "numbers"),
+        bool: ("true or false", "true or false"),
+    }
+    words = names[choices[0]][several]
+    return words + ", or null" * (type(None) in get_args(kind) and not several)
 
 
 def _type_name(kind: Any) -> str:

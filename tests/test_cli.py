@@ -1,6 +1,7 @@
 """The front door: any text arrives as typed, any mistake is one line and exit code 2."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from configs.ablation import AblateConfig
 from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
 from configs.command_line import CommandLine, Shortcut, help_text
+from configs.parity import ParityConfig
 from configs.schema import SampleConfig, SamplerConfig, option
 from wan.errors import WanError
 
@@ -178,7 +181,7 @@ def test_paths_can_be_swept():
         (["timesteps=[1001]"], ["up to 1000"]),
         (["timesteps=[nan]"], ["up to 1000"]),
         (["timesteps=[1000,0]"], ["above 0"]),
-        (["timesteps=[a]"], ["timesteps", "must be a number"]),
+        (["timesteps=[a]"], ["timesteps", "must be a list of numbers"]),
         (["seed=-2"], ["seed=-2", "from 0", "-1 draws a random one"]),
         ([f"seed={2**64}"], ["2**64 - 1"]),
         ([f"seed={2**64 - 1}", "num_videos=2"], ["seed + num_videos - 1"]),
@@ -347,3 +350,67 @@ def test_words_may_stand_alone_where_a_command_says_so():
         compose_runs(line, ["x", "y", "z"])
     with pytest.raises(WanError, match="a= is given twice"):
         compose_runs(line, ["x", "a=y"])
+
+
+# --- one spelling in all commands -----------------------------------------------------------------
+
+ABLATE = CommandLine(
+    AblateConfig,
+    "ablate",
+    path_keys=("checkpoint",),
+    shortcuts={name: Shortcut(f"grid.{name}") for name in ("attention", "steps")},
+)
+PARITY = CommandLine(ParityConfig, "parity", path_keys=("checkpoint",))
+
+
+def test_a_list_needs_no_brackets_and_a_grid_takes_lists():
+    for steps in ("steps=4,8", "steps=[4,8]"):
+        (run,) = compose_runs(ABLATE, [steps, "attention=spatial", "guidance_scale=1,3"])
+        grid = run.config.grid
+        assert (grid.steps, grid.attention, grid.guidance_scale) == ([4, 8], ["spatial"], [1, 3])
+    (run,) = compose_runs(ABLATE, ["steps=4", "guidance_scale=2"])
+    assert (run.config.grid.steps, run.config.guidance_scale) == ([4], 2)
+    both = compose_runs(ABLATE, ["steps=4,8"], sweep=True)
+    assert [run.config.grid.steps for run in both] == [[4], [8]]
+
+
+def test_the_name_of_a_model_is_the_same_in_all_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line in (SAMPLE, ABLATE, PARITY):
+        for name in ("model=mini-teacher", "checkpoint=mini-teacher"):
+            (run,) = compose_runs(line, [name])
+            assert run.config.checkpoint == "builtin:miniature-teacher"
+    (tmp_path / "mini").mkdir()
+    (run,) = compose_runs(PARITY, ["checkpoint=mini"])
+    assert run.config.checkpoint == "mini"  # a folder of that name is meant
+    with pytest.raises(WanError, match="model=nope: no such preset; choose one of fastwan"):
+        compose_runs(PARITY, ["model=nope"])
+
+
+OTHER_WORDS = r"(?i)omegaconf|hydra|ListConfig|DictConfig|Node|interpolation|Union|NoneType"
+
+
+@pytest.mark.parametrize("kind", ["seed", "sampler.shift", "dtype", "save_latents", "parallel"])
+@pytest.mark.parametrize("value", ["x", "[1,x]", "{a: 1}", "null", "${y}", ""])
+def test_a_value_of_the_wrong_kind_is_refused_in_our_words(kind, value):
+    try:
+        compose_runs(SAMPLE, [f"{kind}={value}"])
+    except WanError as error:
+        assert kind.split(".")[-1] in str(error)  # noqa: PT017
+        assert not re.search(OTHER_WORDS, str(error)), error  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["steps=x"], "steps=x: must be an integer, or null"),
+        (["steps=[1,2]"], "for several values, one after the other, add -m and write a,b"),
+        (["seed=0,1"], "seed=0,1: one value only; add -m to run one after the other"),
+        (["timesteps=9,x"], r"timesteps=\[9,x\]: must be a list of numbers, written a,b or"),
+        (["parallel=3"], "parallel=3: is a group of options; give one of them, such as parallel."),
+        (["seed=${x}"], "stands for nothing here"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_said(tokens, words):
+    with pytest.raises(WanError, match=words):
+        compose_runs(SAMPLE, tokens)

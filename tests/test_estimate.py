@@ -8,6 +8,7 @@ import pytest
 
 from configs.distillation import DistillConfig, StudentConfig
 from configs.training import LoopConfig
+from train.distill.run import distill, training_run
 from train.estimate import (
     PROCESS_BYTES,
     RECOMPUTE,
@@ -19,6 +20,8 @@ from train.estimate import (
     format_estimate,
     iteration_flops,
     remedies,
+    scale_of,
+    time_of,
     trajectory_flops,
     with_options,
 )
@@ -282,3 +285,27 @@ def test_main_memory_counts_every_process_of_a_machine():
     assert host(**many, gan_weight=0.1) == 8 * (PROCESS_BYTES + 2 * 1024 * noise)
     with pytest.raises(WanError, match=r"per machine, and machines\.host_memory_gb=100"):
         estimate_that_fits(changed(CANONICAL, machines_host_memory_gb=100.0))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2e-5, "20 µs"), (0.25, "250 ms"), (90, "90 s"), (1800, "0.5 h"), (1e6, "278 h")],
+)
+def test_times_are_told_in_units_that_fit(seconds, text):
+    assert time_of(seconds) == text
+
+
+def test_sizes_are_told_in_units_that_fit():
+    assert scale_of([0, 40e6, 3e6]) == (1e6, "M")
+    assert scale_of([0.0]) == (1, "")
+
+
+def test_a_released_teacher_is_planned_without_the_hub(monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("the hub is asked")
+
+    monkeypatch.setattr("train.distill.run.resolve_model", asked)
+    run = training_run(DistillConfig(checkpoint="Wan-AI/Wan2.2-TI2V-5B-Diffusers"))
+    assert (run.latent_size, run.num_tokens) == ((31, 44, 80), 27280)
+    with pytest.raises(WanError, match="need a falling list of numbers"):
+        distill(DistillConfig(plan=True, student=StudentConfig(timesteps=[1000, 1200])))

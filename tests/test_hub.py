@@ -33,6 +33,15 @@ def test_what_is_neither_folder_nor_id(tmp_path):
         resolve_model(tmp_path / "file")
 
 
+@pytest.mark.parametrize("name", ["runs/mini", "outputs/mini"])
+def test_a_folder_of_our_own_that_is_not_there_is_no_hub_id(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "student_3").mkdir(parents=True)
+    there = "student_3" if name.startswith("runs") else "nothing"
+    with pytest.raises(WanError, match=f"the hub is not asked. In it: {there}"):
+        resolve_model(name)
+
+
 def test_offline_and_not_in_the_cache_says_how_to_fetch(tmp_path, monkeypatch):
     real = wan.weights.hub.snapshot_download
 

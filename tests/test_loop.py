@@ -17,7 +17,14 @@ from torch import nn
 from configs.training import LoopConfig
 from train.checkpoint import best_checkpoint, list_checkpoints, load_latest
 from train.disk import check_room
-from train.loop import LORA_STARTS, Diverged, check_unchanged, run_training, step_generator
+from train.loop import (
+    LORA_STARTS,
+    Diverged,
+    check_unchanged,
+    run_training,
+    step_generator,
+    typed_command,
+)
 from train.metrics import read_metrics
 from train.optim import EMA, make_optimizers
 from train.parallel import Ranks
@@ -492,3 +499,21 @@ def test_wandb_gets_what_a_save_wrote_once_the_checkpoint_is_safe(tmp_path, monk
         str(tmp_path / f"samples/000000{n}-sheet.png") for n in (1, 2)
     ]
     assert [there[-1] for _, there in pictures] == ["step-0000001", "step-0000002"]
+
+
+def test_ctrl_c_says_where_the_checkpoint_is_and_the_command_that_goes_on(
+    tmp_path, monkeypatch, capsys
+):
+    def signalled(state):
+        os.kill(os.getpid(), signal.SIGINT)
+        return train_step(state)
+
+    main = SimpleNamespace(__spec__=SimpleNamespace(name="train.finetune.__main__"))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "sample_prompts=a red circle", "lr=1"])
+    assert not run_training(make_state(), signalled, LoopConfig(steps=3), tmp_path, {})
+    said = capsys.readouterr().err
+    assert f"stopped at step 1 of 3; everything is in {tmp_path}/checkpoints/step-0000001" in said
+    assert "python -m train.finetune 'sample_prompts=a red circle' lr=1\n" in said
+    assert (tmp_path / "checkpoints/step-0000001").is_dir()
+    assert typed_command(2).startswith("torchrun --nproc-per-node 2 -m train.finetune ")

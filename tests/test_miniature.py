@@ -6,7 +6,9 @@ import torch
 
 from infer.parity.models import Sides
 from wan import WanDMDPipeline, WanError, WanPipeline
+from wan.miniature.captions import EXAMPLES, caption, outside_world
 from wan.miniature.detect import detect
+from wan.miniature.world import sample_scene, scene_rng
 from wan.weights.digests import verify_manifest
 from wan.weights.hub import STUDENT, TEACHER
 
@@ -101,3 +103,14 @@ def test_diffusers_makes_the_same_video_with_the_teacher(teacher):
         PROMPT, guidance_scale=3.0, generator=torch.Generator().manual_seed(0), **settings
     ).frames[0]
     assert np.sqrt(np.square(ours - theirs).mean()) < 1e-4 * np.sqrt(np.square(theirs).mean())
+
+
+def test_what_the_miniature_has_never_seen_is_said_with_what_it_can_do():
+    for number in range(100):
+        rng = scene_rng(5, number)
+        text = caption(sample_scene(rng, "any"), rng, 0.3).text
+        assert outside_world(text, 128, 128, 17) is None, text
+    assert all(outside_world(text, 128, 128, 17) is None for text in EXAMPLES)
+    said = outside_world("A cat, a red circle", 256, 128, 17)
+    assert "not of 128x256, 17 frames and does not know the word cat." in said
+    assert all(text in said for text in EXAMPLES)

@@ -7,7 +7,8 @@ import sys
 import pytest
 from PIL import Image
 
-from train.plot import PlotConfig, draw, family, plot, read_series
+from configs.cli import compose_runs
+from train.plot import LINE, PlotConfig, draw, family, plot, read_series
 from wan.errors import WanError
 
 LINES = [
@@ -79,7 +80,7 @@ def test_there_is_a_panel_for_each_family_and_a_line_for_each_number(tmp_path, m
 
     monkeypatch.setattr(figure_module, "Figure", remember)
     series = {"loss": [(1, 2.0), (2, 1.0)], "exits_0": [(1, 3.0)], "exits_1": [(2, 4.0)]}
-    draw(series, tmp_path / "plot.png", "a run")
+    draw({"a run": series}, tmp_path / "plot.png")
     loss, exits = figures[0].axes
     assert [axes.get_title() for axes in (loss, exits)] == ["loss", "exits"]
     assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 2], [2, 1]]]
@@ -89,8 +90,8 @@ def test_there_is_a_panel_for_each_family_and_a_line_for_each_number(tmp_path, m
 def test_the_picture_lies_beside_the_metrics_or_where_it_is_asked_for(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     write(tmp_path / "run", LINES)
-    plot(PlotConfig(str(tmp_path / "run")))
-    plot(PlotConfig(str(tmp_path / "run"), str(tmp_path / "elsewhere.png")))
+    plot(PlotConfig([str(tmp_path / "run")]))
+    plot(PlotConfig([str(tmp_path / "run")], str(tmp_path / "elsewhere.png")))
     sizes = {Image.open(p).size for p in (tmp_path / "run/plot.png", tmp_path / "elsewhere.png")}
     assert len(sizes) == 1
     assert capsys.readouterr().out.splitlines()[0] == f"wrote {tmp_path / 'run/plot.png'}"
@@ -108,3 +109,20 @@ def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "no metrics there" in done.stderr
+
+
+def test_several_runs_are_one_picture_in_which_each_has_a_colour(tmp_path):
+    for name, loss in (("a", 2.0), ("b", 3.0)):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "loss": loss, "lr": 0.1} for step in range(3)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    runs = f"run={tmp_path / 'a'},{tmp_path / 'b'}"
+    (found,) = compose_runs(LINE, [runs, f"output={tmp_path / 'both.svg'}"])
+    plot(found.config)
+    drawn = (tmp_path / "both.svg").read_text()
+    for colour in ("#1f77b4", "#ff7f0e"):
+        assert f"stroke: {colour}" in drawn
+    (found,) = compose_runs(LINE, [runs])
+    with pytest.raises(WanError, match=r"name their picture too, as in output=both\.png"):
+        plot(found.config)

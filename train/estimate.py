@@ -12,7 +12,7 @@ takes with nothing loaded.
 import itertools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -391,6 +391,27 @@ def fitting(run: TrainingRun, change: dict[str, Any]) -> str | None:
     return f"{words} ({found.peak / 1e9:.1f} GB)"
 
 
+UNITS = ("", "k", "M", "G", "T", "P")
+
+
+def scale_of(numbers: Iterable[float]) -> tuple[float, str]:
+    """The power of 1000 that fits the largest of some numbers, and its letter."""
+    power = int(math.log10(max([1.0, *numbers]))) // 3
+    power = min(power, len(UNITS) - 1)
+    return 1000.0**power, UNITS[power]
+
+
+def time_of(seconds: float) -> str:
+    """A time in the unit that fits it."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 600:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 3600:.3g} h"
+
+
 def format_estimate(found: TrainingEstimate) -> str:
     """The estimate for a person."""
     run, config, machines = found.run, found.run.config, found.run.config.machines
@@ -405,32 +426,37 @@ def format_estimate(found: TrainingEstimate) -> str:
         total, trained = found.parameters[role]
         lines.append(f"{role:<10}{short(total):>12}{short(trained):>12}")
     columns = ("weights", "optimizer", "average", "gradients", "activations")
-    lines += ["", f"{'GB per GPU':<10}" + "".join(f"{name:>12}" for name in columns)]
+    sizes = [getattr(memory, name) for memory in found.memory.values() for name in columns]
+    byte, letter = scale_of(sizes)
+    unit = f"{letter}B"
+    lines += ["", f"{unit + ' per GPU':<10}" + "".join(f"{name:>12}" for name in columns)]
     for role, memory in found.memory.items():
-        cells = "".join(f"{getattr(memory, name) / 1e9:>12.2f}" for name in columns)
+        cells = "".join(f"{getattr(memory, name) / byte:>12.2f}" for name in columns)
         lines.append(f"{role:<10}{cells}")
     lines += [
-        f"while one runs: {found.workspace / 1e9:.2f} GB work space, {found.gathered / 1e9:.2f} GB "
-        f"weights and gradients in transit; always: {machines.other_gb:.2f} GB others",
+        f"while one runs: {found.workspace / byte:.2f} {unit} work space, "
+        f"{found.gathered / byte:.2f} {unit} weights and gradients in transit; always: "
+        f"{machines.other_gb:.2f} GB others",
         f"peak: {found.peak / 1e9:.1f} GB of {found.usable / 1e9:.1f} GB usable: "
         + ("fits" if found.fits else "DOES NOT FIT"),
         f"main memory of a machine with {machines.gpus_per_machine} GPUs: {found.host / 1e9:.0f} "
         f"of {machines.host_memory_gb:.0f} GB",
         "",
-        "TFLOP per clip and iteration",
     ]
     parts = found.flops | {"together": sum(found.flops.values())}
-    lines += [f"  {part:<32}{flops / 1e12:>12.3g}" for part, flops in parts.items()]
+    count, letter = scale_of(parts.values())
+    lines.append(f"{letter}FLOP per clip and iteration")
+    lines += [f"  {part:<32}{flops / count:>12.3g}" for part, flops in parts.items()]
     lines += [
         "",
-        f"{3600 * found.hours / config.loop.steps:.3g} s per iteration at {machines.tflops:.3g} "
-        f"TFLOP/s per GPU; {found.hours:.3g} h for {config.loop.steps} iterations, "
-        f"{found.hours * machines.num_gpus:.3g} GPU hours",
+        f"{time_of(3600 * found.hours / config.loop.steps)} per iteration at "
+        f"{machines.tflops:.3g} TFLOP/s per GPU; {time_of(3600 * found.hours)} for "
+        f"{config.loop.steps} iterations, {found.hours * machines.num_gpus:.3g} GPU hours",
     ]
     if run.num_pairs:
         lines.append(
-            f"{found.trajectory_hours:.3g} h before them for the teacher's {run.num_pairs} "
-            "trajectories"
+            f"{time_of(3600 * found.trajectory_hours)} before them for the teacher's "
+            f"{run.num_pairs} trajectories"
         )
     if config.gan.weight:
         lines.append("not counted: the adversarial term, in FLOPs or memory")

@@ -1,6 +1,8 @@
 """The loop that every training command shares: step, log, save, resume."""
 
 import math
+import os
+import shlex
 import signal
 import sys
 import time
@@ -207,7 +209,27 @@ def run_training(
                 paused = time.perf_counter()
                 export()
                 numbers.started += time.perf_counter() - paused
+    if state.step < config.steps and ranks.is_main:
+        print(how_to_go_on(checkpoints / name_of(state.step), config.steps), file=sys.stderr)
     return state.step >= config.steps
+
+
+def how_to_go_on(checkpoint: Path, steps: int) -> str:
+    """What a run says that a signal has ended: where it stands, and the command that goes on."""
+    command = typed_command(int(os.environ.get("WORLD_SIZE", "1")))
+    return (
+        f"stopped at step {step_of(checkpoint)} of {steps}; everything is in {checkpoint}. "
+        f"To go on from there: {command}"
+    )
+
+
+def typed_command(processes: int) -> str:
+    """The command that this process runs, as it is typed."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    if main is None:  # a function called it
+        return "run the same command again"
+    starter = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    return f"{starter} -m {main.name.removesuffix('.__main__')} {shlex.join(sys.argv[1:])}".strip()
 
 
 def export_due(

@@ -1,6 +1,7 @@
-"""Draw the numbers of a training run.
+"""Draw the numbers of a training run, or of several in one picture.
 
 `python -m train.plot run=runs/student_3` writes runs/student_3/plot.png.
+`python -m train.plot run=runs/a,runs/b output=both.png` draws each run in a colour of its own.
 
 One panel per family of numbers in metrics.jsonl: what shares a name up to its last part, such as
 `critic_loss_sigma_0.2` and `critic_loss_sigma_0.4`, or `val_shape` and `val_colour`.
@@ -8,6 +9,7 @@ One panel per family of numbers in metrics.jsonl: what shares a name up to its l
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +55,13 @@ def check_picture(name: str, value: str) -> None:
 class PlotConfig(Options):
     """`train.plot`: a picture of a run."""
 
-    run: str = option("runs/student_3", "the output_dir of a training command")
+    run: list[str] = option(
+        ["runs/student_3"], "the output_dir of a training command, or several: a,b"
+    )
     output: str | None = option(
-        None, "the picture; null: plot.png beside the metrics", check=check_picture
+        None,
+        "the picture; null: plot.png beside the metrics; needed for several runs",
+        check=check_picture,
     )
 
 
@@ -63,7 +69,8 @@ LINE = CommandLine(
     PlotConfig,
     "plot",
     text_keys=(),
-    path_keys=("run", "output"),
+    path_keys=("output",),
+    list_keys=("run",),
 )
 
 
@@ -93,31 +100,42 @@ def family(name: str) -> str:
     return next((title for start, title in PREFIXES.items() if name.startswith(start)), name)
 
 
-def draw(series: dict[str, Series], path: Path, title: str) -> None:
-    """Write the picture."""
+LINES = ("-", "--", ":", "-.")  # of numbers in one panel, where colours tell runs apart
+
+
+def draw(runs: Mapping[str, dict[str, Series]], path: Path) -> None:
+    """Write the picture.
+
+    Args:
+        runs: the name of each run -> its numbers. Of one, numbers have colours; of several, runs.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise WanError('drawing needs matplotlib: pip install -e ".[plot]"') from error
     panels: dict[str, list[str]] = defaultdict(list)
-    for name in series:
+    for name in dict.fromkeys(name for series in runs.values() for name in series):
         panels[family(name)].append(name)
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(4.6 * COLUMNS, 2.8 * rows), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(", ".join(runs))
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
     for axes, (heading, names) in zip(grid.flat, panels.items(), strict=False):
         start = next((start for start, title in PREFIXES.items() if title == heading), "")
-        for name in names:
-            steps, values = zip(*series[name], strict=True)
+        drawn = [(n, one, series[n]) for n in names for one, series in runs.items() if n in series]
+        for name, one, points in drawn:
+            steps, values = zip(*points, strict=True)
             label = name.removeprefix(start)
-            axes.plot(
-                steps, values, marker="." if len(steps) < 30 else "", linewidth=1, label=label
-            )
+            how = {"marker": "." if len(steps) < 30 else "", "linewidth": 1}
+            if len(runs) > 1:
+                how["color"] = f"C{list(runs).index(one) % 10}"
+                how["linestyle"] = LINES[names.index(name) % len(LINES)]
+                label = f"{one}: {label}" if len(names) > 1 else one
+            axes.plot(steps, values, label=label, **how)
         axes.set_title(heading, fontsize=10)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(names) > 1:
+        if len(drawn) > 1:
             axes.legend(fontsize=7, frameon=False)
     for axes in list(grid.flat)[len(panels) :]:
         axes.remove()
@@ -128,9 +146,15 @@ def draw(series: dict[str, Series], path: Path, title: str) -> None:
 
 
 def plot(config: PlotConfig) -> None:
-    folder = expanded(config.run)
-    output = expanded(config.output) if config.output else folder / "plot.png"
-    draw(read_series(folder / "metrics.jsonl"), output, folder.name)
+    folders = [expanded(run) for run in config.run]
+    if config.output is None and len(folders) > 1:
+        raise WanError("run= names several runs: name their picture too, as in output=both.png")
+    output = expanded(config.output) if config.output else folders[0] / "plot.png"
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):  # runs/a/dit and runs/b/dit
+        names = [str(folder) for folder in folders]
+    runs = zip(names, (read_series(folder / "metrics.jsonl") for folder in folders), strict=True)
+    draw(dict(runs), output)
     print(f"wrote {output}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -45,6 +46,7 @@ from wan.errors import WanError, shortened, visible
 from wan.files import expanded
 from wan.media.images import write_image
 from wan.media.video import contact_sheet, flaw, is_finite, to_uint8, write_video
+from wan.miniature.captions import outside_world
 from wan.models.attention import NetworkAttention, verified_attention
 from wan.paths import kept_path
 from wan.pipeline.arguments import known_dtype
@@ -61,7 +63,7 @@ from wan.sampling.denoiser import Denoiser
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import OnX0
 from wan.weights.digests import sha256_file
-from wan.weights.hub import CONFIGS, resolve_model
+from wan.weights.hub import CONFIGS, STUDENT, TEACHER, resolve_model
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ def prepare(
         images.add(job.config.image)
     loras = read_loras(config, folder.config)
     check_decoders(config, folder.config)
+    if folder.path in (STUDENT, TEACHER) and sharing.team.is_main:
+        warn_outside_world(requests)
     if sharing.together:
         check_together(requests, sharing, device)
     if sharing.team.is_main:
@@ -203,6 +207,13 @@ def check_decoders(config: SampleConfig, model: PipelineConfig) -> None:
         check_fits_latents(kind, model.vae)
     if config.preview and config.preview_decoder is None:
         check_preview(model.vae)
+
+
+def warn_outside_world(requests: Sequence[Request]) -> None:
+    """Say of the first request that the miniature cannot know what it cannot know, in a line."""
+    sizes = ((one.prompt, one.height, one.width, one.num_frames) for one in requests)
+    if found := next(filter(None, (outside_world(*size) for size in sizes)), None):
+        warnings.warn(found, stacklevel=2)
 
 
 def check_together(requests: Sequence[Request], sharing: Sharing, device: torch.device) -> None:

@@ -55,7 +55,13 @@ from wan.models.attention_config import AttentionConfig
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
 from wan.models.vae import WanVAE
-from wan.pipeline.config import FEW_STEP, PipelineConfig, part_folder, read_pipeline_config
+from wan.pipeline.config import (
+    FEW_STEP,
+    PipelineConfig,
+    part_folder,
+    read_pipeline_config,
+    released_config,
+)
 from wan.pipeline.folder import load_part
 from wan.sampling.schedule import euler_schedule
 from wan.weights.checked import read_checked, write_checked
@@ -273,7 +279,9 @@ def check_world(config: DistillConfig, settings: PipelineConfig) -> None:
 
 def training_run(config: DistillConfig) -> TrainingRun:
     """The run as `train.estimate` takes it; of the teacher, only settings are read."""
-    settings = read_teacher(config, resolve_model(config.checkpoint, patterns=CONFIGS))
+    settings = released_config(config.checkpoint)  # without the hub
+    if settings is None:
+        settings = read_teacher(config, resolve_model(config.checkpoint, patterns=CONFIGS))
     config = with_lora_ranks(config, settings.transformer)
     size = latent_shape(config, settings)[1:]
     grid = settings.transformer.token_grid(size)
@@ -296,11 +304,13 @@ def with_lora_ranks(config: DistillConfig, transformer: DiTConfig) -> DistillCon
 
 
 def distill(config: DistillConfig) -> int:
+    student_schedule(config)  # refuses a wrong list before anything is loaded
     if config.plan:
-        print(format_estimate(estimate_that_fits(training_run(config))))
+        with doing("estimating what the run takes"):
+            estimate = format_estimate(estimate_that_fits(training_run(config)))
+        print(estimate)
         return 0
     torch.set_num_threads(config.threads)
-    student_schedule(config)  # refuses a wrong list before anything is loaded
     config.data.check_source()
     check_mirrors(config.loop)
     with start(config.parallel, config.device) as ranks:

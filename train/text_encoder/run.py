@@ -32,7 +32,7 @@ from train.parallel import ALONE
 from train.state import TrainState, load_trainable
 from wan.errors import WanError, check_names
 from wan.files import expanded, read_json, write_json
-from wan.miniature.captions import caption, label_classes
+from wan.miniature.captions import MORE_WORDS, caption, label_classes
 from wan.miniature.world import OBJECT_ATTRIBUTES, sample_scene
 from wan.models.tokenizer import Tokenizer
 from wan.models.tokenizer_export import write_tokenizer_folder
@@ -45,32 +45,6 @@ IGNORED = -100  # a label that a text does not have
 NUM_SENTINELS = 1  # <extra_id_0> stands for a masked token
 ATTRIBUTE_GATE, BINDING_GATE = 0.995, 0.99
 
-# Words beyond the grammar. A key is replaced where it stands as whole words; "circle" and its like
-# are no keys, because "moving in a circle" has nothing to do with the shape.
-MORE_WORDS = {
-    "disc": ("disk", "ball", "dot", "round shape"),
-    "box": ("block", "rectangle"),
-    "red": ("crimson", "scarlet"),
-    "green": ("emerald", "lime"),
-    "blue": ("navy", "azure"),
-    "yellow": ("golden", "gold"),
-    "purple": ("violet", "fuchsia"),
-    "turquoise": ("aqua", "teal"),
-    "little": ("mini", "miniature"),
-    "big": ("huge", "giant", "enormous"),
-    "drifting": ("floating", "gliding"),
-    "sliding": ("heading", "rolling"),
-    "travelling": ("flying", "running", "that moves", "which goes"),
-    "moving up": ("rising", "ascending", "moving to the top"),
-    "moving down": ("falling", "descending", "sinking", "moving to the bottom"),
-    "moving left": ("moving from right to left", "moving towards the left"),
-    "moving right": ("moving from left to right", "moving towards the right"),
-    "staying still": ("motionless", "stationary", "at rest", "standing", "that does not move"),
-    "circling": ("orbiting", "looping", "moving around in circles"),
-    "over": ("with", "in", "before"),
-    "a video of": ("an animation of", "show me", "video of", "i want to see", "draw"),
-    "background": ("backdrop", "wall"),
-}
 FILLERS = (
     *("very", "bright", "simple", "flat", "nice", "plain", "solid", "colored", "beautiful"),
     *("slowly", "quickly", "smoothly", "please", "just", "here", "now", "then", "also"),

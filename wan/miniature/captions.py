@@ -11,12 +11,14 @@ beside its text, so that a model is scored only on what its prompt states.
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 from wan.miniature.world import (
     ATTRIBUTES,
     NUM_FRAMES,
     OBJECT_ATTRIBUTES,
+    STAGE,
     UNSPECIFIED,
     Scene,
     SceneObject,
@@ -58,6 +60,32 @@ DIRECTIONS = {
 STANDALONE_MOTIONS = {
     "still": ("staying still", "standing still", "not moving", "staying in place"),
     "circling": ("moving in a circle", "circling", "going around in a circle", "moving in circles"),
+}
+# Words beyond the grammar. A key is replaced where it stands as whole words; "circle" and its like
+# are no keys, because "moving in a circle" has nothing to do with the shape.
+MORE_WORDS = {
+    "disc": ("disk", "ball", "dot", "round shape"),
+    "box": ("block", "rectangle"),
+    "red": ("crimson", "scarlet"),
+    "green": ("emerald", "lime"),
+    "blue": ("navy", "azure"),
+    "yellow": ("golden", "gold"),
+    "purple": ("violet", "fuchsia"),
+    "turquoise": ("aqua", "teal"),
+    "little": ("mini", "miniature"),
+    "big": ("huge", "giant", "enormous"),
+    "drifting": ("floating", "gliding"),
+    "sliding": ("heading", "rolling"),
+    "travelling": ("flying", "running", "that moves", "which goes"),
+    "moving up": ("rising", "ascending", "moving to the top"),
+    "moving down": ("falling", "descending", "sinking", "moving to the bottom"),
+    "moving left": ("moving from right to left", "moving towards the left"),
+    "moving right": ("moving from left to right", "moving towards the right"),
+    "staying still": ("motionless", "stationary", "at rest", "standing", "that does not move"),
+    "circling": ("orbiting", "looping", "moving around in circles"),
+    "over": ("with", "in", "before"),
+    "a video of": ("an animation of", "show me", "video of", "i want to see", "draw"),
+    "background": ("backdrop", "wall"),
 }
 ARTICLES = ("a", "one", "the")
 PREPOSITIONS = ("on", "over", "against", "in front of")
@@ -203,3 +231,44 @@ def _motion(motion: str, rng: random.Random) -> str:
     if motion in STANDALONE_MOTIONS:
         return _say(STANDALONE_MOTIONS[motion], rng)
     return f"{_say(VERBS, rng)} {_say(DIRECTIONS[motion], rng)}"
+
+
+EXAMPLES = (
+    "a small red circle moving right on a gray background",
+    "a large blue star moving up",
+    "a green square and a yellow triangle moving in a circle",
+)
+# Words of sentences that say nothing of what is seen.
+FUNCTION_WORDS = "an is are and of with it there two background scene"
+
+
+def known_words() -> frozenset[str]:
+    """All words of the grammar, those that the text encoder has met beyond it, and fillers."""
+    tables = (NOUNS, COLOUR_WORDS, SIZE_WORDS, BACKGROUND_WORDS, DIRECTIONS, STANDALONE_MOTIONS)
+    texts = [text for table in (*tables, MORE_WORDS) for texts in table.values() for text in texts]
+    texts += [*VERBS, *ARTICLES, *PREPOSITIONS, *OPENINGS, FUNCTION_WORDS]
+    words = {word for text in texts for word in text.split()}
+    return frozenset(words | {f"{word}s" for word in words})
+
+
+def outside_world(prompt: str, height: int, width: int, num_frames: int) -> str | None:
+    """What a request asks of the miniature that it has never seen, in a sentence; None if nothing.
+
+    Args:
+        prompt: as typed.
+        height, width: pixels.
+    """
+    reasons = []
+    if (height, width, num_frames) != (STAGE, STAGE, NUM_FRAMES):
+        reasons.append(
+            f"has seen clips of {STAGE}x{STAGE}, {NUM_FRAMES} frames only, not of "
+            f"{width}x{height}, {num_frames} frames"
+        )
+    words = re.findall(r"[^\W\d_]+", prompt.lower())
+    unknown = [word for word in dict.fromkeys(words) if word not in known_words()]
+    if unknown:
+        reasons.append(f"does not know the word{'s' * (len(unknown) > 1)} {', '.join(unknown[:5])}")
+    if not reasons:
+        return None
+    examples = "; ".join(EXAMPLES)
+    return f"the miniature {' and '.join(reasons)}. Three prompts that it can do: {examples}"

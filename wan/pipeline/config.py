@@ -22,8 +22,11 @@ from wan.files import read_json, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
+from wan.models.vae_config import VAE_2_1
 from wan.paths import all_inside, inside
 from wan.pipeline.known_models import (
+    HEAD_DIM,
+    VAE_2_2,
     config_of_shapes,
     known_config,
     read_settings,
@@ -439,3 +442,29 @@ def write_configs(config: PipelineConfig, folder: Path) -> None:
     }
     for name, values in objects.items():
         write_json(folder / name, values)
+
+
+def released_config(checkpoint: str) -> PipelineConfig | None:
+    """What the files of a released base model of one transformer say, by its id on the hub.
+
+    For whoever wants to know before they are there; None for any other name.
+    """
+    wan21: dict[str, Any] = {"in_channels": 16, "out_channels": 16}
+    known = {
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (DiTConfig(), VAE_2_2),
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": (DiTConfig(40, HEAD_DIM, 40, 13824, **wan21), VAE_2_1),
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (DiTConfig(12, HEAD_DIM, 30, 8960, **wan21), VAE_2_1),
+    }
+    if checkpoint not in known:
+        return None
+    transformer, vae = known[checkpoint]
+    is_5b = vae is VAE_2_2
+    return PipelineConfig(
+        BASE,
+        transformer,
+        vae,
+        UMT5Config(),
+        expand_timesteps=is_5b,
+        scheduler=SchedulerSettings(shift=5.0 if is_5b else 3.0),
+        defaults=model_defaults(vae, two_experts=False),
+    )

@@ -18,6 +18,7 @@ TEACHER = MINIATURE / "teacher"  # many steps, with guidance: what the student w
 
 BUILTIN = "builtin:miniature"
 BUILTIN_TEACHER = "builtin:miniature-teacher"
+OUTPUTS = ("runs", "outputs")  # no owners on the hub, but where our own commands write
 SHIPPED = {"mini": BUILTIN, "mini-teacher": BUILTIN_TEACHER}  # by their names on a command line
 
 # Weights as safetensors, configs, indices, tokenizer.json and the sentencepiece model: nothing that
@@ -81,6 +82,12 @@ def resolve_model(
         raise WanError(
             f"{name}: a file; give the folder that holds model_index.json, and a part's file as "
             "transformer=, vae= or text_encoder="
+        )
+    if folder.parent.name in OUTPUTS and len(folder.parts) == len(Path(name).parts) == 2:
+        there = sorted(one.name for one in folder.parent.glob("*/"))[:5]
+        raise WanError(
+            f"{name}: no such folder; {folder.parent}/ is where commands write what they make, so "
+            f"the hub is not asked. In it: {', '.join(there) or 'nothing'}"
         )
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise WanError(f"{name}: no such folder, and not a hub id of the form owner/name")
