@@ -71,7 +71,8 @@ def test_bfloat16_is_no_further_from_float32_than_the_references(rung, all_sides
     rows = rung(replace(all_sides[0], dtype=torch.bfloat16))
     assert failures(rows) == ""
     rounding = [row.relative_rms for row in rows if "encode: result" not in row.what]
-    assert all(1e-4 < r < 0.5 for r in rounding)  # bfloat16 was really at work; encoding is float32
+    # bfloat16 was really at work, in what a network returns at least; encoding is float32.
+    assert all(1e-5 < r < 0.5 for r in rounding)
 
 
 class Damaged(parity_sides.Sides):
