@@ -334,6 +334,7 @@ def test_prompts_of_a_file_are_cells_of_their_own(tmp_path, model, made):
     moved = [video["values"]["motion"] for video in stored.values()]
     assert row["motion, %/s"] == pytest.approx(sum(moved) / 2)
     assert "Motion is the mean optical flow" in (tmp_path / "out" / "report.md").read_text()
+    assert '"motion, %/s"' in (tmp_path / "out" / "index.html").read_text()
     assert row["clips"] == 2
     assert row["steps"] == 3  # the model's own
     file.write_text("twice\ntwice\n")

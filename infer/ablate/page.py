@@ -10,6 +10,7 @@ from infer.evaluate.report import Report, Row, exactly
 from infer.gallery.command import sample_command
 from infer.gallery.measured import aspect_of, measured_clip, measures_of, points_of
 from infer.gallery.page import SEED, Clip, Page
+from infer.measure.run import Measured
 
 
 def page_of(
@@ -19,6 +20,7 @@ def page_of(
     report: Report,
     notes: Sequence[str],
     folder: Path,
+    measured: Measured | None = None,
 ) -> Page:
     """The page of a report.
 
@@ -26,6 +28,7 @@ def page_of(
         cells: all that are stored.
         settings: the rows of the report; seconds are its last column.
         folder: the output folder, where the page lies.
+        measured: more numbers of the cells' clips.
     """
     axes = [setting.axes() for setting, _ in settings]
     varied = [name for name in axes[0] if len({own[name] for own in axes}) > 1]
@@ -35,7 +38,9 @@ def page_of(
         own = {name: axes[number][name] for name in varied}
         for cell in (one for one in cells if one.setting is setting):
             seed = {SEED: str(cell.seed)} if config.num_seeds > 1 else {}
+            more = {} if measured is None else measured.values.get(cell.video(0), {})
             for index, clip in enumerate(cell.record()["clips"]):
+                clip["measures"] |= more
                 command = command_of(config, setting, row, clip, folder)
                 what = (own | seed, cell.video(index), columns, command, number)
                 clips.append(measured_clip(clip, *what))

@@ -155,7 +155,9 @@ def write_report(
     write_csv(files["results.csv"], lines)
     labels = {id(setting): row.label for setting, row in settings}
     write_sheet(config, cells, labels, sheet)
-    write_page(files["index.html"], page_of(config, cells, settings, report, paragraphs, folder))
+    write_page(
+        files["index.html"], page_of(config, cells, settings, report, paragraphs, folder, measured)
+    )
     seconds = [values[-1] for values in report.estimates]
     report.draw(files["report.png"], SECONDS.heading, seconds, len(report.columns) - 1)
     names = ", ".join(file.name for file in (*files.values(), sheet))

@@ -38,10 +38,10 @@ from wan.weights.digests import sha256_file
 FORMAT = 1  # of what is stored: numbers of another are measured again
 MOST_LISTED = 24  # videos: of more, the single numbers are in the file only
 COLUMNS = {
-    "text": Column("text agreement", ".2f", mean_of("text")),
-    "text_rank": Column("own prompt", ".1%", mean_of("text_rank")),
-    "consistency": Column("consistency", ".2f", mean_of("consistency")),
-    "motion": Column("motion, %/s", ".2f", mean_of("motion")),
+    "text": Column("text agreement", ".2f", mean_of("text"), ("text",)),
+    "text_rank": Column("own prompt", ".1%", mean_of("text_rank"), ("text_rank",)),
+    "consistency": Column("consistency", ".2f", mean_of("consistency"), ("consistency",)),
+    "motion": Column("motion, %/s", ".2f", mean_of("motion"), ("motion",)),
 }
 Values = Mapping[str, float | None]  # measure -> number
 # Settings that tell kinds of videos apart, and not single ones.
