@@ -19,6 +19,7 @@ from infer.ablate import run as ablate
 from infer.ablate.__main__ import LINE, main
 from infer.ablate.run import MAX_PSNR
 from infer.evaluate import parts
+from infer.evaluate.report import Report
 from infer.sample.__main__ import LINE as SAMPLE
 from infer.sample.__main__ import SampleCommand
 from wan.errors import WanError
@@ -145,6 +146,19 @@ def test_what_is_stored_is_not_made_again_and_a_longer_grid_adds_to_it(
         in (capsys.readouterr().out)
     )
     assert not (folder / "results-3.json").exists()
+
+
+def test_a_grid_of_steps_is_drawn_over_steps_and_another_says_them(done, model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        Report, "draw", lambda self, file, label, *_, **more: drawn.append((label, more))
+    )
+    assert run(grid(done, model, grid=GridConfig(steps=[1, 4]))) == 0
+    assert run(grid(done, model)) == 0
+    assert drawn == [
+        ("steps", {"ticks": [1, 4]}),
+        ("seconds per clip", {"names": ["1 step", "4 steps"] * 2}),
+    ]
 
 
 def flip(content: bytes) -> bytes:

@@ -19,6 +19,7 @@ from infer.evaluate.report import (
     Report,
     Row,
     about_seconds,
+    exactly,
     free_place,
     mean_of,
     numbers,
@@ -158,10 +159,30 @@ def write_report(
     write_page(
         files["index.html"], page_of(config, cells, settings, report, paragraphs, folder, measured)
     )
-    seconds = [values[-1] for values in report.estimates]
-    report.draw(files["report.png"], SECONDS.heading, seconds, len(report.columns) - 1)
+    draw(files["report.png"], [setting for setting, _ in settings], report)
     names = ", ".join(file.name for file in (*files.values(), sheet))
     return f"{table}\n\n{notes}\n\n{names} in {folder}"
+
+
+def draw(file: Path, settings: Sequence[Setting], report: Report) -> None:
+    """Draw all columns but the seconds: over the steps where little else varies, else over seconds.
+
+    Raises:
+        WanError: matplotlib is not installed.
+    """
+    num_panels = len(report.columns) - 1
+    steps = [plan_of(row)["steps"] for row in report.rows]
+    others = {
+        tuple(value for name, value in setting.axes().items() if name not in ("model", "steps"))
+        for setting in settings
+    }
+    if len(set(steps)) > 1 and len(others) == 1:
+        xs = [exactly(number) for number in steps]
+        report.draw(file, "steps", xs, num_panels, ticks=sorted(set(steps)))
+        return
+    seconds = [values[-1] for values in report.estimates]
+    names = [f"{number} step{'s' * (number > 1)}" for number in steps]
+    report.draw(file, SECONDS.heading, seconds, num_panels, names=names)
 
 
 def write_notes(

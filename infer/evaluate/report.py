@@ -206,12 +206,14 @@ class Report:
         xs: Sequence[Estimate | None],
         num_panels: int,
         ticks: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         """Draw a panel for each of the first columns over a logarithmic x axis, and a legend.
 
         Args:
             xs: for each row; None draws a horizontal line.
             ticks: the only values to mark on the x axis.
+            names: for each row, what is written at its points.
         Raises:
             WanError: matplotlib is not installed.
         """
@@ -228,8 +230,10 @@ class Report:
         for index, column in enumerate(self.columns[:num_panels]):
             place = places[index]
             points = [
-                (row.line, x, values[index])
-                for row, x, values in zip(self.rows, xs, self.estimates, strict=True)
+                (row.line, x, values[index], name)
+                for row, x, values, name in zip(
+                    self.rows, xs, self.estimates, names or [""] * len(xs), strict=True
+                )
                 if values[index] is not None
             ]
             handles |= draw_points(place, points, lines)
@@ -246,7 +250,7 @@ class Report:
 # --- the picture ----------------------------------------------------------------------------------
 
 
-Point = tuple[str, Estimate | None, Any]  # line, x and y
+Point = tuple[str, Estimate | None, Any, str]  # line, x, y and what is written beside
 
 
 def draw_points(place: Any, points: Sequence[Point], lines: Sequence[str]) -> dict[str, Any]:
@@ -259,22 +263,28 @@ def draw_points(place: Any, points: Sequence[Point], lines: Sequence[str]) -> di
         What a legend shows for each line.
     """
     handles = {}
-    num_at = Counter(x.value for _, x, _ in points if x is not None)
+    num_at = Counter(x.value for _, x, _, _ in points if x is not None)
     drawn_at: Counter[float] = Counter()
     known: dict[str, list[Any]] = {}
-    for line, x, y in points:
+    for line, x, y, name in points:
         if x is not None:
             shift = drawn_at[x.value] - (num_at[x.value] - 1) / 2
             drawn_at[x.value] += 1
-            known.setdefault(line, []).append((x, y, x.value * 1.03**shift))
+            at = x.value * 1.03**shift
+            known.setdefault(line, []).append((x, y, at))
+            place.annotate(
+                name, (at, y.value), (4, 4), textcoords="offset points", fontsize=7, color="0.3"
+            )
     for index, line in enumerate(lines):
         style = {"color": f"C{index % 10}", "label": line}
-        for level in (y.value for one, x, y in points if one == line and x is None):
+        for level in (y.value for one, x, y, _ in points if one == line and x is None):
             handles[line] = place.axhline(level, linestyle="--", linewidth=1, **style)
         if line in known:
-            xs, ys, at = zip(*sorted(known[line], key=lambda point: point[0].value), strict=True)
+            xs, ys, places = zip(
+                *sorted(known[line], key=lambda point: point[0].value), strict=True
+            )
             handles[line] = place.errorbar(
-                at,
+                places,
                 [y.value for y in ys],
                 xerr=_reach(xs),
                 yerr=_reach(ys),
@@ -283,6 +293,9 @@ def draw_points(place: Any, points: Sequence[Point], lines: Sequence[str]) -> di
                 capsize=2,
                 **style,
             )
+    if len(num_at) == 1:  # a single value would stretch the axis over several powers of ten
+        (only,) = num_at
+        place.set_xlim(only / 2, only * 2)
     return handles
 
 
