@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from infer.evaluate.measure import draw_examples, evaluate, summarise, table, wi
 from infer.evaluate.queue import question_key, weights_of
 from infer.evaluate.sources import generate, open_pipeline, reconstruct_truth, render_truth
 from wan.errors import WanError
+from wan.media.labels import BACKGROUND, LINE_HEIGHT
 from wan.miniature.world import HELD_OUT
 
 
@@ -288,7 +290,11 @@ def test_the_command_scores_an_untrained_model_and_shows_its_clips(model, tmp_pa
     assert execute(main, LINE, "", tiny(model, f"output={output}", f"sheet={sheet}")) == 0
     assert json.loads(output.read_text())["summary"]["joint"]["right"] == 0
     with Image.open(sheet) as image:
-        assert image.size == (5 * 64, 3 * 64)
+        pixels = np.asarray(image)
+    assert pixels.shape[1] == 5 * 64
+    is_heading = (pixels == BACKGROUND).all(-1).any(1).nonzero()[0]  # rows of lines of text
+    assert pixels.shape[0] - len(is_heading) == pytest.approx(3 * 64, abs=8)
+    assert len(is_heading) >= 3 * LINE_HEIGHT - 8  # what was asked and seen of each clip
 
 
 def test_a_missing_model_is_one_line(tmp_path, capsys):

@@ -28,6 +28,7 @@ from train.validation import (
     world_panel,
     write_panel,
 )
+from wan.media.labels import LINE_HEIGHT
 from wan.miniature.world import OBJECT_ATTRIBUTES
 
 teacher = test_distill.teacher
@@ -178,11 +179,11 @@ RED, GREEN, BLUE = (plain(*(1.0 if i == n else -1.0 for i in range(3))) for n in
 
 
 def rows_of(path, count: int) -> list[str]:
-    """Which channel leads in each row of sheets."""
+    """Which channel leads in each row of sheets; each has a heading of one line."""
     image = Image.open(path)
     height = image.height // count
-    pixels = [image.getpixel((8, height * i + 8)) for i in range(count)]  # in the first frame
-    return ["RGB"[pixel.index(255)] for pixel in pixels]
+    places = [height * i + LINE_HEIGHT + 8 for i in range(count)]  # in the first frame
+    return ["RGB"[image.getpixel((8, place)).index(255)] for place in places]
 
 
 def shown(*videos: torch.Tensor) -> list[ClipNumbers]:
@@ -195,7 +196,13 @@ THREE = [sheet_of(video) for video in (RED, GREEN, BLUE)]
 def test_pictures_show_student_above_teacher_and_the_triptych_in_its_order(tmp_path):
     unseen = measured(torch.zeros(1, 4, 1, 2, 2), GREEN)  # a clip beyond those that are shown
     pictures = Pictures(tmp_path / "samples", 7)
-    write_panel(pictures, [*shown(RED, GREEN), *unseen], [*shown(BLUE, BLUE), *unseen], THREE)
+    write_panel(
+        pictures,
+        ["a", "b", "c"],
+        [*shown(RED, GREEN), *unseen],
+        [*shown(BLUE, BLUE), *unseen],
+        THREE,
+    )
     pictures.close(ALONE)
     assert rows_of(tmp_path / "samples/0000007-triptych.png", 3) == ["R", "G", "B"]
     assert rows_of(tmp_path / "samples/0000007-student-teacher.png", 4) == ["R", "B", "G", "B"]
@@ -207,7 +214,7 @@ def test_a_disk_without_room_for_pictures_is_told_and_nothing_of_them_stays(tmp_
 
     (tmp_path / "0000006-0.mp4").touch()
     pictures = Pictures(tmp_path, 7)
-    write_panel(pictures, shown(RED), shown(BLUE), THREE)
+    write_panel(pictures, ["a"], shown(RED), shown(BLUE), THREE)
     pictures.write("0.mp4", disk_full)
     pictures.close(ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["0000006-0.mp4"]

@@ -25,6 +25,7 @@ from torch import Tensor
 from train.parallel import Ranks
 from wan.errors import WanError
 from wan.media.images import write_image
+from wan.media.labels import stacked
 from wan.media.video import contact_sheet, to_uint8
 from wan.miniature.captions import Caption, caption
 from wan.miniature.detect import Score, accuracies, detect, score
@@ -198,16 +199,6 @@ def sheet_of(video: Tensor) -> Image.Image:
     return contact_sheet(to_uint8(video), max_frames=9, max_width=160)
 
 
-def stack_sheets(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Pictures below each other."""
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)))
-    top = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, top))
-        top += sheet.height
-    return whole
-
-
 class Pictures:
     """Files of one save in a run's samples/, whose names begin with the number of steps.
 
@@ -249,20 +240,27 @@ class Pictures:
 
 def write_panel(
     pictures: Pictures,
+    captions: Sequence[str],
     student: Sequence[ClipNumbers],
     teacher: Sequence[ClipNumbers],
     triptych: Sequence[Image.Image],
 ) -> None:
-    """A sheet of student above teacher, and the triptych.
+    """A sheet of student above teacher for the captions that are shown, and the triptych.
 
     Args:
         triptych: a sample of the student, and what teacher and critic make of it noised.
     """
     pairs = [
-        clip.sheet
-        for both in zip(student, teacher, strict=True)
-        for clip in both
+        (f"{who}: {caption}", clip.sheet)
+        for caption, *both in zip(captions, student, teacher, strict=True)
+        for who, clip in zip(("student", "teacher"), both, strict=True)
         if clip.sheet is not None
     ]
-    pictures.write("student-teacher.png", lambda path: write_image(path, stack_sheets(pairs)))
-    pictures.write("triptych.png", lambda path: write_image(path, stack_sheets(triptych)))
+    names = (
+        f"student: {captions[0]}",
+        "the teacher's prediction from the same, noised",
+        "the critic's prediction from the same, noised",
+    )
+    three = list(zip(names, triptych, strict=True))
+    pictures.write("student-teacher.png", lambda path: write_image(path, stacked(pairs)))
+    pictures.write("triptych.png", lambda path: write_image(path, stacked(three)))

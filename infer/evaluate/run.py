@@ -24,12 +24,13 @@ from infer.evaluate.report import Column, mean_of
 from infer.evaluate.sources import SOURCES
 from infer.evaluate.store import keep_clip, kept_clip
 from infer.gallery.command import command, sample_command
-from infer.gallery.measured import aspect_of, measured_clip, measures_of
+from infer.gallery.measured import aspect_of, measured_clip, measures_of, seen_words
 from infer.gallery.page import SEED, Page, write_page
 from infer.processes import Processes, Team
 from wan.errors import WanError
 from wan.files import expanded, read_sealed
 from wan.media.images import write_image
+from wan.media.labels import stacked
 from wan.miniature.metrics import MEASURES
 from wan.paths import kept_path
 from wan.weights.checked import read_checked, write_checked
@@ -208,9 +209,15 @@ def page_of(config: EvaluateConfig, output: Path, summary: str) -> Page:
 
 
 def write_sheet(sheet: Path, parts: ClipParts, results: Sequence[Result]) -> None:
-    """A picture of the first clips that do not match, a row each; none if all do."""
+    """A picture of the first clips that do not match, a row each, with what was asked and seen.
+
+    There is none if all match.
+    """
     failed = [number for number, result in enumerate(results) if not result.score.joint]
     files = [parts.row_file(number) for number in failed[:SHEET_ROWS]]
     if files:
-        rows = [read_checked(file)["row"] for file in files]
-        write_image(sheet, Image.fromarray(torch.cat(rows).numpy()))
+        rows = [Image.fromarray(read_checked(file)["row"].numpy()) for file in files]
+        asked = [results[number].example.caption.text for number in failed]
+        seen = [seen_words(asdict(results[number].detection)) for number in failed]
+        headings = [f"asked: {one}. Seen: {other}" for one, other in zip(asked, seen, strict=True)]
+        write_image(sheet, stacked(list(zip(headings, rows, strict=False))))

@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from wan.errors import WanError
+from wan.media.labels import BACKGROUND, LINE_HEIGHT, wrapped, write_lines
 from wan.media.video import Frames
 
-GAP, BACKGROUND, INK = 4, (32, 32, 32), (235, 235, 235)
-FONT_SIZE, LINE_HEIGHT = 12, 16  # pixels
+GAP = 4  # pixels
 
 
 def video_grid(videos: Mapping[str, Frames], max_width: int = 256) -> Frames:
@@ -37,8 +37,7 @@ def video_grid(videos: Mapping[str, Frames], max_width: int = 256) -> Frames:
     ((height, width),) = sizes
     if width > max_width:
         height, width = max(1, round(height * max_width / width)), max_width
-    font = ImageFont.load_default(FONT_SIZE)
-    labels = {name: _wrapped(name, font, width) for name in videos}
+    labels = {name: wrapped(name, width) for name in videos}
     head = LINE_HEIGHT * max(len(lines) for lines in labels.values())
     columns = math.ceil(math.sqrt(len(videos)))
     rows = math.ceil(len(videos) / columns)
@@ -49,7 +48,7 @@ def video_grid(videos: Mapping[str, Frames], max_width: int = 256) -> Frames:
     for place, (name, lines) in enumerate(labels.items()):
         row, column = divmod(place, columns)
         x, y = GAP + column * (width + GAP), GAP + row * (height + head + GAP)
-        pen.text((x, y), "\n".join(lines), INK, font, spacing=LINE_HEIGHT - FONT_SIZE)
+        write_lines(pen, (x, y), lines)
         corners[name] = (x, y + head)
     frames = []
     for index in range(max(len(video) for video in videos.values())):
@@ -60,16 +59,3 @@ def video_grid(videos: Mapping[str, Frames], max_width: int = 256) -> Frames:
             canvas.paste(picture, corners[name])
         frames.append(np.array(canvas))
     return np.stack(frames)
-
-
-def _wrapped(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> list[str]:
-    """Words in lines of at most so many pixels; a longer word has a line of its own."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines

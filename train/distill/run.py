@@ -427,7 +427,7 @@ def make_validation(
         three = run.triptych(first[None], captions[0])
         if run.ranks.is_main:
             sheets = [sheet_of(decode_clip(vae, latents)) for latents in three]
-            write_panel(pictures, samples, reference, sheets)
+            write_panel(pictures, captions, samples, reference, sheets)
         pictures.close(run.ranks)
         return panel_numbers(samples, reference)
 
