@@ -219,5 +219,8 @@ def write_sheet(sheet: Path, parts: ClipParts, results: Sequence[Result]) -> Non
         rows = [Image.fromarray(read_checked(file)["row"].numpy()) for file in files]
         asked = [results[number].example.caption.text for number in failed]
         seen = [seen_words(asdict(results[number].detection)) for number in failed]
-        headings = [f"asked: {one}. Seen: {other}" for one, other in zip(asked, seen, strict=True)]
+        headings = [
+            f"asked: {one.rstrip('.')}. Seen: {other}"
+            for one, other in zip(asked, seen, strict=True)
+        ]
         write_image(sheet, stacked(list(zip(headings, rows, strict=False))))
