@@ -33,6 +33,13 @@ class MeasuringConfig(Options):
         super().__post_init__()
         if len(set(self.measures)) < len(self.measures):
             raise WanError(f"measures={self.measures}: one is there twice")
+        if not {"text", "consistency"} & set(self.measures):
+            for name in ("clip_model", "image_tower", "sampled_frames"):
+                value = getattr(self, name)
+                if value != getattr(MeasuringConfig, name):
+                    raise WanError(f"{name}={value}: read by measures=[text,consistency] only")
+        elif self.image_tower is not None and "consistency" not in self.measures:
+            raise WanError(f"image_tower={self.image_tower}: read by measures=[consistency] only")
 
 
 @dataclass

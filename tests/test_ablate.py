@@ -345,7 +345,7 @@ def test_prompts_of_a_file_are_cells_of_their_own(tmp_path, model, made):
     assert len(made) == 4
     (row,) = rows(tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "measures.json").read_text())["videos"]
-    moved = [video["values"]["motion"] for video in stored.values()]
+    moved = [video["motion"]["value"] for video in stored.values()]
     assert row["motion, %/s"] == pytest.approx(sum(moved) / 2)
     assert "Motion is the mean optical flow" in (tmp_path / "out" / "report.md").read_text()
     assert '"motion, %/s"' in (tmp_path / "out" / "index.html").read_text()

@@ -13,7 +13,7 @@ from configs.measurement import MeasureConfig
 from infer.measure import measures, run
 from infer.measure.__main__ import LINE, main
 from infer.measure.measures import agreement, consistency, evenly_spaced, motion, rank_of_own
-from infer.measure.run import Towers, Video, find_videos, measure
+from infer.measure.run import Store, Towers, Video, find_videos, measure
 from infer.measure.towers import CLIP, ImageTower, TowerFolder
 from infer.sample.__main__ import LINE as SAMPLE
 from infer.sample.__main__ import SampleCommand
@@ -101,7 +101,7 @@ def test_perfect_pairs_agree_fully_and_swapped_ones_rank_last(clip_folder, video
     found = Towers(config_of(clip_folder), "cpu")
     for shift in range(3):
         pairs = [Video(videos / f"{i}.mp4", PROMPTS[(i + shift) % 3]) for i in range(3)]
-        values = measure(pairs, found, tmp_path / f"{shift}.json").values
+        values = measure(pairs, found, Store(tmp_path / f"{shift}.json")).values
         text = [values[pair.file]["text"] for pair in pairs]
         rank = [values[pair.file]["text_rank"] for pair in pairs]
         if shift == 0:
@@ -123,7 +123,7 @@ def test_the_projection_itself_is_exact(clip_folder):
 def test_a_still_video_is_consistent_and_does_not_move(clip_folder, videos, tmp_path):
     found = Towers(config_of(clip_folder), "cpu")
     (values,) = measure(
-        [Video(videos / "0.mp4", PROMPTS[0])], found, tmp_path / "m.json"
+        [Video(videos / "0.mp4", PROMPTS[0])], found, Store(tmp_path / "m.json")
     ).values.values()
     assert values["consistency"] > 99.9
     assert values["motion"] < 0.5
@@ -187,21 +187,36 @@ def test_what_is_stored_is_not_measured_again_and_what_changed_is(
     store = folder / "measures.json"
     pairs = [Video(folder / f"{i}.mp4", PROMPTS[i]) for i in range(3)]
     found = Towers(config_of(clip_folder), "cpu")
-    first = measure(pairs, found, store)
+    first = measure(pairs, found, Store(store))
     made = []
     once = run.measure_one
     monkeypatch.setattr(run, "measure_one", lambda *a: made.append(a) or once(*a))
-    assert measure(pairs, found, store) == first
+    assert measure(pairs, found, Store(store)) == first
     assert not made
     write_video(folder / "1.mp4", still(9), 8)
     (folder / "2.mp4").write_bytes(b"no video")
-    again = measure(pairs, found, store)
+    again = measure(pairs, found, Store(store))
     assert len(made) == 1
     assert set(again.values) == {folder / "0.mp4", folder / "1.mp4"}
     assert again.values[folder / "1.mp4"] != first.values[folder / "1.mp4"]
     stored = json.loads(store.read_text())
-    assert stored["networks"]["clip_model"]["model.safetensors"]
+    (network,) = stored["networks"].values()
+    assert network["model.safetensors"]
     assert set(stored["videos"]) == {"0.mp4", "1.mp4", "2.mp4"}  # the last is that of before
+    # One measure of one video alone takes nothing away.
+    measure(
+        pairs[:1], Towers(MeasureConfig(measures=["motion"], device="cpu"), "cpu"), Store(store)
+    )
+    assert json.loads(store.read_text()) == stored
+    # Another prompt beside them changes the rank alone, which is taken with the text.
+    made.clear()
+    write_video(folder / "3.mp4", still(2), 8)
+    measure([*pairs[:2], Video(folder / "3.mp4", "a star")], found, Store(store))
+    assert [set(wanted) for *_, wanted in made] == [
+        {"text", "text_rank"},
+        {"text", "text_rank"},
+        {"text", "text_rank", "consistency", "motion"},
+    ]
 
 
 def test_networks_that_cannot_judge_are_refused_by_name(clip_folder, tmp_path):
@@ -263,11 +278,10 @@ def test_the_command_groups_by_what_differs_and_names_what_it_leaves_out(tmp_pat
     (one,) = compose_runs(LINE, [str(tmp_path), "measures=[motion]"])
     assert main(one) == 0
     printed = capsys.readouterr()
-    assert "sampler.steps=1" in printed.out
+    assert "steps=1" in printed.out
     assert printed.out.count("a red circle") == 4
-    assert "| sampler.steps=2" in printed.out
-    assert "left out" in printed.err
-    assert "stranger.mp4" in printed.err
+    assert "| steps=2" in printed.out
+    assert "left out: 1 mp4 files without a record" in printed.err
     assert measures.MEANING["motion"] in printed.out
     assert measures.MEANING["text"] not in printed.out
 
@@ -281,3 +295,7 @@ def test_a_folder_without_videos_and_measures_of_captions_are_refused(tmp_path):
         AblateConfig(checkpoint="x", measures=["motion"]).check_world()
     with pytest.raises(WanError, match="twice"):
         MeasureConfig(measures=["motion", "motion"])
+    with pytest.raises(WanError, match=r"clip_model=x: read by measures=\[text,consistency\] only"):
+        MeasureConfig(measures=["motion"], clip_model="x")
+    with pytest.raises(WanError, match=r"nowhere: no such file or folder"):
+        find_videos(tmp_path / "nowhere")

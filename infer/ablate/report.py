@@ -129,6 +129,7 @@ def write_report(
     """
     settings = read_rows(cells, measured)
     holds = {cell.key[:16]: len(cell.record()["clips"]) for cell in cells}
+    holds |= {f"measure {name}": 1 for name in config.measures if measured is not None}
     place = free_place(folder, holds)
     files = {
         name: folder / name.replace(".", f"{place}.")
@@ -160,7 +161,7 @@ def write_report(
         files["index.html"], page_of(config, cells, settings, report, paragraphs, folder, measured)
     )
     draw(files["report.png"], [setting for setting, _ in settings], report)
-    names = ", ".join(file.name for file in (*files.values(), sheet))
+    names = ", ".join(file.name for file in (*files.values(), sheet) if file.is_file())
     return f"{table}\n\n{notes}\n\n{names} in {folder}"
 
 

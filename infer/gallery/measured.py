@@ -11,7 +11,7 @@ from wan.media.video import open_video, video_info
 from wan.miniature.statistics import Estimate
 
 ATTRIBUTES = ("size", "colour", "shape", "motion")  # in the order of a caption
-NOT_KEPT = "not kept: keep_clips= says how many are"
+NOT_KEPT = "not kept: keep_clips= says how many are, when they are made"
 
 
 def measured_clip(

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from configs.measurement import MeasureConfig, MeasuringConfig
 from configs.progress import SECONDS, Steps, doing
-from configs.rerun import OF_A_VIDEO
-from configs.schema import PARTS
 from infer.diff.records import read_record
 from infer.evaluate.queue import result_key, stored_record
 from infer.evaluate.report import INTERVALS, Column, Report, Row, mean_of, numbers
+from infer.gallery.page import SEED
+from infer.gallery.records import find_records, page_of
 from infer.measure.measures import (
     MEANING,
     agreement,
@@ -37,15 +37,14 @@ from wan.weights.digests import sha256_file
 
 FORMAT = 1  # of what is stored: numbers of another are measured again
 MOST_LISTED = 24  # videos: of more, the single numbers are in the file only
+TEXT, RANK = "text", "text_rank"
 COLUMNS = {
-    "text": Column("text agreement", ".2f", mean_of("text"), ("text",)),
-    "text_rank": Column("own prompt", ".1%", mean_of("text_rank"), ("text_rank",)),
+    TEXT: Column("text agreement", ".2f", mean_of(TEXT), (TEXT,)),
+    RANK: Column("own prompt", ".1%", mean_of(RANK), (RANK,)),
     "consistency": Column("consistency", ".2f", mean_of("consistency"), ("consistency",)),
     "motion": Column("motion, %/s", ".2f", mean_of("motion"), ("motion",)),
 }
 Values = Mapping[str, float | None]  # measure -> number
-# Settings that tell kinds of videos apart, and not single ones.
-OF_A_KIND = {"checkpoint", *PARTS, *OF_A_VIDEO, "lora", "lora_2"} - {"prompt", "seed"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,28 @@ class Towers:
         named = {"clip_model": self._clip_folder, "image_tower": self._image_folder}
         return {name: folder.identity() for name, folder in named.items() if folder is not None}
 
+    def keys(
+        self, digest: str, prompt: str, prompts: Sequence[str], identity: Mapping[str, Any]
+    ) -> dict[str, str]:
+        """All that each number of a video depends on, as a sha256 by measure.
+
+        Args:
+            digest: sha256 of the video's file.
+            prompts: of all videos, which the rank compares with.
+            identity: see `identity`.
+        """
+        seen = [FORMAT, digest, self.sampled_frames]
+        found: dict[str, str] = {}
+        if TEXT in self.measures:
+            text = [*seen, identity["clip_model"], prompt, prompts]  # both numbers at once
+            found |= {name: result_key([name, *text]) for name in (TEXT, RANK)}
+        if "consistency" in self.measures:
+            tower = identity.get("image_tower", identity.get("clip_model"))
+            found["consistency"] = result_key(["consistency", *seen, tower])
+        if "motion" in self.measures:
+            found["motion"] = result_key(["motion", FORMAT, digest])
+        return found
+
     @cached_property
     def clip(self) -> CLIP:
         assert self._clip_folder is not None
@@ -118,97 +139,134 @@ class Measured:
     prompts_cut: int
 
 
-def measure(videos: Sequence[Video], towers: Towers, store: Path) -> Measured:
+class Store:
+    """What was measured, in a JSON file: each number of each video, with what it depends on.
+
+    Attributes:
+        file: written as a whole; what it holds of other videos and measures stays in it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        record = stored_record(file, "what was measured before") or {}
+        self._videos: dict[str, dict[str, Any]] = record.get("videos", {})
+        self._networks: dict[str, Any] = record.get("networks", {})
+        self._written = time.monotonic()
+
+    def known(self, video: Path, keys: Mapping[str, str]) -> dict[str, Any]:
+        """What is stored of a video under these keys, by measure: "value" and more."""
+        found = self._videos.get(self._name(video), {})
+        return {n: found[n] for n, key in keys.items() if n in found and found[n]["key"] == key}
+
+    def put(
+        self, video: Path, found: Mapping[str, dict[str, Any]], networks: Mapping[str, Any]
+    ) -> None:
+        """Keep numbers of a video; every ten seconds they are written."""
+        self._videos.setdefault(self._name(video), {}).update(found)
+        self._networks |= networks
+        if time.monotonic() - self._written > SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        videos = dict(sorted(self._videos.items()))
+        write_sealed(self.file, {"networks": self._networks, "videos": videos})
+        self._written = time.monotonic()
+
+    def _name(self, video: Path) -> str:
+        """What a video is called here: its path from the file's folder, or its name alone."""
+        video, folder = video.absolute(), self.file.absolute().parent
+        name = video.relative_to(folder).as_posix() if video.is_relative_to(folder) else video.name
+        return name.encode("utf-8", "backslashreplace").decode()  # any name that a disk may have
+
+
+def measure(videos: Sequence[Video], towers: Towers, store: Store) -> Measured:
     """The numbers of videos; those that the store holds are not measured again.
 
     A video that can't be read is named and left out.
 
-    Args:
-        store: a JSON file, written every ten seconds and at the end. What it holds of other videos
-            stays in it.
     Raises:
         WanError: a network can't be read. What was measured before is stored.
     """
     prompts = sorted({video.prompt for video in videos})
     identity = towers.identity()
-    question = [FORMAT, identity, towers.sampled_frames, towers.measures, prompts]
-    record = stored_record(store, "what was measured before") or {}
-    entries: dict[str, dict[str, Any]] = record.get("videos", {})
-    values: dict[Path, Values] = {}
-    missing: list[tuple[Video, str]] = []
+    names = {name: result_key([one])[:16] for name, one in identity.items()}
+    networks = {names[name]: one for name, one in identity.items()}
+    tower = "image_tower" if "image_tower" in identity else "clip_model"
+    used = {TEXT: names.get("clip_model"), RANK: names.get("clip_model")}
+    used["consistency"] = names.get(tower)
+    stored: dict[Path, dict[str, Any]] = {}
+    missing: list[tuple[Video, dict[str, str]]] = []
     for video in videos:
         if not video.file.is_file():
             print(f"not measured: {video.file}: no such file", file=sys.stderr)
             continue
-        key = result_key([*question, video.prompt, sha256_file(video.file)])
-        entry = entries.get(name_in(store, video.file), {})
-        if entry.get("key") == key:
-            values[video.file] = entry["values"]
-        else:
-            missing.append((video, key))
+        keys = towers.keys(sha256_file(video.file), video.prompt, prompts, identity)
+        stored[video.file] = store.known(video.file, keys)
+        if new := {name: key for name, key in keys.items() if name not in stored[video.file]}:
+            missing.append((video, new))
     texts = too_long = None
-    if "text" in towers.measures and missing:
+    if any(TEXT in new for _, new in missing):
         texts, too_long = towers.clip.texts(prompts)
-
-    def write() -> None:
-        write_sealed(store, {"networks": identity, "videos": dict(sorted(entries.items()))})
-
-    written = time.monotonic()
     try:
-        with Steps("videos", len(videos), len(values)) as steps:
-            for video, key in missing:
+        with Steps("videos", len(videos), len(videos) - len(missing)) as steps:
+            for video, new in missing:
                 try:
                     frames, about = read_video(video.file)
                 except (WanError, OSError) as error:
-                    steps.print(f"not measured: {error}")
+                    print(f"not measured: {error}", file=sys.stderr)
+                    del stored[video.file]
                     continue
                 own = prompts.index(video.prompt)
-                found = measure_one(frames, about.fps, own, texts, towers)
-                values[video.file] = found
-                is_cut = too_long is not None and too_long[own]
-                entry = {"key": key, "prompt": video.prompt, "prompt_cut": is_cut}
-                entries[name_in(store, video.file)] = entry | {"values": found}
+                numbers = measure_one(frames, about.fps, own, texts, towers, new)
+                found = {
+                    name: {"value": numbers[name], "key": key, "network": used.get(name)}
+                    for name, key in new.items()
+                }
+                if too_long is not None and TEXT in found:
+                    found[TEXT]["prompt_cut"] = too_long[own]
+                stored[video.file] |= found
+                store.put(video.file, found, networks)
                 steps.add()
-                if time.monotonic() - written > SECONDS:
-                    write()
-                    written = time.monotonic()
     finally:
         if missing:
-            write()
-    own_entries = [entries[name_in(store, file)] for file in values]
-    cut = {entry["prompt"] for entry in own_entries if entry["prompt_cut"]}
+            store.write()
+    cut = {v.prompt for v in videos if stored.get(v.file, {}).get(TEXT, {}).get("prompt_cut")}
+    values = {
+        file: {name: found[name]["value"] for name in COLUMNS if name in found}
+        for file, found in stored.items()
+    }
     return Measured(values, identity, len(cut))
 
 
-def name_in(store: Path, video: Path) -> str:
-    """What a video is called in the store: its path from there, or its name alone."""
-    video, folder = video.absolute(), store.absolute().parent
-    return video.relative_to(folder).as_posix() if video.is_relative_to(folder) else video.name
-
-
 def measure_one(
-    frames: Frames, fps: float, own: int, texts: Tensor | None, towers: Towers
+    frames: Frames,
+    fps: float,
+    own: int,
+    texts: Tensor | None,
+    towers: Towers,
+    wanted: Collection[str],
 ) -> dict[str, float | None]:
-    """The numbers of one video.
+    """Numbers of one video, by measure.
 
     Args:
         frames: (F, H, W, 3) RGB.
         own: which of the prompts is the video's.
         texts: (P, D), the prompts' embeddings; None if no text is asked for.
+        wanted: the measures to take, of `COLUMNS`.
     """
     looked_at = evenly_spaced(frames, towers.sampled_frames)
     found: dict[str, float | None] = {}
     by_clip: Tensor | None = None
-    if texts is not None:
+    if texts is not None and TEXT in wanted:
         by_clip = towers.clip.frames(looked_at)
         values = agreement(by_clip, texts)
-        found |= {"text": values[own], "text_rank": rank_of_own(values, own)}
-    if "consistency" in towers.measures:
+        found |= {TEXT: values[own], RANK: rank_of_own(values, own)}
+    if "consistency" in wanted:
         same = by_clip is not None and towers.image_tower is towers.clip
         found["consistency"] = consistency(
             by_clip if same and by_clip is not None else towers.image_tower.frames(looked_at)
         )
-    if "motion" in towers.measures:
+    if "motion" in wanted:
         found["motion"] = motion(frames, fps)
     return found
 
@@ -241,7 +299,7 @@ def measure_videos(config: MeasureConfig) -> int:
     towers = Towers(config, config.device)
     videos = find_videos(place)
     store = expanded(config.output) if config.output else folder / "measures.json"
-    measured = measure(videos, towers, store)
+    measured = measure(videos, towers, Store(store))
     videos = [video for video in videos if video.file in measured.values]
     if not videos:
         raise WanError(f"{place}: none of its videos can be read")
@@ -257,39 +315,30 @@ def find_videos(place: Path) -> list[Video]:
     """The videos with their prompts, labelled by the settings that differ.
 
     Raises:
-        OSError: there is no such file.
-        WanError: no video is there, or the one that is named has no record.
+        WanError: there is no such place, no video, or the one that is named has no record.
     """
     if place.is_dir():
-        found = list(_records_below(place))
-        if not found:
-            raise WanError(f"{place}: no video of infer.sample with its record in it")
+        records = find_records(place)
+        strangers = {path.resolve() for path in place.rglob("*.mp4")}
+        strangers -= {record.path.with_suffix(".mp4").resolve() for record in records}
+        if strangers:
+            print(f"left out: {len(strangers)} mp4 files without a record", file=sys.stderr)
+    elif any(place.with_name(place.name + ending).exists() for ending in ("", ".json")):
+        records = [read_record(str(place))]
     else:
-        record = read_record(str(place))
-        name = (record.values.get("video") or {}).get("file")
-        video = record.path.with_name(name) if record.path.suffix == ".json" and name else place
-        found = [(video, record.values["prompt"], record.settings)]
-    varied = {
-        name: None
-        for _, _, settings in found
-        for name, value in settings.items()
-        if name in OF_A_KIND and value != found[0][2].get(name)
-    }
-    return [
-        Video(file, prompt, ", ".join(f"{name}={settings.get(name)}" for name in varied))
-        for file, prompt, settings in found
-    ]
-
-
-def _records_below(folder: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
-    """The finished videos below a folder: file, prompt and settings. Others are named on stderr."""
-    for path in sorted(folder.rglob("*.mp4")):
-        try:
-            record = read_record(str(path))
-        except WanError as error:
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        yield path, record.values["prompt"], record.settings
+        raise WanError(f"{place}: no such file or folder")
+    clips = page_of(records, place if place.is_dir() else place.parent, "").clips if records else []
+    videos = []
+    for record, clip in zip(records, clips, strict=True):
+        file = record.path.with_suffix(".mp4")  # the name that a record says is not opened
+        label = ", ".join(
+            f"{name}={value}" for name, value in clip.settings.items() if name != SEED
+        )
+        if record.values.get("status", "done") == "done" or file.is_file():
+            videos.append(Video(file, clip.prompt, label))
+    if not videos:
+        raise WanError(f"{place}: no video of infer.sample with its record in it")
+    return videos
 
 
 def columns_of(measured: Measured) -> list[Column]:

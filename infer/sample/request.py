@@ -20,7 +20,7 @@ from wan.media.images import best_size, fit_picture, picture_size, read_picture
 from wan.models.attention import NetworkAttention
 from wan.models.tokenizer import check_escapes, clean_prompt, strip_prompt
 from wan.pipeline.config import OFFICIAL_NEGATIVE_PROMPT, PipelineConfig
-from wan.pipeline.plan import SamplingPlan, SamplingRequest, plan_sampling
+from wan.pipeline.plan import SamplingPlan, SamplingRequest, as_option, plan_sampling
 from wan.precision import precision_note
 
 MODEL = "checkpoint"  # as the source of a value: the model's own folder
@@ -320,7 +320,8 @@ def describe(request: Request, folder: Path) -> str:
     if request.config.decoder is not None:
         lines.append("not exact: decoded by a tiny decoder, not by the model's own VAE")
     if request.plan.untrained:
-        lines.append(f"not what this model was trained for: {', '.join(request.plan.untrained)}")
+        settings = ", ".join(map(as_option, request.plan.untrained))
+        lines.append(f"not what this model was trained for: {settings}")
     return "\n".join(lines)
 
 

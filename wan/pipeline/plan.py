@@ -271,7 +271,7 @@ def _plan_few_step(
             f"{config.defaults.max_sequence_length} text tokens, without guidance, negative prompt "
             "or image; leave it out, or set "
         )
-        options = [_as_option(setting) for setting in untrained]
+        options = [as_option(setting) for setting in untrained]
         raise WanError(
             f"{', '.join(untrained)}: {why}allow_untrained=True to see what happens",
             f"{', '.join(options)}: {why}allow_untrained=true to see what happens",
@@ -292,7 +292,7 @@ def _plan_few_step(
 OPTION_NAMES = {"num_inference_steps": "steps", "grid": "sampler.grid"}
 
 
-def _as_option(setting: str) -> str:
+def as_option(setting: str) -> str:
     """A setting "name=value" as the commands spell it."""
     name, equals, value = setting.partition("=")
     return f"{OPTION_NAMES.get(name, name)}{equals}{value}"
