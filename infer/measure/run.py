@@ -72,13 +72,13 @@ class Towers:
         measures = self.measures = tuple(config.measures)
         self.sampled_frames, self._device = config.sampled_frames, resolve_device(device)
         own_image_tower = config.image_tower is not None
+        if {"text", "consistency"} & set(measures):
+            transformers()
         self._clip_folder = self._image_folder = None
         if "text" in measures or ("consistency" in measures and not own_image_tower):
             self._clip_folder = TowerFolder.find("clip_model", config.clip_model)
         if "consistency" in measures and config.image_tower is not None:
             self._image_folder = TowerFolder.find("image_tower", config.image_tower)
-        if self._clip_folder is not None or self._image_folder is not None:
-            transformers()
         if "motion" in measures:
             flow_library()
 
