@@ -9,6 +9,7 @@ text. A user's error prints one line on stderr and exits with code 2, before any
 import csv
 import difflib
 import itertools
+import os
 import re
 import sys
 import warnings
@@ -268,12 +269,18 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
 
 
 def _name_words(tokens: Sequence[str], line: CommandLine) -> list[str]:
-    """The arguments with `name=` in front of the values that may stand alone."""
+    """The arguments with `name=` in front of the values that may stand alone.
+
+    A path with = in it is no option: a slash comes before the =, or what comes before it is the
+    name of no option and there is such a file.
+    """
     names = iter(line.words)
+    known = {*option_names(line.schema), *line.shortcuts, *preset_groups(line.config_name), *COMMON}
     named = []
     for token in tokens:
         before, equals, _ = token.partition("=")
-        alone = not equals or "/" in before  # a path with = in it is no option
+        is_file = before.lstrip("+~") not in known and os.path.exists(token)
+        alone = not equals or "/" in before or is_file
         name = next(names, None) if alone else None
         named.append(token if name is None else f"{name}={token}")
     return named

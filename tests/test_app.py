@@ -6,6 +6,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from infer.app.cards import history_cards, side_cards
 from infer.app.studio import Shared, Side, State, Studio, options_of
 from infer.sample.line import LINE as SAMPLE
 from wan.errors import WanError
+from wan.files import write_sealed
 
 PROMPT = "a large red circle moving right on a gray background"
 GRADIO = importlib.util.find_spec("gradio") is not None
@@ -67,6 +69,45 @@ def test_two_sides_start_from_the_same_noise_on_one_loaded_model(studio):
     assert listed[0].about == "builtin:miniature, 3 steps, sdpa"
     (studio.output / "00009_00000000_s0.json").write_text("{")  # damaged: left out
     assert studio.history() == listed
+
+
+def test_two_sides_share_a_random_seed(studio):
+    sides = [Side(), Side(attention="spatial")]
+    records = [one.record for one in last(studio.generate(Shared(PROMPT, " -1"), sides))]
+    first, second = (json.loads(record.read_text()) for record in records)
+    assert first["noise_sha256"] == second["noise_sha256"]
+    assert first["settings"]["seed"] == second["settings"]["seed"]
+    assert first["settings"]["seed"]["from"] == "random (seed=-1)"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(("seed",), ("settings", "guidance_scale", "value"), ("seconds", "total")),
+        *(("seconds",), ("settings",), ("settings", "sampler.steps"), ("video",)),
+    ],
+)
+@pytest.mark.parametrize("odd", ["x", [1], True])
+def test_an_odd_record_is_left_out_of_the_history(place, odd, tmp_path):
+    studio = Studio(AppConfig(output_dir=str(tmp_path)))
+    settings = {"checkpoint": "m", "sampler.steps": 4, "attention": "sdpa", "guidance_scale": 3.0}
+    values = {
+        "record_version": 1,
+        "prompt": "a fox",
+        "seed": 7,
+        "settings": {name: {"value": value} for name, value in settings.items()},
+        "seconds": {"total": 1},
+    }
+    write_sealed(tmp_path / "00000_x_s7.json", values)
+    inside = values
+    for name in place[:-1]:
+        inside = inside[name]
+    inside[place[-1]] = odd
+    write_sealed(tmp_path / "00001_x_s7.json", values)
+    (made,) = studio.history()
+    assert (made.record.name, made.seed) == ("00000_x_s7.json", 7)
+    assert made.about == "m, 4 steps, sdpa, guidance 3"
+    assert "1.0 s" in history_cards([made], str)
 
 
 def test_stopping_keeps_what_there_is(studio):
@@ -155,6 +196,8 @@ def address(studio):
     page = serve(studio, config, wait=False)
     with pytest.raises(WanError, match="give another port="):
         serve(studio, config, wait=False)
+    with pytest.raises(WanError, match="or as host= an address of this machine"):
+        serve(studio, replace(config, host="nonsense.invalid"), wait=False)
     yield f"http://127.0.0.1:{port}"
     page.close()
 

@@ -336,7 +336,7 @@ def test_a_schema_without_texts_or_presets_works_too(tmp_path, monkeypatch):
     assert "[1, 2]" in help_text(line, "", {})
 
 
-def test_words_may_stand_alone_where_a_command_says_so():
+def test_words_may_stand_alone_where_a_command_says_so(tmp_path, monkeypatch):
     @dataclass
     class Two:
         a: str = ""
@@ -350,6 +350,16 @@ def test_words_may_stand_alone_where_a_command_says_so():
         compose_runs(line, ["x", "y", "z"])
     with pytest.raises(WanError, match="a= is given twice"):
         compose_runs(line, ["x", "a=y"])
+    with pytest.raises(WanError, match="unknown option r="):
+        compose_runs(line, ["r=1/x.json"])
+    monkeypatch.chdir(tmp_path)
+    for folder in ("r=1", "b=1", "progress=1"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.json").touch()
+    (found,) = compose_runs(line, ["r=1/x.json", "b=1/x.json"])  # the second is an option
+    assert (found.config.a, found.config.b) == ("r=1/x.json", "1/x.json")
+    with pytest.raises(WanError, match="must be true or false"):
+        compose_runs(line, ["progress=1/x.json"])
 
 
 # --- one spelling in all commands -----------------------------------------------------------------

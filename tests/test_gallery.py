@@ -1,6 +1,7 @@
 """A page shows clips of any folder: found from their records, linked, quoted, and never trusted."""
 
 import json
+import os
 import shlex
 import shutil
 from dataclasses import replace
@@ -15,8 +16,10 @@ from configs.schema import SamplerConfig
 from infer.gallery.__main__ import LINE, main
 from infer.gallery.command import command, sample_command
 from infer.gallery.page import MARK, Clip, Measure, Page, Point, layout, page_data, write_page
+from infer.gallery.records import write_sweep
+from infer.rerun.__main__ import LINE as RERUN
 from infer.sample.__main__ import LINE as SAMPLE
-from wan.files import write_sealed
+from wan.files import expanded, write_sealed
 from wan.media.video import write_video
 from wan.models.attention_config import AttentionConfig
 
@@ -57,7 +60,7 @@ def record(folder: Path, stem: str, prompt: str = "a fox", seed: int = 0, **sett
 def page_of(folder: Path, capsys, *words: str) -> dict:
     """The data of the page that the command writes."""
     assert execute(main, LINE, "", [str(folder), *words]) == 0
-    page = folder / "index.html"
+    page = folder / "gallery.html"
     assert capsys.readouterr().out.splitlines() == [str(page)]
     text = page.read_text(encoding="utf-8")
     assert text.count("<script") == 2
@@ -85,7 +88,7 @@ def test_the_command_finds_the_videos_of_a_sweep_and_what_varies(tmp_path, clip,
     assert [one["at"] for one in page["clips"]] == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert page["clips"][3]["video"] == "a%20b/1/00003_x_s1.mp4"
     assert page["clips"][3]["seconds"] == 0.5
-    assert shlex.split(page["clips"][3]["command"])[3] == "a b/1/00003_x_s1.json"
+    assert shlex.split(page["clips"][3]["command"])[3] == "./a b/1/00003_x_s1.json"
 
 
 def test_what_a_record_says_is_shown_and_not_followed(tmp_path, clip, capsys):
@@ -96,38 +99,94 @@ def test_what_a_record_says_is_shown_and_not_followed(tmp_path, clip, capsys):
     assert one["video"] == "00000_%23%25%3F_s0.mp4"
     assert two["video"] is None
     assert two["why"] == "the video is not there"
-    assert shlex.split(one["command"])[-1] == where.name
+    assert shlex.split(one["command"])[-1] == f"./{where.name}"
     shutil.copy(clip, failed.with_suffix(".mp4"))
     failed.write_text(failed.read_text().replace('"a fox"', '"another"'))  # not what was sealed
     assert execute(main, LINE, "", [str(tmp_path)]) == 0
     assert "does not match its digest" in capsys.readouterr().err
 
 
-def test_settings_that_follow_from_the_model_are_no_axis(tmp_path, capsys):
-    for number, (model, shift) in enumerate([("one", 3.0), ("two", 8.0)]):
-        path = record(tmp_path, f"0000{number}_x_s0", checkpoint=model)
+@pytest.mark.parametrize(
+    ("chosen", "other"),
+    [
+        (("checkpoint", "one", "two"), ("sampler.shift", 3.0, 8.0)),
+        (("sampler.steps", 3, 4), ("sampler.grid", None, "uniform")),
+    ],
+)
+def test_settings_that_follow_from_others_are_no_axis(chosen, other, tmp_path, capsys):
+    """Unless somebody typed them, or the machine decided them."""
+    follows, machine = other[0], "device"
+    for number in (0, 1):
+        path = record(tmp_path, f"0000{number}_x_s0", **{chosen[0]: chosen[1 + number]})
         values = json.loads(path.read_text())
         del values["digest"]
-        values["settings"]["sampler.shift"] = {"value": shift, "from": "checkpoint"}
+        values["settings"][follows] = {"value": other[1 + number], "from": "checkpoint"}
+        values["settings"][machine] = {"value": ("cpu", "cuda")[number], "from": "default"}
         write_sealed(path, values)
-    assert [axis["name"] for axis in page_of(tmp_path, capsys)["axes"]] == ["model"]
+    (name, *more) = [axis["name"] for axis in page_of(tmp_path, capsys)["axes"]]
+    assert (name, more) == ({"checkpoint": "model"}.get(chosen[0], "steps"), [machine])
+    values["settings"][follows]["from"] = "command line"
+    write_sealed(path, values)
+    assert len(page_of(tmp_path, capsys)["axes"]) == 3
+
+
+def test_numbers_are_written_as_exactly_as_they_differ(tmp_path, capsys):
+    for number, guidance in enumerate([1.0000001, 1.0000002, 3.0, 4]):
+        record(tmp_path, f"0000{number}_x_s0", guidance_scale=guidance)
+    (axis,) = page_of(tmp_path, capsys)["axes"]
+    assert axis["values"] == ["1.0000001", "1.0000002", "3", "4"]
+
+
+@pytest.mark.parametrize("folder", ["r=1", "-x", "record=1"])
+def test_the_command_of_a_page_names_a_file_and_no_option(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    record(tmp_path / folder, "00000_x_s0")
+    for place in (".", f"./{folder}"):
+        assert execute(main, LINE, "", [place]) == 0
+        page = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
+        words = shlex.split(
+            json.loads(page.split('id="data">')[1].split("<")[0])["clips"][0]["command"]
+        )
+        (run,) = compose_runs(RERUN, words[3:])
+        assert expanded(run.config.record).is_file()
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"), [("nowhere", "no such folder"), (".", "no record of infer.sample")]
+    ("folder", "message"),
+    [
+        ("nowhere", "no such folder"),
+        ("x.md", "x.md: a file, not a folder"),
+        (".", "no record of infer.sample"),
+    ],
 )
 def test_a_folder_without_videos_is_one_line(folder, message, tmp_path, capsys):
+    (tmp_path / "x.md").touch()
     assert execute(main, LINE, "", [str(tmp_path / folder)]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_another_programs_page_is_not_replaced(tmp_path, capsys):
     record(tmp_path, "00000_x_s0")
-    (tmp_path / "index.html").write_text("<h1>mine</h1>")
+    (tmp_path / "index.html").write_text(MARK)  # a report's
+    (tmp_path / "gallery.html").write_text("<h1>mine</h1>")
     assert execute(main, LINE, "", [str(tmp_path)]) == 2
     assert "another program's file" in capsys.readouterr().err
-    (tmp_path / "index.html").write_text(MARK)
+    (tmp_path / "gallery.html").write_text(MARK)
     assert execute(main, LINE, "", [str(tmp_path)]) == 0
+    assert (tmp_path / "index.html").read_text() == MARK
+
+
+def test_a_sweep_replaces_no_older_ones_table_or_page(tmp_path, capsys):
+    paths = [record(tmp_path, f"0000{number}_x_s{number}", seed=number) for number in range(3)]
+    write_sweep(paths)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"00000_sweep.md", "00000_sweep.html"} <= before.keys()
+    (tmp_path / "00000_sweep-2.html").write_text("mine")
+    write_sweep(paths[:2])
+    assert "00000_sweep-3.md" in capsys.readouterr().err
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+    assert len((tmp_path / "00000_sweep-3.md").read_text().splitlines()) == 4
+    assert "Sweep 00000-3" in (tmp_path / "00000_sweep-3.html").read_text()
 
 
 def test_numbers_that_json_lacks_are_none(tmp_path):
@@ -183,7 +242,8 @@ def grid(tmp_path_factory, clip) -> Path:
     """A page of 1,000 clips: 25 prompts, 8 attentions, 5 numbers of steps; two files are shared."""
     folder = tmp_path_factory.mktemp("grid") / "a #1 100% 'x'"
     folder.mkdir()
-    videos = [folder / "one #?.mp4", folder / "two%20.mp4"]
+    # the second name is no UTF-8
+    videos = [folder / "one #?.mp4", folder / os.fsdecode(b"two%20 \xe9.mp4")]
     for video in videos:
         shutil.copy(clip, video)
     prompts = [HOSTILE, *(f"a fox, number {number}" for number in range(24))]
@@ -314,6 +374,8 @@ def test_hostile_texts_are_texts_and_the_details_say_all(page):
     wait_for(page, "document.querySelector('dialog video').currentTime > 0.1")
     click(page, "dialog button", "[1]")  # the next one
     assert "a fox, number 0" in page.execute_script(shown.format("#caption"))
+    assert "two%20 \\udce9.mp4" in page.execute_script(shown.format("dialog"))
+    wait_for(page, "document.querySelector('dialog video').currentTime > 0.1")
 
 
 @pytest.mark.browser

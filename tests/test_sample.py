@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import write_models
 
 import infer.loading
+import infer.sample.__main__
 import infer.sample.generate
 import infer.sample.jobs
 import infer.sample.request
@@ -36,6 +38,7 @@ from wan.files import read_sealed
 from wan.lora import LoRAMerge, read_lora
 from wan.media.images import read_picture
 from wan.media.video import read_video
+from wan.models.attention import verified_attention
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
 from wan.models.vae_config import VAE_2_1, VAEConfig
@@ -324,6 +327,21 @@ def test_compat_fastvideo_is_one_switch(run, tmp_path, models):
     pipe = WanDMDPipeline.from_pretrained(models / "student", dtype=torch.float32)
     python = pipe('  a  "red" circle', compat="fastvideo", output_type="latent").frames
     assert torch.equal(latents, python)
+
+
+@pytest.mark.parametrize(
+    "example", [one for one in infer.sample.__main__.__doc__.splitlines() if " steps=" in one]
+)
+def test_examples_of_steps_are_what_their_model_was_trained_for(example):
+    words = shlex.split(example)[3:]
+    for point in compose_runs(LINE, [w for w in words if w != "-m"], sweep="-m" in words):
+        model = read_pipeline_config(resolve_model(point.config.checkpoint))
+        attention = verified_attention(
+            point.config.attention, model.transformer, torch.device("cpu"), torch.float32
+        )
+        (job,) = read_jobs(point.config, point.sources).checked
+        request = infer.sample.request.resolve_request(job, model, attention, "cpu", "float32")
+        assert request.config.sampler.steps == point.config.sampler.steps
 
 
 def test_a_sweep_loads_the_model_once_and_leaves_a_table_and_a_page(run, monkeypatch, tmp_path):

@@ -245,7 +245,7 @@ def check_installed(module: str, asked: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise WanError(
-            f"loop.{asked}: {module} is not installed; pip install 'wan-few-step[train]'"
+            f'loop.{asked}: {module} is not installed; pip install -e ".[train]"'
         ) from error
 
 

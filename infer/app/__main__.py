@@ -8,7 +8,7 @@ Two settings can be compared side by side, from the same noise. The page shows a
 step and the time that is left, and lists what was made before. Models stay loaded between
 runs. Everything lands in output_dir with its record, as from infer.sample. It listens at 127.0.0.1
 unless host= says otherwise, and serves no file outside output_dir. It needs the extra `app`:
-pip install "wan-few-step[app]". Ctrl-C ends it.
+pip install -e ".[app]". Ctrl-C ends it.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ def main(run: Run[AppConfig]) -> None:
     if Processes.started().size > 1:
         raise WanError("infer.app serves one page from one process: start it without torchrun")
     if importlib.util.find_spec("gradio") is None:
-        raise WanError('infer.app needs gradio: pip install "wan-few-step[app]"')
+        raise WanError('infer.app needs gradio: pip install -e ".[app]"')
     with loading_pytorch():
         from infer.app.page import serve
         from infer.app.studio import Studio

@@ -24,7 +24,7 @@ EXAMPLE = "a large red circle moving right on a gray background"
 
 def link(path: Path) -> str:
     """The address at which gradio serves a file of the output folder."""
-    return "/gradio_api/file=" + quote(str(path.resolve()))
+    return "/gradio_api/file=" + quote(os.fsencode(path.resolve()))
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -104,17 +104,21 @@ def serve(studio: Studio, config: AppConfig, wait: bool = True) -> gr.Blocks:
     Raises:
         WanError: the address or the port cannot be used.
     """
+    ipv6 = ":" in config.host
     try:
-        with socket.create_server((config.host, config.port)):
+        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        with socket.create_server((config.host, config.port), family=family):
             pass
     except OSError as error:
         raise WanError(
-            f"host={config.host} port={config.port}: {error.strerror}; give another port="
+            f"host={config.host} port={config.port}: {error.strerror}; give another port=, or as "
+            "host= an address of this machine"
         ) from error
+    host = f"[{config.host}]" if ipv6 else config.host  # as in an address of the web
     page = build(studio)
     page.queue()
     page.launch(
-        server_name=config.host,
+        server_name=host,
         server_port=config.port,
         share=False,
         prevent_thread_lock=True,
@@ -124,7 +128,7 @@ def serve(studio: Studio, config: AppConfig, wait: bool = True) -> gr.Blocks:
         css=STYLE,
         theme=gr.themes.Base(font=FONTS, font_mono=["monospace"]),
     )
-    print(f"http://{config.host}:{config.port} shows the page; Ctrl-C ends it", flush=True)
+    print(f"http://{host}:{config.port} shows the page; Ctrl-C ends it", flush=True)
     if wait:
         page.block_thread()
     return page

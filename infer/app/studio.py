@@ -5,6 +5,7 @@ same functions. Both have one prompt, seed and size, so that they start from the
 """
 
 import queue
+import secrets
 import threading
 import time
 import warnings
@@ -16,19 +17,29 @@ from typing import Any
 from configs.app import AppConfig
 from configs.cli import INTERRUPTED, Run, compose_runs
 from configs.command_line import preset_names
-from configs.schema import SampleConfig
+from configs.schema import DISTINCT_SEEDS, RANDOM_SEED, SampleConfig
+from infer.diff.records import VideoRecord, checked
+from infer.gallery.records import text as text_of
 from infer.loading import ModelCache, StageBars
 from infer.machine import writable_folder
 from infer.sample.generate import make_video, prepare
 from infer.sample.jobs import read_jobs
 from infer.sample.line import LINE
-from infer.sample.record import OutputFiles
+from infer.sample.record import DONE, OutputFiles
 from wan.errors import WanError, shortened, visible
 from wan.files import read_sealed
 from wan.models.attention import ATTENTION
+from wan.settings import Kinds, check_kinds
 
 MODELS_KEPT = 2  # loaded at a time: one for each side
 HISTORY = 50  # videos that are listed
+# The settings that a video of the history is shown with, and their kinds.
+SHOWN: Kinds = {
+    "checkpoint": (str,),
+    "sampler.steps": (int,),
+    "attention": (str,),
+    "guidance_scale": (float, type(None)),
+}
 STAGES = {"encode": "reading the prompt", "denoise": "denoising", "decode": "decoding"}
 
 
@@ -198,8 +209,10 @@ class Studio:
         """Make a video for each side; yields the state of all sides whenever one changes.
 
         The options of all sides are checked before the first one is made, and what a model cannot
-        do before its weights are read. Errors are states, not exceptions.
+        do before its weights are read. Errors are states, not exceptions. A random seed is drawn
+        once, so that both sides still start from the same noise.
         """
+        seed = secrets.randbelow(DISTINCT_SEEDS - 1)
         told: queue.Queue[int | None] = queue.Queue()
         runs = [SideRun(number, None, told) for number in range(len(sides))]
         if not self._busy.acquire(blocking=False):
@@ -211,7 +224,9 @@ class Studio:
             for one, side in zip(runs, sides, strict=True):
                 try:
                     options = [*options_of(shared, side, self.config), "preview=true"]
-                    (one.run,) = compose_runs(LINE, options)
+                    (run,) = compose_runs(LINE, options)
+                    drawn = run.config.seed == RANDOM_SEED
+                    one.run = with_seed(run, seed) if drawn else run
                     read_jobs(one.run.config, one.run.sources)
                 except (WanError, OSError) as error:
                     one.fail(one_line(error))
@@ -286,15 +301,23 @@ class Studio:
         return session
 
     def history(self) -> list[Made]:
-        """The videos of the output folder, the newest first."""
+        """The newest `HISTORY` videos of the output folder, the newest first."""
         found = []
-        records = sorted(self.output.glob("[0-9]*_s[0-9]*.json"), reverse=True)
-        for path in records[:HISTORY]:
+        for path in sorted(self.output.glob("[0-9]*_s[0-9]*.json"), reverse=True):
             try:
-                found.append(made(path, read_sealed(path)))
-            except (WanError, OSError, KeyError, TypeError, AttributeError):
+                found.append(made(path))
+            except (WanError, OSError):
                 continue  # damaged, or not a record: `infer.diff` would say so
+            if len(found) == HISTORY:
+                break
         return found
+
+
+def with_seed(run: Run[SampleConfig], seed: int) -> Run[SampleConfig]:
+    """A run whose seed was drawn; its record says so."""
+    source = f"random (seed={RANDOM_SEED})"
+    config = replace(run.config, seed=seed)
+    return replace(run, config=config, sources=run.sources | {"seed": source})
 
 
 def outcome(code: int, record: dict[str, Any]) -> str:
@@ -306,22 +329,31 @@ def outcome(code: int, record: dict[str, Any]) -> str:
     return f"done in {record['seconds']['total']:.1f} s"
 
 
-def made(path: Path, record: dict[str, Any]) -> Made:
-    """A line of the history from a record."""
-    values = {name: one["value"] for name, one in record["settings"].items()}
-    about = [str(values["checkpoint"]), f"{values['sampler.steps']} steps", values["attention"]]
-    if values.get("guidance_scale") not in (None, 1.0):
-        about.append(f"guidance {values['guidance_scale']:g}")
-    name = (record.get("video") or {}).get("file")
+def made(path: Path) -> Made:
+    """A line of the history from a record, which may be a stranger's.
+
+    Raises:
+        OSError: there is no such file.
+        WanError: it is no record, or damaged.
+    """
+    record = VideoRecord(path, checked(read_sealed(path), path), path)
+    values, settings = record.values, record.settings
+    check_kinds(settings, SHOWN, str(path), ("checkpoint", "sampler.steps", "attention"))
+    times = values.get("seconds", {})
+    check_kinds(times, {"total": (float,)}, str(path))
+    about = [settings["checkpoint"], f"{settings['sampler.steps']} steps", settings["attention"]]
+    if (guidance := settings.get("guidance_scale")) not in (None, 1.0):
+        about.append(f"guidance {text_of(guidance)}")
+    name = (values.get("video") or {}).get("file")
     video = path.parent / Path(str(name)).name
     return Made(
         path,
-        str(record["status"]),
-        str(record["prompt"]),
-        int(record["seed"]),
-        ", ".join(map(str, about)),
+        str(values.get("status", DONE)),
+        values["prompt"],
+        values["seed"],
+        ", ".join(about),
         video if name and video.is_file() else None,
-        record["seconds"].get("total"),
+        times.get("total"),
     )
 
 

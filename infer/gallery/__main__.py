@@ -4,9 +4,9 @@
     python -m infer.gallery runs/sweep title="4, 8 and 20 steps"
 
 Reads the records that infer.sample wrote beside its videos, in folders inside the folder too, and
-writes index.html there. The page opens in a browser without a server: clips play in step, rows and
-columns are chosen from the settings that vary, and each clip has the command that makes it again.
-Nothing else is written, and PyTorch is not needed.
+writes gallery.html there. The page opens in a browser without a server: clips play in step, rows
+and columns are chosen from the settings that vary, and each clip has the command that makes it
+again. Nothing else is written, and PyTorch is not needed.
 """
 
 import sys
@@ -22,21 +22,23 @@ from wan.files import expanded
 LINE = CommandLine(
     GalleryConfig, "gallery", text_keys=("title",), path_keys=("folder",), words=("folder",)
 )
+PAGE = "gallery.html"  # a report's page in that folder is index.html
 
 
 def main(run: Run[GalleryConfig]) -> None:
     config = run.config
     folder = expanded(config.folder)
     if not folder.is_dir():
-        raise WanError(f"folder={config.folder}: no such folder")
+        what = "a file, not a folder" if folder.exists() else "no such folder"
+        raise WanError(f"folder={config.folder}: {what}")
     records = find_records(folder)
     if not records:
         raise WanError(
             f"{folder}: no record of infer.sample in it; it writes one beside each video"
         )
     page = page_of(records, folder, config.title or folder.resolve().name)
-    write_page(folder / "index.html", page)
-    print(folder / "index.html")
+    write_page(folder / PAGE, page)
+    print(folder / PAGE)
     print(f"{len(page.clips)} clips", file=sys.stderr)
 
 

@@ -138,6 +138,7 @@ def page_data(page: Page, folder: Path) -> dict[str, Any]:
             {
                 "at": [number[setting_of(one, name)] for name, number in numbers.items()],
                 "video": None if one.video is None else link(one.video, folder),
+                "file": None if one.video is None else visible(relative(one.video, folder)),
                 "why": one.why,
                 "seconds": known(one.seconds),
                 "measures": [known(value) for value in one.measures],
@@ -176,8 +177,11 @@ def layout(names: Sequence[str]) -> tuple[str, str]:
 
 def link(file: Path, folder: Path) -> str:
     """The address of a file, relative to the folder of the page."""
-    relative = Path(os.path.relpath(file, folder)).as_posix()
-    return quote(os.fsencode(relative))
+    return quote(os.fsencode(relative(file, folder)))
+
+
+def relative(file: Path, folder: Path) -> str:
+    return Path(os.path.relpath(file, folder)).as_posix()
 
 
 def known(value: float | None) -> float | None:

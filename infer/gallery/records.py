@@ -4,6 +4,7 @@ A record may come from a stranger: what it says is shown as text, and no file th
 opened or linked. Its video is the mp4 of the same name beside it.
 """
 
+import itertools
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from wan.settings import is_of
 CHOSEN = ("command line", "prompt file")  # sources of a setting that somebody typed
 # No axis of a page: said elsewhere on it.
 LEFT_OUT = (SEED, "num_videos")
+OF_MACHINE = ("device",)  # neither a model nor another setting decides it
 NAMES = {"checkpoint": "model"}
 NOTE = (
     "Videos of infer.sample, from the records beside them. Seconds are of all stages but loading "
@@ -65,6 +67,8 @@ def read_records(paths: Iterable[Path]) -> list[VideoRecord]:
 def write_sweep(paths: Iterable[Path]) -> None:
     """Write a table and a page of a sweep's videos beside them, named by the first one's number.
 
+    Those of another sweep stay: where it has that name, a number of its own comes behind.
+
     Args:
         paths: the records; for each folder among them there is a table and a page.
     """
@@ -74,11 +78,25 @@ def write_sweep(paths: Iterable[Path]) -> None:
     for folder, own in folders.items():
         if records := read_records(own):
             number = records[0].path.name.partition("_")[0]
-            page = page_of(records, folder, f"Sweep {number}")
-            table, file = (folder / f"{number}_sweep.{ending}" for ending in ("md", "html"))
+            table = new_table(folder, f"{number}_sweep")
+            file = table.with_suffix(".html")
+            page = page_of(records, folder, f"Sweep {table.stem.replace('_sweep', '')}")
             write_text(table, table_of(page))
             write_page(file, page)
             print(f"table and page of {len(records)} videos: {table}, {file}", file=sys.stderr)
+
+
+def new_table(folder: Path, name: str) -> Path:
+    """An empty table that no other sweep has, nor a page of its name; the first free one."""
+    for number in itertools.count(1):
+        table = folder / f"{name}{'' if number == 1 else f'-{number}'}.md"
+        if not table.with_suffix(".html").exists():
+            try:
+                table.touch(exist_ok=False)  # so that no other process takes it
+                break
+            except FileExistsError:
+                pass
+    return table
 
 
 def table_of(page: Page) -> str:
@@ -109,7 +127,7 @@ def page_of(records: Sequence[VideoRecord], folder: Path, title: str) -> Page:
         for name in names
         if name not in LEFT_OUT and len({text(own.get(name)) for own in settings}) > 1
     ]
-    decided = decided_by_model(records, settings, varied)
+    decided = chosen_by_nobody(records, settings, varied)
     varied = [name for name in varied if name not in decided]
     same = {name: text(settings[0].get(name)) for name in names if name not in (*varied, *LEFT_OUT)}
     common = {name: value for name, value in same.items() if value not in ("none", "")}
@@ -123,22 +141,27 @@ def page_of(records: Sequence[VideoRecord], folder: Path, title: str) -> Page:
     return Page(title, clips, [NOTE], common, aspect=aspect_of(records))
 
 
-def decided_by_model(
+def chosen_by_nobody(
     records: Sequence[VideoRecord], settings: Sequence[Mapping[str, Any]], varied: Sequence[str]
 ) -> list[str]:
-    """Settings that vary only because the models do: nobody chose them."""
-    models = [text(own.get("model")) for own in settings]
+    """Settings that vary only because the model, or what somebody typed, does.
+
+    Most of them are the model's own; the grid of a student's steps follows from their number.
+    """
+    typed = [name for name in varied if name == "model" or is_typed(records, name)]
+    points = [tuple(text(own.get(name)) for name in typed) for own in settings]
     found = []
     for name in varied:
-        by_model = {
-            (model, text(own.get(name))) for model, own in zip(models, settings, strict=True)
-        }
-        if name != "model" and len(by_model) == len(set(models)) > 1:
-            full = [one for one in (name, f"sampler.{name}") if one in records[0].settings]
-            sources = {source_of(record, one) for record in records for one in full}
-            if not sources & set(CHOSEN):
-                found.append(name)
+        values = {(point, text(own.get(name))) for point, own in zip(points, settings, strict=True)}
+        if name not in (*typed, *OF_MACHINE) and len(values) == len(set(points)) > 1:
+            found.append(name)
     return found
+
+
+def is_typed(records: Sequence[VideoRecord], name: str) -> bool:
+    """Whether a setting, by its name on the page, was typed for one of the records."""
+    names = (name, f"sampler.{name}")
+    return any(source_of(record, one) in CHOSEN for record in records for one in names)
 
 
 def source_of(record: VideoRecord, name: str) -> str:
@@ -156,7 +179,8 @@ def clip_of(record: VideoRecord, folder: Path, settings: Mapping[str, str]) -> C
         video, why = None, why or "the video is not there"
     times = values.get("seconds")
     stages = {n: t for n, t in times.items() if is_of(float, t)} if isinstance(times, dict) else {}
-    name = record.path.relative_to(folder) if record.path.is_absolute() else record.path
+    path = record.path.relative_to(folder) if record.path.is_absolute() else record.path
+    name = f"./{path.as_posix()}"  # so that it is no option
     return Clip(
         values["prompt"],
         {**settings, SEED: str(values["seed"])},
@@ -164,7 +188,7 @@ def clip_of(record: VideoRecord, folder: Path, settings: Mapping[str, str]) -> C
         why,
         seconds=stages.get("total"),
         facts=[fact for fact in facts_of(values, stages, status) if fact[1]],
-        command=shlex.join(["python", "-m", "infer.rerun", str(name)]),
+        command=shlex.join(["python", "-m", "infer.rerun", name]),
     )
 
 
@@ -180,7 +204,7 @@ def facts_of(
         ("status", "" if status == "done" else status, False),
         ("not trained for", text(untrained) if untrained else "", False),
         ("video", shown, None),
-        ("stages", ", ".join(f"{n} {t:g} s" for n, t in stages.items() if n != "total"), None),
+        ("stages", ", ".join(f"{n} {text(t)} s" for n, t in stages.items() if n != "total"), None),
         ("made", text(values.get("started")) if values.get("started") else "", None),
     ]
 
@@ -196,9 +220,9 @@ def aspect_of(records: Sequence[VideoRecord]) -> tuple[int, int]:
 
 
 def text(value: Any) -> str:
-    """A setting's value in words."""
+    """A setting's value in words: a number in the fewest digits that tell it from all others."""
     if isinstance(value, list):
         return ", ".join(map(text, value))
     if isinstance(value, bool) or value is None:
         return "none" if value is None else str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -4,17 +4,16 @@
     python -m infer.sample model=fastwan_ti2v_5b device=cuda prompt="a cat, running" seed=7
     python -m infer.sample model=wan22_ti2v_5b image=cat.png prompt="it jumps" output_dir=cats
     python -m infer.sample prompt_file=prompts.txt num_videos=2
-    python -m infer.sample preview=true steps=20 prompt="a blue star"
-    python -m infer.sample -m steps=4,8,20 seed=0,1 prompt="a blue star"
+    python -m infer.sample model=mini-teacher preview=true steps=20 prompt="a blue star"
+    python -m infer.sample -m model=mini-teacher steps=4,8,20 seed=0,1 prompt="a blue star"
     torchrun --nproc-per-node 4 -m infer.sample model=wan22_t2v_a14b prompt="a fox"
     python -m infer.sample lora=style.safetensors:0.8,motion.safetensors prompt="a blue star"
 
 The prompt is used exactly as typed; only your shell needs the quotes. An option with the value
 `none` below is off, or takes the value of the model's folder. Each video comes with a picture of
-its frames, its latents, and a JSON record of all settings; a sweep (-m) also leaves a table and a
-page of its videos. Exit codes: 0 done; 1 the result shows
-no picture (its latents are kept); 2 the command has an error; 130 stopped with Ctrl-C (the latents
-reached so far are kept).
+its frames, its latents, and a JSON record of all settings. A sweep (-m) also leaves a table and a
+page of its videos. Exit codes: 0 done; 1 the result shows no picture (its latents are kept); 2 the
+command has an error; 130 stopped with Ctrl-C (the latents reached so far are kept).
 """
 
 import sys
