@@ -1,14 +1,17 @@
 """What a run leaves: exports on the way, at the end, and by `train.export` from checkpoints."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from test_distill import settings as distill_settings
 from test_distill import teacher as teacher  # a fixture
 
@@ -18,6 +21,7 @@ from configs.distillation import DistillConfig, StudentConfig
 from configs.export import ExportConfig
 from configs.training import FinetuneConfig, LoopConfig, LoRAConfig
 from train.artefact import Artefacts, put_in_place
+from train.card import METHODS, Origin, model_card
 from train.checkpoint import list_checkpoints, load_latest
 from train.distill.run import distill
 from train.export import LINE, main
@@ -25,6 +29,8 @@ from train.finetune.run import finetune
 from train.kept import export_kept
 from wan.errors import WanError
 from wan.lora.files import read_lora
+from wan.pipeline.config import read_pipeline_config
+from wan.weights.hub import STUDENT, TEACHER
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*matrices of zeros")  # a fresh transformer has
 
@@ -215,6 +221,21 @@ def refused(words: str, *arguments: str, capsys) -> str:
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(words, line), line
     return line
+
+
+def test_a_trained_folder_has_a_card_that_hubs_read():
+    settings = read_pipeline_config(STUDENT)
+    card = model_card(Origin("train.distill", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"), settings)
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    assert "few-step" in head["tags"]
+    assert "3 steps, at t = 1000, 757, 522" in card
+    where = SimpleNamespace(checkpoint="/home/somebody/own", output_dir="runs/a")
+    card = model_card(Origin.of("train.finetune", where), read_pipeline_config(TEACHER))
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+    assert "The transformer of own, fine-tuned" in card
+    assert "somebody" not in card
+    assert all(importlib.util.find_spec(command) for command in METHODS)
 
 
 def test_what_cannot_be_exported_is_one_error(runs, teacher, tmp_path, capsys, monkeypatch):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from configs.progress import doing
+from train.card import CARD, Origin, model_card
 from train.checkpoint import move_aside, name_of
 from train.lora import Scales
 from train.optim import trainable
@@ -25,7 +26,7 @@ from train.parallel import Ranks, gathered
 from train.state import TrainState
 from train.tensor_cache import only_writer
 from wan.errors import WanError
-from wan.files import flush_to_disk, folder_beside, read_sealed, write_sealed
+from wan.files import flush_to_disk, folder_beside, read_sealed, write_sealed, write_text
 from wan.lora.files import ATTENTION, FOLDER_NAMES, LowRank
 from wan.lora.merge import file_tensors, write_lora
 from wan.models.attention import SPARSE
@@ -95,12 +96,14 @@ class TrainedModel:
         attention: what the transformer was trained with.
         folded: for a LoRA, the base that its pairs are added to, and their scales; None if the
             trained weights are the transformer's own.
+        origin: what the model card says of its training; None writes no card.
     """
 
     source: Path
     settings: PipelineConfig
     attention: AttentionConfig
     folded: tuple[Path, Scales] | None = None
+    origin: Origin | None = None
     final: str = "model"
     ending: str = ""
 
@@ -112,7 +115,10 @@ class TrainedModel:
                 (beside / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, beside / name)
                 flush_to_disk(beside / name)
-            write_configs(replace(self.settings, defaults=defaults), beside)
+            settings = replace(self.settings, defaults=defaults)
+            write_configs(settings, beside)
+            if self.origin is not None:
+                write_text(beside / CARD, model_card(self.origin, settings))
             save_component(state, beside / "transformer", "transformer")
             put_in_place(beside, place)
 

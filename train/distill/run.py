@@ -14,6 +14,7 @@ from configs.distillation import DistillConfig
 from configs.progress import doing
 from configs.training import LoRAConfig
 from train.artefact import Artefacts, TrainedLoRA, TrainedModel
+from train.card import Origin
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
     Texts,
@@ -217,10 +218,12 @@ def artefacts_of(
         base: the folder whose transformer the student started from.
     """
     final, attention = student_settings(config, settings), config.attention
+    origin = Origin.of("train.distill", config)
     if not config.student.lora.active:
-        return Artefacts("student", [TrainedModel(source, final, attention)])
+        return Artefacts("student", [TrainedModel(source, final, attention, origin=origin)])
     scales = kept_scales(config.student.lora, start_from)
-    folded = TrainedModel(source, final, attention, (part_folder(base, "transformer"), scales))
+    pairs = (part_folder(base, "transformer"), scales)
+    folded = TrainedModel(source, final, attention, pairs, origin=origin)
     return Artefacts("student", [TrainedLoRA(scales, attention), folded])
 
 

@@ -13,6 +13,7 @@ from configs.cli import INTERRUPTED
 from configs.progress import Steps, doing
 from configs.training import FinetuneConfig
 from train.artefact import Artefacts, TrainedLoRA, TrainedModel
+from train.card import Origin
 from train.conditioning import Texts, check_trainable, transformer_digest
 from train.data import LatentCache, open_data
 from train.held_out import held_out_loss, hold_out, said_of
@@ -217,7 +218,9 @@ def artefacts_of(
         file = TrainedLoRA(kept_scales(config.lora, start_from), config.attention)
         return Artefacts("dit", [file])
     folder = source()
-    model = TrainedModel(folder, read_settings(config, folder), config.attention)
+    origin = Origin.of("train.finetune", config)
+    settings = read_settings(config, folder)
+    model = TrainedModel(folder, settings, config.attention, origin=origin)
     return Artefacts("dit", [model])
 
 
