@@ -148,13 +148,16 @@ def test_what_is_stored_is_not_made_again_and_a_longer_grid_adds_to_it(
     assert not (folder / "results-3.json").exists()
 
 
-def test_a_grid_of_steps_is_drawn_over_steps_and_another_says_them(done, model, monkeypatch):
+def test_a_grid_of_steps_is_drawn_over_steps_and_another_says_them(
+    done, model, tmp_path, monkeypatch
+):
     drawn = []
+    shutil.copytree(done, tmp_path / "copy")
     monkeypatch.setattr(
         Report, "draw", lambda self, file, label, *_, **more: drawn.append((label, more))
     )
-    assert run(grid(done, model, grid=GridConfig(steps=[1, 4]))) == 0
-    assert run(grid(done, model)) == 0
+    assert run(grid(tmp_path / "copy", model, grid=GridConfig(steps=[1, 4]))) == 0
+    assert run(grid(tmp_path / "copy", model)) == 0
     assert drawn == [
         ("steps", {"ticks": [1, 4]}),
         ("seconds per clip", {"names": ["1 step", "4 steps"] * 2}),
