@@ -177,7 +177,7 @@ def test_typed_text_is_no_html(studio):
 def test_a_missing_gradio_is_said_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (run,) = compose_runs(LINE, [])
-    with pytest.raises(WanError, match=r'pip install "wan-few-step\[app\]"'):
+    with pytest.raises(WanError, match=r'pip install -e "\.\[app\]"'):
         main(run)
 
 
