@@ -17,6 +17,8 @@ command has an error; 130 stopped with Ctrl-C (the latents reached so far are ke
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,6 +42,7 @@ class SampleCommand:
     def __init__(self) -> None:
         self._models: Any = None
         self._records: list[str] = []  # of all points so far, in all processes
+        self._stopped = False  # by Ctrl-C, with what was made kept
         self._streams: tuple[TextIO, TextIO] | None = None
 
     def __call__(self, run: Run[SampleConfig]) -> int:
@@ -47,46 +50,51 @@ class SampleCommand:
 
         Errors in the request are raised before weights are downloaded or read.
         """
-        over = True  # the last point, or the end of all
-        try:
-            code = self._make(run)
-            over = run.last or code == INTERRUPTED
+        with self._table_at_the_end(run):
+            config, processes = run.config, Processes.started()
+            jobs = read_jobs(config, run.sources)
+            together = makes_together(config, run.sources, jobs.num_videos, processes)
+            with loading_pytorch():
+                from infer.loading import ModelCache
+                from infer.sample.generate import make_video, prepare
+            self._models = self._models or ModelCache()
+            self._streams = self._streams or (sys.stdout, sys.stderr)
+            code, made = 0, list[str]()
+            with processes.together(config.device) as team:
+                sharing = Sharing(team, together, config.parallel)
+                with told_once(team), printing(sharing, *self._streams):
+                    session = prepare(run, jobs, self._models, sharing)
+                    for request, seed in session.own_videos():
+                        story = make_video(session, request, seed)
+                        code = max(code, story.code)
+                        if not sharing.helps:
+                            made.append(str(story.files.record))
+                        if code == INTERRUPTED:
+                            self._stopped = True
+                            self._records += made
+                            if (
+                                together
+                            ):  # the others wait for this process, and it for none of them
+                                sys.exit(code)
+                            return code
+                # torchrun ends all as soon as one ends with an error
+                for records in team.everyone([*made, *map(str, session.already)]):
+                    self._records += records
             return code
-        except (WanError, OSError):
+
+    @contextmanager
+    def _table_at_the_end(self, run: Run[SampleConfig]) -> Iterator[None]:
+        """Write the table and page of a sweep after its last point, or where it is stopped."""
+        over = True
+        try:
+            yield
+            over = run.last or self._stopped
+        except (WanError, OSError):  # the other points still run
             over = run.last
             raise
         finally:
             if over and run.title and self._records and Processes.started().is_main:
                 write_sweep(map(Path, self._records))
-
-    def _make(self, run: Run[SampleConfig]) -> int:
-        config, processes = run.config, Processes.started()
-        jobs = read_jobs(config, run.sources)
-        together = makes_together(config, run.sources, jobs.num_videos, processes)
-        with loading_pytorch():
-            from infer.loading import ModelCache
-            from infer.sample.generate import make_video, prepare
-        self._models = self._models or ModelCache()
-        self._streams = self._streams or (sys.stdout, sys.stderr)
-        code, made = 0, list[str]()
-        with processes.together(config.device) as team:
-            sharing = Sharing(team, together, config.parallel)
-            with told_once(team), printing(sharing, *self._streams):
-                session = prepare(run, jobs, self._models, sharing)
-                for request, seed in session.own_videos():
-                    story = make_video(session, request, seed)
-                    code = max(code, story.code)
-                    if not sharing.helps:
-                        made.append(str(story.files.record))
-                    if code == INTERRUPTED:
-                        self._records += made
-                        if together:  # the others wait for this process, and it for none of them
-                            sys.exit(code)
-                        return code
-            # torchrun ends all as soon as one ends with an error
-            for records in team.everyone([*made, *map(str, session.already)]):
-                self._records += records
-        return code
 
 
 if __name__ == "__main__":
