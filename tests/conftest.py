@@ -46,8 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium (selenium's driver), one for all tests that are marked `browser`."""
+    """A headless Chromium (selenium's driver), one for the marked tests of a file.
+
+    Not of all files: its last page would go on playing beside the tests that follow.
+    """
     with chromium(tmp_path_factory.mktemp("browser")) as driver:
         yield driver
