@@ -153,7 +153,7 @@ def run_process(rank: int, folder: Path, model: Path, port: int) -> None:  # noq
 def undrawn():
     """Pictures are drawn in the tests of the commands, and take longer than all else here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Report, "draw", lambda *_: None)
+        patch.setattr(Report, "draw", lambda *_, **__: None)
         yield
 
 
