@@ -235,7 +235,7 @@ def test_each_line_says_whose_it_is_and_what_belongs_to_all_is_said_once(two):
     assert not [line for line in said[1] if "share" in line]
     failures = [line for lines in said for line in lines if "failed (WanError)" in line]
     assert len(failures) == 1  # of two prompts, in whichever process, for the same reason
-    assert "[0] 2 cells failed: model, bad" in "\n".join(said[0])
+    assert "[0] 2 cells failed, all for the same reason: model, bad" in "\n".join(said[0])
     assert (two / "out 1").read_text() == ""
     told = (two / "out 0").read_text()
     assert told.count("all that was stated") == 1
