@@ -71,11 +71,10 @@ class Towers:
         """
         measures = self.measures = tuple(config.measures)
         self.sampled_frames, self._device = config.sampled_frames, resolve_device(device)
-        own_image_tower = config.image_tower is not None
         if {"text", "consistency"} & set(measures):
             transformers()
         self._clip_folder = self._image_folder = None
-        if "text" in measures or ("consistency" in measures and not own_image_tower):
+        if "text" in measures or ("consistency" in measures and config.image_tower is None):
             self._clip_folder = TowerFolder.find("clip_model", config.clip_model)
         if "consistency" in measures and config.image_tower is not None:
             self._image_folder = TowerFolder.find("image_tower", config.image_tower)
@@ -256,16 +255,15 @@ def measure_one(
     """
     looked_at = evenly_spaced(frames, towers.sampled_frames)
     found: dict[str, float | None] = {}
-    by_clip: Tensor | None = None
+    seen: Tensor | None = None
     if texts is not None and TEXT in wanted:
-        by_clip = towers.clip.frames(looked_at)
-        values = agreement(by_clip, texts)
+        seen = towers.clip.frames(looked_at)
+        values = agreement(seen, texts)
         found |= {TEXT: values[own], RANK: rank_of_own(values, own)}
     if "consistency" in wanted:
-        same = by_clip is not None and towers.image_tower is towers.clip
-        found["consistency"] = consistency(
-            by_clip if same and by_clip is not None else towers.image_tower.frames(looked_at)
-        )
+        if seen is None or towers.image_tower is not towers.clip:
+            seen = towers.image_tower.frames(looked_at)
+        found["consistency"] = consistency(seen)
     if "motion" in wanted:
         found["motion"] = motion(frames, fps)
     return found
