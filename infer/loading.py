@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -192,6 +192,12 @@ class StageBars:
         self._quiet, self._stage = quiet, ""
         self._steps: Steps | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._steps is None or stage != self._stage:
             self.close()
@@ -227,18 +233,16 @@ class LoadedModel:
         if config.verify and not sharing.helps:
             with doing("hashing all files of the model"):
                 verify_files(folder.path, folder.places)
-        bars, place = StageBars(), resolve_device(config.device)
-        options: dict[str, Any] = {"loras": loras, "on_progress": bars}
+        place = resolve_device(config.device)
+        options: dict[str, Any] = {"loras": loras}
         if sharing.helps:  # the main process encodes texts
             options["text_encoder"] = None
         how: LoadingConfig = config
         if sharing.sharded:  # no device could hold the whole
             dtype = str(known_dtype(config.dtype, place)).removeprefix("torch.")
             how = replace(config, device="cpu", dtype=dtype)
-        try:
-            self.pipeline = load_pipeline(folder, how, attention, **options)
-        finally:
-            bars.close()
+        with StageBars() as bars:
+            self.pipeline = load_pipeline(folder, how, attention, on_progress=bars, **options)
         self.folder = folder.path
         self.set_decoders(config)
         reports = [(part, one.report) for part, merges in loras.items() for one in merges]

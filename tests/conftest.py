@@ -7,6 +7,8 @@ import pytest
 import torch
 from browser import chromium, missing
 
+from configs.progress import STATUS
+
 # The models are tiny: threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
 
@@ -36,6 +38,14 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_going_on() -> Iterator[None]:
+    """What has ended, however it ended, is told of no longer."""
+    yield
+    left, STATUS._activities = STATUS._activities, []
+    assert not [activity.text(0) for activity in left]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,17 +28,16 @@ def convert_lora(config: ConvertConfig, source: Path, base: Path) -> None:
         raise WanError(f"output={output}: a LoRA is one file: {output}.safetensors")
     if taken := [path for path in (output, report) if path.exists()]:
         raise WanError(f"{taken[0]}: is there already; choose another output=")
-    bars = StageBars()
-    lora = extract_lora(
-        open_transformer("source", source),
-        open_transformer("base", base),
-        rank,
-        diffs=config.diffs,
-        dtype=getattr(torch, config.dtype or "float32"),
-        device=resolve_device(config.device),
-        on_progress=partial(bars, "tensors compared"),
-    )
-    bars.close()
+    with StageBars() as bars:
+        lora = extract_lora(
+            open_transformer("source", source),
+            open_transformer("base", base),
+            rank,
+            diffs=config.diffs,
+            dtype=getattr(torch, config.dtype or "float32"),
+            device=resolve_device(config.device),
+            on_progress=partial(bars, "tensors compared"),
+        )
     print(losses(lora))
     about = {"rank": str(rank), "residual_energy": f"{lora.residual:.6g}"}
     write_lora(output, lora.tensors, about | trained_attention(source))

@@ -19,11 +19,8 @@ from wan.runtime.offload import resolve_device
 
 def open_pipeline(config: EvaluateConfig) -> WanPipeline:
     """The model of an evaluation."""
-    bars = StageBars()
-    try:
+    with StageBars() as bars:
         return load_pipeline(model_folder(config), config, config.attention, on_progress=bars)
-    finally:
-        bars.close()
 
 
 def render_truth(config: EvaluateConfig) -> VideoSource:
@@ -65,27 +62,25 @@ def generate(config: EvaluateConfig, pipeline: WanPipeline | None = None) -> Vid
     )
 
     def make(batch: Sequence[Example]) -> Tensor:
-        bars = StageBars()
         try:
-            made = pipe(
-                [example.caption.text for example in batch],
-                config.negative_prompt,
-                height=config.height,
-                width=config.width,
-                num_frames=config.num_frames,
-                seed=[example.seed for example in batch],
-                max_sequence_length=config.max_sequence_length,
-                output_type="pt",
-                on_progress=bars,
-                **sampling(config),
-            )
+            with StageBars() as bars:
+                made = pipe(
+                    [example.caption.text for example in batch],
+                    config.negative_prompt,
+                    height=config.height,
+                    width=config.width,
+                    num_frames=config.num_frames,
+                    seed=[example.seed for example in batch],
+                    max_sequence_length=config.max_sequence_length,
+                    output_type="pt",
+                    on_progress=bars,
+                    **sampling(config),
+                )
         except FloatingPointError:
             if len(batch) > 1:  # one of them
                 return torch.cat([make([example]) for example in batch])
             shape = (1, 3, config.num_frames, config.height, config.width)
             return torch.full(shape, math.nan)
-        finally:
-            bars.close()
         assert isinstance(made, WanPipelineOutput)
         return made.frames.transpose(1, 2) * 2 - 1  # (B, 3, F, H, W), from [0, 1]
 
