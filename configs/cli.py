@@ -544,8 +544,10 @@ def _wrong_kind(line: CommandLine, place: str, typed: Mapping[str, str]) -> str:
     """
     kinds = {name: kind for name, kind, _ in walk_options(line.schema)}
     key = re.sub(r"\[.*", "", place)
-    if key not in kinds and key not in typed and len(typed) == 1:
-        key = next(iter(typed))  # the one that was given
+    if key not in kinds and key not in typed:
+        # Of a list in a list, OmegaConf names the number of the entry only.
+        nested = [name for name in typed if list_of(list_of(kinds.get(name)))]
+        key = next(iter(nested or (typed if len(typed) == 1 else ())), key)
     inside = [short_key(line, name) for name in kinds if name.startswith(f"{key}.")]
     value = typed.get(key)
     given = f"{short_key(line, key)}={'' if value is None else value}"

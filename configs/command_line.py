@@ -103,6 +103,8 @@ def list_of(kind: Any) -> Any:
 def kind_in_words(kind: Any, several: bool = False) -> str:
     """What an option takes, for an error."""
     if (entries := list_of(kind)) is not None:
+        if (inner := list_of(entries)) is not None:
+            return f"a list of lists of {kind_in_words(inner, True)}, written [[a,b],[c,d]]"
         return f"a list of {kind_in_words(entries, True)}, written a,b or [a,b]"
     if get_origin(kind) is dict:
         return "settings, written {name: value}"

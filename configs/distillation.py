@@ -16,6 +16,9 @@ class StudentConfig(Options):
     GROUP: ClassVar[str] = "student."
 
     timesteps: list[float] = option([1000, 757, 522], "its steps, falling, 1000 = pure noise")
+    more_timesteps: list[list[int]] = option(
+        [], "further lists with the same start and number; every update draws one of all"
+    )
     warp: bool = option(False, "read timesteps as positions in the shifted table")
     table_shift: float = positive(
         8.0, "shift of the table that gives sigmas, and warped steps (at shift 5, 750 -> 937.5)"
@@ -37,6 +40,17 @@ class StudentConfig(Options):
         super().__post_init__()
         if not self.timesteps:
             raise WanError("student.timesteps=[]: give at least one, such as [1000]")
+        for steps in self.more_timesteps:
+            if len(steps) != len(self.timesteps) or steps[0] != self.timesteps[0]:
+                raise WanError(
+                    f"student.more_timesteps: {steps} beside student.timesteps={self.timesteps}: "
+                    "lists have the same number of steps and begin with the same one"
+                )
+
+    @property
+    def lists(self) -> list[list[float]]:
+        """All lists that the student learns; the first is what it is sampled in."""
+        return [self.timesteps, *([float(t) for t in steps] for steps in self.more_timesteps)]
 
 
 @dataclass
@@ -55,6 +69,19 @@ class ScoreConfig(Options):
     clamp: bool = option(
         True, "clamp drawn levels to [lowest, highest]; false: draw only between them"
     )
+    phased: bool = option(
+        False, "compare samples that leave early only at levels above their next step's"
+    )
+    unguided_share: float = share(
+        0.0, "chance that a sample's teacher is without guidance, at levels above unguided_above"
+    )
+    unguided_above: float = share(0.9, "see unguided_share")
+    clip_share: float = share(
+        0.0,
+        "chance that the teacher sees the caption's clip in place of the student's sample, at "
+        "levels above clip_above; it needs clips",
+    )
+    clip_above: float = share(0.0, "see clip_share")
     critic_ratio: int = count(5, "critic updates per student update")
     critic_warmup: int = option(0, "critic updates before the student's first", at_least=0)
     critic_lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -125,6 +152,18 @@ class RegressionConfig(Options):
 
 
 @dataclass
+class OnPolicyConfig(Options):
+    """An optional regression onto where the teacher goes from the student's own states."""
+
+    GROUP: ClassVar[str] = "on_policy."
+
+    weight: float = option(0.0, "weight of the term in the student's loss; 0: off", at_least=0)
+    steps: int = count(5, "Euler steps of the teacher, from each state to clean latents")
+    guidance_scale: float | None = option(None, "guidance there; null: scores.guidance_scale")
+    shift: float | None = option(None, "shift of its steps; null: the model's own")
+
+
+@dataclass
 class PlanConfig(Options):
     """The machines that `plan=true` makes its estimate for."""
 
@@ -159,6 +198,7 @@ class DistillConfig(TransformerTrainConfig):
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     gan: GANConfig = field(default_factory=GANConfig)
     regression: RegressionConfig = field(default_factory=RegressionConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
 
     lr: float = positive(1e-4, "peak learning rate of the student")
     critic_lr: float = positive(1e-4, "peak learning rate of the critic")
@@ -195,6 +235,11 @@ class DistillConfig(TransformerTrainConfig):
         super().__post_init__()
         if not (self.dmd_weight or self.regression.weight):
             raise WanError("dmd_weight=0 and regression.weight=0: nothing would teach the student")
+        if self.on_policy.weight and len(self.student.timesteps) == 1:
+            raise WanError(
+                f"on_policy.weight={self.on_policy.weight} with one step: a student's own states "
+                "begin with its second step; use regression.weight"
+            )
         ratio, first = self.scores.critic_ratio, self.scores.critic_warmup
         if self.dmd_weight and self.loop.steps // ratio <= first // ratio:
             raise WanError(
@@ -207,7 +252,7 @@ class DistillConfig(TransformerTrainConfig):
     @property
     def needs_clips(self) -> bool:
         """Whether a term reads latents of clips."""
-        return bool(self.gan.weight or self.first_frame_share)
+        return bool(self.gan.weight or self.first_frame_share or self.scores.clip_share)
 
     @property
     def draws_captions(self) -> bool:
@@ -218,6 +263,11 @@ class DistillConfig(TransformerTrainConfig):
     def regression_guidance(self) -> float:
         """Guidance of the teacher's trajectories."""
         return self.regression.guidance_scale or self.scores.guidance_scale
+
+    @property
+    def on_policy_guidance(self) -> float:
+        """Guidance of the teacher from the student's own states."""
+        return self.on_policy.guidance_scale or self.scores.guidance_scale
 
     @property
     def score_attention(self) -> AttentionConfig:

@@ -13,6 +13,7 @@ import yaml
 from configs.ablation import AblateConfig
 from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
 from configs.command_line import CommandLine, Shortcut, help_text
+from configs.distillation import DistillConfig
 from configs.parity import ParityConfig
 from configs.schema import SampleConfig, SamplerConfig, option
 from wan.errors import WanError
@@ -424,3 +425,11 @@ def test_a_value_of_the_wrong_kind_is_refused_in_our_words(kind, value):
 def test_what_is_wrong_with_a_value_is_said(tokens, words):
     with pytest.raises(WanError, match=words):
         compose_runs(SAMPLE, tokens)
+
+
+@pytest.mark.parametrize("value", ["[1000,900]", "[[1000,x]]", "[x]", "3"])
+def test_what_is_no_list_of_lists_is_refused_by_its_option(value):
+    line = CommandLine(DistillConfig, "distill")
+    words = r"student\.more_timesteps=.*: must be a list of lists of integers, written \[\[a,b\]"
+    with pytest.raises(WanError, match=words):
+        compose_runs(line, [f"student.more_timesteps={value}", "batch_size=4"])

@@ -13,9 +13,16 @@ from test_rollout import with_random_weights
 from torch import Tensor
 
 import train.dmd as dmd
-from configs.distillation import GANConfig, RegressionConfig, ScoreConfig, StudentConfig
+from configs.distillation import (
+    GANConfig,
+    OnPolicyConfig,
+    RegressionConfig,
+    ScoreConfig,
+    StudentConfig,
+)
+from wan.errors import WanError
 from wan.models.dit import WanDiT
-from wan.sampling.schedule import few_step_schedule
+from wan.sampling.schedule import few_step_schedule, shift_sigmas
 
 pytestmark = test_distill.pytestmark
 teacher = test_distill.teacher
@@ -130,22 +137,23 @@ def test_regression_is_from_a_state_to_the_end_of_its_own_caption(tmp_path, teac
     with_random_weights(run.student, 5)
     drawn, batch = [], run.trajectories.batch
 
-    def drawn_batch(self, rows, steps):
-        drawn.append((rows, steps))
-        return batch(rows, steps)
+    def drawn_batch(self, rows, sigmas):
+        drawn.append((rows, sigmas))
+        return batch(rows, sigmas)
 
     monkeypatch.setattr(type(run.trajectories), "batch", drawn_batch)
     found = watch(monkeypatch, "x0_at_exits")
     with torch.no_grad():
         loss = run.regression_loss(0, *next(run.pairs(generator())))
-        ((rows, steps),) = drawn
+        ((rows, sigmas),) = drawn
+        schedule = few_step_schedule([1000, 757, 522])
+        steps = (schedule.sigmas[None, :3] == sigmas[:, None]).int().argmax(1)
         assert len({run.trajectories.captions[row] for row in rows}) > 1
         paths = torch.stack([run.trajectories.store.read(run.trajectories.keys[r]) for r in rows])
         paths = paths.float()  # (B, K + 1, C, T, H, W): the states, then the end
         x, end = paths[torch.arange(len(rows)), steps], paths[:, -1]
         context, _ = run.texts([run.trajectories.captions[row] for row in rows])
         assert torch.equal(found["x0_at_exits"][2].context, context)
-        schedule = few_step_schedule([1000, 757, 522])
         velocity = run.student(x, schedule.timesteps[steps], context)
         expected = (x - wide(schedule.sigmas[steps]) * velocity - end).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
@@ -167,5 +175,119 @@ def test_settings_reach_the_chain_and_the_score_levels(tmp_path, teacher, monkey
     _, _, schedule, _, noises, deterministic, _, truncate_gradient = found["roll_out"]
     assert (schedule.timesteps.tolist(), len(noises)) == ([1000, 600], 2)
     assert (deterministic, truncate_gradient) == (True, False)
-    batch, shift, bounds, _, clamp = found["sample_score_sigmas"]
-    assert (batch, shift, bounds, clamp) == (3, 2.5, (0.1, 0.9), False)
+    batch, shift, bounds, _, clamp, above = found["sample_score_sigmas"]
+    assert (batch, shift, bounds, clamp, above) == (3, 2.5, (0.1, 0.9), False, None)
+
+
+def test_a_sample_that_leaves_early_is_compared_above_its_next_step(tmp_path, teacher, monkeypatch):
+    scores = ScoreConfig(phased=True, critic_ratio=2)
+    run, state = fresh_run(settings(tmp_path, teacher, scores=scores), monkeypatch)
+    found = watch(monkeypatch, "roll_out", "add_noise")
+    following = torch.tensor([0.757, 0.522, 0.0])
+    for update in (run.matching_loss, None):
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
+            if update is None:  # the critic learns the same levels
+                run.update_critic(state, generator)
+            else:
+                update(0, *run.batches(0, generator))
+            exits, sigma = found["roll_out"][3], found["add_noise"][2]
+            assert (sigma >= following[exits] - 1e-3).all()
+    beyond = settings(tmp_path, teacher, scores=replace(scores, highest=0.7))
+    with pytest.raises(WanError, match=r"second step is at noise level 0.7567.*scores.highest=0.7"):
+        dmd.student_schedules(beyond)
+
+
+def test_a_share_of_the_teachers_views_is_unguided(tmp_path, teacher, monkeypatch):
+    scores = ScoreConfig(3.0, critic_ratio=2, unguided_share=1.0, unguided_above=0.6)
+    run, _ = fresh_run(settings(tmp_path, teacher, batch_size=12, scores=scores), monkeypatch)
+    (batch,) = run.batches(0, generator())
+    expected = torch.where(batch.sigma > 0.6, 1.0, 3.0)
+    assert 0 < int((batch.sigma > 0.6).sum()) < 12
+    assert batch.guidance.flatten().tolist() == expected.tolist()
+    with_random_weights(run.teacher, 1)
+    x = torch.randn(12, *run.shape, generator=generator())
+    with torch.no_grad():
+        each = dmd.guided_x0(
+            run.teacher, x, batch.sigma, batch.condition, batch.null, batch.guidance
+        )
+        plain = dmd.predict_x0(run.teacher, x, batch.sigma, batch.condition)
+        guided = dmd.guided_x0(run.teacher, x, batch.sigma, batch.condition, batch.null, 3.0)
+    torch.testing.assert_close(
+        each, torch.where(wide(batch.sigma) > 0.6, plain, guided), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_share_of_the_teachers_views_is_of_clips(tmp_path, teacher, monkeypatch):
+    scores = ScoreConfig(clip_share=1.0, clip_above=0.5, critic_ratio=2)
+    run, _ = fresh_run(settings(tmp_path, teacher, batch_size=9, scores=scores), monkeypatch)
+    found = watch(monkeypatch, "guided_x0", "roll_out")
+    seen = []
+    predict = dmd.predict_x0
+    monkeypatch.setattr(dmd, "predict_x0", lambda *a: seen.append(a[1]) or predict(*a))
+    (batch,) = run.batches(0, generator())
+    torch.testing.assert_close(batch.clips, run.draw(0).latents)
+    run.matching_loss(0, batch)
+    by_critic, by_teacher = seen[0], found["guided_x0"][1]
+    sigma = wide(batch.sigma)
+    of_clips = (1 - sigma) * batch.clips + sigma * batch.noise
+    shown = batch.sigma > 0.5
+    assert 0 < int(shown.sum()) < 9
+    torch.testing.assert_close(by_teacher[shown], of_clips[shown])
+    assert torch.equal(by_teacher[~shown], by_critic[~shown])
+    assert (by_critic - of_clips).abs().amax(dim=(1, 2, 3, 4)).min() > 0.1
+
+
+def test_on_policy_regression_goes_from_the_students_states_along_the_teachers_flow(
+    tmp_path, teacher, monkeypatch
+):
+    on_policy = OnPolicyConfig(weight=2.0, steps=3, guidance_scale=2.5, shift=4.0)
+    run, state = fresh_run(settings(tmp_path, teacher, on_policy=on_policy), monkeypatch)
+    for seed, network in enumerate((run.student, run.teacher)):
+        with_random_weights(network, seed)
+    found = watch(monkeypatch, "states_at_exits", "x0_at_exits", "follow_flow")
+    (batch,) = run.batches(0, generator(), first_exit=1)
+    assert set(batch.exits.tolist()) == {1, 2}
+    with torch.no_grad():
+        loss = run.on_policy_loss(0, batch)
+        x, exits = found["x0_at_exits"][1], found["states_at_exits"][3]
+        assert found["follow_flow"][1] is x
+        assert exits is batch.exits
+        levels = few_step_schedule([1000, 757, 522]).sigmas[exits]
+        points, end = shift_sigmas(levels, 1 / 4.0), x
+        for i in range(3):
+            now, then = (shift_sigmas(points * (1 - j / 3), 4.0) for j in (i, i + 1))
+            said, unsaid = (
+                run.teacher(end, 1000 * now, condition.context)
+                for condition in (batch.condition, batch.null)
+            )
+            end = end + wide(then - now) * (unsaid + 2.5 * (said - unsaid))
+        timesteps = torch.tensor([1000.0, 757, 522])[exits]
+        velocity = run.student(x, timesteps, batch.condition.context)
+        expected = (x - wide(levels) * velocity - end).square().mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+    values = run.update_student(state, generator())
+    assert values["loss_student"] > 2 * values["on_policy"] > 0
+
+
+def test_lists_of_steps_take_turns_in_chain_and_regression(tmp_path, teacher, monkeypatch):
+    student = StudentConfig([1000, 757, 522], more_timesteps=[[1000, 900, 640]])
+    regression = RegressionConfig(weight=1.0, num_pairs=2, steps=4)
+    config = settings(tmp_path, teacher, student=student, regression=regression)
+    run, _ = fresh_run(config, monkeypatch)
+    assert run.trajectories.levels == pytest.approx([1, 0.9, 0.757, 0.64, 0.522], abs=1e-3)
+    found = watch(monkeypatch, "roll_out", "x0_at_exits")
+    matched, regressed = set(), set()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        run.matching_loss(0, *run.batches(0, generator))
+        matched.add(found["roll_out"][2].timesteps[1].item())
+        schedule, numbers, exits = next(run.pairs(generator))
+        run.regression_loss(0, schedule, numbers, exits)
+        regressed.add(schedule.timesteps[1].item())
+        x, levels = found["x0_at_exits"][1], schedule.sigmas[exits]
+        states, _, _ = run.trajectories.batch(numbers.tolist(), levels)
+        assert torch.equal(x, states)
+    assert matched == regressed == {757, 900}
+    with pytest.raises(WanError, match="same number of steps and begin with the same"):
+        StudentConfig([1000, 757, 522], more_timesteps=[[1000, 900]])

@@ -127,6 +127,22 @@ def test_regression_adds_a_forward_and_backward_and_trajectories_before():
     )
 
 
+def test_regression_from_own_states_adds_a_chain_and_the_teachers_way():
+    run = changed(CANONICAL, scores_critic_ratio=2, machines_num_gpus=1)
+    both = changed(run, {"on_policy.weight": 1.0, "on_policy.steps": 4})
+    plain, more = iteration_flops(run), iteration_flops(both)
+    forward = network_work(FULL_5B, 27280, 512).forward
+    # From the second or third of three steps: 1.5 forwards before, in every second iteration.
+    assert more["student forward (chain)"] - plain["student forward (chain)"] == pytest.approx(
+        0.5 * 1.5 * forward
+    )
+    assert more["teacher forward"] - plain["teacher forward"] == pytest.approx(
+        0.5 * 4 * 2 * forward
+    )
+    assert more["student backward"] == 2 * plain["student backward"]
+    assert more["critic backward"] == plain["critic backward"]
+
+
 def test_regression_alone_needs_neither_chain_nor_scores():
     alone = iteration_flops(changed(CANONICAL, REGRESSION, dmd_weight=0.0))
     one = network_work(FULL_5B, 27280, 512, checkpoint_blocks="full")

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from train.losses import (
     adversarial_loss,
@@ -109,6 +110,54 @@ def test_score_levels_are_shifted_uniform_within_bounds(shift, clamp):
     on_top = (sigma >= 0.9799).float().mean()
     expected = 1 - float(shift_sigmas(torch.tensor(0.98), 1 / shift)) if clamp else 0.0
     assert on_top == pytest.approx(expected, abs=0.008)  # at shift 5: 9.3 %
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+def test_score_levels_start_at_each_samples_own(clamp):
+    above = torch.tensor([0.0, 0.3, 0.9]).repeat(4000)
+    generator = torch.Generator().manual_seed(0)
+    sigma = sample_score_sigmas(12_000, 3.0, (0.02, 0.98), generator, clamp, above)
+    for level, drawn in zip((0.02, 0.3, 0.9), sigma.view(-1, 3).T, strict=True):
+        assert level - 1e-6 <= drawn.min() < level + 0.01
+        assert drawn.max() <= 0.98 + 1e-6
+        ends = torch.tensor([level, 1 if clamp else 0.98])
+        middle = shift_sigmas(shift_sigmas(ends, 1 / 3).mean(), 3.0)
+        assert (drawn < middle).float().mean() == pytest.approx(0.5, abs=0.03)
+
+
+def two_points(x: Tensor, sigma: Tensor) -> Tensor:
+    """E[x0 | x] of data that are -1 or 1."""
+    return torch.tanh((1 - sigma) * x / sigma**2)
+
+
+def test_at_high_levels_only_samples_need_not_have_decided_yet():
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 50_000, generator=generator)  # as wide as the data, undecided
+    pull = {}
+    for above in (0.0, 0.9):
+        sigma = sample_score_sigmas(
+            50_000, 1.0, (0.02, 0.98), generator, above=torch.full((50_000,), above)
+        )
+        x = (1 - sigma) * x0 + sigma * noise
+        critic = (1 - sigma) * x / ((1 - sigma) ** 2 + sigma**2)  # exact for N(0, 1)
+        pull[above] = (critic - two_points(x, sigma)).square().mean().sqrt()
+    assert pull[0.0] > 0.25
+    assert pull[0.9] < 0.01
+
+
+def test_a_teacher_that_sees_the_data_pulls_towards_a_mode_that_the_student_lost():
+    generator = torch.Generator().manual_seed(0)
+    sigma = torch.full((20_000,), 0.2)
+    noise = torch.randn(20_000, generator=generator)
+    clips = 2.0 * torch.randint(2, (20_000,), generator=generator) - 1
+    x0 = torch.ones(20_000)  # the student makes one of the two points only
+    own, there = ((1 - sigma) * x + sigma * noise for x in (x0, clips))
+    plain = dmd_gradient(x0[:, None], two_points(own, sigma)[:, None], x0[:, None])
+    forced = dmd_gradient(x0[:, None], two_points(there, sigma)[:, None], x0[:, None])
+    assert plain[two_points(own, sigma) < 1].abs().max() <= 1 + 1e-6
+    assert (x0 - two_points(own, sigma)).mean() < 1e-3  # nothing is said of the other point
+    assert (x0 - two_points(there, sigma)).mean() == pytest.approx(1, abs=0.03)
+    assert forced[clips < 0].min() > 0.99  # descending leads to -1
 
 
 def test_score_levels_refuse_bounds_in_the_wrong_order():

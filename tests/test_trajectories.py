@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train.tensor_cache import only_writer
-from train.trajectories import NOISE_SEED, grid_through, sample_trajectories
+from train.trajectories import NOISE_SEED, follow_flow, grid_through, sample_trajectories
 from wan.errors import WanError
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import sample_unipc
@@ -58,12 +58,49 @@ def test_states_and_ends_are_those_of_unipc(tmp_path):
     end = sample_unipc(
         Teacher()(CAPTIONS), noise, GRID, lambda i, t, sigma, x: seen.update({sigma: x})
     )
-    for step, level in enumerate(LEVELS):
-        states, ends, captions = trajectories.batch([2, 0, 1], torch.full((3,), step))
+    for level in LEVELS:
+        states, ends, captions = trajectories.batch([2, 0, 1], torch.full((3,), level))
         (expected,) = (x for sigma, x in seen.items() if abs(sigma - level) < 1e-6)
         torch.testing.assert_close(states, expected[[2, 0, 1]], rtol=1e-3, atol=1e-3)  # float16
         torch.testing.assert_close(ends, end[[2, 0, 1]], rtol=1e-3, atol=1e-3)
         assert captions == ["blue", "red", "green"]
+
+
+def test_states_are_found_by_their_level_in_any_order(tmp_path):
+    trajectories = sample(tmp_path, Teacher())
+    mixed, _, _ = trajectories.batch([0, 1, 2], torch.tensor([LEVELS[2], LEVELS[0], LEVELS[1]]))
+    for number, level in enumerate((LEVELS[2], LEVELS[0], LEVELS[1])):
+        alone, _, _ = trajectories.batch([number], torch.tensor([level]))
+        assert torch.equal(mixed[number], alone[0])
+
+
+def test_the_flow_from_levels_of_their_own_ends_where_it_must():
+    generator = torch.Generator().manual_seed(0)
+    x, target = torch.randn(2, 3, 2, 1, 2, 2, generator=generator)
+    sigmas = torch.tensor([0.9, 0.64, 0.3])
+
+    def straight(x, now):
+        assert (now <= sigmas + 1e-6).all()
+        return (x - target) / now[:, None, None, None, None]  # all data are one clip: exact
+
+    for steps in (1, 5):
+        torch.testing.assert_close(follow_flow(straight, x, sigmas, steps, 5.0), target)
+
+    def spread(x, now):
+        s = now[:, None, None, None, None]
+        variance = (1 - s) ** 2 * 0.25 + s**2  # the data are N(0, 1/2^2)
+        return (s - 0.25 * (1 - s)) / variance * x
+
+    # The flow of a Gaussian keeps x / deviation.
+    s = sigmas[:, None, None, None, None]
+    exact = 0.5 * x / ((1 - s) ** 2 * 0.25 + s**2).sqrt()
+    rough, fine = (
+        (follow_flow(spread, x, sigmas, steps, 3.0) - exact).norm() / exact.norm()
+        for steps in (5, 160)
+    )
+    assert fine < 0.01
+    assert fine < rough / 8  # of first order
+    assert rough < 0.2
 
 
 def test_only_what_is_missing_is_sampled(tmp_path):

@@ -24,6 +24,7 @@ from train.losses import (
     dmd_normalizer,
     flow_matching_loss,
     loss_with_gradient,
+    mean_squared_error,
     sample_score_sigmas,
 )
 from train.optim import EMA, apply_gradients, learning_rate, make_optimizers, trainable
@@ -35,15 +36,17 @@ from train.rollout import (
     predict_x0,
     roll_out,
     sampler_velocity,
+    states_at_exits,
     x0_at_exits,
 )
 from train.state import TrainState
-from train.trajectories import Trajectories
+from train.trajectories import Trajectories, follow_flow
 from train.validation import saturated_share
+from wan.errors import WanError
 from wan.models.dit import WanDiT
 from wan.pipeline.config import PipelineConfig
 from wan.runtime.memory_meter import peak_memory
-from wan.sampling.denoiser import Condition, predict_velocity
+from wan.sampling.denoiser import Condition, guided_velocity, predict_velocity
 from wan.sampling.flow import add_noise, velocity_target, x0_from_velocity
 from wan.sampling.noise import draw_noise, sample_generators
 from wan.sampling.samplers import sample_euler, sample_few_step
@@ -71,22 +74,28 @@ class Batch:
         condition: encoded captions.
         null: the encoded negative prompt, repeated once per caption.
         clips: (B, C, T, H, W), or None.
+        schedule: the student's steps, K of them.
         exits: (B,), at which step each sample leaves the chain.
         for_all: as `states_at_exits` takes it: the last exit of all processes, or 0 alone.
         chain: K of (B, C, T, H, W): the noise that the student's chain starts from, then what each
             step puts back.
         sigma: (B,), noise levels at which scores are compared.
         noise: (B, C, T, H, W), what samples are noised with there.
+        guidance: of the teacher, for all samples or (B, 1, 1, 1, 1) for each.
+        shown: (B,), where the teacher sees the clip instead of the student's sample; None: nowhere.
     """
 
     condition: Condition
     null: Condition
     clips: Tensor | None
+    schedule: Schedule
     exits: Tensor
     for_all: int
     chain: list[Tensor]
     sigma: Tensor
     noise: Tensor
+    guidance: float | Tensor
+    shown: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,9 @@ class Distillation:
         # Rows of them that are in memory at once: in sampling as in training.
         self.chunk = (self.own.stop - self.own.start) // config.gradient_accumulation
         self.rows = even_slices(self.own.stop - self.own.start, config.gradient_accumulation)
-        self.schedule = student_schedule(config)
+        self.schedules = student_schedules(config)
+        self.schedule = self.schedules[0]  # in which the student is sampled
+        self.teacher_shift = config.on_policy.shift or settings.shift
         self.shape = latent_shape(config, settings)
         self.gan_blocks: list[int] = []
         self.discriminator: Discriminator | None = None
@@ -182,10 +193,16 @@ class Distillation:
         if self.trajectories is not None:
             values["regression"] = 0.0
             weight = config.regression.weight_at(state.step, config.loop.steps)
-            for which, exits in self.pairs(generator):
-                loss = self.regression_loss(state.step, which, exits)
+            for pairs in self.pairs(generator):
+                loss = self.regression_loss(state.step, *pairs)
                 values["regression"] += float(loss.detach()) / len(self.rows)
                 total += self.backward(weight * loss)
+        if config.on_policy.weight:
+            values["on_policy"] = 0.0
+            for batch in self.batches(state.step, generator, first_exit=1):
+                loss = self.on_policy_loss(state.step, batch)
+                values["on_policy"] += float(loss.detach()) / len(self.rows)
+                total += self.backward(config.on_policy.weight * loss)
         check_gradients(state.step, "student", self.student)
         lr = self.rate(state.step, config.lr)
         parameters = trainable(self.student).values()
@@ -207,14 +224,18 @@ class Distillation:
 
     def matching_loss(self, step: int, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """DMD's weighted loss on fresh samples of the student, the adversarial term added."""
-        config, scores = self.config, self.config.scores
+        config = self.config
         condition, null, sigma, noise = batch.condition, batch.null, batch.sigma, batch.noise
         x0 = self.sample_student(batch)
         weight = condition.frame_weight(x0.shape[2])
         with torch.no_grad(), self.autocast():
             x = add_noise(x0, noise, sigma)
             x0_critic = predict_x0(self.critic, x, sigma, condition)
-            x0_teacher = guided_x0(self.teacher, x, sigma, condition, null, scores.guidance_scale)
+            if batch.shown is not None and batch.clips is not None:
+                # Data forcing, arXiv:2606.18478: the teacher's score where the data are
+                there = add_noise(batch.clips, noise, sigma)
+                x = torch.where(batch.shown[:, None, None, None, None], there, x)
+            x0_teacher = guided_x0(self.teacher, x, sigma, condition, null, batch.guidance)
             gradient = dmd_gradient(x0, x0_teacher, x0_critic, weight)
         check_finite(step, x0_student=x0, x0_critic=x0_critic, x0_teacher=x0_teacher)
         loss = config.dmd_weight * loss_with_gradient(x0, gradient)
@@ -265,24 +286,51 @@ class Distillation:
                 f"(max_drift={factor:g}); lower lr or scores.guidance_scale"
             )
 
-    def pairs(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers of trajectories and steps of the chain (B,), part by part."""
+    def pairs(self, generator: torch.Generator) -> Iterator[tuple[Schedule, Tensor, Tensor]]:
+        """The student's steps, numbers of trajectories and which step (B,), part by part."""
         assert self.trajectories is not None
         count = len(self.trajectories.captions)
+        schedule = self.draw_schedule(generator)
         numbers = torch.randint(count, (self.config.batch_size,), generator=generator)[self.own]
         exits = self.exits("stratified", generator)[self.own]
         for rows in self.rows:
-            yield numbers[rows], exits[rows]
+            yield schedule, numbers[rows], exits[rows]
 
-    def regression_loss(self, step: int, numbers: Tensor, exits: Tensor) -> Tensor:
+    def regression_loss(
+        self, step: int, schedule: Schedule, numbers: Tensor, exits: Tensor
+    ) -> Tensor:
         """Squared distance of the student's x0 from where the teacher's trajectory ends."""
         assert self.trajectories is not None
-        x, target, captions = self.trajectories.batch(numbers.tolist(), exits)
+        x, target, captions = self.trajectories.batch(numbers.tolist(), schedule.sigmas[exits])
         condition = Condition(*self.texts(captions))
         with self.autocast():
-            x0 = x0_at_exits(self.student, x.to(self.device), condition, self.schedule, exits)
+            x0 = x0_at_exits(self.student, x.to(self.device), condition, schedule, exits)
         check_finite(step, x0_student=x0)
-        return (x0 - target.to(self.device)).square().mean()
+        return mean_squared_error(x0, target.to(self.device))
+
+    def on_policy_loss(self, step: int, batch: Batch) -> Tensor:
+        """Squared distance of the student's x0 from where the teacher goes from the same state.
+
+        The states are the student's own, so its mistakes of the steps before are in them.
+        """
+        config, condition = self.config, batch.condition
+        steps, scale = config.on_policy.steps, config.on_policy_guidance
+        chain = (batch.exits, batch.chain, config.student.deterministic, batch.for_all)
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            timesteps = NUM_TIMESTEPS * sigma
+            return guided_velocity(self.teacher, x, timesteps, condition, batch.null, scale)
+
+        with torch.no_grad(), self.autocast():
+            x = states_at_exits(self.student, condition, batch.schedule, *chain)
+            sigmas = batch.schedule.sigmas[batch.exits].to(x.device)
+            end = follow_flow(velocity, x, sigmas, steps, self.teacher_shift)
+        self.ranks.reshard(self.student, self.teacher)
+        with self.autocast():
+            x0 = x0_at_exits(self.student, x, condition, batch.schedule, batch.exits)
+        check_finite(step, x0_student=x0, x0_teacher=end)
+        weight = condition.frame_weight(x0.shape[2])
+        return mean_squared_error(x0, condition.impose(end), weight)
 
     def update_critic(self, state: TrainState, generator: torch.Generator) -> dict[str, float]:
         """Flow matching on new samples of the student as it is now."""
@@ -328,11 +376,16 @@ class Distillation:
 
     # --- what both updates need -------------------------------------------------------------------
 
-    def batches(self, step: int, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(
+        self, step: int, generator: torch.Generator, first_exit: int = 0
+    ) -> Iterator[Batch]:
         """This process's samples of one update, in `gradient_accumulation` parts.
 
         With probability `first_frame_share` its first frames are given, unless clips are of a
         single frame, of which nothing would be left to make.
+
+        Args:
+            first_exit: the first step at which samples leave the chain.
         """
         drawn = self.draw(step)
         clips = None if drawn.latents is None else drawn.latents[self.own]
@@ -340,11 +393,15 @@ class Distillation:
         given = float(torch.rand((), generator=generator)) < self.config.first_frame_share
         assert clips is not None or not given
         shape = self.shape if clips is None else clips.shape[1:]
-        exits = self.exits(self.config.student.exits, generator)
+        schedule = self.draw_schedule(generator)
+        exits = self.exits(self.config.student.exits, generator, first_exit)
         for_all = int(exits.max()) if self.ranks.size > 1 else 0
-        exits = exits[self.own]
-        chain = [self.noise(shape, generator) for _ in range(len(self.schedule))]
-        sigma, noise = self.score_levels(generator), self.noise(shape, generator)
+        chain = [self.noise(shape, generator) for _ in range(len(schedule))]
+        levels = self.score_levels(generator, schedule, exits)
+        exits, sigma, noise = exits[self.own], levels[self.own], self.noise(shape, generator)
+        scores = self.config.scores
+        plain = self.share_above(levels, scores.unguided_share, scores.unguided_above, generator)
+        shown = self.share_above(levels, scores.clip_share, scores.clip_above, generator)
         negative = self.config.scores.negative_prompt
         for rows in self.rows:
             part = None if clips is None else clips[rows].to(self.device)
@@ -354,31 +411,58 @@ class Distillation:
                 condition,
                 Condition(*self.texts([negative] * len(condition.context)), first),
                 part,
+                schedule,
                 exits[rows],
                 for_all,
                 [each[rows].to(self.device) for each in chain],
                 sigma[rows].to(self.device),
                 noise[rows].to(self.device),
+                scores.guidance_scale if plain is None else self.guidance(plain[rows]),
+                None if shown is None else shown[rows].to(self.device),
             )
+
+    def guidance(self, plain: Tensor) -> Tensor:
+        """The teacher's guidance for each sample, (B, 1, 1, 1, 1): 1 where it is plain."""
+        scale = torch.full(plain.shape, self.config.scores.guidance_scale)
+        return scale.masked_fill(plain, 1.0)[:, None, None, None, None].to(self.device)
 
     def sample_student(self, batch: Batch) -> Tensor:
         """Samples of the student, (B, C, T, H, W)."""
         student = self.config.student
-        chain = (self.schedule, batch.exits, batch.chain, student.deterministic, batch.for_all)
+        chain = (batch.schedule, batch.exits, batch.chain, student.deterministic, batch.for_all)
         with self.autocast():
             return roll_out(self.student, batch.condition, *chain, student.truncate_gradient)
 
     # Randomness is drawn for the whole batch: a process takes its own samples of it.
 
-    def exits(self, how: str, generator: torch.Generator) -> Tensor:
-        """At which step each sample of the whole batch leaves the chain, (B,)."""
-        return draw_exits(self.config.batch_size, len(self.schedule), how, generator)
+    def draw_schedule(self, generator: torch.Generator) -> Schedule:
+        """The student's steps for one update."""
+        if len(self.schedules) == 1:
+            return self.schedule
+        return self.schedules[int(torch.randint(len(self.schedules), (), generator=generator))]
 
-    def score_levels(self, generator: torch.Generator) -> Tensor:
+    def exits(self, how: str, generator: torch.Generator, first: int = 0) -> Tensor:
+        """At which step from `first` on each sample of the whole batch leaves the chain, (B,)."""
+        steps = len(self.schedule) - first
+        return first + draw_exits(self.config.batch_size, steps, how, generator)
+
+    def score_levels(self, generator: torch.Generator, schedule: Schedule, exits: Tensor) -> Tensor:
+        """Noise levels at which the whole batch is compared, (B,)."""
         scores, batch = self.config.scores, self.config.batch_size
         bounds = (scores.lowest, scores.highest)
-        sigma = sample_score_sigmas(batch, scores.shift, bounds, generator, scores.clamp)
-        return sigma[self.own]
+        # Phased DMD, arXiv:2510.27684, and TDM, arXiv:2503.06674: what the next step's noise hides
+        # need not be right yet. Of the last exit, whose next level is 0, all levels are compared.
+        above = schedule.sigmas[exits + 1] if scores.phased else None
+        return sample_score_sigmas(batch, scores.shift, bounds, generator, scores.clamp, above)
+
+    def share_above(
+        self, levels: Tensor, share: float, lowest: float, generator: torch.Generator
+    ) -> Tensor | None:
+        """A share, by chance, of the samples above a noise level: (B,) bool; None for no share."""
+        if not share:
+            return None
+        drawn = torch.rand(len(levels), generator=generator) < share
+        return (drawn & (levels > lowest))[self.own]
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         noise = torch.randn(self.config.batch_size, *shape, generator=generator)
@@ -556,9 +640,21 @@ def peak_memory_gb(device: torch.device) -> float:
     return peak.get("cuda", peak["process"]) / 1e9
 
 
-def student_schedule(config: DistillConfig) -> Schedule:
-    student = config.student
-    return few_step_schedule(student.timesteps, student.table_shift, student.warp)
+def student_schedules(config: DistillConfig) -> list[Schedule]:
+    """The student's steps, for each of its lists.
+
+    Raises:
+        WanError: a list is wrong; or its second step leaves no room above it for the scores.
+    """
+    student, scores = config.student, config.scores
+    found = [few_step_schedule(one, student.table_shift, student.warp) for one in student.lists]
+    next_level = max(float(schedule.sigmas[1]) for schedule in found)
+    if scores.phased and next_level >= scores.highest:
+        raise WanError(
+            f"scores.phased=true: the second step is at noise level {next_level:g}, and scores are "
+            f"compared up to scores.highest={scores.highest:g}; give a higher one, or lower steps"
+        )
+    return found
 
 
 def latent_shape(config: DistillConfig, settings: PipelineConfig) -> tuple[int, int, int, int]:

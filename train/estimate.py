@@ -95,9 +95,23 @@ class TrainingRun:
         Several GPUs run as far as any of their samples goes: to the end, unless all exit together.
         """
         config, steps = self.config, len(self.config.student.timesteps)
+        return mean_forwards(steps, config.student.exits) if self.exit_together else steps
+
+    @property
+    def exit_together(self) -> bool:
+        """Whether no sample runs further than its own exit."""
+        config = self.config
+        shared = config.student.exits == "shared"
+        return config.machines.num_gpus == 1 or shared or config.batch_size == 1
+
+    @property
+    def chain_on_policy(self) -> float:
+        """Forwards of a sample up to a state of its own, from which the teacher shows the way."""
+        config, steps = self.config, len(self.config.student.timesteps)
+        if not config.on_policy.weight:
+            return 0.0
         exits = config.student.exits
-        together = config.machines.num_gpus == 1 or exits == "shared" or config.batch_size == 1
-        return mean_forwards(steps, exits) if together else steps
+        return mean_forwards(steps - 1, exits) if self.exit_together else steps - 1
 
     @property
     def student_forwards(self) -> int:
@@ -152,16 +166,21 @@ def iteration_flops(run: TrainingRun) -> dict[str, float]:
     matching, chain = run.matching, run.chain
     through = 1 if config.student.truncate_gradient else chain
     share = 1 / config.scores.critic_ratio if matching else 1.0
-    terms = matching * through + bool(run.num_pairs)
+    on_policy = bool(config.on_policy.weight)
+    terms = matching * through + bool(run.num_pairs) + on_policy
+    chains = (chain + share * (chain - through)) * matching + share * run.chain_on_policy
+    views = (1 + run.guidance) * matching
+    if on_policy:
+        views += config.on_policy.steps * (1 + (config.on_policy_guidance != 1))
     return {
-        "student forward (chain)": student.forward * (chain + share * (chain - through)) * matching,
+        "student forward (chain)": student.forward * chains,
         "student forward (with gradient)": student.forward * share * terms,
         "student backward": student.backward * share * terms,
         "student recomputed": student.recompute * share * terms,
         "critic forward": critic.forward * (1 + share) * matching,
         "critic backward": critic.backward * matching,
         "critic recomputed": critic.recompute * matching,
-        "teacher forward": teacher.forward * (1 + run.guidance) * share * matching,
+        "teacher forward": teacher.forward * views * share,
     }
 
 

@@ -34,10 +34,20 @@ def flow_matching_loss(velocity: Tensor, target: Tensor, weight: Tensor | None =
     Source: Lipman et al., arXiv:2210.02747, eq. 23, on the straight path.
     Args:
         velocity, target: (B, C, T, H, W).
-        weight: (B, 1, T, 1, 1), 0 for frames that are given rather than predicted; None weighs all
-            alike. The mean is over what counts.
+        weight: as in `mean_squared_error`.
     """
-    error = (velocity.float() - target.float()).square()
+    return mean_squared_error(velocity, target, weight)
+
+
+def mean_squared_error(x: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean of (x - target)^2 over what counts, in float32.
+
+    Args:
+        x, target: (B, C, T, H, W).
+        weight: (B, 1, T, 1, 1), 0 for frames that are given rather than predicted; None weighs all
+            alike.
+    """
+    error = (x.float() - target.float()).square()
     if weight is None:
         return error.mean()
     weight = weight.expand_as(error)
@@ -94,6 +104,7 @@ def sample_score_sigmas(
     bounds: tuple[float, float],
     generator: torch.Generator,
     clamp: bool = True,
+    above: Tensor | None = None,
 ) -> Tensor:
     """Noise levels (B,) for scores: uniform, shifted towards high noise, within bounds.
 
@@ -101,6 +112,7 @@ def sample_score_sigmas(
         bounds: lowest and highest level.
         clamp: move what falls outside onto the bounds, as FastVideo does (at shift 5, 9 % of all
             draws land on 0.98); False draws uniformly from what falls inside.
+        above: (B,), below the highest level: each sample's is drawn from there up.
     Raises:
         WanError: bounds that are not 0 < lowest < highest < 1.
     """
@@ -108,11 +120,13 @@ def sample_score_sigmas(
     if not 0 < lowest < highest < 1:
         raise WanError(f"noise levels from {lowest} to {highest}: need 0 < lowest < highest < 1")
     uniform = torch.rand(batch, generator=generator)
-    if clamp:
-        return shift_sigmas(uniform, shift).clamp(lowest, highest)
+    low = torch.zeros(()) if above is None else above
+    high = torch.ones(())
+    if not clamp:
+        low, high = low.clamp(min=lowest), torch.tensor(highest)
     # The shift's inverse is the shift by 1 / shift.
-    low, high = shift_sigmas(torch.tensor([lowest, highest]), 1 / shift)
-    return shift_sigmas(low + uniform * (high - low), shift)
+    low, high = shift_sigmas(low, 1 / shift), shift_sigmas(high, 1 / shift)
+    return shift_sigmas(low + uniform * (high - low), shift).clamp(lowest, highest)
 
 
 def adversarial_loss(logits: Tensor) -> Tensor:

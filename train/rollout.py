@@ -28,7 +28,12 @@ def predict_x0(dit: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -
 
 
 def guided_x0(
-    dit: nn.Module, x: Tensor, sigma: Tensor, condition: Condition, null: Condition, scale: float
+    dit: nn.Module,
+    x: Tensor,
+    sigma: Tensor,
+    condition: Condition,
+    null: Condition,
+    scale: float | Tensor,
 ) -> Tensor:
     """What `predict_x0` gives, with classifier-free guidance: see `guided_velocity`."""
     velocity = guided_velocity(dit, x, NUM_TIMESTEPS * sigma, condition, null, scale)

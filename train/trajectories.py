@@ -3,7 +3,7 @@
 Source: DMD, arXiv:2311.18828, section 3.3 (pairs of noise and result); CausVid, arXiv:2412.07772,
 section 4.3 (states on the way as well, one per step of the student).
 
-N trajectories, K steps of the student; latents (C, T, H, W).
+N trajectories, K noise levels of the student; latents (C, T, H, W).
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Teacher samples: the state at each of the student's noise levels, and the end.
+    """Teacher samples: the state at each of K noise levels, falling, and the end.
 
     States are the inputs of the network, which with UniPC are predicted and not corrected.
     They stay on the disk, (K + 1, C, T, H, W) float16 each: for a large model they are more than
@@ -42,10 +42,15 @@ class Trajectories:
     captions: list[str]
     keys: list[str]
     store: TensorStore
+    levels: list[float]
 
-    def batch(self, numbers: Sequence[int], steps: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """State at one step, (B,), of each chosen trajectory, its end and its caption; float32."""
+    def batch(self, numbers: Sequence[int], sigmas: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+        """State of each chosen trajectory at one of the levels, (B,), its end and its caption.
+
+        States and ends are (B, C, T, H, W) float32.
+        """
         paths = torch.stack([self.store.read(self.keys[i]) for i in numbers])  # (B, K + 1, ...)
+        steps = (torch.tensor(self.levels) - sigmas.cpu()[:, None]).abs().argmin(1)
         states = paths[torch.arange(len(numbers)), steps]
         return states.float(), paths[:, -1].float(), [self.captions[i] for i in numbers]
 
@@ -65,6 +70,31 @@ def grid_through(levels: Sequence[float], steps: int, shift: float) -> Schedule:
     sigmas = torch.tensor([*sorted({*kept, *levels}, reverse=True), 0.0])
     description = f"{len(sigmas) - 1} steps, shift {shift:g}, through the student's levels"
     return Schedule(sigmas[:-1] * NUM_TIMESTEPS, sigmas, description)
+
+
+def follow_flow(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    steps: int,
+    shift: float,
+) -> Tensor:
+    """Where Euler steps lead from states that have noise levels of their own: (B, C, T, H, W).
+
+    The idea is pi-Flow's, arXiv:2510.14974: a teacher shown the student's own states, which its
+    trajectories may never pass through, corrects what is wrong in them.
+
+    Args:
+        velocity: (x, noise levels (B,)) -> the velocity of a teacher.
+        sigmas: (B,), the levels of the states x.
+        steps: as many for each sample, of equal length before the shift.
+        shift: of the levels between, as in `wan.sampling.schedule.shift_sigmas`.
+    """
+    points = shift_sigmas(sigmas, 1 / shift)
+    for i in range(steps):
+        now, then = (shift_sigmas(points * (1 - j / steps), shift) for j in (i, i + 1))
+        x = x + (then - now)[:, None, None, None, None] * velocity(x, now)
+    return x
 
 
 @torch.no_grad()
@@ -135,4 +165,4 @@ def sample_trajectories(
         store = open_to_read(folder, NAME)
         with ranks.together():  # so long nobody else may change what is there
             pass
-    return Trajectories(list(captions), keys, store)
+    return Trajectories(list(captions), keys, store, list(levels))

@@ -24,7 +24,7 @@ from train.conditioning import (
     transformer_digest,
 )
 from train.data import open_data, world_texts
-from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedule
+from train.dmd import Clips, Distillation, Networks, latent_shape, student_schedules
 from train.estimate import TrainingRun, estimate_that_fits, format_estimate
 from train.kept import KeptRun
 from train.loop import LORA_STARTS, START_DIGEST, check_apart, run_training
@@ -114,7 +114,7 @@ def open_source(
 
 def student_settings(config: DistillConfig, settings: PipelineConfig) -> PipelineConfig:
     """The pipeline's settings with the student in the teacher's place."""
-    schedule = student_schedule(config)
+    schedule = student_schedules(config)[0]
     return replace(
         settings,
         class_name=FEW_STEP,
@@ -307,7 +307,7 @@ def with_lora_ranks(config: DistillConfig, transformer: DiTConfig) -> DistillCon
 
 
 def distill(config: DistillConfig) -> int:
-    student_schedule(config)  # refuses a wrong list before anything is loaded
+    student_schedules(config)  # refuses a wrong list before anything is loaded
     if config.plan:
         with doing("estimating what the run takes"):
             estimate = format_estimate(estimate_that_fits(training_run(config)))
@@ -493,7 +493,7 @@ def make_trajectories(
         digests: of the teacher's transformer and of the text encoder.
     """
     config, regression = run.config, run.config.regression
-    levels = run.schedule.sigmas[:-1].tolist()
+    levels = sorted({s for one in run.schedules for s in one.sigmas[:-1].tolist()}, reverse=True)
     identity = [
         *digests,
         asdict(config.score_attention),

@@ -98,7 +98,7 @@ class Halves(Protocol):
         ...
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: v_u + g (v_c - v_u). Source: arXiv:2207.12598, eq. 6."""
     return unconditional + scale * (conditional - unconditional)
 
@@ -120,15 +120,16 @@ def guided_velocity(
     timestep: Tensor,
     condition: Condition,
     null: Condition,
-    scale: float,
+    scale: float | Tensor,
 ) -> Tensor:
     """The velocity under classifier-free guidance; both forwards run as one batch.
 
     Args:
         null: the same samples with the negative (mostly the empty) caption.
-        scale: weight g in v_u + g (v_c - v_u); with 1 a single forward pass is enough.
+        scale: weight g in v_u + g (v_c - v_u), for all samples or (B, 1, 1, 1, 1) for each; with
+            the number 1 a single forward pass is enough.
     """
-    if scale == 1:
+    if not isinstance(scale, Tensor) and scale == 1:
         return predict_velocity(network, x, timestep, condition)
     both = condition.joined(null)
     doubled = predict_velocity(network, torch.cat([x, x]), torch.cat([timestep, timestep]), both)
