@@ -54,6 +54,10 @@ class DataConfig(Options):
     repeat_circling: int = count(
         1, "for the world: how often an epoch has each clip with a circling object, the hard motion"
     )
+    two_objects: float = share(0.4, "for the world: share of scenes with two objects")
+    passes: int | None = option(
+        None, "for the world: after so many epochs, new scenes take the clips' place", at_least=1
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.folder, str):

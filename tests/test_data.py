@@ -62,6 +62,31 @@ def test_the_world_is_encoded_once_and_said_in_many_ways(vae, tmp_path):
     assert torch.equal(again.latents, cache.latents)
 
 
+def test_new_scenes_take_the_place_of_old_ones_after_their_passes(vae, tmp_path):
+    cache = world_cache(vae, tmp_path, num_clips=4, seed=5, passes=2)  # four batches of two
+    seen = [cache.batch(step, 2, seed=0)[0] for step in range(9)]
+    first, second, third = (
+        torch.stack(part).flatten(0, 1) for part in (seen[:4], seen[4:8], seen[8:])
+    )
+    stays = world_cache(vae, tmp_path, num_clips=4, seed=5)
+    assert torch.equal(first, torch.cat([stays.batch(step, 2, seed=0)[0] for step in range(4)]))
+    assert len(first.unique(dim=0)) == len(second.unique(dim=0)) == 4
+    assert not (second[:, None] == first[None]).flatten(2).all(2).any()
+    assert not (third[:, None] == second[None]).flatten(2).all(2).any()
+    # Whoever begins in the third generation, after a resume, gets the same; it is all on the disk.
+    later = world_cache(vae, tmp_path, num_clips=4, seed=5, passes=2)
+    assert torch.equal(later.batch(8, 2, seed=0)[0], seen[8])
+    twice = world_cache(vae, tmp_path, num_clips=8, seed=5)  # the same endless list of scenes
+    torch.testing.assert_close(twice.latents[4:], later.renewal.clips(1).latents)
+
+
+def test_more_scenes_have_two_objects_if_asked(vae, tmp_path):
+    for share, number in ((0.0, 1), (1.0, 2)):
+        cache = world_cache(vae, tmp_path, num_clips=3, seed=0, two_objects=share)
+        texts = [cache.caption_of(i, random.Random(0)) for i in range(3)]
+        assert [1 + (" and " in text) for text in texts] == [number] * 3, texts
+
+
 def test_another_autoencoder_finds_another_cache(vae, tmp_path):
     world_cache(vae, tmp_path, num_clips=1, seed=0)
     torch.manual_seed(1)

@@ -38,7 +38,7 @@ from train.tensor_cache import TensorStore, key_of, open_to_read
 from wan.errors import WanError
 from wan.files import MAX_RECORD_BYTES, expanded, parse_json, read_bytes, read_sealed
 from wan.miniature.captions import caption
-from wan.miniature.world import Scene, render, sample_scene, scene_rng
+from wan.miniature.world import TWO_OBJECTS, Scene, render, sample_scene, scene_rng
 from wan.models.tokenizer import Tokenizer
 from wan.models.vae import WanVAE
 from wan.pipeline.config import PipelineConfig, part_folder
@@ -92,6 +92,19 @@ class Mixture:
         return numbers
 
 
+@dataclass(frozen=True)
+class Renewal:
+    """How clips are replaced by new ones while training goes on.
+
+    Attributes:
+        passes: epochs before they are.
+        clips: number of the generation, from 1 on -> its clips, which have no renewal.
+    """
+
+    passes: int
+    clips: Callable[[int], "LatentCache"]
+
+
 @dataclass
 class LatentCache:
     """Latents of N clips, their captions, and the order in which they come.
@@ -111,6 +124,7 @@ class LatentCache:
         content: what is told of each folder if it is not.
         sources: the video that each clip was taken from, in folders: samples, captions and copies
             of one video have the same.
+        renewal: how the clips are replaced by new ones; None: they stay.
     """
 
     latents: Tensor | Sequence[Tensor]
@@ -124,6 +138,7 @@ class LatentCache:
     digest: str | None = None
     content: dict[str, Any] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
+    renewal: Renewal | None = None
 
     def __post_init__(self) -> None:
         self.shapes = self.shapes or [tuple(self.latents[0].shape)]
@@ -150,6 +165,11 @@ class LatentCache:
         Raises:
             WanError: there are no clips, or none in a folder that has a weight.
         """
+        if self.renewal is not None:
+            epoch = sum(map(len, self.buckets))
+            generation, step = divmod(step, max(1, self.renewal.passes * epoch // size))
+            if generation:
+                return self.renewal.clips(generation).batch(step, size, seed)
         if not len(self):
             raise WanError("the data has prompts only, and this training needs clips")
         if self.weights and (empty := set(range(len(self.weights))) - self.folders_of_clips()):
@@ -261,15 +281,29 @@ def order_of_turn(shares: tuple[int, ...], turn: int, seed: int) -> list[tuple[i
 
 
 def world_cache(
-    vae: WanVAE, root: Path, num_clips: int, seed: int, repeat_circling: int = 1
+    vae: WanVAE,
+    root: Path,
+    num_clips: int,
+    seed: int,
+    repeat_circling: int = 1,
+    two_objects: float = TWO_OBJECTS,
+    passes: int | None = None,
+    generation: int = 0,
 ) -> LatentCache:
     """Encoded clips of the miniature's world; captions are drawn anew each time a clip is used.
 
     Args:
         root: the folder of all such caches; what is missing there is rendered and encoded first.
         repeat_circling: how often a clip with a circling object comes in an epoch.
+        two_objects: share of scenes with two objects.
+        passes: epochs after which the next generation of scenes takes the place of this one; it is
+            rendered and encoded when its first batch is drawn. None: never.
+        generation: the scenes begin after those of the generations before.
     """
-    scenes = [sample_scene(scene_rng(seed, i), split="train") for i in range(num_clips)]
+    numbers = range(generation * num_clips, (generation + 1) * num_clips)
+    scenes = [
+        sample_scene(scene_rng(seed, i), split="train", two_objects=two_objects) for i in numbers
+    ]
     # The scenes and how one of them is drawn: another version of the world finds another cache.
     drawn = hashlib.sha256(render(scenes[:1]).numpy().tobytes()).hexdigest()
     folder = root / f"world-{digest(vae, [repr(scenes), drawn])}"
@@ -282,12 +316,18 @@ def world_cache(
             shards.append(world_shard(vae, path, part, progress))
             progress.add(start + len(part) - progress.done)
     latents = torch.cat(shards)
-    numbers = list(range(num_clips))
-    circling = [i for i in numbers if any(o.motion == "circling" for o in scenes[i].objects)]
+    circling = [i for i, s in enumerate(scenes) if any(o.motion == "circling" for o in s.objects)]
+
+    @lru_cache(maxsize=1)
+    def later(generation: int) -> LatentCache:
+        given = (vae, root, num_clips, seed, repeat_circling, two_objects)
+        return world_cache(*given, generation=generation)
+
     return LatentCache(
         latents,
         lambda i, rng: caption(scenes[i], rng).text,
-        buckets=[numbers + (repeat_circling - 1) * circling],
+        buckets=[[*range(num_clips)] + (repeat_circling - 1) * circling],
+        renewal=None if passes is None else Renewal(passes, later),
     )
 
 
@@ -342,9 +382,8 @@ def open_data(
         assert cache.tokens_of is not None
         return cache, Texts(cache.tokens_of, device), None
     vae = load_frozen(source, "vae", settings.vae, device, torch.float32)
-    cache = world_cache(
-        vae, expanded(data.cache_dir), data.num_clips, data.seed, data.repeat_circling
-    )
+    clips = (data.num_clips, data.seed, data.repeat_circling, data.two_objects, data.passes)
+    cache = world_cache(vae, expanded(data.cache_dir), *clips)
     return cache, world_texts(settings, source, device, max_text_tokens), vae
 
 

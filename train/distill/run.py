@@ -82,8 +82,8 @@ def world_captions(config: DistillConfig) -> Callable[[int], Clips]:
         captions = []
         for i in range(config.batch_size):
             rng = scene_rng(config.data.seed, step * config.batch_size + i)
-            scene, omit = sample_scene(rng, "train"), omits[i % len(omits)]
-            captions.append(caption(scene, rng, omit).text)
+            scene = sample_scene(rng, "train", two_objects=config.data.two_objects)
+            captions.append(caption(scene, rng, omits[i % len(omits)]).text)
         return Clips(captions)
 
     return draw

@@ -139,15 +139,17 @@ def sample_scene(
     split: str = "train",
     num_objects: int | None = None,
     num_frames: int = NUM_FRAMES,
+    two_objects: float = TWO_OBJECTS,
 ) -> Scene:
     """Draw a scene: factors uniform within the split, start uniform over what keeps it inside.
 
     Args:
         split: "train" has no held-out (shape, colour, motion) triple, in "heldout" every object is
             one, "any" ignores the distinction.
-        num_objects: 1 or 2; None draws 1 in 60 % of scenes. Two objects differ in colour or shape
-            and their boxes stay apart in every frame.
+        num_objects: 1 or 2; None draws it. Two objects differ in colour or shape and their boxes
+            stay apart in every frame.
         num_frames: the clip length during which the objects stay inside.
+        two_objects: chance of two where the number is drawn.
     Raises:
         WanError: unknown split, another number of objects, or more than MAX_FRAMES frames.
     """
@@ -158,7 +160,7 @@ def sample_scene(
     if num_frames > MAX_FRAMES:
         raise WanError(f"num_frames={num_frames}: objects stay inside for at most {MAX_FRAMES}")
     if num_objects is None:
-        num_objects = 2 if rng.random() < TWO_OBJECTS else 1
+        num_objects = 2 if rng.random() < two_objects else 1
     background = rng.choice(tuple(BACKGROUNDS))
     brightness = 1 + rng.uniform(-BRIGHTNESS_JITTER, BRIGHTNESS_JITTER)
     objects = _arrange(
