@@ -22,6 +22,7 @@ import train.dmd as dmd
 from configs.distillation import (
     DistillConfig,
     GANConfig,
+    OnPolicyConfig,
     RegressionConfig,
     ScoreConfig,
     StudentConfig,
@@ -547,9 +548,12 @@ RUNS = {
     },
     "many": {
         "batch_size": 4,
+        "student": StudentConfig(more_timesteps=[[1000, 900, 640]]),
         "gan": GANConfig(0.5, 0.5),
-        "scores": BOTH,
+        # All levels in one bin: the mean of a bin is then that of its parts.
+        "scores": replace(BOTH, lowest=0.81, phased=True, unguided_share=0.5, clip_share=0.5),
         "regression": RegressionConfig(weight=0.5, num_pairs=5, steps=4),
+        "on_policy": OnPolicyConfig(weight=0.5, steps=2),
         "loop": SHORT,
     },
 }

@@ -325,7 +325,6 @@ class Distillation:
             x = states_at_exits(self.student, condition, batch.schedule, *chain)
             sigmas = batch.schedule.sigmas[batch.exits].to(x.device)
             end = follow_flow(velocity, x, sigmas, steps, self.teacher_shift)
-        self.ranks.reshard(self.student, self.teacher)
         with self.autocast():
             x0 = x0_at_exits(self.student, x, condition, batch.schedule, batch.exits)
         check_finite(step, x0_student=x0, x0_teacher=end)
