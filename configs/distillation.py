@@ -233,8 +233,11 @@ class DistillConfig(TransformerTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.dmd_weight or self.regression.weight):
-            raise WanError("dmd_weight=0 and regression.weight=0: nothing would teach the student")
+        if not (self.dmd_weight or self.regression.weight or self.on_policy.weight):
+            raise WanError(
+                "dmd_weight=0, regression.weight=0, on_policy.weight=0: nothing would teach the "
+                "student"
+            )
         if self.on_policy.weight and len(self.student.timesteps) == 1:
             raise WanError(
                 f"on_policy.weight={self.on_policy.weight} with one step: a student's own states "
