@@ -31,15 +31,21 @@ NOTE = (
 
 
 def find_records(folder: Path) -> list[VideoRecord]:
-    """The records of videos in a folder and below it, in the order of their names.
+    """The records of videos in a folder and below it; hidden folders are left out."""
+    below = ((path, path.relative_to(folder).parts) for path in folder.rglob("*.json"))
+    return read_records(
+        path for path, parts in below if not any(part.startswith(".") for part in parts)
+    )
 
-    Hidden folders are left out. A record that is damaged is left out with a line on stderr; JSON
-    files of another kind are no records.
+
+def read_records(paths: Iterable[Path]) -> list[VideoRecord]:
+    """The records of videos among some JSON files, in the order of their names.
+
+    Files of another kind are no records. A video whose record cannot be read is left out with a
+    line on stderr.
     """
     found = []
-    for path in sorted(folder.rglob("*.json")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
+    for path in sorted(set(paths)):
         try:
             values = read_sealed(path)
             if "record_version" in values:
@@ -48,19 +54,6 @@ def find_records(folder: Path) -> list[VideoRecord]:
         except (WanError, OSError) as error:
             if path.with_suffix(".mp4").exists():
                 print(f"{error}; left out", file=sys.stderr)
-    return found
-
-
-def read_records(paths: Iterable[Path]) -> list[VideoRecord]:
-    """Records of videos by name; what cannot be read is left out with a line on stderr."""
-    found = []
-    for path in sorted(set(paths)):
-        try:
-            values = checked(read_sealed(path), path)
-        except (WanError, OSError) as error:
-            print(f"{error}; left out", file=sys.stderr)
-            continue
-        found.append(VideoRecord(path, values, path.with_suffix(".latents.safetensors")))
     return found
 
 
