@@ -46,6 +46,7 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     check: Callable[[str, Any], None] | None = None,
+    several: str = "",
 ) -> Any:
     """A dataclass field with the line that `--help` prints for it and the values that it may have.
 
@@ -53,8 +54,10 @@ def option(
         choices: the texts that are allowed.
         at_least, above, at_most, below: bounds of a number.
         check: called with name and value; raises a WanError for values that it does not allow.
+        several: what to do who gives several values, where a sweep is not the way.
     """
     about: dict[str, Any] = {"help": help, "choices": tuple(choices), "check": check}
+    about["several"] = several
     about |= bounds(at_least, above, at_most, below)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=about)
@@ -76,9 +79,9 @@ def share(default: Any, help: str) -> Any:
     return option(default, help, at_least=0, at_most=1)
 
 
-def seed_option(default: Any, help: str) -> Any:
+def seed_option(default: Any, help: str, several: str = "") -> Any:
     """An `option` that seeds a random stream."""
-    return option(default, help, check=check_seed)
+    return option(default, help, check=check_seed, several=several)
 
 
 @dataclass
@@ -114,6 +117,8 @@ def check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
     check_number(name, value, about.get("low", NO_BOUND), about.get("high", NO_BOUND))
     if about.get("check") is not None:
         about["check"](name, value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise WanError(f"{name}={value}: must be a finite number")
 
 
 def read_config(schema: type[C], cfg: DictConfig) -> C:
@@ -550,9 +555,6 @@ class SampleConfig(LoadingConfig, PartsConfig):
                 f"skip_done=true with seed={RANDOM_SEED}: each run draws other seeds, so that no "
                 "video is found again; give a seed"
             )
-        for name in ("lora_strength", "lora_strength_2"):
-            if not math.isfinite(getattr(self, name) or 0.0):
-                raise WanError(f"{name}={getattr(self, name)}: must be a finite number")
 
 
 def check_text(key: str, text: str) -> None:

@@ -80,13 +80,17 @@ class VAETrainConfig(OptimConfig):
     crop_frames: int = option(
         17, "4k + 1; fewer than a clip has do not teach its later frames", at_least=1, at_most=17
     )
-    whole_clip_steps: int = option(300, "the last steps see whole clips")
+    whole_clip_steps: int = option(300, "the last steps see whole clips", at_least=0)
     whole_clip_batch: int = count(2, "whole clips per step")
     optimizer: str = option("muon", "adamw or muon", choices=OPTIMIZERS)
     lr: float = positive(5e-3, "peak learning rate")
-    warmup: int = option(50, "steps of linear warm-up")
-    foreground_weight: float = option(4.0, "weight of pixels of objects; backgrounds have 1")
-    kl_weight: float = option(1e-4, "weight of the term that pulls latents towards N(0, 1)")
+    warmup: int = option(50, "steps of linear warm-up", at_least=0)
+    foreground_weight: float = option(
+        4.0, "weight of pixels of objects; backgrounds have 1", at_least=0
+    )
+    kl_weight: float = option(
+        1e-4, "weight of the term that pulls latents towards N(0, 1)", at_least=0
+    )
     ema_decay: float = option(
         0.998,
         "decay of the averaged weights that are exported; 0: latest",
@@ -124,8 +128,8 @@ class TextEncoderTrainConfig(OptimConfig):
     batch_size: int = option(64, "captions per step", at_least=16)  # a quarter of them hide words
     optimizer: str = option("adamw", "adamw or muon", choices=OPTIMIZERS)
     lr: float = positive(2e-3, "peak learning rate")
-    warmup: int = option(100, "steps of linear warm-up")
-    word_weight: float = option(0.2, "weight of guessing hidden words")
+    warmup: int = option(100, "steps of linear warm-up", at_least=0)
+    word_weight: float = option(0.2, "weight of guessing hidden words", at_least=0)
     probe_captions: int = count(2000, "captions behind each measured number")
 
 
@@ -136,7 +140,7 @@ class LoRAConfig(Options):
     GROUP: ClassVar[str] = "lora."
 
     rank: int = option(0, "0 trains all weights, or what start= has", at_least=0)
-    alpha: float | None = option(None, "the LoRA is scaled by alpha / rank; null: rank, so by 1")
+    alpha: float | None = positive(None, "the LoRA is scaled by alpha / rank; null: rank, so by 1")
     start: str | None = option(None, "a LoRA file to go on with: its layers, ranks and alpha")
 
     def __post_init__(self) -> None:
@@ -170,7 +174,9 @@ class TransformerTrainConfig(OptimConfig):
         1, "parts of a step's clips that are computed one after another; batch_size counts all"
     )
     first_frame_share: float = share(0.0, "share of batches with a clean first frame (TI2V)")
-    weight_decay: float = option(0.01, "weight decay of matrices; other weights have none")
+    weight_decay: float = option(
+        0.01, "weight decay of matrices; other weights have none", at_least=0
+    )
     max_text_tokens: int = option(
         512,
         "captions are cut there, with a warning; transformers read 512 tokens",
@@ -200,7 +206,7 @@ class FinetuneConfig(TransformerTrainConfig):
     caption_dropout: float = share(0.1, "share of clips trained without their caption")
     optimizer: str = option("muon", "adamw or muon", choices=OPTIMIZERS)
     lr: float = positive(1e-3, "peak learning rate")
-    warmup: int = option(100, "steps of linear warm-up")
+    warmup: int = option(100, "steps of linear warm-up", at_least=0)
     ema_decay: float = option(
         0.999,
         "decay of the averaged weights that are exported; 0: latest",
@@ -211,7 +217,7 @@ class FinetuneConfig(TransformerTrainConfig):
         0, "for the world: captions sampled and read at each save", at_least=0
     )
     validation_steps: int = count(12, "Euler steps of those samples")
-    validation_guidance: float = option(3.0, "guidance of those samples")
+    validation_guidance: float = option(3.0, "guidance of those samples", at_least=0)
     validation_clips: int = option(
         0,
         "for data.kind=folder: clips that are not trained on; their loss is measured at each save",

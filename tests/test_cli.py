@@ -89,6 +89,14 @@ def test_a_prompt_is_a_single_text_in_a_sweep(text):
     assert runs[1].title == "seed=1, steps=8"
 
 
+@pytest.mark.parametrize("text", ["1e5", "12e4567", "0012", "1_000", "TRUE", "inf", "-0"])
+def test_a_text_that_looks_like_a_number_stays_as_typed(text):
+    """A commit, or the name of a branch."""
+    assert one(f"revision={text}").config.revision == text
+    runs = compose_runs(SAMPLE, [f"revision=a,{text}"], sweep=True)
+    assert [run.config.revision for run in runs] == ["a", text]
+
+
 def test_a_text_survives_a_real_shell_and_process(tmp_path):
     script = tmp_path / "echo.py"
     script.write_text(
@@ -179,7 +187,7 @@ def test_paths_can_be_swept():
         (["timesteps=[500,1000]"], ["must go down", "[1000.0, 500.0]"]),
         (["timesteps=[1000,1000]"], ["must go down"]),
         (["timesteps=[1001]"], ["up to 1000"]),
-        (["timesteps=[nan]"], ["up to 1000"]),
+        (["timesteps=[nan]"], ["timesteps=nan", "finite"]),
         (["timesteps=[1000,0]"], ["above 0"]),
         (["timesteps=[a]"], ["timesteps", "must be a list of numbers"]),
         (["seed=-2"], ["seed=-2", "from 0", "-1 draws a random one"]),
@@ -200,6 +208,15 @@ def test_paths_can_be_swept():
         (["offload=all"], ["offload=all", "stage"]),
         (["contact_sheet=maybe"], ["contact_sheet=maybe", "true or false"]),
         (["checkpoint="], ["checkpoint= is empty"]),
+        (["verify=3"], ["verify=3", "must be true or false"]),
+        (["deterministic=-1"], ["deterministic=-1", "true or false, or null"]),
+        (["timesteps=[[1000]]"], ["timesteps=[[1000]]", "must be a list of numbers"]),
+        (["timesteps=[{a: 1}]"], ["timesteps=", "must be a list of numbers"]),
+        (["timesteps.x=1"], ["unknown option timesteps.x=", "did you mean timesteps="]),
+        (["sampler=dmd3", "sampler.timesteps.x=1"], ["timesteps.x=1", "--help"]),
+        (["output_dir=null"], ["output_dir=null", "must be a text"]),
+        (["lora_strength=nan"], ["lora_strength=nan", "finite"]),
+        (["seed@x=1"], ["seed@x=", "--help"]),
         (["~seed"], ["'~seed'"]),
         (["~seed=1"], ["cannot be removed"]),
         (["hydra.run.dir=x"], ["output_dir="]),
