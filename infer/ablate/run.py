@@ -33,6 +33,7 @@ from infer.evaluate.queue import (
 )
 from infer.evaluate.store import Missing, StoredClips, keep_clip
 from infer.evaluate.video_distance import flicker, psnr, ssim
+from infer.gallery.records import MEASURES_FILE
 from infer.loading import digests_of, sampling
 from infer.machine import writable_folder
 from infer.measure.run import Store, Towers, Video, measure
@@ -353,7 +354,7 @@ def ablate(run: Run[AblateConfig]) -> int:
         measured = None
         if towers is not None and stored:
             clips = [Video(cell.video(0), cell.prompt or "") for cell in stored]
-            measured = measure(clips, towers, Store(folder / "measures.json"))
+            measured = measure(clips, towers, Store(folder / MEASURES_FILE))
         with doing("writing the report"):
             report = write_report(config, stored, failed, folder, measured) if stored else None
         return conclude(report, failed, "cells", folder)

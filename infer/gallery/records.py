@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.diff.records import VideoRecord, checked
-from infer.gallery.page import SEED, Clip, Page, axes_of, setting_of, write_page
+from infer.gallery.page import SEED, Clip, Measure, Page, axes_of, setting_of, write_page
 from wan.errors import WanError, shortened, visible
 from wan.files import read_sealed, write_text
 from wan.settings import is_of
@@ -28,6 +28,17 @@ NOTE = (
     "bit for bit. Start it where the page was made, or, if the folder was named in full, in that "
     "folder."
 )
+
+
+# What infer.measure takes of a video, and the file that keeps it.
+MEASURES = {
+    "text": Measure("text agreement", ".2f"),
+    "text_rank": Measure("own prompt", ".1%"),
+    "consistency": Measure("consistency", ".2f"),
+    "motion": Measure("motion, %/s", ".2f"),
+}
+MEASURES_FILE = "measures.json"
+MEASURES_NOTE = f"Measures are those of {MEASURES_FILE}, which infer.measure wrote and explains."
 
 
 def find_records(folder: Path) -> list[VideoRecord]:
@@ -127,11 +138,61 @@ def page_of(records: Sequence[VideoRecord], folder: Path, title: str) -> Page:
     common = {name: value for name, value in common.items() if name not in decided}
     if len({record.values["prompt"] for record in records}) == 1:
         common = {"prompt": str(records[0].values["prompt"])} | common
+    measured = measures_of(records, folder)
+    measures = [name for name in MEASURES if any(name in own for own in measured)]
     clips = [
-        clip_of(record, folder, {name: text(own.get(name)) for name in varied})
-        for record, own in zip(records, settings, strict=True)
+        clip_of(
+            record,
+            folder,
+            {name: text(own.get(name)) for name in varied},
+            [values.get(name) for name in measures],
+        )
+        for record, own, values in zip(records, settings, measured, strict=True)
     ]
-    return Page(title, clips, [NOTE], common, aspect=aspect_of(records))
+    return Page(
+        title,
+        clips,
+        [NOTE, *([MEASURES_NOTE] if measures else [])],
+        common,
+        [MEASURES[name] for name in measures],
+        aspect=aspect_of(records),
+    )
+
+
+def measures_of(records: Sequence[VideoRecord], folder: Path) -> list[dict[str, float]]:
+    """The numbers that infer.measure has stored of each video, by measure.
+
+    They are looked for in `folder`, and in the folders from there down to the video's own: the
+    first that knows the video says them. A file that cannot be read is named on stderr.
+    """
+    files: dict[Path, dict[str, Any]] = {}
+
+    def stored(place: Path) -> dict[str, Any]:
+        if place not in files:
+            file, files[place] = place / MEASURES_FILE, {}
+            try:
+                videos = read_sealed(file).get("videos") if file.is_file() else {}
+                files[place] = videos if isinstance(videos, dict) else {}
+            except (WanError, OSError) as error:
+                print(f"{error}; no measures are shown from it", file=sys.stderr)
+        return files[place]
+
+    found = []
+    for record in records:
+        video = record.path.with_suffix(".mp4")
+        places = [one for one in reversed(video.parents) if one.is_relative_to(folder)]
+        entries = (stored(one).get(video_name(video, one)) for one in places)
+        entry = next((one for one in entries if isinstance(one, dict)), {})
+        values = {name: entry[name].get("value") for name in entry if isinstance(entry[name], dict)}
+        found.append({n: v for n, v in values.items() if is_of(float, v)})
+    return found
+
+
+def video_name(video: Path, folder: Path) -> str:
+    """How the measures of a folder call a video: by its path from there, or by its name alone."""
+    video, folder = video.absolute(), folder.absolute()
+    name = video.relative_to(folder).as_posix() if video.is_relative_to(folder) else video.name
+    return name.encode("utf-8", "backslashreplace").decode()  # any name that a disk may have
 
 
 def chosen_by_nobody(
@@ -162,7 +223,12 @@ def source_of(record: VideoRecord, name: str) -> str:
     return str(entry.get("from")) if isinstance(entry, dict) else ""
 
 
-def clip_of(record: VideoRecord, folder: Path, settings: Mapping[str, str]) -> Clip:
+def clip_of(
+    record: VideoRecord,
+    folder: Path,
+    settings: Mapping[str, str],
+    measures: Sequence[float | None],
+) -> Clip:
     """One record as a clip of the page in `folder`; no absolute path is written there."""
     values = record.values
     video: Path | None = record.path.with_suffix(".mp4")
@@ -180,6 +246,7 @@ def clip_of(record: VideoRecord, folder: Path, settings: Mapping[str, str]) -> C
         video,
         why,
         seconds=stages.get("total"),
+        measures=measures,
         facts=[fact for fact in facts_of(values, stages, status) if fact[1]],
         command=shlex.join(["python", "-m", "infer.rerun", name]),
     )
