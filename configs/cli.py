@@ -41,7 +41,7 @@ from configs.command_line import (
     short_key,
     takes_texts,
 )
-from configs.progress import progress_shown
+from configs.progress import progress_shown, reading_settings
 from configs.schema import check_text, read_config, walk_options
 from configs.start import interrupt_from_now_on
 from wan.errors import WanError, shortened, visible
@@ -195,7 +195,8 @@ def execute(main: Main, line: CommandLine, description: str, arguments: Sequence
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
-            runs = read_arguments(line, description, arguments)
+            with progress_shown("progress=false" not in arguments), reading_settings():
+                runs = read_arguments(line, description, arguments)
             for number, one in enumerate(runs, 1):
                 if one.title:
                     print(f"[{number}/{len(runs)}] {one.title}", file=sys.stderr)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -212,6 +212,11 @@ def doing(what: str, quiet: bool = False) -> Iterator[None]:
         yield
     finally:
         STATUS.end(activity)
+
+
+def reading_settings() -> AbstractContextManager[None]:
+    """Surrounds the reading of a command's settings, which is said on a terminal only."""
+    return doing("reading the settings", quiet=not on_terminal())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from configs.progress import doing
+from configs.progress import STATUS, doing
 from configs.rehearsal import RehearseConfig
 from infer.machine import environment
 from infer.parity.models import reference
@@ -114,6 +114,7 @@ def sample_options(config: RehearseConfig, model: Path, videos: Path) -> list[st
         *values,
         *steps,
         "preflight=always",
+        f"progress={str(STATUS.wanted).lower()}",
         f"output_dir={videos}",
     ]
 
