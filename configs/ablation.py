@@ -9,6 +9,7 @@ from configs.evaluation import SPLITS, EvaluateConfig, RunConfig, question_of
 from configs.measurement import MEASURES, MeasuringConfig
 from configs.schema import (
     MAX_STEPS,
+    SAMPLERS,
     LoadingConfig,
     Options,
     SamplerConfig,
@@ -31,7 +32,7 @@ class GridConfig(Options):
     """
 
     attention: list[str] = option([], "names of attentions, or of variants; empty: sdpa")
-    sampler: list[str | None] = option([], "names of samplers")
+    sampler: list[str | None] = option([], "names of samplers", choices=SAMPLERS)
     shift: list[float | None] = option([], "shifts of the noise levels", above=0)
     guidance_scale: list[float | None] = option([], "weights of the prompt", at_least=1)
     steps: list[int | None] = option(
@@ -64,7 +65,7 @@ class ReferenceConfig(Options):
     """
 
     checkpoint: str | None = option(None, "a folder or a hub id; none: each model its own")
-    sampler: str | None = option(None, "name of a sampler")
+    sampler: str | None = option(None, "name of a sampler", choices=SAMPLERS)
     steps: int | None = option(
         50,
         "network evaluations; null: as many as the model is made for",

@@ -13,8 +13,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, get_args
 
@@ -206,7 +207,7 @@ def execute(main: Main, line: CommandLine, description: str, arguments: Sequence
                     except (WanError, OSError) as error:  # the other points of a sweep still run
                         if "--traceback" in arguments:
                             raise
-                        done = report(error)
+                        done = report(error, partial(option_named, line, one))
                 code = max(code, done)
                 if done == INTERRUPTED:
                     return INTERRUPTED
@@ -240,12 +241,16 @@ def read_arguments(line: CommandLine, description: str, arguments: Sequence[str]
     return []
 
 
-def report(error: Exception) -> int:
-    """Print an error on one line; returns the exit code."""
+def report(error: Exception, named: Callable[[str], str] = str) -> int:
+    """Print an error on one line; returns the exit code.
+
+    Args:
+        named: puts in front of a message what it is about.
+    """
     message = error.on_command_line if isinstance(error, WanError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    print("error: " + " ".join(shortened(visible(message)).split()), file=sys.stderr)
+    print("error: " + " ".join(shortened(visible(named(message))).split()), file=sys.stderr)
     return USER_ERROR
 
 
@@ -529,8 +534,35 @@ def _compose_run(
     cfg = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
     config = _read(line, groups, cfg, typed)
     config = _set_texts(config, texts)
+    _check_needs(line, config, given)
     sources = _sources(line.schema, presets) | dict.fromkeys(given, "command line")
     return Run(config, sources, presets, title)
+
+
+def _check_needs(line: CommandLine, config: Any, given: Collection[str]) -> None:
+    """Refuse an option that nothing would read, because another one is not given.
+
+    Raises:
+        WanError: names both.
+    """
+    for name, _, item in walk_options(line.schema):
+        needs = item.metadata.get("needs", ())
+        value = reduce(getattr, name.split("."), config)
+        idle = name in given and needs and value not in (None, False)
+        if idle and not any(getattr(config, other) for other in needs):
+            others = " or ".join(f"{other}=" for other in needs)
+            raise WanError(f"{short_key(line, name)}={value} without {others}: nothing reads it")
+
+
+def option_named(line: CommandLine, run: Run[Any], message: str) -> str:
+    """A message about a file or a folder, with the option that named it in front."""
+    typed = [n for n in option_names(line.schema) if run.sources.get(n) == "command line"]
+    for name in typed:
+        value = reduce(getattr, name.split("."), run.config)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and one and message.startswith(f"{one}: "):
+                return f"{short_key(line, name)}={message}"
+    return message
 
 
 def _check_preset(group: str, name: str) -> None:

@@ -100,7 +100,10 @@ class EvaluateConfig(LoadingConfig, PartsConfig, RunConfig, CaptionSetConfig):
     )
     sheet: str | None = option(None, "also write a PNG with frames of clips that do not match")
     keep_clips: int = option(
-        64, "with output=: clips that are kept as mp4 and shown on the page", at_least=0
+        64,
+        "with output=: clips that are kept as mp4 and shown on the page",
+        at_least=0,
+        needs=("output",),
     )
 
     def __post_init__(self) -> None:

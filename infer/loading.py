@@ -59,7 +59,10 @@ def model_folder(config: LoadingConfig, patterns: Sequence[str] = PATTERNS) -> M
     """
     where = (config.checkpoint, config.revision)
     path = resolve_model(*where, patterns=patterns, variant=config.variant)
-    return ModelFolder.read(path, parts_of(config), config.variant)
+    folder = ModelFolder.read(path, parts_of(config), config.variant)
+    if "transformer_2" in parts_of(config) and folder.config.boundary_ratio is None:
+        raise WanError("transformer_2=: this model has one network, not two experts; leave it out")
+    return folder
 
 
 def parts_of(config: LoadingConfig) -> dict[str, Path]:

@@ -208,6 +208,10 @@ def test_paths_can_be_swept():
         (["offload=all"], ["offload=all", "stage"]),
         (["contact_sheet=maybe"], ["contact_sheet=maybe", "true or false"]),
         (["checkpoint="], ["checkpoint= is empty"]),
+        (["tile=9223372036854775808"], ["tile=9223372036854775808", "2**63 - 1"]),
+        (["sampler.name=eulr"], ["sampler.name=eulr", "euler"]),
+        (["image_fit=resize"], ["image_fit=resize without image= or prompt_file="]),
+        (["lora_strength=0.5"], ["lora_strength=0.5 without lora= or lora_2="]),
         (["verify=3"], ["verify=3", "must be true or false"]),
         (["deterministic=-1"], ["deterministic=-1", "true or false, or null"]),
         (["timesteps=[[1000]]"], ["timesteps=[[1000]]", "must be a list of numbers"]),
@@ -281,6 +285,16 @@ def test_files_that_cannot_be_read_are_user_errors(capsys):
 
     assert execute(main, SAMPLE, "", ["prompt=x"]) == USER_ERROR
     assert capsys.readouterr().err == "error: /nonexistent/file: No such file or directory\n"
+
+
+@pytest.mark.parametrize("file", ["decoder=nowhere/x", "lora=b,nowhere/x"])
+def test_an_error_about_a_file_says_which_option_named_it(file, capsys):
+    def main(run):
+        raise WanError("nowhere/x: no such file or folder")
+
+    option = file.partition("=")[0]
+    assert execute(main, SAMPLE, "", [file]) == USER_ERROR
+    assert capsys.readouterr().err == f"error: {option}=nowhere/x: no such file or folder\n"
 
 
 def test_our_own_bugs_keep_their_traceback():

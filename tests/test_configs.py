@@ -138,6 +138,7 @@ def test_sampler_takes_at_most_one_of_steps_and_timesteps():
 
 def test_seeds_and_choices_are_those_of_the_model():
     assert MAX_SEED == noise.MAX_SEED
+    assert set(schema.SAMPLERS) == set(SAMPLERS)
     assert set(schema.GRIDS) == set().union(*GRIDS.values())
     choices = {item.name: item.metadata["choices"] for item in fields(LoadingConfig)}
     assert choices["offload"] == OFFLOAD

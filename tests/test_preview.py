@@ -253,7 +253,7 @@ def test_a_decoder_of_other_latents_is_refused_before_anything_is_loaded(tiny_fi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["preview_decoder=a.safetensors"], "preview_decoder= without preview=true"),
+        (["preview_decoder=a.safetensors"], "preview_decoder=a.safetensors without preview=:"),
         (["decoder=a.safetensors", "tile=4"], "decoder= and tile=4"),
         (["decoder=a.safetensors"], "a.safetensors: no such file"),
         (["decoder=a.pth"], "pickle"),
