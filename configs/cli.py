@@ -560,7 +560,7 @@ def option_named(line: CommandLine, run: Run[Any], message: str) -> str:
     for name in typed:
         value = reduce(getattr, name.split("."), run.config)
         for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, str) and one and message.startswith(f"{one}: "):
+            if isinstance(one, str) and one and message.startswith((f"{one}: ", f"{one}/")):
                 return f"{short_key(line, name)}={message}"
     return message
 

@@ -281,16 +281,24 @@ class Steps(Activity):
         """
         if self.done <= self._first:
             return ""
+        return f"{duration(max(0.0, self._rest(time.monotonic() if now is None else now)))} left"
+
+    def _rest(self, now: float) -> float:
+        """Seconds that are left; negative where the last of them take longer than the others."""
         each = (self._last - self.started) / (self.done - self._first)
-        since = (time.monotonic() if now is None else now) - self._last
-        return f"{duration(max(0.0, each * (self.total - self.done) - since))} left"
+        return each * (self.total - self.done) - (now - self._last)
 
     def text(self, now: float) -> str:
         text = f"{self.done // self.unit} of {self.total // self.unit} {self.what}"
         if self.done >= self.total:
             return text
         if left := self.left(now):
-            return f"{text}, {left}"
+            late = self._rest(now) < -2
+            return (
+                f"{text}, {duration(now - self._last)} since the last"
+                if late
+                else f"{text}, {left}"
+            )
         seconds = now - self.started
         return text if seconds < 2 else f"{text}, {duration(seconds)}"
 

@@ -35,7 +35,8 @@ def rehearse(config: RehearseConfig) -> int:
         WanError: the disk has no room, the references are not installed, or files cannot be cold.
     """
     if config.compare:
-        reference("diffusers")  # its absence is reported before all work
+        with doing("loading diffusers"):
+            reference("diffusers")  # its absence is reported before all work
     if config.cold and not hasattr(os, "posix_fadvise"):
         raise WanError("cold=true: this system can't be asked to forget a file; leave it out")
     folder = expanded(config.folder)

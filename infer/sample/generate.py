@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.cli import Run
+from configs.progress import doing
 from configs.rerun import typed_options
 from configs.schema import SampleConfig, given_paths, kept_settings
 from infer.loading import (
@@ -264,9 +265,9 @@ def check_memory(
         return None
     if sharing.helps:
         return None
-    memory = estimate_memory(
-        memory_request(requests, all_texts, largest, folder, attention, device, dtype, loras)
-    )
+    what = (requests, all_texts, largest, folder, attention, device, dtype, loras)
+    with doing("estimating the memory", quiet=not sharing.team.is_main):
+        memory = estimate_memory(memory_request(*what))
     host = torch.device("cpu")
     free, free_host = (free_bytes(where) + models.bytes_on(where) for where in (device, host))
     if sharing.together:
@@ -488,7 +489,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
     story.hash(partial(record.__setitem__, "pixels_sha256"), frames)
     if (problem := flaw(frames)) is not None:
         raise BadResultError(f"the video shows nothing: {problem}")
-    with story.stage("write"):
+    with story.stage("write"), doing("writing the video"):
         story.finish_hashes()
         texts = _metadata(request, record) if config.embed_prompt else {}
         info = write_video(files.video, frames, request.fps, texts)
@@ -504,7 +505,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
     if not config.save_latents:
         files.latents.unlink()
     if session.model.digests is not None:
-        with story.stage("hash"):
+        with story.stage("hash"), doing("hashing the weights"):
             record["weights_sha256"] = session.model.digests.result()
     record["stage"] = "end"
     seconds = record["seconds"]
