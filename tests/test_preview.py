@@ -222,6 +222,7 @@ def test_a_tiny_decoder_makes_the_whole_video_and_says_so(
     assert record["settings"]["decoder"]["value"]
     assert "decoder" in record["weights_sha256"]
     assert record["predicted_memory_bytes"]["decode"] > 0
+    assert "vae" not in record["weights"]  # nobody needed it
     assert len(frames_of(path.with_suffix(".gif"))[0]) == 2  # one per latent frame
     # From Python it is the same video, and needs no VAE.
     pipeline = WanDMDPipeline.from_pretrained(wan21_model, vae=None)

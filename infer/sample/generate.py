@@ -25,7 +25,7 @@ from infer.loading import (
     read_loras,
 )
 from infer.machine import environment, writable_folder
-from infer.sample.jobs import Jobs
+from infer.sample.jobs import MAX_CHECKED, Jobs
 from infer.sample.record import (
     IN_COMMENT,
     RECORD_VERSION,
@@ -194,7 +194,8 @@ def prepare(
             requests, all_texts, folder, attention, device, dtype, models, sharing, loras
         )
     try:
-        model = models.get(folder, config, attention, loras, device, sharing)
+        with_vae = config.decoder is None or from_pictures(requests)
+        model = models.get(folder, config, attention, loras, device, sharing, with_vae)
     except torch.OutOfMemoryError as error:
         raise WanError(out_of_memory()) from error
     each = chain(requests[:1], (resolve(job, look=False) for job in islice(jobs.each(), 1, None)))
@@ -326,7 +327,7 @@ def memory_request(
         device=device,
         dtype=dtype,
         attention=attention,
-        has_image=any(request.config.image is not None for request in requests),
+        has_image=from_pictures(requests),
         offload=config.offload,
         quantize=config.quantize,
         chunk_latents=config.chunk_latents,
@@ -334,6 +335,12 @@ def memory_request(
         decoder=None if config.decoder is None else open_tiny_decoder(config.decoder)[0],
         stored=stored_dtypes(folder, changed=loras),
     )
+
+
+def from_pictures(requests: Sequence[Request]) -> bool:
+    """Whether a video may start from a picture; of very many settings not all are looked at."""
+    some = any(request.config.image is not None for request in requests)
+    return some or len(requests) >= MAX_CHECKED
 
 
 def make_video(
