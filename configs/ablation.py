@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, fields, replace
 
 from omegaconf import MISSING
 
-from configs.evaluation import EvaluateConfig, RunConfig, question_of
+from configs.evaluation import SPLITS, EvaluateConfig, RunConfig, question_of
 from configs.measurement import MEASURES, MeasuringConfig
 from configs.schema import (
+    MAX_STEPS,
+    SAMPLERS,
     LoadingConfig,
     Options,
     SamplerConfig,
@@ -15,6 +17,7 @@ from configs.schema import (
     check_seed,
     count,
     option,
+    positive,
     seed_option,
 )
 from wan.errors import WanError
@@ -29,10 +32,18 @@ class GridConfig(Options):
     """
 
     attention: list[str] = option([], "names of attentions, or of variants; empty: sdpa")
-    sampler: list[str | None] = option([], "names of samplers")
-    shift: list[float | None] = option([], "shifts of the noise levels")
+    sampler: list[str | None] = option([], "names of samplers", choices=SAMPLERS)
+    shift: list[float | None] = option([], "shifts of the noise levels", above=0)
     guidance_scale: list[float | None] = option([], "weights of the prompt", at_least=1)
-    steps: list[int | None] = option([], "numbers of network evaluations")
+    steps: list[int | None] = option(
+        [], "numbers of network evaluations", at_least=1, at_most=MAX_STEPS
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, values in vars(self).items():
+            if len(set(values)) < len(values):
+                raise WanError(f"grid.{name}={values}: name each value once")
 
 
 @dataclass
@@ -54,10 +65,15 @@ class ReferenceConfig(Options):
     """
 
     checkpoint: str | None = option(None, "a folder or a hub id; none: each model its own")
-    sampler: str | None = option(None, "name of a sampler")
-    steps: int | None = option(50, "network evaluations; null: as many as the model is made for")
-    shift: float | None = option(None, "shift of the noise levels")
-    guidance_scale: float | None = option(None, "weight of the prompt")
+    sampler: str | None = option(None, "name of a sampler", choices=SAMPLERS)
+    steps: int | None = option(
+        50,
+        "network evaluations; null: as many as the model is made for",
+        at_least=1,
+        at_most=MAX_STEPS,
+    )
+    shift: float | None = positive(None, "shift of the noise levels")
+    guidance_scale: float | None = option(None, "weight of the prompt", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -117,14 +133,20 @@ class AblateConfig(LoadingConfig, MeasuringConfig, RunConfig):
     prompts: list[str] = option(
         [], "from an experiment, used if neither of the two is given", check=check_prompt
     )
-    seed: int = seed_option(0, "the first seed, of noise and, without prompts, of captions")
+    seed: int = seed_option(
+        0,
+        "the first seed, of noise and, without prompts, of captions",
+        several="num_seeds=2 takes seed and seed + 1 into one report; add -m for a report of each",
+    )
     num_seeds: int = count(
         1, "number of seeds: seed, seed + 1, ..; each prompt gets a clip of each"
     )
-    num_captions: int = option(64, "without prompts: captions per seed")
-    num_objects: int = option(1, "without prompts: objects per caption, 1 or 2")
-    split: str = option("heldout", "without prompts: heldout, train or any")
-    batch_size: int = option(8, "without prompts: clips at a time; changes no clip")
+    num_captions: int = count(64, "without prompts: captions per seed")
+    num_objects: int = option(
+        1, "without prompts: objects per caption, 1 or 2", at_least=1, at_most=2
+    )
+    split: str = option("heldout", "without prompts: heldout, train or any", choices=SPLITS)
+    batch_size: int = count(8, "without prompts: clips at a time; changes no clip")
     keep_clips: int = option(
         64, "without prompts: clips of each cell that are kept and shown on the page", at_least=0
     )
@@ -141,14 +163,16 @@ class AblateConfig(LoadingConfig, MeasuringConfig, RunConfig):
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     guidance_scale_2: float | None = option(
-        None, "the same for the second expert of models with two"
+        None, "the same for the second expert of models with two", at_least=0
     )
     negative_prompt: str | None = option(None, "what videos should not show, where guided")
-    max_sequence_length: int | None = option(None, "prompt tokens that are read")
-    height: int | None = option(None, "pixels")
-    width: int | None = option(None, "pixels")
-    num_frames: int | None = option(None, "4k + 1")
-    fps: float | None = option(None, "frames per second of the written videos; none: 8", at_least=1)
+    max_sequence_length: int | None = count(None, "prompt tokens that are read")
+    height: int | None = count(None, "pixels")
+    width: int | None = count(None, "pixels")
+    num_frames: int | None = count(None, "4k + 1")
+    fps: float | None = option(
+        None, "frames per second of the written videos; none: 8", at_least=1, at_most=240
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,17 +13,18 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar, get_args
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from configs.command_line import (
@@ -39,8 +40,9 @@ from configs.command_line import (
     preset_names,
     read_yaml,
     short_key,
+    takes_texts,
 )
-from configs.progress import progress_shown
+from configs.progress import progress_shown, reading_settings
 from configs.schema import check_text, read_config, walk_options
 from configs.start import interrupt_from_now_on
 from wan.errors import WanError, shortened, visible
@@ -49,6 +51,11 @@ C = TypeVar("C")
 
 USER_ERROR = 2
 INTERRUPTED = 130  # what shells report after Ctrl-C
+
+# An entry that Hydra's grammar reads as a number, or as true or false.
+LIKE_NUMBER = re.compile(
+    r"(^|[\[,])\s*([-+]?(?:[\d_.]+(?:e[-+]?[\d_]+)?|nan|inf)|true|false)\s*(?=$|[\],])", re.I
+)
 
 # What other programs call our options; used in hints only.
 FOREIGN_NAMES = {
@@ -189,7 +196,8 @@ def execute(main: Main, line: CommandLine, description: str, arguments: Sequence
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
-            runs = read_arguments(line, description, arguments)
+            with progress_shown("progress=false" not in arguments), reading_settings():
+                runs = read_arguments(line, description, arguments)
             for number, one in enumerate(runs, 1):
                 if one.title:
                     print(f"[{number}/{len(runs)}] {one.title}", file=sys.stderr)
@@ -199,7 +207,7 @@ def execute(main: Main, line: CommandLine, description: str, arguments: Sequence
                     except (WanError, OSError) as error:  # the other points of a sweep still run
                         if "--traceback" in arguments:
                             raise
-                        done = report(error)
+                        done = report(error, partial(option_named, line, one))
                 code = max(code, done)
                 if done == INTERRUPTED:
                     return INTERRUPTED
@@ -233,12 +241,16 @@ def read_arguments(line: CommandLine, description: str, arguments: Sequence[str]
     return []
 
 
-def report(error: Exception) -> int:
-    """Print an error on one line; returns the exit code."""
+def report(error: Exception, named: Callable[[str], str] = str) -> int:
+    """Print an error on one line; returns the exit code.
+
+    Args:
+        named: puts in front of a message what it is about.
+    """
     message = error.on_command_line if isinstance(error, WanError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    print("error: " + " ".join(shortened(visible(message)).split()), file=sys.stderr)
+    print("error: " + " ".join(shortened(visible(named(message))).split()), file=sys.stderr)
     return USER_ERROR
 
 
@@ -260,7 +272,7 @@ def compose_runs(line: CommandLine, tokens: Sequence[str], sweep: bool = False) 
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_FOLDER)):
         groups = preset_groups(line.config_name)
         runs = []
-        for point in _points(overrides, sweep):
+        for point in _points(overrides, line, sweep):
             title = ", ".join(f"{o.key_or_group}={v}" for o, v in point if o.is_sweep_override())
             run = _compose_run(line, point, groups, texts, title)
             runs.append(replace(run, progress=progress))
@@ -364,7 +376,7 @@ def _take_texts(
     tokens: Sequence[str], line: CommandLine, sweep: bool
 ) -> tuple[list[str], dict[str, Text]]:
     """Separate literal texts and paths: (arguments for Hydra, {option: value})."""
-    known = option_names(line.schema)
+    known = {name: kind for name, kind, _ in walk_options(line.schema)}
     rest: list[str] = []
     texts: dict[str, Text] = {}
     for token in tokens:
@@ -383,6 +395,8 @@ def _take_texts(
         if is_path and not value:
             raise WanError(f"{key}= is empty: name a file or a folder, or leave it out")
         if is_path and value == "null":
+            if type(None) not in get_args(known[key]):
+                raise WanError(f"{key}=null: must be {kind_in_words(known[key])}")
             texts[key] = None
         elif is_list or is_one_of_texts:
             entries = split_list(key, value) if is_list else [value]
@@ -411,10 +425,17 @@ def split_list(key: str, value: str) -> list[str]:
 
 
 def _parse(token: str, line: CommandLine) -> Override:
-    """Parse one argument with Hydra's grammar, or raise a WanError with the reason."""
+    """Parse one argument with Hydra's grammar, or raise a WanError with the reason.
+
+    Where a text is meant, what looks like a number stays as it was typed: 1e5 may be a commit.
+    """
     key, _, value = token.partition("=")
+    kinds = {name: kind for name, kind, _ in walk_options(line.schema)}
+    is_text = takes_texts(kinds.get(line_key(line, key))) and not {"'", '"'} & set(value)
+    quoted = LIKE_NUMBER.sub(r'\1"\2"', value) if is_text else value
     try:
-        override = OverridesParser.create().parse_override(token)
+        override = OverridesParser.create().parse_override(f"{key}={quoted}")
+        override.input_line = token
     except HydraException as error:
         raise WanError(
             f"{key}=: cannot read {value!r}; put the value in quotes inside quotes if it is "
@@ -422,6 +443,8 @@ def _parse(token: str, line: CommandLine) -> Override:
         ) from error
     if "${" in value:
         raise WanError(f"{token}: ${{..}} stands for nothing here; write the value itself")
+    if override.package is not None:
+        raise WanError(f"{key}=: no option has an @ in its name; --help lists them")
     if override.type == OverrideType.DEL:
         raise WanError(f"{token}: options cannot be removed, only set")
     if override.key_or_group.startswith("hydra"):
@@ -446,15 +469,18 @@ def _check_once(keys: list[str], line: CommandLine) -> None:
                 raise WanError(f"{both} set the same thing: give only one of them")
 
 
-def _points(overrides: list[Override], sweep: bool) -> Iterator[list[tuple[Override, str]]]:
+def _points(
+    overrides: list[Override], line: CommandLine, sweep: bool
+) -> Iterator[list[tuple[Override, str]]]:
     """Yield every combination of the listed values, as (override, value as Hydra text)."""
+    about = {name: item.metadata for name, _, item in walk_options(line.schema)}
     values: list[list[str]] = []
     for override in overrides:
         if override.is_sweep_override():
             if not sweep:
-                raise WanError(
-                    f"{override.input_line}: one value only; add -m to run one after the other"
-                )
+                key = line_key(line, override.key_or_group)
+                advice = about.get(key, {}).get("several") or "add -m to run one after the other"
+                raise WanError(f"{override.input_line}: one value only; {advice}")
             values.append(list(override.sweep_string_iterator()))
         else:
             values.append([override.get_value_element_as_str()])
@@ -498,7 +524,7 @@ def _compose_run(
         given |= {key, *clears.get(key, ())}
     try:
         cfg = compose(line.config_name, overrides=arguments, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         words = " ".join(f"{short_key(line, key)}={value}" for key, value in typed.items())
         raise WanError(
             f"{words}: cannot be set so; each option is one of those that --help lists, "
@@ -508,8 +534,35 @@ def _compose_run(
     cfg = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
     config = _read(line, groups, cfg, typed)
     config = _set_texts(config, texts)
+    _check_needs(line, config, given)
     sources = _sources(line.schema, presets) | dict.fromkeys(given, "command line")
     return Run(config, sources, presets, title)
+
+
+def _check_needs(line: CommandLine, config: Any, given: Collection[str]) -> None:
+    """Refuse an option that nothing would read, because another one is not given.
+
+    Raises:
+        WanError: names both.
+    """
+    for name, _, item in walk_options(line.schema):
+        needs = item.metadata.get("needs", ())
+        value = reduce(getattr, name.split("."), config)
+        idle = name in given and needs and value not in (None, False)
+        if idle and not any(getattr(config, other) for other in needs):
+            others = " or ".join(f"{other}=" for other in needs)
+            raise WanError(f"{short_key(line, name)}={value} without {others}: nothing reads it")
+
+
+def option_named(line: CommandLine, run: Run[Any], message: str) -> str:
+    """A message about a file or a folder, with the option that named it in front."""
+    typed = [n for n in option_names(line.schema) if run.sources.get(n) == "command line"]
+    for name in typed:
+        value = reduce(getattr, name.split("."), run.config)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and one and message.startswith((f"{one}: ", f"{one}/")):
+                return f"{short_key(line, name)}={message}"
+    return message
 
 
 def _check_preset(group: str, name: str) -> None:
@@ -526,14 +579,32 @@ def _read(
     Args:
         typed: the values of options as they were typed, by full name.
     """
+    _check_kinds(line, cfg, typed)
     try:
         return read_config(line.schema, cfg)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
+        key = next((one for one in typed if one.startswith(f"{key}.")), key)
         known = [*option_names(line.schema), *line.shortcuts, *groups, *COMMON]
         raise WanError(f"unknown option {key}=; {_suggest(key, known)}") from error
     except OmegaConfBaseException as error:
         raise WanError(_wrong_kind(line, str(error.full_key or ""), typed)) from error
+
+
+def _check_kinds(line: CommandLine, cfg: DictConfig, typed: Mapping[str, str]) -> None:
+    """Refuse what OmegaConf would take though it is of another kind.
+
+    Raises:
+        WanError: a number other than 0 and 1 for true or false; a list or settings in a list.
+    """
+    for key, kind, _ in walk_options(line.schema):
+        if key not in typed:
+            continue
+        value = OmegaConf.select(cfg, key)
+        is_count = bool in (kind, *get_args(kind)) and type(value) is int and value not in (0, 1)
+        entries = value if list_of(kind) is not None and isinstance(value, ListConfig) else ()
+        if is_count or any(isinstance(one, Container) for one in entries):
+            raise WanError(_wrong_kind(line, key, typed))
 
 
 def _wrong_kind(line: CommandLine, place: str, typed: Mapping[str, str]) -> str:

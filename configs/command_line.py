@@ -100,6 +100,12 @@ def list_of(kind: Any) -> Any:
     return None
 
 
+def takes_texts(kind: Any) -> bool:
+    """Whether an option takes a text, or a list of them."""
+    entry = kind if list_of(kind) is None else list_of(kind)
+    return get_origin(entry) is not dict and str in (entry, *get_args(entry))
+
+
 def kind_in_words(kind: Any, several: bool = False) -> str:
     """What an option takes, for an error."""
     if (entries := list_of(kind)) is not None:

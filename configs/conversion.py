@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from configs.schema import DTYPES, PARTS, PartsConfig, option, positive
+from configs.schema import DTYPES, PARTS, PartsConfig, count, option, positive
 from wan.errors import WanError
 
 
@@ -18,7 +18,7 @@ class ConvertConfig(PartsConfig):
     output: str = option("", "a folder to make, not there or empty; for a LoRA a .safetensors file")
     layout: str = option("", "diffusers, official or prefixed")
     base: str | None = option(None, "write a LoRA: the transformer that source was trained from")
-    rank: int | None = option(None, "rank of the LoRA's pairs")
+    rank: int | None = count(None, "rank of the LoRA's pairs")
     diffs: bool = option(False, "the LoRA also keeps changed biases, norms and tables, whole")
     device: str = option(
         "cpu",

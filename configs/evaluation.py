@@ -46,7 +46,7 @@ class CaptionSetConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_seed("the last clip's seed", self.seed + self.num_clips - 1)
+        check_seed("seed + num_captions * seeds_per_caption - 1", self.seed + self.num_clips - 1)
         if self.seeds_per_caption > 1 and self.num_objects != 1:
             raise WanError(
                 f"seeds_per_caption={self.seeds_per_caption} with num_objects={self.num_objects}: "
@@ -83,12 +83,15 @@ class EvaluateConfig(LoadingConfig, PartsConfig, RunConfig, CaptionSetConfig):
     negative_prompt: str | None = option(None, "what videos should not show; needs guidance")
     max_sequence_length: int | None = count(None, "text tokens that are read, padding included")
     height: int = option(128, "pixels; the world is square", at_least=64)
-    width: int = option(128, "pixels")
+    width: int = option(128, "pixels", at_least=64)
     num_frames: int = option(
         17, "4k + 1; at least 9, as in fewer frames a circle looks like a line", at_least=9
     )
     fps: float | None = option(
-        None, "ignored, everything is measured per frame; here so that presets can be read"
+        None,
+        "frames per second of the clips that are kept; none: 8. Everything is measured per frame",
+        at_least=1,
+        at_most=240,
     )
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
@@ -97,7 +100,10 @@ class EvaluateConfig(LoadingConfig, PartsConfig, RunConfig, CaptionSetConfig):
     )
     sheet: str | None = option(None, "also write a PNG with frames of clips that do not match")
     keep_clips: int = option(
-        64, "with output=: clips that are kept as mp4 and shown on the page", at_least=0
+        64,
+        "with output=: clips that are kept as mp4 and shown on the page",
+        at_least=0,
+        needs=("output",),
     )
 
     def __post_init__(self) -> None:
@@ -205,8 +211,9 @@ class StudyConfig(LoadingConfig):
             check_folder_name(name)
             for captions in CAPTION_SETS:
                 self.evaluation(name, captions)
-        for name in [*(self.only or ()), *self.match.names]:
-            check_choice("settings named", name, tuple(self.settings))
+        for where, names in (("only", self.only or ()), ("match", self.match.names)):
+            for name in names:
+                check_choice(where, name, tuple(self.settings))
 
     def evaluation(self, name: str, captions: str) -> EvaluateConfig:
         """The evaluation of one setting on one of `CAPTION_SETS`."""

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -214,6 +214,11 @@ def doing(what: str, quiet: bool = False) -> Iterator[None]:
         STATUS.end(activity)
 
 
+def reading_settings() -> AbstractContextManager[None]:
+    """Surrounds the reading of a command's settings, which is said on a terminal only."""
+    return doing("reading the settings", quiet=not on_terminal())
+
+
 @contextmanager
 def loading_pytorch() -> Iterator[None]:
     """Surrounds the imports of what works, in the `main` of a command.
@@ -276,16 +281,24 @@ class Steps(Activity):
         """
         if self.done <= self._first:
             return ""
+        return f"{duration(max(0.0, self._rest(time.monotonic() if now is None else now)))} left"
+
+    def _rest(self, now: float) -> float:
+        """Seconds that are left; negative where the last of them take longer than the others."""
         each = (self._last - self.started) / (self.done - self._first)
-        since = (time.monotonic() if now is None else now) - self._last
-        return f"{duration(max(0.0, each * (self.total - self.done) - since))} left"
+        return each * (self.total - self.done) - (now - self._last)
 
     def text(self, now: float) -> str:
         text = f"{self.done // self.unit} of {self.total // self.unit} {self.what}"
         if self.done >= self.total:
             return text
         if left := self.left(now):
-            return f"{text}, {left}"
+            late = self._rest(now) < -2
+            return (
+                f"{text}, {duration(now - self._last)} since the last"
+                if late
+                else f"{text}, {left}"
+            )
         seconds = now - self.started
         return text if seconds < 2 else f"{text}, {duration(seconds)}"
 

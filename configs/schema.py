@@ -23,12 +23,14 @@ from wan.settings import NO_BOUND, bounds, check_number
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
+SAMPLERS = ("unipc", "euler", "dpm++", "few_step")
 GRIDS = ("diffusers", "official", "uniform", "karras", "exponential", "beta")
 # How weights are loaded. A loaded model serves another command if all of these are equal.
 LOADING = ("dtype", "offload", "quantize", "compile")
 DISTINCT_SEEDS = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
 MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
 RANDOM_SEED = -1
+MAX_INTEGER = 2**63 - 1  # the largest that PyTorch takes as a size
 MAX_STEPS = 1000
 MAX_PROMPT = 100_000  # characters
 FASTVIDEO_SEED = 1024  # where its caller gives none
@@ -46,6 +48,8 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     check: Callable[[str, Any], None] | None = None,
+    several: str = "",
+    needs: Sequence[str] = (),
 ) -> Any:
     """A dataclass field with the line that `--help` prints for it and the values that it may have.
 
@@ -53,22 +57,25 @@ def option(
         choices: the texts that are allowed.
         at_least, above, at_most, below: bounds of a number.
         check: called with name and value; raises a WanError for values that it does not allow.
+        several: what to do who gives several values, where a sweep is not the way.
+        needs: options of which one must be given too, or nothing would read this one.
     """
     about: dict[str, Any] = {"help": help, "choices": tuple(choices), "check": check}
+    about |= {"several": several, "needs": tuple(needs)}
     about |= bounds(at_least, above, at_most, below)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=about)
     return field(default=default, metadata=about)
 
 
-def count(default: Any, help: str) -> Any:
+def count(default: Any, help: str, needs: Sequence[str] = ()) -> Any:
     """An `option` that is at least 1."""
-    return option(default, help, at_least=1)
+    return option(default, help, at_least=1, needs=needs)
 
 
-def positive(default: Any, help: str) -> Any:
+def positive(default: Any, help: str, needs: Sequence[str] = ()) -> Any:
     """An `option` above 0."""
-    return option(default, help, above=0)
+    return option(default, help, above=0, needs=needs)
 
 
 def share(default: Any, help: str) -> Any:
@@ -76,9 +83,9 @@ def share(default: Any, help: str) -> Any:
     return option(default, help, at_least=0, at_most=1)
 
 
-def seed_option(default: Any, help: str) -> Any:
+def seed_option(default: Any, help: str, several: str = "", needs: Sequence[str] = ()) -> Any:
     """An `option` that seeds a random stream."""
-    return option(default, help, check=check_seed)
+    return option(default, help, check=check_seed, several=several, needs=needs)
 
 
 @dataclass
@@ -114,6 +121,10 @@ def check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
     check_number(name, value, about.get("low", NO_BOUND), about.get("high", NO_BOUND))
     if about.get("check") is not None:
         about["check"](name, value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise WanError(f"{name}={value}: must be a finite number")
+    elif isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise WanError(f"{name}={value}: at most {MAX_INTEGER} (2**63 - 1) is understood")
 
 
 def read_config(schema: type[C], cfg: DictConfig) -> C:
@@ -171,6 +182,10 @@ def check_sample_seed(name: str, value: int) -> None:
         )
 
 
+def check_sampler(name: str, value: str) -> None:
+    check_choice(f"sampler.{name}", value, SAMPLERS)
+
+
 def check_device(name: str, value: str) -> None:
     if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is None:
         raise WanError(f"{name}={value}: choose auto, cpu, mps, cuda or cuda:N")
@@ -218,7 +233,7 @@ def check_every_step(attention: AttentionConfig) -> None:
 class SamplerConfig(Options):
     """The sampler, its steps and its noise levels. None takes the value of the model's folder."""
 
-    name: str | None = option(None, "unipc, euler, dpm++ or few_step")
+    name: str | None = option(None, "unipc, euler, dpm++ or few_step", check=check_sampler)
     steps: int | None = option(None, "number of network evaluations", at_least=1, at_most=MAX_STEPS)
     timesteps: list[float] | None = field(
         default=None, metadata={"help": "in place of steps: an explicit list, e.g. [1000,757,522]"}
@@ -436,13 +451,17 @@ class SampleConfig(LoadingConfig, PartsConfig):
     )
     image: str | None = option(None, "a picture to start from, for models trained on that (TI2V)")
     image_fit: str = option(
-        "crop", "crop keeps its proportions, resize stretches it", choices=("crop", "resize")
+        "crop",
+        "crop keeps its proportions, resize stretches it",
+        choices=("crop", "resize"),
+        needs=("image", "prompt_file"),
     )
     image_background: list[int] | None = option(
         None,
         "red, green, blue (0 to 255) behind transparent pixels; null refuses such images",
         at_least=0,
         at_most=255,
+        needs=("image", "prompt_file"),
     )
     seed: int = option(
         0,
@@ -504,7 +523,9 @@ class SampleConfig(LoadingConfig, PartsConfig):
         "after each step, write what the video will show as a small animated picture (STEM.gif)",
     )
     preview_decoder: str | None = option(
-        None, "a tiny decoder for sharper previews, as in decoder=; none: a linear map to colours"
+        None,
+        "a tiny decoder for sharper previews, as in decoder=; none: a linear map to colours",
+        needs=("preview",),
     )
     verify: bool = option(
         False,
@@ -518,8 +539,12 @@ class SampleConfig(LoadingConfig, PartsConfig):
     lora_2: list[str] | None = option(
         None, "the same for the low-noise expert of models with two", check=check_lora
     )
-    lora_strength: float = option(1.0, "factor on all LoRAs; 1 as they were trained")
-    lora_strength_2: float | None = option(None, "the same for lora_2; none: as lora_strength")
+    lora_strength: float = option(
+        1.0, "factor on all LoRAs; 1 as they were trained", needs=("lora", "lora_2")
+    )
+    lora_strength_2: float | None = option(
+        None, "the same for lora_2; none: as lora_strength", needs=("lora_2",)
+    )
 
     verbose: bool = option(False, "print every setting, where it comes from, and the weights")
     output_dir: str = option("outputs", "made if missing; nothing in it is ever overwritten")
@@ -539,8 +564,6 @@ class SampleConfig(LoadingConfig, PartsConfig):
             raise WanError("prompt= and prompt_file=: give only one of them")
         check_colour("image_background", self.image_background)
         check_sample_seed("seed + num_videos - 1", self.seed + self.num_videos - 1)
-        if self.preview_decoder is not None and not self.preview:
-            raise WanError("preview_decoder= without preview=true: there is nothing to decode")
         if self.decoder is not None and self.tile is not None:
             raise WanError(
                 f"decoder= and tile={self.tile}: a tiny decoder needs no tiles; leave it out"
@@ -550,9 +573,6 @@ class SampleConfig(LoadingConfig, PartsConfig):
                 f"skip_done=true with seed={RANDOM_SEED}: each run draws other seeds, so that no "
                 "video is found again; give a seed"
             )
-        for name in ("lora_strength", "lora_strength_2"):
-            if not math.isfinite(getattr(self, name) or 0.0):
-                raise WanError(f"{name}={getattr(self, name)}: must be a finite number")
 
 
 def check_text(key: str, text: str) -> None:

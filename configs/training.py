@@ -21,6 +21,7 @@ from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
 
 OPTIMIZERS = ("adamw", "muon")
+SAMPLED = ("sample_prompts",)
 CHECKPOINT_BLOCKS = ("none", "full", "selective")  # of wan.models.recompute
 
 
@@ -73,20 +74,26 @@ class VAETrainConfig(OptimConfig):
     threads: int = count(2, "CPU threads")
     vae: dict[str, Any] = option({}, "fields of the released vae/config.json")
     start: str | None = option(None, "a vae/ folder to go on from, with its own config.json")
-    decoder_only: bool = option(False, "keep the encoder of start=: latents stay what they are")
+    decoder_only: bool = option(
+        False, "keep the encoder of start=: latents stay what they are", needs=("start",)
+    )
     batch_size: int = count(4, "crops per step")
     crops_per_clip: int = count(2, "crops taken from one rendered clip")
     crop_size: int = option(64, "pixels, a multiple of 16", at_least=16, at_most=128)
     crop_frames: int = option(
         17, "4k + 1; fewer than a clip has do not teach its later frames", at_least=1, at_most=17
     )
-    whole_clip_steps: int = option(300, "the last steps see whole clips")
+    whole_clip_steps: int = option(300, "the last steps see whole clips", at_least=0)
     whole_clip_batch: int = count(2, "whole clips per step")
     optimizer: str = option("muon", "adamw or muon", choices=OPTIMIZERS)
     lr: float = positive(5e-3, "peak learning rate")
-    warmup: int = option(50, "steps of linear warm-up")
-    foreground_weight: float = option(4.0, "weight of pixels of objects; backgrounds have 1")
-    kl_weight: float = option(1e-4, "weight of the term that pulls latents towards N(0, 1)")
+    warmup: int = option(50, "steps of linear warm-up", at_least=0)
+    foreground_weight: float = option(
+        4.0, "weight of pixels of objects; backgrounds have 1", at_least=0
+    )
+    kl_weight: float = option(
+        1e-4, "weight of the term that pulls latents towards N(0, 1)", at_least=0
+    )
     ema_decay: float = option(
         0.998,
         "decay of the averaged weights that are exported; 0: latest",
@@ -124,8 +131,8 @@ class TextEncoderTrainConfig(OptimConfig):
     batch_size: int = option(64, "captions per step", at_least=16)  # a quarter of them hide words
     optimizer: str = option("adamw", "adamw or muon", choices=OPTIMIZERS)
     lr: float = positive(2e-3, "peak learning rate")
-    warmup: int = option(100, "steps of linear warm-up")
-    word_weight: float = option(0.2, "weight of guessing hidden words")
+    warmup: int = option(100, "steps of linear warm-up", at_least=0)
+    word_weight: float = option(0.2, "weight of guessing hidden words", at_least=0)
     probe_captions: int = count(2000, "captions behind each measured number")
 
 
@@ -136,7 +143,7 @@ class LoRAConfig(Options):
     GROUP: ClassVar[str] = "lora."
 
     rank: int = option(0, "0 trains all weights, or what start= has", at_least=0)
-    alpha: float | None = option(None, "the LoRA is scaled by alpha / rank; null: rank, so by 1")
+    alpha: float | None = positive(None, "the LoRA is scaled by alpha / rank; null: rank, so by 1")
     start: str | None = option(None, "a LoRA file to go on with: its layers, ranks and alpha")
 
     def __post_init__(self) -> None:
@@ -170,7 +177,9 @@ class TransformerTrainConfig(OptimConfig):
         1, "parts of a step's clips that are computed one after another; batch_size counts all"
     )
     first_frame_share: float = share(0.0, "share of batches with a clean first frame (TI2V)")
-    weight_decay: float = option(0.01, "weight decay of matrices; other weights have none")
+    weight_decay: float = option(
+        0.01, "weight decay of matrices; other weights have none", at_least=0
+    )
     max_text_tokens: int = option(
         512,
         "captions are cut there, with a warning; transformers read 512 tokens",
@@ -193,14 +202,18 @@ class FinetuneConfig(TransformerTrainConfig):
     output_dir: str = option("runs/finetune", "checkpoints, metrics and the trained model/")
     from_scratch: bool = option(False, "start the transformer from random weights, sized by dit")
     few_step: bool = option(False, "take a few-step student too, which unlearns its few steps")
-    dit: dict[str, Any] = option({}, "for from_scratch: fields of transformer/config.json")
-    sampling: dict[str, Any] = option({}, "for from_scratch: sampling_defaults of the result")
+    dit: dict[str, Any] = option(
+        {}, "for from_scratch: fields of transformer/config.json", needs=("from_scratch",)
+    )
+    sampling: dict[str, Any] = option(
+        {}, "for from_scratch: sampling_defaults of the result", needs=("from_scratch",)
+    )
     seed: int = seed_option(0, "order of clips, noise, initial weights")
     shift: float = positive(3.0, "shift of the training noise levels; larger models want 5")
     caption_dropout: float = share(0.1, "share of clips trained without their caption")
     optimizer: str = option("muon", "adamw or muon", choices=OPTIMIZERS)
     lr: float = positive(1e-3, "peak learning rate")
-    warmup: int = option(100, "steps of linear warm-up")
+    warmup: int = option(100, "steps of linear warm-up", at_least=0)
     ema_decay: float = option(
         0.999,
         "decay of the averaged weights that are exported; 0: latest",
@@ -210,8 +223,10 @@ class FinetuneConfig(TransformerTrainConfig):
     validation_captions: int = option(
         0, "for the world: captions sampled and read at each save", at_least=0
     )
-    validation_steps: int = count(12, "Euler steps of those samples")
-    validation_guidance: float = option(3.0, "guidance of those samples")
+    validation_steps: int = count(12, "Euler steps of those samples", ("validation_captions",))
+    validation_guidance: float = option(
+        3.0, "guidance of those samples", at_least=0, needs=("validation_captions",)
+    )
     validation_clips: int = option(
         0,
         "for data.kind=folder: clips that are not trained on; their loss is measured at each save",
@@ -226,21 +241,25 @@ class FinetuneConfig(TransformerTrainConfig):
         None,
         "steps between samples, a multiple of loop.save_every; null: at every save",
         at_least=1,
+        needs=SAMPLED,
     )
     sample_size: str | None = option(
-        None, "frames x height x width of samples; null: that of most clips", check=check_size
+        None,
+        "frames x height x width of samples; null: that of most clips",
+        check=check_size,
+        needs=SAMPLED,
     )
     sample_steps: int | None = option(
-        None, "their steps; null: the model's own", at_least=1, at_most=MAX_STEPS
+        None, "their steps; null: the model's own", at_least=1, at_most=MAX_STEPS, needs=SAMPLED
     )
-    sample_shift: float | None = positive(None, "their shift; null: the model's own")
+    sample_shift: float | None = positive(None, "their shift; null: the model's own", SAMPLED)
     sample_guidance: float | None = option(
-        None, "their guidance; null: the model's own; 1: none", at_least=0
+        None, "their guidance; null: the model's own; 1: none", at_least=0, needs=SAMPLED
     )
     sample_negative_prompt: str | None = option(
-        None, "null: the official one for released base models, else the empty one"
+        None, "null: the official one for released base models, else the empty one", needs=SAMPLED
     )
-    sample_seed: int = seed_option(0, "their noise, the same for each prompt")
+    sample_seed: int = seed_option(0, "their noise, the same for each prompt", needs=SAMPLED)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:

@@ -59,7 +59,10 @@ def model_folder(config: LoadingConfig, patterns: Sequence[str] = PATTERNS) -> M
     """
     where = (config.checkpoint, config.revision)
     path = resolve_model(*where, patterns=patterns, variant=config.variant)
-    return ModelFolder.read(path, parts_of(config), config.variant)
+    folder = ModelFolder.read(path, parts_of(config), config.variant)
+    if "transformer_2" in parts_of(config) and folder.config.boundary_ratio is None:
+        raise WanError("transformer_2=: this model has one network, not two experts; leave it out")
+    return folder
 
 
 def parts_of(config: LoadingConfig) -> dict[str, Path]:
@@ -228,6 +231,7 @@ class LoadedModel:
         attention: NetworkAttention,
         loras: LoRAs,
         sharing: Sharing,
+        with_vae: bool = True,
     ) -> None:
         self.begun, started = time.time(), time.perf_counter()
         if config.verify and not sharing.helps:
@@ -237,6 +241,8 @@ class LoadedModel:
         options: dict[str, Any] = {"loras": loras}
         if sharing.helps:  # the main process encodes texts
             options["text_encoder"] = None
+        if not with_vae:
+            options["vae"] = None
         how: LoadingConfig = config
         if sharing.sharded:  # no device could hold the whole
             dtype = str(known_dtype(config.dtype, place)).removeprefix("torch.")
@@ -260,12 +266,13 @@ class LoadedModel:
         self.seconds = time.perf_counter() - started
 
     def set_decoders(self, config: SampleConfig) -> None:
-        """Load the tiny decoders that a command asks for, in the dtype of the VAE."""
+        """Load the tiny decoders that a command asks for, in the dtype of the networks."""
 
         def load(path: str | None) -> TinyDecoder | None:
             if path is None:
                 return None
-            return load_tiny_decoder(path, self.pipeline.device, self.pipeline.vae.dtype)
+            device = self.pipeline.device
+            return load_tiny_decoder(path, device, known_dtype(config.dtype, device))
 
         self.pipeline.decoder = load(config.decoder)
         self.preview_decoder = load(config.preview_decoder)
@@ -307,6 +314,7 @@ class ModelCache:
         loras: LoRAs,
         device: torch.device,
         sharing: Sharing | None = None,
+        with_vae: bool = True,
     ) -> LoadedModel:
         """The model with these settings; it is loaded unless the last one had the same.
 
@@ -314,6 +322,7 @@ class ModelCache:
             attention: attention functions that were verified on the device.
             loras: from `read_loras`.
             sharing: what several processes do; None for one that is alone.
+            with_vae: load the autoencoder; where a tiny decoder decodes, only pictures need it.
         """
         sharing = Sharing() if sharing is None else sharing
         key = (
@@ -321,11 +330,11 @@ class ModelCache:
             *(device, config.dtype, config.offload, config.compile, config.quantize),
             *(config.lora, config.lora_2, config.lora_strength, config.lora_strength_2),
             *(config.hash_weights, config.verify, config.decoder, config.preview_decoder),
-            *(sharing.together, config.parallel.weights, config.parallel.guidance),
+            *(sharing.together, config.parallel.weights, config.parallel.guidance, with_vae),
         )
         if self._model is None or key != self._key:
             self._model = None  # frees its memory before the next model is loaded
-            self._model = LoadedModel(folder, config, attention, loras, sharing)
+            self._model = LoadedModel(folder, config, attention, loras, sharing, with_vae)
             self._key = key
             if sharing.team.is_main and (about := self._model.describe(config.verbose)):
                 print(about, file=sys.stderr)

@@ -90,6 +90,14 @@ def test_a_prompt_is_a_single_text_in_a_sweep(text):
     assert runs[1].title == "seed=1, steps=8"
 
 
+@pytest.mark.parametrize("text", ["1e5", "12e4567", "0012", "1_000", "TRUE", "inf", "-0"])
+def test_a_text_that_looks_like_a_number_stays_as_typed(text):
+    """A commit, or the name of a branch."""
+    assert one(f"revision={text}").config.revision == text
+    runs = compose_runs(SAMPLE, [f"revision=a,{text}"], sweep=True)
+    assert [run.config.revision for run in runs] == ["a", text]
+
+
 def test_a_text_survives_a_real_shell_and_process(tmp_path):
     script = tmp_path / "echo.py"
     script.write_text(
@@ -180,7 +188,7 @@ def test_paths_can_be_swept():
         (["timesteps=[500,1000]"], ["must go down", "[1000.0, 500.0]"]),
         (["timesteps=[1000,1000]"], ["must go down"]),
         (["timesteps=[1001]"], ["up to 1000"]),
-        (["timesteps=[nan]"], ["up to 1000"]),
+        (["timesteps=[nan]"], ["timesteps=nan", "finite"]),
         (["timesteps=[1000,0]"], ["above 0"]),
         (["timesteps=[a]"], ["timesteps", "must be a list of numbers"]),
         (["seed=-2"], ["seed=-2", "from 0", "-1 draws a random one"]),
@@ -201,6 +209,19 @@ def test_paths_can_be_swept():
         (["offload=all"], ["offload=all", "stage"]),
         (["contact_sheet=maybe"], ["contact_sheet=maybe", "true or false"]),
         (["checkpoint="], ["checkpoint= is empty"]),
+        (["tile=9223372036854775808"], ["tile=9223372036854775808", "2**63 - 1"]),
+        (["sampler.name=eulr"], ["sampler.name=eulr", "euler"]),
+        (["image_fit=resize"], ["image_fit=resize without image= or prompt_file="]),
+        (["lora_strength=0.5"], ["lora_strength=0.5 without lora= or lora_2="]),
+        (["verify=3"], ["verify=3", "must be true or false"]),
+        (["deterministic=-1"], ["deterministic=-1", "true or false, or null"]),
+        (["timesteps=[[1000]]"], ["timesteps=[[1000]]", "must be a list of numbers"]),
+        (["timesteps=[{a: 1}]"], ["timesteps=", "must be a list of numbers"]),
+        (["timesteps.x=1"], ["unknown option timesteps.x=", "did you mean timesteps="]),
+        (["sampler=dmd3", "sampler.timesteps.x=1"], ["timesteps.x=1", "--help"]),
+        (["output_dir=null"], ["output_dir=null", "must be a text"]),
+        (["lora_strength=nan"], ["lora_strength=nan", "finite"]),
+        (["seed@x=1"], ["seed@x=", "--help"]),
         (["~seed"], ["'~seed'"]),
         (["~seed=1"], ["cannot be removed"]),
         (["hydra.run.dir=x"], ["output_dir="]),
@@ -265,6 +286,16 @@ def test_files_that_cannot_be_read_are_user_errors(capsys):
 
     assert execute(main, SAMPLE, "", ["prompt=x"]) == USER_ERROR
     assert capsys.readouterr().err == "error: /nonexistent/file: No such file or directory\n"
+
+
+@pytest.mark.parametrize("file", ["decoder=nowhere/x", "lora=b,nowhere/x"])
+def test_an_error_about_a_file_says_which_option_named_it(file, capsys):
+    def main(run):
+        raise WanError("nowhere/x: no such file or folder")
+
+    option = file.partition("=")[0]
+    assert execute(main, SAMPLE, "", [file]) == USER_ERROR
+    assert capsys.readouterr().err == f"error: {option}=nowhere/x: no such file or folder\n"
 
 
 def test_our_own_bugs_keep_their_traceback():

@@ -4,14 +4,23 @@ import json
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import configs
 from configs import schema
+from configs.ablation import AblateConfig
+from configs.benchmark import BenchConfig
 from configs.cli import compose_runs
-from configs.command_line import CommandLine, Shortcut, preset_names
+from configs.command_line import CommandLine, Shortcut, list_of, preset_names
+from configs.conversion import ConvertConfig
+from configs.data import PreprocessConfig
 from configs.distillation import DistillConfig
+from configs.evaluation import EvaluateConfig, StudyConfig
+from configs.measurement import MeasureConfig
+from configs.parity import ParityConfig
+from configs.rehearsal import RehearseConfig
 from configs.schema import (
     MAX_SEED,
     LoadingConfig,
@@ -27,6 +36,7 @@ from wan.runtime.offload import OFFLOAD
 from wan.sampling import noise
 from wan.sampling.samplers import SAMPLERS
 from wan.sampling.schedule import GRIDS
+from wan.settings import NO_BOUND
 from wan.weights.quantize import QUANTIZE
 
 LINE = CommandLine(
@@ -95,6 +105,26 @@ def test_every_option_has_a_help_line():
         assert item.metadata.get("help"), name
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *(AblateConfig, BenchConfig, ConvertConfig, EvaluateConfig, MeasureConfig, ParityConfig),
+        *(RehearseConfig, SampleConfig, StudyConfig),
+        *(FinetuneConfig, PreprocessConfig, TextEncoderTrainConfig, VAETrainConfig),
+    ],
+)
+def test_every_number_says_between_what_it_lies(schema):
+    """Or has a check of its own; the attention and the timesteps are checked as a whole."""
+    free = {"sampler.timesteps", "lora_strength", "lora_strength_2", "data.seed"}
+    for name, kind, item in walk_options(schema):
+        entry = list_of(kind) or kind
+        if not {int, float} & {entry, *get_args(entry)} or name.startswith("attention."):
+            continue
+        limits = [item.metadata.get(end, NO_BOUND) for end in ("low", "high")]
+        said = item.metadata.get("check") is not None or limits != [NO_BOUND, NO_BOUND]
+        assert said != (name in free), name
+
+
 def test_options_share_no_list_between_configs():
     field = option([1], "a list")
     assert field.default_factory() is not field.default_factory()
@@ -108,6 +138,7 @@ def test_sampler_takes_at_most_one_of_steps_and_timesteps():
 
 def test_seeds_and_choices_are_those_of_the_model():
     assert MAX_SEED == noise.MAX_SEED
+    assert set(schema.SAMPLERS) == set(SAMPLERS)
     assert set(schema.GRIDS) == set().union(*GRIDS.values())
     choices = {item.name: item.metadata["choices"] for item in fields(LoadingConfig)}
     assert choices["offload"] == OFFLOAD

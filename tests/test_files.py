@@ -231,6 +231,8 @@ def test_a_record_is_created_once_and_never_without_its_content(tmp_path, monkey
 def test_a_home_folder_that_nobody_knows_is_one_clear_error(monkeypatch):
     assert expanded("~") == Path.home()
     assert expanded("a/~b") == Path("a/~b")
+    here = expanded("./~nosuchuser/x")
+    assert here == expanded(here) == Path.cwd() / "~nosuchuser" / "x"
     with pytest.raises(WanError, match=r"~nosuchuser/x: ~nosuchuser stands for .* not known"):
         expanded("~nosuchuser/x")
     monkeypatch.delenv("HOME", raising=False)

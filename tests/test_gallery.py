@@ -130,6 +130,29 @@ def test_settings_that_follow_from_others_are_no_axis(chosen, other, tmp_path, c
     assert len(page_of(tmp_path, capsys)["axes"]) == 3
 
 
+def measured(folder: Path, **videos: dict) -> None:
+    """measures.json as `infer.measure` writes it: numbers by the name of each video."""
+    of = {name: {n: {"value": v} for n, v in numbers.items()} for name, numbers in videos.items()}
+    write_sealed(folder / "measures.json", {"networks": {}, "videos": of})
+
+
+def test_the_numbers_of_infer_measure_are_on_the_page(tmp_path, capsys):
+    """From the page's folder, else from one nearer to the video; what is no number is none."""
+    for folder, stem in (("a", "one"), ("a", "two"), ("b", "three")):
+        record(tmp_path / folder, stem)
+    measured(tmp_path, **{"a/one.mp4": {"text": 21.5, "motion": None, "other": 1}})
+    measured(tmp_path / "a", **{"one.mp4": {"text": 1}, "two.mp4": {"motion": 3, "text": "<b>"}})
+    (tmp_path / "b" / "measures.json").write_text("{")
+    assert execute(main, LINE, "", [str(tmp_path)]) == 0
+    assert "no measures are shown from it" in capsys.readouterr().err
+    page = page_of(tmp_path, capsys)
+    assert page["measures"] == [
+        {"name": "text agreement", "format": ".2f"},
+        {"name": "motion, %/s", "format": ".2f"},
+    ]
+    assert [one["measures"] for one in page["clips"]] == [[21.5, None], [None, 3], [None, None]]
+
+
 def test_numbers_are_written_as_exactly_as_they_differ(tmp_path, capsys):
     for number, guidance in enumerate([1.0000001, 1.0000002, 3.0, 4]):
         record(tmp_path, f"0000{number}_x_s0", guidance_scale=guidance)

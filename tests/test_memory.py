@@ -16,6 +16,7 @@ from wan.errors import WanError
 from wan.models.attention import AttentionConfig, network_attention
 from wan.models.dit import WanDiT
 from wan.models.dit_config import DiTConfig
+from wan.models.taehv import KINDS
 from wan.models.tokenizer import Tokenizer
 from wan.models.umt5 import UMT5Config
 from wan.models.vae import VAEConfig
@@ -45,6 +46,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
 # Tensors, and loading: estimate and measurement are at most 15 % apart.
 TOLERANCE = 0.15
+TINY = KINDS[0]._replace(channels=VAE.z_dim)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,22 @@ def measured(compute, weights: int) -> int:
         result = compute()
     del result
     return weights + memory.peak
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({}, {"vae"}),
+        ({"decoder": TINY}, {"decoder"}),
+        ({"decoder": TINY, "has_image": True}, {"vae", "decoder"}),
+    ],
+)
+def test_with_a_tiny_decoder_the_vae_is_there_for_pictures_only(tokenizer_folder, options, parts):
+    size = {"height": 32, "width": 32, "num_frames": 5}
+    request = request_of(build(tokenizer_folder), size, CUDA, **options)
+    networks = networks_of(request)
+    assert networks.keys() == {"transformer", "text_encoder"} | parts
+    assert estimate_memory(request).stages["decode"] > sum(map(kept_bytes, networks.values()))
 
 
 # --- counting -------------------------------------------------------------------------------------

@@ -112,7 +112,10 @@ def test_elsewhere_a_loop_has_a_line_every_ten_seconds(clock, capsys):
         assert capsys.readouterr() == ("step 5, loss 1\n", "")
         clock(26)
         assert capsys.readouterr().err == "6 of 10 steps, 22 s left\n"
-        steps.add(4)
+        steps.add(2)
+        clock(80)
+        assert capsys.readouterr().err == "8 of 10 steps, 54 s since the last\n"  # not 0 s left
+        steps.add(2)
         assert steps.left() == "0 s left"
 
 

@@ -10,11 +10,12 @@ from collections import namedtuple
 import pytest
 import torch
 
-from configs.rehearsal import RELEASES
+from configs.progress import progress_shown
+from configs.rehearsal import RELEASES, RehearseConfig
 from infer.rehearse import release as releases
 from infer.rehearse.reference import TOLERANCES
 from infer.rehearse.release import MARK, cut, random_state, release_named, write_release
-from infer.rehearse.run import use_table
+from infer.rehearse.run import sample_options, use_table
 from infer.rehearse.watch import Look, StageUse, Watch
 from wan.errors import WanError
 from wan.pipeline.folder import ModelFolder
@@ -124,3 +125,10 @@ def test_a_small_rehearsal_runs_from_writing_to_the_comparison(tmp_path):
     assert 0 < total < time.time() - started
     assert (tmp_path / "tiny" / MARK).is_file()
     assert "held MB" in run.stdout
+
+
+def test_what_it_starts_is_as_quiet_as_it_is_itself(tmp_path):
+    for wanted in (True, False):
+        with progress_shown(wanted):
+            options = sample_options(RehearseConfig(release="tiny"), tmp_path, tmp_path)
+        assert f"progress={str(wanted).lower()}" in options

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from configs.cli import Run, run
 from configs.command_line import CommandLine
+from configs.progress import doing
 from configs.schema import PICTURES, Options, check_ending, option
 from train.metrics import read_metrics
 from wan.errors import WanError
@@ -154,7 +155,8 @@ def plot(config: PlotConfig) -> None:
     if len(set(names)) < len(names):  # runs/a/dit and runs/b/dit
         names = [str(folder) for folder in folders]
     runs = zip(names, (read_series(folder / "metrics.jsonl") for folder in folders), strict=True)
-    draw(dict(runs), output)
+    with doing("drawing"):
+        draw(dict(runs), output)
     print(f"wrote {output}")
 
 

@@ -451,9 +451,13 @@ def create_sealed(path: Path, values: Mapping[str, Any]) -> None:
 def expanded(path: str | Path) -> Path:
     """A path whose leading `~` or `~name` is replaced by that user's home folder.
 
+    `./~name` is a file or a folder here. Its path is returned in full, so that it stays one.
+
     Raises:
         WanError: it is not known.
     """
+    if str(Path(path)).startswith("~") and not str(path).startswith("~"):
+        return Path(path).absolute()
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

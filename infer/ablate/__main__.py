@@ -23,6 +23,7 @@ LINE = CommandLine(
     AblateConfig,
     "ablate",
     text_keys=("prompt", "negative_prompt"),
+    text_lists=("prompts",),
     path_keys=("prompt_file", "output_dir", "checkpoint"),
     shortcuts={name: Shortcut(f"grid.{name}") for name in ("attention", "steps", "shift")},
 )

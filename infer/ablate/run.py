@@ -33,6 +33,7 @@ from infer.evaluate.queue import (
 )
 from infer.evaluate.store import Missing, StoredClips, keep_clip
 from infer.evaluate.video_distance import flicker, psnr, ssim
+from infer.gallery.records import MEASURES_FILE
 from infer.loading import digests_of, sampling
 from infer.machine import writable_folder
 from infer.measure.run import Store, Towers, Video, measure
@@ -46,6 +47,7 @@ from wan.pipeline.pipeline import WanPipelineOutput
 from wan.runtime.offload import resolve_device
 from wan.weights.checked import read_checked, write_checked
 
+OF_WORLD = ("num_captions", "num_objects", "split", "batch_size", "keep_clips")
 MAX_PSNR = 60.0  # dB; of 8-bit pixels that are equal but for one level in a few
 
 
@@ -308,13 +310,19 @@ def run_cells(
 
 
 def check_models(run: Run[AblateConfig]) -> None:
-    """Refuse a typed model that the experiment is not made for, or would never load, and names of
-    attentions that do not exist.
+    """Refuse a typed model that the experiment is not made for, or would never load, options that
+    nothing reads where there are prompts, and names of attentions that do not exist.
 
     Raises:
         WanError: see above.
     """
     config, model = run.config, run.presets.get("model")
+    typed = [name for name in OF_WORLD if run.sources.get(name) == "command line"]
+    if typed and not config.in_world:
+        raise WanError(
+            f"{typed[0]}={getattr(config, typed[0])}: for captions of the miniature's world, and "
+            "there are prompts; leave it out"
+        )
     for setting in config.settings():  # a mistyped name, before anything is made
         check_known(setting.attention.name, {**ATTENTION, **BACKENDS, **SPARSE})
     if config.made_for and model is not None and model not in config.made_for:
@@ -346,7 +354,7 @@ def ablate(run: Run[AblateConfig]) -> int:
         measured = None
         if towers is not None and stored:
             clips = [Video(cell.video(0), cell.prompt or "") for cell in stored]
-            measured = measure(clips, towers, Store(folder / "measures.json"))
+            measured = measure(clips, towers, Store(folder / MEASURES_FILE))
         with doing("writing the report"):
             report = write_report(config, stored, failed, folder, measured) if stored else None
         return conclude(report, failed, "cells", folder)

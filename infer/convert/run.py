@@ -198,9 +198,9 @@ def convert_release(
         component = "transformer" if name in experts else name
         into = official_folder(folder, name, len(experts)) if to_official else folder / name
         values = component_settings(source, name, given) if index and name in given else None
-        with doing(f"opening {name}"):
+        with doing(name):
             checkpoint = open_checkpoint(place, model=source)
-        convert_component(checkpoint, component, into, target, values, model_type)
+            convert_component(checkpoint, component, into, target, values, model_type)
     tokenizer = folder / (TOKENIZER_FOLDER if to_official else "tokenizer")
     own_tokenizer = places.get("tokenizer", source / "tokenizer")
     write_tokenizer(all_inside(own_tokenizer, source, *given.values()), tokenizer)

@@ -14,6 +14,7 @@ import sys
 from configs.cli import Run, run
 from configs.command_line import CommandLine
 from configs.gallery import GalleryConfig
+from configs.progress import doing
 from infer.gallery.page import write_page
 from infer.gallery.records import find_records, page_of
 from wan.errors import WanError
@@ -31,13 +32,15 @@ def main(run: Run[GalleryConfig]) -> None:
     if not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no such folder"
         raise WanError(f"folder={config.folder}: {what}")
-    records = find_records(folder)
+    with doing("reading the records"):
+        records = find_records(folder)
     if not records:
         raise WanError(
             f"{folder}: no record of infer.sample in it; it writes one beside each video"
         )
-    page = page_of(records, folder, config.title or folder.resolve().name)
-    write_page(folder / PAGE, page)
+    with doing("writing the page"):
+        page = page_of(records, folder, config.title or folder.resolve().name)
+        write_page(folder / PAGE, page)
     print(folder / PAGE)
     print(f"{len(page.clips)} clips", file=sys.stderr)
 

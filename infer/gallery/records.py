@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.diff.records import VideoRecord, checked
-from infer.gallery.page import SEED, Clip, Page, axes_of, setting_of, write_page
+from infer.gallery.page import SEED, Clip, Measure, Page, axes_of, setting_of, write_page
 from wan.errors import WanError, shortened, visible
 from wan.files import read_sealed, write_text
 from wan.settings import is_of
@@ -30,16 +30,33 @@ NOTE = (
 )
 
 
-def find_records(folder: Path) -> list[VideoRecord]:
-    """The records of videos in a folder and below it, in the order of their names.
+# What infer.measure takes of a video, and the file that keeps it.
+MEASURES = {
+    "text": Measure("text agreement", ".2f"),
+    "text_rank": Measure("own prompt", ".1%"),
+    "consistency": Measure("consistency", ".2f"),
+    "motion": Measure("motion, %/s", ".2f"),
+}
+MEASURES_FILE = "measures.json"
+MEASURES_NOTE = f"Measures are those of {MEASURES_FILE}, which infer.measure wrote and explains."
 
-    Hidden folders are left out. A record that is damaged is left out with a line on stderr; JSON
-    files of another kind are no records.
+
+def find_records(folder: Path) -> list[VideoRecord]:
+    """The records of videos in a folder and below it; hidden folders are left out."""
+    below = ((path, path.relative_to(folder).parts) for path in folder.rglob("*.json"))
+    return read_records(
+        path for path, parts in below if not any(part.startswith(".") for part in parts)
+    )
+
+
+def read_records(paths: Iterable[Path]) -> list[VideoRecord]:
+    """The records of videos among some JSON files, in the order of their names.
+
+    Files of another kind are no records. A video whose record cannot be read is left out with a
+    line on stderr.
     """
     found = []
-    for path in sorted(folder.rglob("*.json")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
+    for path in sorted(set(paths)):
         try:
             values = read_sealed(path)
             if "record_version" in values:
@@ -48,19 +65,6 @@ def find_records(folder: Path) -> list[VideoRecord]:
         except (WanError, OSError) as error:
             if path.with_suffix(".mp4").exists():
                 print(f"{error}; left out", file=sys.stderr)
-    return found
-
-
-def read_records(paths: Iterable[Path]) -> list[VideoRecord]:
-    """Records of videos by name; what cannot be read is left out with a line on stderr."""
-    found = []
-    for path in sorted(set(paths)):
-        try:
-            values = checked(read_sealed(path), path)
-        except (WanError, OSError) as error:
-            print(f"{error}; left out", file=sys.stderr)
-            continue
-        found.append(VideoRecord(path, values, path.with_suffix(".latents.safetensors")))
     return found
 
 
@@ -134,11 +138,61 @@ def page_of(records: Sequence[VideoRecord], folder: Path, title: str) -> Page:
     common = {name: value for name, value in common.items() if name not in decided}
     if len({record.values["prompt"] for record in records}) == 1:
         common = {"prompt": str(records[0].values["prompt"])} | common
+    measured = measures_of(records, folder)
+    measures = [name for name in MEASURES if any(name in own for own in measured)]
     clips = [
-        clip_of(record, folder, {name: text(own.get(name)) for name in varied})
-        for record, own in zip(records, settings, strict=True)
+        clip_of(
+            record,
+            folder,
+            {name: text(own.get(name)) for name in varied},
+            [values.get(name) for name in measures],
+        )
+        for record, own, values in zip(records, settings, measured, strict=True)
     ]
-    return Page(title, clips, [NOTE], common, aspect=aspect_of(records))
+    return Page(
+        title,
+        clips,
+        [NOTE, *([MEASURES_NOTE] if measures else [])],
+        common,
+        [MEASURES[name] for name in measures],
+        aspect=aspect_of(records),
+    )
+
+
+def measures_of(records: Sequence[VideoRecord], folder: Path) -> list[dict[str, float]]:
+    """The numbers that infer.measure has stored of each video, by measure.
+
+    They are looked for in `folder`, and in the folders from there down to the video's own: the
+    first that knows the video says them. A file that cannot be read is named on stderr.
+    """
+    files: dict[Path, dict[str, Any]] = {}
+
+    def stored(place: Path) -> dict[str, Any]:
+        if place not in files:
+            file, files[place] = place / MEASURES_FILE, {}
+            try:
+                videos = read_sealed(file).get("videos") if file.is_file() else {}
+                files[place] = videos if isinstance(videos, dict) else {}
+            except (WanError, OSError) as error:
+                print(f"{error}; no measures are shown from it", file=sys.stderr)
+        return files[place]
+
+    found = []
+    for record in records:
+        video = record.path.with_suffix(".mp4")
+        places = [one for one in reversed(video.parents) if one.is_relative_to(folder)]
+        entries = (stored(one).get(video_name(video, one)) for one in places)
+        entry = next((one for one in entries if isinstance(one, dict)), {})
+        values = {name: entry[name].get("value") for name in entry if isinstance(entry[name], dict)}
+        found.append({n: v for n, v in values.items() if is_of(float, v)})
+    return found
+
+
+def video_name(video: Path, folder: Path) -> str:
+    """How the measures of a folder call a video: by its path from there, or by its name alone."""
+    video, folder = video.absolute(), folder.absolute()
+    name = video.relative_to(folder).as_posix() if video.is_relative_to(folder) else video.name
+    return name.encode("utf-8", "backslashreplace").decode()  # any name that a disk may have
 
 
 def chosen_by_nobody(
@@ -169,7 +223,12 @@ def source_of(record: VideoRecord, name: str) -> str:
     return str(entry.get("from")) if isinstance(entry, dict) else ""
 
 
-def clip_of(record: VideoRecord, folder: Path, settings: Mapping[str, str]) -> Clip:
+def clip_of(
+    record: VideoRecord,
+    folder: Path,
+    settings: Mapping[str, str],
+    measures: Sequence[float | None],
+) -> Clip:
     """One record as a clip of the page in `folder`; no absolute path is written there."""
     values = record.values
     video: Path | None = record.path.with_suffix(".mp4")
@@ -187,6 +246,7 @@ def clip_of(record: VideoRecord, folder: Path, settings: Mapping[str, str]) -> C
         video,
         why,
         seconds=stages.get("total"),
+        measures=measures,
         facts=[fact for fact in facts_of(values, stages, status) if fact[1]],
         command=shlex.join(["python", "-m", "infer.rerun", name]),
     )

@@ -18,7 +18,7 @@ from infer.diff.records import read_record
 from infer.evaluate.queue import result_key, stored_record
 from infer.evaluate.report import INTERVALS, Column, Report, Row, mean_of, numbers
 from infer.gallery.page import SEED
-from infer.gallery.records import find_records, page_of
+from infer.gallery.records import MEASURES, MEASURES_FILE, find_records, page_of, video_name
 from infer.measure.measures import (
     MEANING,
     agreement,
@@ -38,12 +38,7 @@ from wan.weights.digests import sha256_file
 FORMAT = 1  # of what is stored: numbers of another are measured again
 MOST_LISTED = 24  # videos: of more, the single numbers are in the file only
 TEXT, RANK = "text", "text_rank"
-COLUMNS = {
-    TEXT: Column("text agreement", ".2f", mean_of(TEXT), (TEXT,)),
-    RANK: Column("own prompt", ".1%", mean_of(RANK), (RANK,)),
-    "consistency": Column("consistency", ".2f", mean_of("consistency"), ("consistency",)),
-    "motion": Column("motion, %/s", ".2f", mean_of("motion"), ("motion",)),
-}
+COLUMNS = {n: Column(one.name, one.written, mean_of(n), (n,)) for n, one in MEASURES.items()}
 Values = Mapping[str, float | None]  # measure -> number
 
 
@@ -172,10 +167,7 @@ class Store:
         self._written = time.monotonic()
 
     def _name(self, video: Path) -> str:
-        """What a video is called here: its path from the file's folder, or its name alone."""
-        video, folder = video.absolute(), self.file.absolute().parent
-        name = video.relative_to(folder).as_posix() if video.is_relative_to(folder) else video.name
-        return name.encode("utf-8", "backslashreplace").decode()  # any name that a disk may have
+        return video_name(video, self.file.parent)
 
 
 def measure(videos: Sequence[Video], towers: Towers, store: Store) -> Measured:
@@ -296,7 +288,7 @@ def measure_videos(config: MeasureConfig) -> int:
     folder = place if place.is_dir() else place.parent
     towers = Towers(config, config.device)
     videos = find_videos(place)
-    store = expanded(config.output) if config.output else folder / "measures.json"
+    store = expanded(config.output) if config.output else folder / MEASURES_FILE
     measured = measure(videos, towers, Store(store))
     videos = [video for video in videos if video.file in measured.values]
     if not videos:

@@ -3,23 +3,27 @@
 import shutil
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from configs.command_line import preset_checkpoint
 from infer.parity.models import TEXT, drawn_like, small_vae
 from wan.errors import WanError
 from wan.files import folder_beside, read_json, write_json
 from wan.models.dit_config import DiTConfig
 from wan.models.umt5 import UMT5Config
-from wan.models.vae_config import VAE_2_1
-from wan.pipeline.config import FEW_STEP, PipelineConfig, SamplingDefaults, write_configs
+from wan.pipeline.config import (
+    FEW_STEP,
+    PipelineConfig,
+    SamplingDefaults,
+    released_config,
+    write_configs,
+)
 from wan.pipeline.folder import module_builders
-from wan.pipeline.known_models import VAE_2_2
-from wan.pipeline.model_index import BASE
 from wan.pipeline.parts import vae_levels, weight_kind
 from wan.pipeline.tokenizer_files import write_tokenizer
 from wan.sampling.schedule import FEW_STEP_TIMESTEPS
@@ -62,20 +66,6 @@ class Release:
         return sum(tensor.nbytes for part in parts for tensor in part.values())
 
 
-def wan21(heads: int, ffn_dim: int, layers: int, **settings: Any) -> PipelineConfig:
-    """A base model with the autoencoder of Wan2.1: 16 latent channels."""
-    dit = DiTConfig(heads, 128, layers, ffn_dim, in_channels=16, out_channels=16)
-    return PipelineConfig(BASE, dit, VAE_2_1, UMT5Config(), **settings)
-
-
-def ti2v_5b(class_name: str, **settings: Any) -> PipelineConfig:
-    options: dict[str, Any] = {
-        "expand_timesteps": True,
-        "scheduler": SchedulerSettings(shift=5.0),
-    } | settings
-    return PipelineConfig(class_name, DiTConfig(), VAE_2_2, UMT5Config(), **options)
-
-
 def tiny() -> PipelineConfig:
     """A few-step student of small networks, for a try of the command."""
     vae = small_vae("2.2")
@@ -89,6 +79,24 @@ def tiny() -> PipelineConfig:
 
 HALF = {"transformer": BF16, "text_encoder": BF16, "vae": F32}
 FULL = {"transformer": F32, "text_encoder": F32, "vae": F32}
+DTYPES = {
+    "fastwan_ti2v_5b": HALF,
+    "wan22_ti2v_5b": HALF | {"transformer": F32},
+    "wan22_t2v_a14b": HALF | {"transformer": F32},
+    "wan21_t2v_14b": FULL,
+    "wan21_t2v_1_3b": FULL,
+}
+# Releases with the networks of another one: whose they are, and what is their own.
+LIKE_OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fastwan_ti2v_5b": (
+        "wan22_ti2v_5b",
+        {"class_name": FEW_STEP, "timesteps": FEW_STEP_TIMESTEPS},
+    ),
+    "wan22_t2v_a14b": (
+        "wan21_t2v_14b",
+        {"boundary_ratio": 0.875, "scheduler": SchedulerSettings(shift=12.0)},
+    ),
+}
 
 
 def release_named(name: str) -> Release:
@@ -96,18 +104,12 @@ def release_named(name: str) -> Release:
 
     Sources of sizes and dtypes: the config.json and the indices of the released repositories.
     """
-    if name == "fastwan_ti2v_5b":
-        return Release(ti2v_5b(FEW_STEP, timesteps=FEW_STEP_TIMESTEPS), HALF)
-    if name == "wan22_ti2v_5b":
-        return Release(ti2v_5b(BASE), HALF | {"transformer": F32})
-    if name == "wan22_t2v_a14b":
-        two: dict[str, Any] = {"boundary_ratio": 0.875, "scheduler": SchedulerSettings(shift=12.0)}
-        return Release(wan21(40, 13824, 40, **two), HALF | {"transformer": F32})
-    if name == "wan21_t2v_14b":
-        return Release(wan21(40, 13824, 40), FULL)
-    if name == "wan21_t2v_1_3b":
-        return Release(wan21(12, 8960, 30), FULL)
-    return Release(tiny(), HALF)
+    if name == "tiny":
+        return Release(tiny(), HALF)
+    sizes_of, own = LIKE_OTHERS.get(name, (name, {}))
+    config = released_config(preset_checkpoint(sizes_of))
+    assert config is not None, "the presets name what is known"
+    return Release(replace(config, **own), DTYPES[name])
 
 
 def random_state(release: Release, part: str, seed: int) -> dict[str, Tensor]:

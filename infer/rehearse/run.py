@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from configs.progress import doing
+from configs.progress import STATUS, doing
 from configs.rehearsal import RehearseConfig
 from infer.machine import environment
 from infer.parity.models import reference
@@ -35,7 +35,8 @@ def rehearse(config: RehearseConfig) -> int:
         WanError: the disk has no room, the references are not installed, or files cannot be cold.
     """
     if config.compare:
-        reference("diffusers")  # its absence is reported before all work
+        with doing("loading diffusers"):
+            reference("diffusers")  # its absence is reported before all work
     if config.cold and not hasattr(os, "posix_fadvise"):
         raise WanError("cold=true: this system can't be asked to forget a file; leave it out")
     folder = expanded(config.folder)
@@ -114,6 +115,7 @@ def sample_options(config: RehearseConfig, model: Path, videos: Path) -> list[st
         *values,
         *steps,
         "preflight=always",
+        f"progress={str(STATUS.wanted).lower()}",
         f"output_dir={videos}",
     ]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.cli import Run
+from configs.progress import doing
 from configs.rerun import typed_options
 from configs.schema import SampleConfig, given_paths, kept_settings
 from infer.loading import (
@@ -24,7 +25,7 @@ from infer.loading import (
     read_loras,
 )
 from infer.machine import environment, writable_folder
-from infer.sample.jobs import Jobs
+from infer.sample.jobs import MAX_CHECKED, Jobs
 from infer.sample.record import (
     IN_COMMENT,
     RECORD_VERSION,
@@ -193,7 +194,8 @@ def prepare(
             requests, all_texts, folder, attention, device, dtype, models, sharing, loras
         )
     try:
-        model = models.get(folder, config, attention, loras, device, sharing)
+        with_vae = config.decoder is None or from_pictures(requests)
+        model = models.get(folder, config, attention, loras, device, sharing, with_vae)
     except torch.OutOfMemoryError as error:
         raise WanError(out_of_memory()) from error
     each = chain(requests[:1], (resolve(job, look=False) for job in islice(jobs.each(), 1, None)))
@@ -264,9 +266,9 @@ def check_memory(
         return None
     if sharing.helps:
         return None
-    memory = estimate_memory(
-        memory_request(requests, all_texts, largest, folder, attention, device, dtype, loras)
-    )
+    what = (requests, all_texts, largest, folder, attention, device, dtype, loras)
+    with doing("estimating the memory", quiet=not sharing.team.is_main):
+        memory = estimate_memory(memory_request(*what))
     host = torch.device("cpu")
     free, free_host = (free_bytes(where) + models.bytes_on(where) for where in (device, host))
     if sharing.together:
@@ -325,7 +327,7 @@ def memory_request(
         device=device,
         dtype=dtype,
         attention=attention,
-        has_image=any(request.config.image is not None for request in requests),
+        has_image=from_pictures(requests),
         offload=config.offload,
         quantize=config.quantize,
         chunk_latents=config.chunk_latents,
@@ -333,6 +335,12 @@ def memory_request(
         decoder=None if config.decoder is None else open_tiny_decoder(config.decoder)[0],
         stored=stored_dtypes(folder, changed=loras),
     )
+
+
+def from_pictures(requests: Sequence[Request]) -> bool:
+    """Whether a video may start from a picture; of very many settings not all are looked at."""
+    some = any(request.config.image is not None for request in requests)
+    return some or len(requests) >= MAX_CHECKED
 
 
 def make_video(
@@ -488,7 +496,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
     story.hash(partial(record.__setitem__, "pixels_sha256"), frames)
     if (problem := flaw(frames)) is not None:
         raise BadResultError(f"the video shows nothing: {problem}")
-    with story.stage("write"):
+    with story.stage("write"), doing("writing the video"):
         story.finish_hashes()
         texts = _metadata(request, record) if config.embed_prompt else {}
         info = write_video(files.video, frames, request.fps, texts)
@@ -504,7 +512,7 @@ def write_files(session: Session, request: Request, seed: int, video: Tensor, st
     if not config.save_latents:
         files.latents.unlink()
     if session.model.digests is not None:
-        with story.stage("hash"):
+        with story.stage("hash"), doing("hashing the weights"):
             record["weights_sha256"] = session.model.digests.result()
     record["stage"] = "end"
     seconds = record["seconds"]

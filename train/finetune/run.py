@@ -36,7 +36,7 @@ from train.rollout import sampler_velocity
 from train.samples import Sampler, open_sampler, sample_prompts, sampling_plan
 from train.state import TrainState
 from train.validation import decode_clip, read_clip, shares, world_panel
-from wan.errors import WanError
+from wan.errors import WanError, errors_about
 from wan.files import expanded, read_json
 from wan.miniature.detect import Score
 from wan.miniature.world import NUM_FRAMES, STAGE
@@ -83,9 +83,11 @@ def read_settings(config: FinetuneConfig, folder: Path) -> PipelineConfig:
     parts = {
         name: read_json(component_config(folder, name, {})) for name in ("vae", "text_encoder")
     }
+    with errors_about("dit="):
+        transformer = DiTConfig.from_json(config.dit)
     return PipelineConfig(
         class_name=BASE,
-        transformer=DiTConfig.from_json(config.dit),
+        transformer=transformer,
         vae=VAEConfig.from_json(parts["vae"]),
         text_encoder=UMT5Config.from_json(parts["text_encoder"]),
         expand_timesteps=config.first_frame_share > 0,

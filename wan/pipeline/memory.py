@@ -23,6 +23,7 @@ import torch
 from wan.errors import WanError
 from wan.models.attention import ATTENTION, network_attention
 from wan.pipeline.memory_counts import (
+    DECODER,
     MemoryRequest,
     decode_bytes,
     denoise_bytes,
@@ -104,10 +105,11 @@ def estimate_memory(request: MemoryRequest, known: dict[Any, Any] | None = None)
 
     networks = once(networks_of, "dtype", "quantize")
     mapped = mapped_bytes(request, networks)
+    decoder = "vae" if request.decoder is None else DECODER
     working = {
         "encode_text": ("text_encoder", once(text_bytes, "dtype", "quantize")),
         "denoise": ("transformer", once(denoise_bytes, "dtype", "quantize", "attention")),
-        "decode": ("vae", once(decode_bytes, "dtype", "chunk_latents", "tile")),
+        "decode": (decoder, once(decode_bytes, "dtype", "chunk_latents", "tile")),
     }
     if request.has_image:
         working["encode_image"] = ("vae", once(image_bytes, "dtype"))

@@ -47,6 +47,7 @@ from wan.weights.quantize import is_quantized_weight, quantize_layers
 from wan.weights.tensor_reader import CHUNK_BYTES
 
 META = torch.device("meta")
+DECODER = "decoder"  # the part of a tiny decoder
 # Our name -> dtype in the file; None for weights that are still to be fetched.
 StoredDtypes = Mapping[str, torch.dtype] | None
 
@@ -65,7 +66,8 @@ class MemoryRequest:
         has_image: the video starts from a given frame.
         chunk_latents: latent frames that are decoded at a time.
         tile: latents per side of the tiles that are decoded, or None for whole frames.
-        decoder: the tiny decoder that decodes in place of the VAE's, if there is one.
+        decoder: the tiny decoder that decodes in place of the VAE's, if there is one. The VAE is
+            then loaded for a given frame only.
         stored: part -> what `stored_dtypes` says of its weights. Weights that keep their dtype on
             the CPU are views of their files: the system may drop such pages and read them again,
             so they are not counted as taken. Of a part that is missing here nothing is a view.
@@ -131,9 +133,14 @@ def rough_bytes(
 
 
 def networks_of(request: MemoryRequest) -> dict[str, Any]:
-    """All networks of the model without values, by part, with the dtypes that loading gives."""
+    """All networks that are loaded, without values, by part, with the dtypes that loading gives."""
     builders = module_builders(request.config, request.attention)
-    return {part: as_loaded(builders[part], request, part) for part in request.config.components}
+    idle = request.decoder is not None and not request.has_image
+    parts = [part for part in request.config.components if part != "vae" or not idle]
+    networks = {part: as_loaded(builders[part], request, part) for part in parts}
+    if (kind := request.decoder) is not None:
+        networks[DECODER] = build_on_meta(lambda: TinyDecoder(kind)).to(request.dtype)
+    return networks
 
 
 def as_loaded(build: Callable[[], nn.Module], request: MemoryRequest, part: str) -> Any:

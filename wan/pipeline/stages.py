@@ -268,7 +268,7 @@ class PipelineStages(PipelineAdapters):
         for network in self.networks().values():
             for block in cast(WanDiT, network).blocks:
                 block.compile(dynamic=False)
-        if what == "all":
+        if what == "all" and self.vae is not None:
             self.part("vae").decoder.compile(dynamic=False)
 
     def set_offload(self, offload: str) -> None:
@@ -315,6 +315,8 @@ class PipelineStages(PipelineAdapters):
 
     @tile.setter
     def tile(self, tile: int | None) -> None:
+        if tile is None and self.vae is None:
+            return
         vae = self.part("vae")
         vae.tile = tile
         vae.tile_overlap = 0 if tile is None else tile // 4

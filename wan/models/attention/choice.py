@@ -79,12 +79,12 @@ SPARSE: dict[str, Callable[..., GridAttention]] = {
 }
 
 
-def check_known(name: str, known: Mapping[str, Any]) -> None:
+def check_known(name: str, known: Mapping[str, Any], what: str = "attention") -> None:
     """Refuse an unknown name and suggest the closest known one."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise WanError(f"attention={name!r}: choose one of {', '.join(known)}{hint}")
+        raise WanError(f"{what}={name!r}: choose one of {', '.join(known)}{hint}")
 
 
 def build_attention(name: str, **options: Any) -> Callable[..., Any]:
@@ -247,7 +247,7 @@ def network_attention(choice: AttentionChoice, num_layers: int) -> NetworkAttent
         return NetworkAttention(AttentionConfig(), layers, choice)
     config = AttentionConfig(choice) if isinstance(choice, str) else choice
     built = build_attention(config.name, **config.options())
-    check_known(config.exact, {**ATTENTION, **BACKENDS})
+    check_known(config.exact, {**ATTENTION, **BACKENDS}, "attention.exact")
     if config.exact == "sage":
         raise WanError("attention.exact=sage is 8-bit, not exact; choose sdpa, cudnn or flash")
     exact = build_attention(config.exact)
