@@ -158,9 +158,9 @@ class OnPolicyConfig(Options):
     GROUP: ClassVar[str] = "on_policy."
 
     weight: float = option(0.0, "weight of the term in the student's loss; 0: off", at_least=0)
-    steps: int = count(5, "Euler steps of the teacher, from each state to clean latents")
+    steps: int = count(6, "UniPC steps of the teacher, from each state to clean latents")
     guidance_scale: float | None = option(None, "guidance there; null: scores.guidance_scale")
-    shift: float | None = option(None, "shift of its steps; null: the model's own")
+    shift: float = positive(1.0, "shift of its steps; 1: of equal length")
 
 
 @dataclass

@@ -95,12 +95,11 @@ def test_the_flow_from_levels_of_their_own_ends_where_it_must():
     s = sigmas[:, None, None, None, None]
     exact = 0.5 * x / ((1 - s) ** 2 * 0.25 + s**2).sqrt()
     rough, fine = (
-        (follow_flow(spread, x, sigmas, steps, 3.0) - exact).norm() / exact.norm()
-        for steps in (5, 160)
+        (follow_flow(spread, x, sigmas, steps, 1.0) - exact).norm() / exact.norm()
+        for steps in (5, 20)
     )
-    assert fine < 0.01
-    assert fine < rough / 8  # of first order
-    assert rough < 0.2
+    assert rough < 0.05
+    assert fine < rough / 8  # of second order: 16
 
 
 def test_only_what_is_missing_is_sampled(tmp_path):

@@ -133,7 +133,6 @@ class Distillation:
         self.rows = even_slices(self.own.stop - self.own.start, config.gradient_accumulation)
         self.schedules = student_schedules(config)
         self.schedule = self.schedules[0]  # in which the student is sampled
-        self.teacher_shift = config.on_policy.shift or settings.shift
         self.shape = latent_shape(config, settings)
         self.gan_blocks: list[int] = []
         self.discriminator: Discriminator | None = None
@@ -314,7 +313,7 @@ class Distillation:
         The states are the student's own, so its mistakes of the steps before are in them.
         """
         config, condition = self.config, batch.condition
-        steps, scale = config.on_policy.steps, config.on_policy_guidance
+        scale, way = config.on_policy_guidance, (config.on_policy.steps, config.on_policy.shift)
         chain = (batch.exits, batch.chain, config.student.deterministic, batch.for_all)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
@@ -324,7 +323,7 @@ class Distillation:
         with torch.no_grad(), self.autocast():
             x = states_at_exits(self.student, condition, batch.schedule, *chain)
             sigmas = batch.schedule.sigmas[batch.exits].to(x.device)
-            end = follow_flow(velocity, x, sigmas, steps, self.teacher_shift)
+            end = follow_flow(velocity, x, sigmas, *way)
         with self.autocast():
             x0 = x0_at_exits(self.student, x, condition, batch.schedule, batch.exits)
         check_finite(step, x0_student=x0, x0_teacher=end)

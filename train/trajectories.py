@@ -79,7 +79,7 @@ def follow_flow(
     steps: int,
     shift: float,
 ) -> Tensor:
-    """Where Euler steps lead from states that have noise levels of their own: (B, C, T, H, W).
+    """Where the flow leads from states that have noise levels of their own: (B, C, T, H, W).
 
     The idea is pi-Flow's, arXiv:2510.14974: a teacher shown the student's own states, which its
     trajectories may never pass through, corrects what is wrong in them.
@@ -87,13 +87,21 @@ def follow_flow(
     Args:
         velocity: (x, noise levels (B,)) -> the velocity of a teacher.
         sigmas: (B,), the levels of the states x.
-        steps: as many for each sample, of equal length before the shift.
+        steps: UniPC steps of each sample, of equal length before the shift.
         shift: of the levels between, as in `wan.sampling.schedule.shift_sigmas`.
     """
-    points = shift_sigmas(sigmas, 1 / shift)
+    x, groups = x.clone(), []
+    for level in sigmas.unique():
+        grid = shift_sigmas(shift_sigmas(level, 1 / shift) * torch.linspace(1, 0, steps + 1), shift)
+        schedule = Schedule(grid[:-1] * NUM_TIMESTEPS, grid, f"{steps} steps from {level:g}")
+        groups.append((sigmas == level, schedule, build_stepper(SAMPLER, schedule)))
     for i in range(steps):
-        now, then = (shift_sigmas(points * (1 - j / steps), shift) for j in (i, i + 1))
-        x = x + (then - now)[:, None, None, None, None] * velocity(x, now)
+        now = torch.empty_like(sigmas)
+        for members, schedule, _ in groups:
+            now[members] = schedule.sigmas[i].to(now)
+        found = velocity(x, now)  # all samples at once: processes run equally many forwards
+        for members, _, stepper in groups:
+            x[members] = stepper.step(i, x[members], found[members])
     return x
 
 
