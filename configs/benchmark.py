@@ -51,7 +51,9 @@ class BenchConfig(Options):
     )
     threads: int | None = count(None, "threads of PyTorch on the CPU")
     seed: int = seed_option(0, "seed of inputs and random weights")
-    prompt_tokens: int = count(30, "tokens of the prompt, the final </s> included")
+    prompt_tokens: int = option(
+        30, "tokens of the prompt, the final </s> included", at_least=1, at_most=512
+    )
     height: int | None = count(None, "pixels of the video; none: the model's own, 704 for stages")
     width: int | None = count(None, "pixels; 1280 for stages")
     num_frames: int | None = count(None, "4k + 1; 121 for stages")

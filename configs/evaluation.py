@@ -211,9 +211,11 @@ class StudyConfig(LoadingConfig):
             check_folder_name(name)
             for captions in CAPTION_SETS:
                 self.evaluation(name, captions)
-        for where, names in (("only", self.only or ()), ("match", self.match.names)):
-            for name in names:
-                check_choice(where, name, tuple(self.settings))
+        match = {f"match.{role}": named for role, named in vars(self.match).items()}
+        for where, named in {"only": self.only, **match}.items():
+            for name in named if isinstance(named, list) else [named]:
+                if name is not None:
+                    check_choice(where, name, tuple(self.settings))
 
     def evaluation(self, name: str, captions: str) -> EvaluateConfig:
         """The evaluation of one setting on one of `CAPTION_SETS`."""

@@ -375,10 +375,11 @@ def test_seconds_say_what_they_were_taken_on(tmp_path, model):
     assert "Cells of different ones do not compare in seconds." in text
 
 
-def test_the_world_is_read_by_its_detectors(tmp_path, model, monkeypatch):
-    config = grid(tmp_path, model, prompt=None, num_captions=2, num_frames=9)
+def test_the_world_is_read_by_its_detectors(tmp_path, model, monkeypatch, capsys):
+    config = grid(tmp_path, model, prompt=None, num_captions=2, num_frames=9, keep_clips=2)
     config = replace(config, height=64, width=64, grid=GridConfig(attention=["sdpa", "spatial"]))
     assert run(config) == 0
+    assert "keep_clips=" not in capsys.readouterr().err
     first, second = rows(tmp_path)
     assert (first["attention"], second["attention"]) == ("sdpa", "spatial")
     assert first["text adherence"] == 0  # of random weights
@@ -403,6 +404,9 @@ def test_the_world_is_read_by_its_detectors(tmp_path, model, monkeypatch):
     assert run(replace(config, num_captions=3)) == 0  # one clip more of each attention
     assert made == [1, 1]
     assert [row["clips"] for row in rows(tmp_path)] == [3, 3]
+    assert "keep_clips=" not in capsys.readouterr().err  # no third one was asked for
+    assert run(replace(config, num_captions=3, keep_clips=3)) == 0
+    assert "keep_clips=3: 2 of these clips were measured before" in capsys.readouterr().err
     assert run(config) == 0
     assert [row["clips"] for row in rows(tmp_path, "results-2.json")] == [2, 2]
     assert made == [1, 1]

@@ -124,6 +124,8 @@ def test_the_command_makes_the_same_of_a_checkpoint(runs, teacher, name, tmp_pat
     monkeypatch.chdir(teacher.parent)  # where "model" is what the run started from
     monkeypatch.setattr("torch.distributed.init_process_group", None)
     export_kept(ExportConfig(str(runs[name]), step=4, output=str(tmp_path / "step-0000004")))
+    with pytest.raises(WanError, match=r"output=\.: is there already"):
+        export_kept(ExportConfig(str(runs[name]), step=4, output="."))
     assert step_of(tmp_path, 4, "") == end_of(runs[name])
     export_kept(ExportConfig(str(runs[name]), weights="current", output=str(tmp_path / "now")))
     now = contents(tmp_path, "now.safetensors", "now")

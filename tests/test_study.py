@@ -82,6 +82,12 @@ def made(monkeypatch) -> list[int]:
     return numbers
 
 
+@pytest.mark.parametrize("option", ["only=[other]", "match.repeats=[other]", "match.floor=other"])
+def test_a_setting_that_does_not_exist_is_refused_by_the_option_that_names_it(option):
+    with pytest.raises(WanError, match=rf"{option.partition('=')[0]}=other: choose one of rend"):
+        compose_runs(LINE, [option])
+
+
 def test_the_shipped_study_composes_and_its_settings_can_be_changed():
     words = ["settings.teacher_unipc_50.share=0.25", "only=[renders]", "quantize=int8"]
     (one,) = compose_runs(LINE, [*words, "offload=block", "compile=dit"])

@@ -139,6 +139,8 @@ def named_places(config: ExportConfig, folder: Path, step: int, artefacts: Artef
         ending = "-current" if config.weights == "current" else ""
         return step_places(artefacts.made, folder / EXPORTS / f"{name_of(step)}{ending}")
     output = expanded(config.output)
+    if not output.name:  # . or /
+        raise WanError(f"output={config.output}: is there already; name a new folder or file")
     if output.suffix != ".safetensors":
         return step_places(artefacts.made, output)
     loras = [one for one in artefacts.made if one.ending == output.suffix]

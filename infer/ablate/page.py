@@ -8,7 +8,13 @@ from configs.ablation import AblateConfig, Setting
 from infer.ablate.cell import Cell
 from infer.evaluate.report import Report, Row, exactly
 from infer.gallery.command import sample_command
-from infer.gallery.measured import aspect_of, measured_clip, measures_of, points_of
+from infer.gallery.measured import (
+    aspect_of,
+    measured_clip,
+    measures_of,
+    points_of,
+    tell_not_kept,
+)
 from infer.gallery.page import SEED, Clip, Page
 from infer.measure.run import Measured
 
@@ -34,6 +40,7 @@ def page_of(
     varied = [name for name in axes[0] if len({own[name] for own in axes}) > 1]
     columns = list(report.columns[:-1])
     clips: list[Clip] = []
+    to_keep: list[Clip] = []
     for number, (setting, row) in enumerate(settings):
         own = {name: axes[number][name] for name in varied}
         for cell in (one for one in cells if one.setting is setting):
@@ -44,6 +51,8 @@ def page_of(
                 command = command_of(config, setting, row, clip, folder)
                 what = (own | seed, cell.video(index), columns, command, number)
                 clips.append(measured_clip(clip, *what))
+                to_keep += clips[-1:] if index < config.keep_clips else []
+    tell_not_kept(to_keep, config.keep_clips)
     seconds = [values[-1] for values in report.estimates]
     steps = [exactly(row.plan["steps"]) if row.plan else None for row in report.rows]
     return Page(

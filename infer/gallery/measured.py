@@ -1,6 +1,7 @@
 """Clips that were measured, as clips of a page: what was asked for, seen, and not there."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from wan.media.video import open_video, video_info
 from wan.miniature.statistics import Estimate
 
 ATTRIBUTES = ("size", "colour", "shape", "motion")  # in the order of a caption
-NOT_KEPT = "not kept: keep_clips= says how many are, when they are made"
+NOT_KEPT = "not kept when it was made; its command makes it again"
 
 
 def measured_clip(
@@ -57,6 +58,23 @@ def measured_clip(
         command=command,
         point=point,
     )
+
+
+def tell_not_kept(clips: Iterable[Clip], keep_clips: int) -> None:
+    """Say how many clips `keep_clips` asks for that were stored without their video.
+
+    Clips that are stored are not made again, so that a larger number keeps new ones only.
+
+    Args:
+        clips: those that were to be kept.
+    """
+    if missing := sum(clip.why == NOT_KEPT for clip in clips):
+        print(
+            f"keep_clips={keep_clips}: {missing} of these clips were measured before, and were not "
+            "kept. The page has the command of each; to make and keep all anew, run this command "
+            "with another output_dir=",
+            file=sys.stderr,
+        )
 
 
 def seen_words(seen: Mapping[str, Any]) -> str:

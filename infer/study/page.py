@@ -7,7 +7,13 @@ from configs.evaluation import CAPTION_SETS, StudyConfig
 from infer.evaluate.report import Column, Report, exactly
 from infer.evaluate.store import cut, kept_clip
 from infer.gallery.command import command, sample_command
-from infer.gallery.measured import aspect_of, measured_clip, measures_of, points_of
+from infer.gallery.measured import (
+    aspect_of,
+    measured_clip,
+    measures_of,
+    points_of,
+    tell_not_kept,
+)
 from infer.gallery.page import SEED, Clip, Page
 from wan.files import read_sealed
 
@@ -44,6 +50,7 @@ def page_of(
                     settings[SEED] = str(clip["seed"])
                 what = (settings, kept_clip(file, index), columns, again, number)
                 clips.append(measured_clip(clip, *what))
+    tell_not_kept(clips, config.keep_clips)
     seconds = [column.heading for column in report.columns].index(SECONDS)
     xs = [
         (None, None) if row.plan is None else (values[seconds], exactly(row.plan["steps"]))
