@@ -473,13 +473,13 @@ def _points(
     overrides: list[Override], line: CommandLine, sweep: bool
 ) -> Iterator[list[tuple[Override, str]]]:
     """Yield every combination of the listed values, as (override, value as Hydra text)."""
-    about = {name: item.metadata for name, _, item in walk_options(line.schema)}
+    several = {n: item.metadata.get("several") for n, _, item in walk_options(line.schema)}
     values: list[list[str]] = []
     for override in overrides:
         if override.is_sweep_override():
             if not sweep:
                 key = line_key(line, override.key_or_group)
-                advice = about.get(key, {}).get("several") or "add -m to run one after the other"
+                advice = several.get(key) or "add -m to run one after the other"
                 raise WanError(f"{override.input_line}: one value only; {advice}")
             values.append(list(override.sweep_string_iterator()))
         else:

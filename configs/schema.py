@@ -73,9 +73,9 @@ def count(default: Any, help: str, needs: Sequence[str] = ()) -> Any:
     return option(default, help, at_least=1, needs=needs)
 
 
-def positive(default: Any, help: str, needs: Sequence[str] = ()) -> Any:
+def positive(default: Any, help: str) -> Any:
     """An `option` above 0."""
-    return option(default, help, above=0, needs=needs)
+    return option(default, help, above=0)
 
 
 def share(default: Any, help: str) -> Any:
@@ -83,9 +83,9 @@ def share(default: Any, help: str) -> Any:
     return option(default, help, at_least=0, at_most=1)
 
 
-def seed_option(default: Any, help: str, several: str = "", needs: Sequence[str] = ()) -> Any:
+def seed_option(default: Any, help: str, several: str = "") -> Any:
     """An `option` that seeds a random stream."""
-    return option(default, help, check=check_seed, several=several, needs=needs)
+    return option(default, help, check=check_seed, several=several)
 
 
 @dataclass
@@ -539,12 +539,8 @@ class SampleConfig(LoadingConfig, PartsConfig):
     lora_2: list[str] | None = option(
         None, "the same for the low-noise expert of models with two", check=check_lora
     )
-    lora_strength: float = option(
-        1.0, "factor on all LoRAs; 1 as they were trained", needs=("lora", "lora_2")
-    )
-    lora_strength_2: float | None = option(
-        None, "the same for lora_2; none: as lora_strength", needs=("lora_2",)
-    )
+    lora_strength: float = option(1.0, "factor on all LoRAs; 1 as they were trained")
+    lora_strength_2: float | None = option(None, "the same for lora_2; none: as lora_strength")
 
     verbose: bool = option(False, "print every setting, where it comes from, and the weights")
     output_dir: str = option("outputs", "made if missing; nothing in it is ever overwritten")

@@ -21,7 +21,6 @@ from wan.errors import WanError
 from wan.models.attention_config import AttentionConfig
 
 OPTIMIZERS = ("adamw", "muon")
-SAMPLED = ("sample_prompts",)
 CHECKPOINT_BLOCKS = ("none", "full", "selective")  # of wan.models.recompute
 
 
@@ -241,25 +240,21 @@ class FinetuneConfig(TransformerTrainConfig):
         None,
         "steps between samples, a multiple of loop.save_every; null: at every save",
         at_least=1,
-        needs=SAMPLED,
     )
     sample_size: str | None = option(
-        None,
-        "frames x height x width of samples; null: that of most clips",
-        check=check_size,
-        needs=SAMPLED,
+        None, "frames x height x width of samples; null: that of most clips", check=check_size
     )
     sample_steps: int | None = option(
-        None, "their steps; null: the model's own", at_least=1, at_most=MAX_STEPS, needs=SAMPLED
+        None, "their steps; null: the model's own", at_least=1, at_most=MAX_STEPS
     )
-    sample_shift: float | None = positive(None, "their shift; null: the model's own", SAMPLED)
+    sample_shift: float | None = positive(None, "their shift; null: the model's own")
     sample_guidance: float | None = option(
-        None, "their guidance; null: the model's own; 1: none", at_least=0, needs=SAMPLED
+        None, "their guidance; null: the model's own; 1: none", at_least=0
     )
     sample_negative_prompt: str | None = option(
-        None, "null: the official one for released base models, else the empty one", needs=SAMPLED
+        None, "null: the official one for released base models, else the empty one"
     )
-    sample_seed: int = seed_option(0, "their noise, the same for each prompt", needs=SAMPLED)
+    sample_seed: int = seed_option(0, "their noise, the same for each prompt")
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:

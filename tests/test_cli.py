@@ -212,7 +212,7 @@ def test_paths_can_be_swept():
         (["tile=9223372036854775808"], ["tile=9223372036854775808", "2**63 - 1"]),
         (["sampler.name=eulr"], ["sampler.name=eulr", "euler"]),
         (["image_fit=resize"], ["image_fit=resize without image= or prompt_file="]),
-        (["lora_strength=0.5"], ["lora_strength=0.5 without lora= or lora_2="]),
+        (["preview_decoder=a"], ["preview_decoder=a without preview="]),
         (["verify=3"], ["verify=3", "must be true or false"]),
         (["deterministic=-1"], ["deterministic=-1", "true or false, or null"]),
         (["timesteps=[[1000]]"], ["timesteps=[[1000]]", "must be a list of numbers"]),
