@@ -131,8 +131,10 @@ class RegressionConfig(Options):
     )
     num_pairs: int = count(1024, "trajectories the teacher samples first")
     steps: int = count(24, "UniPC steps per trajectory, to which the student's timesteps are added")
-    guidance_scale: float | None = option(None, "guidance there; null: scores.guidance_scale")
-    shift: float | None = option(None, "shift of the teacher's grid; null: the model's own")
+    guidance_scale: float | None = option(
+        None, "guidance there; null: scores.guidance_scale", at_least=1
+    )
+    shift: float | None = positive(None, "shift of the teacher's grid; null: the model's own")
     folder: str | None = option(
         None, "where trajectories are kept; runs may share them; null: output_dir's own"
     )
@@ -159,7 +161,9 @@ class OnPolicyConfig(Options):
 
     weight: float = option(0.0, "weight of the term in the student's loss; 0: off", at_least=0)
     steps: int = count(6, "UniPC steps of the teacher, from each state to clean latents")
-    guidance_scale: float | None = option(None, "guidance there; null: scores.guidance_scale")
+    guidance_scale: float | None = option(
+        None, "guidance there; null: scores.guidance_scale", at_least=1
+    )
     shift: float = positive(1.0, "shift of its steps; 1: of equal length")
 
 
@@ -187,9 +191,9 @@ class DistillConfig(TransformerTrainConfig):
 
     output_dir: str = option("runs/distill", "checkpoints, metrics, samples; the student in model/")
     seed: int = seed_option(0, "noise, noise levels, exits; of captions: data.seed")
-    height: int | None = option(None, "pixels of what is made; null: the model's own")
-    width: int | None = option(None, "pixels; null: the model's own")
-    num_frames: int | None = option(None, "4k + 1; null: the model's own")
+    height: int | None = count(None, "pixels of what is made; null: the model's own")
+    width: int | None = count(None, "pixels; null: the model's own")
+    num_frames: int | None = count(None, "4k + 1; null: the model's own")
 
     dmd_weight: float = option(
         1.0, "weight of distribution matching; 0: regression alone", at_least=0
@@ -202,10 +206,10 @@ class DistillConfig(TransformerTrainConfig):
 
     lr: float = positive(1e-4, "peak learning rate of the student")
     critic_lr: float = positive(1e-4, "peak learning rate of the critic")
-    final_lr: float = option(0.5, "share of both that the cosine leaves at the end")
-    warmup: int = option(10, "steps of linear warm-up")
-    beta1: float = option(0.0, "AdamW's first beta")
-    beta2: float = option(0.999, "AdamW's second beta")
+    final_lr: float = share(0.5, "share of both that the cosine leaves at the end")
+    warmup: int = option(10, "steps of linear warm-up", at_least=0)
+    beta1: float = option(0.0, "AdamW's first beta", at_least=0, below=1)
+    beta2: float = option(0.999, "AdamW's second beta", at_least=0, below=1)
     ema_decay: float = option(
         0.99, "decay of the averaged student, which is exported; 0: the latest", at_least=0, below=1
     )
@@ -246,8 +250,8 @@ class DistillConfig(TransformerTrainConfig):
         ratio, first = self.scores.critic_ratio, self.scores.critic_warmup
         if self.dmd_weight and self.loop.steps // ratio <= first // ratio:
             raise WanError(
-                f"loop.steps={self.loop.steps}: the student moves in every {ratio}th step "
-                f"(scores.critic_ratio) after the first {first} (scores.critic_warmup): never"
+                f"loop.steps={self.loop.steps}: with scores.critic_ratio={ratio} after the first "
+                f"{first} steps (scores.critic_warmup) the student would never move"
             )
         if self.gan.weight and not self.dmd_weight:
             raise WanError("gan.weight without dmd_weight: the term stands beside DMD's, not alone")

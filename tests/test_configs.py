@@ -110,12 +110,13 @@ def test_every_option_has_a_help_line():
     [
         *(AblateConfig, BenchConfig, ConvertConfig, EvaluateConfig, MeasureConfig, ParityConfig),
         *(RehearseConfig, SampleConfig, StudyConfig),
-        *(FinetuneConfig, PreprocessConfig, TextEncoderTrainConfig, VAETrainConfig),
+        *(DistillConfig, FinetuneConfig, PreprocessConfig, TextEncoderTrainConfig, VAETrainConfig),
     ],
 )
 def test_every_number_says_between_what_it_lies(schema):
     """Or has a check of its own; the attention and the timesteps are checked as a whole."""
     free = {"sampler.timesteps", "lora_strength", "lora_strength_2", "data.seed"}
+    free |= {"student.timesteps", "student.more_timesteps", "gan.blocks"}
     for name, kind, item in walk_options(schema):
         entry = list_of(kind) or kind
         if not {int, float} & {entry, *get_args(entry)} or name.startswith("attention."):
