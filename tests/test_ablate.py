@@ -13,8 +13,9 @@ import torch
 from test_pipeline import build, write_tokenizer
 
 from configs.ablation import AblateConfig, GridConfig, ModelConfig, ReferenceConfig
-from configs.cli import Run, compose_runs, execute
+from configs.cli import Run, execute
 from configs.command_line import preset_names
+from configs.compose import compose_runs
 from infer.ablate import run as ablate
 from infer.ablate.__main__ import LINE, main
 from infer.ablate.run import MAX_PSNR

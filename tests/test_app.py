@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from configs.app import AppConfig
-from configs.cli import compose_runs
+from configs.compose import compose_runs
 from infer.app.__main__ import LINE, main
 from infer.app.cards import history_cards, side_cards
 from infer.app.studio import Shared, Side, State, Studio, options_of

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from configs.ablation import AblateConfig
-from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
+from configs.cli import INTERRUPTED, USER_ERROR, execute
 from configs.command_line import CommandLine, Shortcut, help_text
+from configs.compose import compose_runs
 from configs.distillation import DistillConfig
 from configs.parity import ParityConfig
 from configs.schema import SampleConfig, SamplerConfig, option
@@ -358,7 +359,7 @@ def test_a_schema_without_texts_or_presets_works_too(tmp_path, monkeypatch):
         sizes: list[int] = option([1, 2], "a list")
 
     (tmp_path / "other.yaml").write_text("sizes: [1, 2]\n")
-    monkeypatch.setattr("configs.cli.CONFIG_FOLDER", tmp_path)
+    monkeypatch.setattr("configs.compose.CONFIG_FOLDER", tmp_path)
     monkeypatch.setattr("configs.command_line.CONFIG_FOLDER", tmp_path)
     line = CommandLine(Other, "other", text_keys=("prompt", "inner.caption"))
     with pytest.raises(WanError, match="unknown option prompt="):

@@ -12,8 +12,8 @@ import configs
 from configs import schema
 from configs.ablation import AblateConfig
 from configs.benchmark import BenchConfig
-from configs.cli import compose_runs
 from configs.command_line import CommandLine, Shortcut, list_of, preset_names
+from configs.compose import compose_runs
 from configs.conversion import ConvertConfig
 from configs.data import PreprocessConfig
 from configs.distillation import DistillConfig

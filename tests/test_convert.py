@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.cli import CommandLine, execute
+from configs.cli import execute
+from configs.command_line import CommandLine
 from configs.conversion import ConvertConfig
 from infer.convert.releases import official_transformer_config
 from infer.convert.run import convert as main

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_pipeline import build, write_tokenizer
 
-from configs.cli import compose_runs, execute
+from configs.cli import execute
+from configs.compose import compose_runs
 from configs.evaluation import EvaluateConfig
 from infer.evaluate.__main__ import LINE, main
 from infer.evaluate.measure import draw_examples, evaluate, summarise, table, wilson_interval

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.cli import compose_runs, execute
+from configs.cli import execute
+from configs.compose import compose_runs
 from configs.evaluation import EvaluateConfig
 from configs.schema import SamplerConfig
 from infer.gallery.__main__ import LINE, main

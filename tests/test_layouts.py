@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.cli import CommandLine, execute
+from configs.cli import execute
+from configs.command_line import CommandLine
 from configs.conversion import ConvertConfig
 from configs.evaluation import EvaluateConfig
 from infer.convert.__main__ import LINE

@@ -9,7 +9,8 @@ import torch
 from test_lora import QUERY, fused_by_diffusers, numbers, state_of, tiny_dit
 from torch import Tensor
 
-from configs.cli import CommandLine, execute
+from configs.cli import execute
+from configs.command_line import CommandLine
 from configs.conversion import ConvertConfig
 from infer.convert.run import convert as main
 from wan.errors import WanError

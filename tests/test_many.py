@@ -18,7 +18,8 @@ from test_parallel import free_ports
 from test_pipeline import DIT, build, random_weights, write_models
 
 import infer.sample.generate  # noqa: F401 - for the processes that are forked from this file
-from configs.cli import compose_runs, execute
+from configs.cli import execute
+from configs.compose import compose_runs
 from infer.processes import Processes
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sharing import makes_together

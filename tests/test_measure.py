@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.cli import compose_runs
+from configs.compose import compose_runs
 from configs.measurement import MeasureConfig
 from infer.measure import measures, run
 from infer.measure.__main__ import LINE, main

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from configs.cli import compose_runs
+from configs.compose import compose_runs
 from train.plot import LINE, PlotConfig, draw, family, plot, read_series
 from wan.errors import WanError
 

@@ -25,8 +25,9 @@ from test_parallel import free_ports
 
 import train.data
 import train.preprocess.run
-from configs.cli import USER_ERROR, compose_runs
+from configs.cli import USER_ERROR
 from configs.command_line import CommandLine
+from configs.compose import compose_runs
 from configs.data import DataConfig, PreprocessConfig, parse_size
 from configs.progress import Steps
 from configs.start import interrupt_from_now_on

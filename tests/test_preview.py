@@ -10,7 +10,7 @@ from PIL import Image, ImageSequence
 from safetensors.torch import save_file
 from test_taehv import TAEW, published_state
 
-from configs.cli import compose_runs
+from configs.compose import compose_runs
 from configs.rerun import RerunConfig
 from infer.diff.records import read_record
 from infer.rerun.request import job_of

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from configs import progress
-from configs.cli import compose_runs
 from configs.command_line import CommandLine
+from configs.compose import compose_runs
 from configs.parity import ParityConfig
 from configs.progress import STATUS, Steps, doing, duration, fitting, progress_shown
 from wan.errors import WanError

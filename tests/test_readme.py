@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 
 import wan
-from configs.cli import compose_runs
 from configs.command_line import CommandLine
 from configs.command_list import commands_of
+from configs.compose import compose_runs
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("wan", "infer", "train", "wan/miniature")

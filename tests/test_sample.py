@@ -28,7 +28,8 @@ import infer.sample.generate
 import infer.sample.jobs
 import infer.sample.request
 import wan.weights.hub
-from configs.cli import INTERRUPTED, USER_ERROR, compose_runs, execute
+from configs.cli import INTERRUPTED, USER_ERROR, execute
+from configs.compose import compose_runs
 from infer.loading import LoadedModel, StageBars
 from infer.sample.__main__ import LINE, SampleCommand
 from infer.sample.jobs import Jobs, read_jobs

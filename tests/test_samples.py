@@ -12,7 +12,7 @@ import torch
 
 import train.finetune.run as module
 import train.samples as samples
-from configs.cli import compose_runs
+from configs.compose import compose_runs
 from configs.data import DataConfig, PreprocessConfig
 from configs.training import FinetuneConfig, LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints

@@ -214,7 +214,7 @@ def test_without_a_home_folder_and_an_entry_of_the_user(tmp_path, no_entry):
     assert record(tmp_path)["status"] == "done"
     code, _, err = run("infer.sample", "prompt=x", "output_dir=~/x", **options)
     assert code == 2
-    assert err.startswith("error: ~/x: ~ stands for a home folder, which is not known")
+    assert err.startswith("error: output_dir=~/x: ~ stands for a home folder, which is not known")
     code, _, err = run("infer.sample", "prompt=x", "checkpoint=nobody/nothing", **options)
     assert code == 2
     assert "HF_HOME=FOLDER" in err

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_pipeline import build, write_tokenizer
 
-from configs.cli import Run, compose_runs, execute
+from configs.cli import Run, execute
+from configs.compose import compose_runs
 from configs.evaluation import (
     CAPTION_SETS,
     CaptionSetConfig,

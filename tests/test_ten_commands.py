@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.cli import compose_runs, execute
+from configs.cli import execute
+from configs.compose import compose_runs
 from wan.errors import WanError
 from wan.media.video import read_video, to_uint8, write_video
 from wan.miniature.captions import caption

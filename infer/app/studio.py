@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.app import AppConfig
-from configs.cli import INTERRUPTED, Run, compose_runs
+from configs.cli import INTERRUPTED, Run
 from configs.command_line import preset_names
+from configs.compose import compose_runs
 from configs.schema import DISTINCT_SEEDS, RANDOM_SEED, SampleConfig
 from infer.diff.records import VideoRecord, checked
 from infer.gallery.records import text as text_of
