@@ -529,7 +529,8 @@ class Distillation:
         """Learn what spreads of clips are healthy.
 
         They lie between those of what the teacher sees at the student's steps, where a student
-        begins, and those of its finished samples, where it is to end.
+        begins, and those of its finished samples, where it is to end. Of several lists of steps,
+        the first stands for all.
 
         Args:
             captions: of the panel, whose noise is used.

@@ -91,8 +91,9 @@ def follow_flow(
         shift: of the levels between, as in `wan.sampling.schedule.shift_sigmas`.
     """
     x, groups = x.clone(), []
-    for level in sigmas.unique():
-        grid = shift_sigmas(shift_sigmas(level, 1 / shift) * torch.linspace(1, 0, steps + 1), shift)
+    for level in sigmas.unique().tolist():
+        start = shift_sigmas(torch.tensor(level), 1 / shift)
+        grid = shift_sigmas(start * torch.linspace(1, 0, steps + 1), shift)
         schedule = Schedule(grid[:-1] * NUM_TIMESTEPS, grid, f"{steps} steps from {level:g}")
         groups.append((sigmas == level, schedule, build_stepper(SAMPLER, schedule)))
     for i in range(steps):
