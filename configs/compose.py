@@ -369,8 +369,8 @@ def _check_needs(line: CommandLine, config: Any, given: Collection[str]) -> None
         needs = item.metadata.get("needs", ())
         value = reduce(getattr, name.split("."), config)
         idle = name in given and needs and value not in (None, False)
-        if idle and not any(getattr(config, other) for other in needs):
-            others = " or ".join(f"{other}=" for other in needs)
+        if idle and not any(reduce(getattr, other.split("."), config) for other in needs):
+            others = " or ".join(f"{short_key(line, other)}=" for other in needs)
             raise WanError(f"{short_key(line, name)}={value} without {others}: nothing reads it")
 
 

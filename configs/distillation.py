@@ -75,13 +75,13 @@ class ScoreConfig(Options):
     unguided_share: float = share(
         0.0, "chance that a sample's teacher is without guidance, at levels above unguided_above"
     )
-    unguided_above: float = share(0.9, "see unguided_share")
+    unguided_above: float = share(0.9, "see unguided_share", ("scores.unguided_share",))
     clip_share: float = share(
         0.0,
         "chance that the teacher sees the caption's clip in place of the student's sample, at "
         "levels above clip_above; it needs clips",
     )
-    clip_above: float = share(0.0, "see clip_share")
+    clip_above: float = share(0.0, "see clip_share", ("scores.clip_share",))
     critic_ratio: int = count(5, "critic updates per student update")
     critic_warmup: int = option(0, "critic updates before the student's first", at_least=0)
     critic_lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -160,11 +160,16 @@ class OnPolicyConfig(Options):
     GROUP: ClassVar[str] = "on_policy."
 
     weight: float = option(0.0, "weight of the term in the student's loss; 0: off", at_least=0)
-    steps: int = count(6, "UniPC steps of the teacher, from each state to clean latents")
-    guidance_scale: float | None = option(
-        None, "guidance there; null: scores.guidance_scale", at_least=1
+    steps: int = count(
+        6, "UniPC steps of the teacher, from each state to clean latents", ("on_policy.weight",)
     )
-    shift: float = positive(1.0, "shift of its steps; 1: of equal length")
+    guidance_scale: float | None = option(
+        None,
+        "guidance there; null: scores.guidance_scale",
+        at_least=1,
+        needs=("on_policy.weight",),
+    )
+    shift: float = positive(1.0, "shift of its steps; 1: of equal length", ("on_policy.weight",))
 
 
 @dataclass

@@ -58,7 +58,7 @@ def option(
         at_least, above, at_most, below: bounds of a number.
         check: called with name and value; raises a WanError for values that it does not allow.
         several: what to do who gives several values, where a sweep is not the way.
-        needs: options of which one must be given too, or nothing would read this one.
+        needs: full names of options of which one must be given too, or nothing would read this one.
     """
     about: dict[str, Any] = {"help": help, "choices": tuple(choices), "check": check}
     about |= {"several": several, "needs": tuple(needs)}
@@ -73,14 +73,14 @@ def count(default: Any, help: str, needs: Sequence[str] = ()) -> Any:
     return option(default, help, at_least=1, needs=needs)
 
 
-def positive(default: Any, help: str) -> Any:
+def positive(default: Any, help: str, needs: Sequence[str] = ()) -> Any:
     """An `option` above 0."""
-    return option(default, help, above=0)
+    return option(default, help, above=0, needs=needs)
 
 
-def share(default: Any, help: str) -> Any:
+def share(default: Any, help: str, needs: Sequence[str] = ()) -> Any:
     """An `option` between 0 and 1."""
-    return option(default, help, at_least=0, at_most=1)
+    return option(default, help, at_least=0, at_most=1, needs=needs)
 
 
 def seed_option(default: Any, help: str, several: str = "") -> Any:

@@ -459,6 +459,17 @@ def test_what_is_wrong_with_a_value_is_said(tokens, words):
         compose_runs(SAMPLE, tokens)
 
 
+def test_what_a_group_would_not_read_is_refused_by_its_own_option():
+    line = CommandLine(DistillConfig, "distill")
+    for name, needed in {
+        "on_policy.steps=3": "on_policy.weight=",
+        "scores.clip_above=0.5": "scores.clip_share=",
+    }.items():
+        with pytest.raises(WanError, match=f"{name} without {needed}: nothing reads it"):
+            compose_runs(line, [name])
+    compose_runs(line, ["on_policy.steps=3", "on_policy.weight=0.5"])
+
+
 @pytest.mark.parametrize("value", ["[1000,900]", "[[1000,x]]", "[x]", "3"])
 def test_what_is_no_list_of_lists_is_refused_by_its_option(value):
     line = CommandLine(DistillConfig, "distill")
