@@ -112,6 +112,13 @@ def test_score_levels_are_shifted_uniform_within_bounds(shift, clamp):
     assert on_top == pytest.approx(expected, abs=0.008)  # at shift 5: 9.3 %
 
 
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+def test_score_levels_that_are_clamped_are_fastvideos_to_the_last_bit(shift):
+    sigma = sample_score_sigmas(1000, shift, (0.02, 0.98), torch.Generator().manual_seed(0))
+    uniform = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sigma, shift_sigmas(uniform, shift).clamp(0.02, 0.98))
+
+
 @pytest.mark.parametrize("clamp", [True, False])
 def test_score_levels_start_at_each_samples_own(clamp):
     above = torch.tensor([0.0, 0.3, 0.9]).repeat(4000)

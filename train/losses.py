@@ -120,13 +120,13 @@ def sample_score_sigmas(
     if not 0 < lowest < highest < 1:
         raise WanError(f"noise levels from {lowest} to {highest}: need 0 < lowest < highest < 1")
     uniform = torch.rand(batch, generator=generator)
-    low = torch.zeros(()) if above is None else above
-    high = torch.ones(())
-    if not clamp:
-        low, high = low.clamp(min=lowest), torch.tensor(highest)
-    # The shift's inverse is the shift by 1 / shift.
-    low, high = shift_sigmas(low, 1 / shift), shift_sigmas(high, 1 / shift)
-    return shift_sigmas(low + uniform * (high - low), shift).clamp(lowest, highest)
+    # Places before the shift, whose inverse is the shift by 1 / shift; 0 and 1 stay where they are.
+    start = torch.zeros(()) if above is None else shift_sigmas(above, 1 / shift)
+    if clamp:
+        return shift_sigmas(start + uniform * (1 - start), shift).clamp(lowest, highest)
+    low, high = shift_sigmas(torch.tensor([lowest, highest]), 1 / shift)
+    start = start.maximum(low)
+    return shift_sigmas(start + uniform * (high - start), shift)
 
 
 def adversarial_loss(logits: Tensor) -> Tensor:

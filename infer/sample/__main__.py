@@ -72,9 +72,7 @@ class SampleCommand:
                         if code == INTERRUPTED:
                             self._stopped = True
                             self._records += made
-                            if (
-                                together
-                            ):  # the others wait for this process, and it for none of them
+                            if together:  # the others wait for this process, and it for none
                                 sys.exit(code)
                             return code
                 # torchrun ends all as soon as one ends with an error
