@@ -230,7 +230,8 @@ class Distillation:
         with torch.no_grad(), self.autocast():
             x = add_noise(x0, noise, sigma)
             x0_critic = predict_x0(self.critic, x, sigma, condition)
-            if batch.shown is not None and batch.clips is not None:
+            if batch.shown is not None:
+                assert batch.clips is not None
                 # Data forcing, arXiv:2606.18478: the teacher's score where the data are
                 there = add_noise(batch.clips, noise, sigma)
                 x = torch.where(batch.shown[:, None, None, None, None], there, x)
