@@ -1,6 +1,6 @@
 """The settings of `python -m infer.bench`."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from configs.schema import (
     DTYPES,
@@ -18,6 +18,9 @@ from wan.models.attention_config import AttentionConfig
 
 COMPARED = ("text", "encode", "decode", "dit", "block", "pipeline", "load")
 STAGES = ("text", "denoise", "decode")
+# Options that only one of the two modes reads.
+OF_COMPARED = ("checkpoint", "block_heads", "load_gb")
+OF_STAGES = ("parity", "compile", "compile_backend", "goal_seconds", "peak_tflops")
 
 
 def check_timed_device(name: str, value: str) -> None:
@@ -93,7 +96,7 @@ class BenchConfig(Options):
         """The settings for the device that `auto` is here: a GPU has stages, a CPU is compared.
 
         Raises:
-            WanError: a target that only CPUs have.
+            WanError: a target that only CPUs have, or an option that nothing would read.
         """
         others = [target for target in self.targets if target not in STAGES]
         if self.device == "auto" and self.stages is None and device != "cpu" and others:
@@ -101,7 +104,21 @@ class BenchConfig(Options):
                 f"targets={','.join(others)}: timed beside diffusers, on the CPU only, and "
                 f"device=auto is {device} here; add device=cpu, or choose {', '.join(STAGES)}"
             )
-        return replace(self, device=device)
+        config = replace(self, device=device)
+        config.check_read()
+        return config
+
+    def check_read(self) -> None:
+        """Refuse options of the other mode: of stages where sides are compared, and the reverse."""
+        idle, mode = (
+            (OF_STAGES, "stages=full") if self.stages is None else (OF_COMPARED, "device=cpu")
+        )
+        for item in fields(self):
+            if item.name in idle and getattr(self, item.name) != item.default:
+                raise WanError(
+                    f"{item.name}={getattr(self, item.name)}: nothing reads it here; leave it out, "
+                    f"or {mode}"
+                )
 
     @property
     def all_targets(self) -> tuple[str, ...]:

@@ -98,6 +98,9 @@ class ScoreConfig(Options):
             )
 
 
+WITH_GAN, WITH_REGRESSION = ("gan.weight",), ("regression.weight",)  # what reads their options
+
+
 @dataclass
 class GANConfig(Options):
     """An optional adversarial term on features of the critic or the teacher; it needs clips."""
@@ -105,11 +108,18 @@ class GANConfig(Options):
     GROUP: ClassVar[str] = "gan."
 
     weight: float = option(0.0, "weight of the term in the student's loss; 0: off", at_least=0)
-    critic_weight: float = option(0.01, "weight of the discriminator's loss", at_least=0)
-    host: str = option(
-        "critic", "whose features are read: critic or teacher", choices=("critic", "teacher")
+    critic_weight: float = option(
+        0.01, "weight of the discriminator's loss", at_least=0, needs=WITH_GAN
     )
-    blocks: list[int] = option([-1], "after which blocks; negative ones count from the end")
+    host: str = option(
+        "critic",
+        "whose features are read: critic or teacher",
+        choices=("critic", "teacher"),
+        needs=WITH_GAN,
+    )
+    blocks: list[int] = option(
+        [-1], "after which blocks; negative ones count from the end", needs=WITH_GAN
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,15 +138,27 @@ class RegressionConfig(Options):
         None,
         "its weight at the last step, approached in a straight line; null: the same throughout",
         at_least=0,
+        needs=WITH_REGRESSION,
     )
-    num_pairs: int = count(1024, "trajectories the teacher samples first")
-    steps: int = count(24, "UniPC steps per trajectory, to which the student's timesteps are added")
+    num_pairs: int = count(1024, "trajectories the teacher samples first", needs=WITH_REGRESSION)
+    steps: int = count(
+        24,
+        "UniPC steps per trajectory, to which the student's timesteps are added",
+        needs=WITH_REGRESSION,
+    )
     guidance_scale: float | None = option(
-        None, "guidance there; null: scores.guidance_scale", at_least=1
+        None,
+        "guidance there; null: scores.guidance_scale",
+        at_least=1,
+        needs=WITH_REGRESSION,
     )
-    shift: float | None = positive(None, "shift of the teacher's grid; null: the model's own")
+    shift: float | None = positive(
+        None, "shift of the teacher's grid; null: the model's own", needs=WITH_REGRESSION
+    )
     folder: str | None = option(
-        None, "where trajectories are kept; runs may share them; null: output_dir's own"
+        None,
+        "where trajectories are kept; runs may share them; null: output_dir's own",
+        needs=WITH_REGRESSION,
     )
 
     def __post_init__(self) -> None:

@@ -463,11 +463,14 @@ def test_what_a_group_would_not_read_is_refused_by_its_own_option():
     line = CommandLine(DistillConfig, "distill")
     for name, needed in {
         "on_policy.steps=3": "on_policy.weight=",
+        "gan.host=teacher": "gan.weight=",
+        "regression.num_pairs=3": "regression.weight=",
         "scores.clip_above=0.5": "scores.clip_share=",
     }.items():
         with pytest.raises(WanError, match=f"{name} without {needed}: nothing reads it"):
-            compose_runs(line, [name])
+            compose_runs(line, ["method=mini3_dmd", name])
     compose_runs(line, ["on_policy.steps=3", "on_policy.weight=0.5"])
+    compose_runs(line, ["method=mini3", "regression.num_pairs=3"])
 
 
 @pytest.mark.parametrize("value", ["[1000,900]", "[[1000,x]]", "[x]", "3"])
