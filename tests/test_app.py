@@ -148,7 +148,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(studio, monkeypatch)
     def refuse(*_):
         raise WanError("not enough memory on cpu: denoise would take 1 TiB")
 
-    monkeypatch.setattr("infer.sample.generate.check_memory", refuse)
+    monkeypatch.setattr("infer.sample.prepare.check_memory", refuse)
     monkeypatch.setattr("infer.loading.LoadedModel", None)  # would fail if it were reached
     studio._models.clear()
     (state,) = last(studio.generate(Shared(PROMPT), [Side()]))

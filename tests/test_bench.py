@@ -427,9 +427,9 @@ def test_settings_that_make_no_sense_are_refused(options, message):
 
 
 def test_an_option_of_the_other_mode_is_refused():
-    with pytest.raises(WanError, match="parity=False: nothing reads it here.*stages=full"):
+    with pytest.raises(WanError, match=r"parity=False: nothing reads it here.*stages=full"):
         BenchConfig(parity=False).on("cpu")
-    with pytest.raises(WanError, match="load_gb=3.0: nothing reads it here.*device=cpu"):
+    with pytest.raises(WanError, match=r"load_gb=3.0: nothing reads it here.*device=cpu"):
         BenchConfig(load_gb=3.0, stages="tiny").on("cpu")
     assert BenchConfig(parity=False).on("cuda").stages == "full"
 

@@ -12,7 +12,7 @@ from test_pipeline import write_models
 from test_sample import style
 
 import infer.rerun.__main__ as rerun
-import infer.sample.generate
+import infer.sample.prepare
 from configs.cli import USER_ERROR, execute
 from infer.diff.__main__ import LINE as DIFF_LINE
 from infer.diff.__main__ import main as diff_main
@@ -443,7 +443,7 @@ def test_a_record_reads_no_file_outside_its_folder(
     run, two, models, tmp_path, monkeypatch, option, value
 ):
     opened = []
-    monkeypatch.setattr(infer.sample.generate, "model_folder", lambda *a: opened.append(a))
+    monkeypatch.setattr(infer.sample.prepare, "model_folder", lambda *a: opened.append(a))
     folder = tmp_path / "given"
     folder.mkdir()
     (folder / "link").symlink_to(models / "student")

@@ -26,6 +26,7 @@ import infer.loading
 import infer.sample.__main__
 import infer.sample.generate
 import infer.sample.jobs
+import infer.sample.prepare
 import infer.sample.request
 import wan.weights.hub
 from configs.cli import INTERRUPTED, USER_ERROR, execute
@@ -170,7 +171,7 @@ def test_with_verbose_the_header_tells_every_setting_and_its_source(run):
 def test_memory_is_predicted_and_what_cannot_fit_refused_unread(
     run, weights_stay_unread, monkeypatch
 ):
-    monkeypatch.setattr(infer.sample.generate, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(infer.sample.prepare, "free_bytes", lambda device: 1000)
     code, _, err = run("prompt=x", "preflight=always")
     assert code == USER_ERROR
     assert "memory, predicted: load" in err
@@ -539,7 +540,7 @@ def test_different_settings_are_checked_ahead_up_to_a_number(run, tmp_path, monk
 
 
 def test_many_images_are_looked_at_when_their_turn_comes(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(infer.sample.generate, "MAX_LOOKED_AT", 1)
+    monkeypatch.setattr(infer.sample.prepare, "MAX_LOOKED_AT", 1)
     Image.effect_noise((32, 32), 50).save(tmp_path / "a.jpg")
     content = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "b.jpg").write_bytes(content[:-100])  # its header is whole

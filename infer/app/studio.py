@@ -23,9 +23,10 @@ from infer.diff.records import VideoRecord, checked
 from infer.gallery.records import text as text_of
 from infer.loading import ModelCache, StageBars
 from infer.machine import writable_folder
-from infer.sample.generate import make_video, prepare
+from infer.sample.generate import make_video
 from infer.sample.jobs import read_jobs
 from infer.sample.line import LINE
+from infer.sample.prepare import prepare
 from infer.sample.record import DONE, OutputFiles
 from wan.errors import WanError, shortened, visible
 from wan.files import read_sealed

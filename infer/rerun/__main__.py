@@ -42,8 +42,9 @@ def main(run: Run[RerunConfig]) -> int:
     with loading_pytorch():
         from infer.loading import ModelCache
         from infer.rerun.request import job_of
-        from infer.sample.generate import make_video, prepare
+        from infer.sample.generate import make_video
         from infer.sample.jobs import Jobs
+        from infer.sample.prepare import prepare
     job = job_of(record, config)
     session = prepare(Run(job.config, job.sources, {}, ""), Jobs.one(job), ModelCache())
     (request,) = session.requests

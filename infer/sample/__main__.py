@@ -56,7 +56,8 @@ class SampleCommand:
             together = makes_together(config, run.sources, jobs.num_videos, processes)
             with loading_pytorch():
                 from infer.loading import ModelCache
-                from infer.sample.generate import make_video, prepare
+                from infer.sample.generate import make_video
+                from infer.sample.prepare import prepare
             self._models = self._models or ModelCache()
             self._streams = self._streams or (sys.stdout, sys.stderr)
             code, made = 0, list[str]()

@@ -391,3 +391,11 @@ def _short(value: Any, limit: int = 60) -> str:
         value = ", ".join(value)
     text = " ".join(visible(str(value)).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def identity(request: Request) -> dict[str, Any]:
+    """What a video is made from, as its record holds it: prompt, settings and their sources."""
+    settings = {
+        name: {"value": value, "from": source} for name, (value, source) in request.settings.items()
+    }
+    return {"prompt": request.prompt, "settings": settings}
