@@ -39,7 +39,7 @@ from configs.command_line import (
     takes_texts,
 )
 from configs.foreign_names import FOREIGN_NAMES
-from configs.schema import check_text, read_config, walk_options
+from configs.schema import Options, check_text, default_of, read_config, walk_options
 from wan.errors import WanError
 
 C = TypeVar("C")
@@ -360,14 +360,19 @@ def _compose_run(
 
 
 def _check_needs(line: CommandLine, config: Any, given: Collection[str]) -> None:
-    """Refuse an option that nothing would read, because another one is not given.
+    """Refuse an option that nothing would read, because another one is given or is not.
 
     Raises:
         WanError: names both.
     """
+    idle_by = config.idle() if isinstance(config, Options) else {}
     for name, _, item in walk_options(line.schema):
         needs = item.metadata.get("needs", ())
         value = reduce(getattr, name.split("."), config)
+        if name in given and name in idle_by and value != default_of(item):
+            raise WanError(
+                f"{short_key(line, name)}={value} with {idle_by[name]}: nothing reads it"
+            )
         idle = name in given and needs and value not in (None, False)
         if idle and not any(reduce(getattr, other.split("."), config) for other in needs):
             others = " or ".join(f"{short_key(line, other)}=" for other in needs)
@@ -411,9 +416,17 @@ def _check_kinds(line: CommandLine, cfg: DictConfig, typed: Mapping[str, str]) -
             continue
         value = OmegaConf.select(cfg, key)
         is_count = bool in (kind, *get_args(kind)) and type(value) is int and value not in (0, 1)
-        entries = value if list_of(kind) is not None and isinstance(value, ListConfig) else ()
-        if is_count or any(isinstance(one, Container) for one in entries):
+        is_list = list_of(kind) is not None and isinstance(value, ListConfig)
+        if is_count or (is_list and not _is_nested_as(kind, value)):
             raise WanError(_wrong_kind(line, key, typed))
+
+
+def _is_nested_as(kind: Any, value: Any) -> bool:
+    """Whether a value holds lists as deep as its kind does."""
+    inner = list_of(kind)
+    if inner is None:
+        return not isinstance(value, Container)
+    return isinstance(value, ListConfig) and all(_is_nested_as(inner, one) for one in value)
 
 
 def _wrong_kind(line: CommandLine, place: str, typed: Mapping[str, str]) -> str:

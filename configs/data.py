@@ -18,6 +18,9 @@ from wan.errors import WanError
 
 Size = tuple[int, int, int]  # frames, height, width
 MAX_REPEATS = 10_000  # of a clip in an epoch
+# Options of `DataConfig` that one kind of data alone reads.
+OF_WORLD = ("cache_dir", "num_clips", "seed", "repeat_circling", "two_objects", "passes")
+OF_FOLDERS = ("check_weights",)  # and those that `check_source` refuses
 # Which frames of a clip are used, under musubi-tuner's names.
 FRAMES = {
     "head": "takes its first frames",
@@ -63,6 +66,10 @@ class DataConfig(Options):
         if isinstance(self.folder, str):
             self.folder = [self.folder]
         super().__post_init__()
+
+    def idle(self) -> dict[str, str]:
+        names = OF_WORLD if self.kind == "folder" else OF_FOLDERS
+        return {f"data.{name}": f"data.kind={self.kind}" for name in names}
 
     def check_source(self) -> None:
         """Kind, folders and weights fit.

@@ -40,7 +40,12 @@ class StudentConfig(Options):
         super().__post_init__()
         if not self.timesteps:
             raise WanError("student.timesteps=[]: give at least one, such as [1000]")
-        for steps in self.more_timesteps:
+        for number, steps in enumerate(self.more_timesteps):
+            if steps in [self.timesteps, *self.more_timesteps[:number]]:
+                raise WanError(
+                    f"student.more_timesteps: {steps} is there already, in student.timesteps= or "
+                    "before it; give other steps, or draw it no more often than the others"
+                )
             if len(steps) != len(self.timesteps) or steps[0] != self.timesteps[0]:
                 raise WanError(
                     f"student.more_timesteps: {steps} beside student.timesteps={self.timesteps}: "
@@ -83,7 +88,9 @@ class ScoreConfig(Options):
     )
     clip_above: float = share(0.0, "see clip_share", ("scores.clip_share",))
     critic_ratio: int = count(5, "critic updates per student update")
-    critic_warmup: int = option(0, "critic updates before the student's first", at_least=0)
+    critic_warmup: int = option(
+        0, "critic updates before the student's first, at the least", at_least=0
+    )
     critic_lora: LoRAConfig = field(default_factory=LoRAConfig)
     full_attention: bool = option(
         False, "teacher and critic attend fully whatever attention= says, which is the student's"
@@ -96,9 +103,22 @@ class ScoreConfig(Options):
                 f"scores.lowest={self.lowest}, scores.highest={self.highest}: need "
                 "0 < lowest < highest < 1"
             )
+        for name in ("unguided", "clip"):
+            bound = getattr(self, f"{name}_above")
+            if getattr(self, f"{name}_share") and bound >= self.highest:
+                raise WanError(
+                    f"scores.{name}_above={bound:g}: no level is above scores.highest="
+                    f"{self.highest:g}; give a lower one"
+                )
+        if self.unguided_share and self.guidance_scale == 1:
+            raise WanError(
+                f"scores.unguided_share={self.unguided_share:g} with scores.guidance_scale=1: the "
+                "teacher is without guidance everywhere; leave one of them out"
+            )
 
 
-WITH_GAN, WITH_REGRESSION = ("gan.weight",), ("regression.weight",)  # what reads their options
+# What must be given for groups of options to be read.
+WITH_GAN, WITH_REGRESSION, PLAN = ("gan.weight",), ("regression.weight",), ("plan",)
 
 
 @dataclass
@@ -143,7 +163,7 @@ class RegressionConfig(Options):
     num_pairs: int = count(1024, "trajectories the teacher samples first", needs=WITH_REGRESSION)
     steps: int = count(
         24,
-        "UniPC steps per trajectory, to which the student's timesteps are added",
+        "UniPC steps per trajectory, or one more; the nearest become the student's timesteps",
         needs=WITH_REGRESSION,
     )
     guidance_scale: float | None = option(
@@ -200,13 +220,35 @@ class PlanConfig(Options):
 
     GROUP: ClassVar[str] = "machines."
 
-    num_gpus: int = count(8, "number of GPUs")
-    gpu_memory_gb: float = positive(80.0, "memory of each GPU, 10^9 bytes")
-    gpus_per_machine: int = count(8, "GPUs, and so processes, of one machine")
-    host_memory_gb: float = positive(1000.0, "main memory of a machine, 10^9 bytes")
-    tflops: float = positive(285.0, "rate of each GPU, measured or assumed; FastVideo's 5B: 285")
-    text_rows: int = count(512, "text tokens that are attended")
-    other_gb: float = option(0.0, "what else stays on each GPU, such as a text encoder", at_least=0)
+    num_gpus: int = count(8, "number of GPUs", PLAN)
+    gpu_memory_gb: float = positive(80.0, "memory of each GPU, 10^9 bytes", PLAN)
+    gpus_per_machine: int = count(8, "GPUs, and so processes, of one machine", PLAN)
+    host_memory_gb: float = positive(1000.0, "main memory of a machine, 10^9 bytes", PLAN)
+    tflops: float = positive(
+        285.0, "rate of each GPU, measured or assumed; FastVideo's 5B: 285", PLAN
+    )
+    text_rows: int = count(512, "text tokens that are attended", PLAN)
+    other_gb: float = option(
+        0.0, "what else stays on each GPU, such as a text encoder", at_least=0, needs=PLAN
+    )
+
+
+# Options that are read by distribution matching alone, by what needs samples of the student's
+# chain, where there is more than one step, and where clips of the world are made.
+OF_MATCHING = (
+    *("scores.shift", "scores.lowest", "scores.highest", "scores.clamp", "scores.phased"),
+    *("scores.unguided_share", "scores.clip_share", "scores.critic_ratio", "scores.critic_warmup"),
+    *("scores.critic_lora.rank", "scores.critic_lora.start", "critic_lr", "max_drift"),
+    "student.truncate_gradient",
+)
+OF_CHAINS = ("student.exits", "first_frame_share")
+OF_STEPS = (
+    "scores.phased",
+    "student.exits",
+    "student.truncate_gradient",
+    "student.deterministic",
+)
+OF_CLIPS = ("data.cache_dir", "data.num_clips", "data.repeat_circling", "data.passes")
 
 
 @dataclass
@@ -223,7 +265,7 @@ class DistillConfig(TransformerTrainConfig):
     num_frames: int | None = count(None, "4k + 1; null: the model's own")
 
     dmd_weight: float = option(
-        1.0, "weight of distribution matching; 0: regression alone", at_least=0
+        1.0, "weight of distribution matching; 0: off, the regressions alone", at_least=0
     )
     student: StudentConfig = field(default_factory=StudentConfig)
     scores: ScoreConfig = field(default_factory=ScoreConfig)
@@ -234,7 +276,11 @@ class DistillConfig(TransformerTrainConfig):
     lr: float = positive(1e-4, "peak learning rate of the student")
     critic_lr: float = positive(1e-4, "peak learning rate of the critic")
     final_lr: float = share(0.5, "share of both that the cosine leaves at the end")
-    warmup: int = option(10, "steps of linear warm-up", at_least=0)
+    warmup: int = option(
+        10,
+        "iterations of linear warm-up, from the first on; critic_warmup may outlast it",
+        at_least=0,
+    )
     beta1: float = option(0.0, "AdamW's first beta", at_least=0, below=1)
     beta2: float = option(0.999, "AdamW's second beta", at_least=0, below=1)
     ema_decay: float = option(
@@ -282,6 +328,25 @@ class DistillConfig(TransformerTrainConfig):
             )
         if self.gan.weight and not self.dmd_weight:
             raise WanError("gan.weight without dmd_weight: the term stands beside DMD's, not alone")
+        if self.scores.phased and self.student.deterministic:
+            raise WanError(
+                "scores.phased=true with student.deterministic=true: early mistakes count less "
+                "because the next step's fresh noise hides them, and there is none; leave one out"
+            )
+
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if not self.dmd_weight:
+            found |= dict.fromkeys(OF_MATCHING, "dmd_weight=0")
+            if not self.on_policy.weight:
+                found |= dict.fromkeys(OF_CHAINS, "dmd_weight=0 and on_policy.weight=0")
+        if len(self.student.timesteps) == 1:
+            found |= dict.fromkeys(OF_STEPS, "one step")
+        if self.needs_clips:
+            found |= dict.fromkeys(("height", "width", "num_frames"), "clips of their own size")
+        if self.draws_captions:
+            found |= dict.fromkeys(OF_CLIPS, "captions without clips")
+        return found
 
     @property
     def needs_clips(self) -> bool:

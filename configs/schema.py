@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
@@ -109,6 +110,19 @@ class Options:
                 if one is not None and one != MISSING:
                     check_option(f"{self.GROUP}{item.name}", one, item.metadata)
 
+    def idle(self) -> dict[str, str]:
+        """Options that nothing reads under these settings: their full name -> because of what.
+
+        A command line that gives one another value than its default is refused; a preset is not.
+        """
+        groups = (getattr(self, item.name) for item in fields(self))
+        return {
+            name: why
+            for group in groups
+            if isinstance(group, Options)
+            for name, why in group.idle().items()
+        }
+
 
 def check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
     """Check one value against its `option`.
@@ -149,6 +163,16 @@ def walk_options(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Fie
             yield from walk_options(kind, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", kind, item
+
+
+def default_of(item: Field[Any]) -> Any:
+    """The default value of an option."""
+    return item.default if item.default_factory is NO_DEFAULT else item.default_factory()
+
+
+def default_values(schema: type) -> dict[str, Any]:
+    """The default of every option of a schema, under its dotted name."""
+    return {name: default_of(item) for name, _, item in walk_options(schema)}
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -473,7 +473,51 @@ def test_what_a_group_would_not_read_is_refused_by_its_own_option():
     compose_runs(line, ["method=mini3", "regression.num_pairs=3"])
 
 
-@pytest.mark.parametrize("value", ["[1000,900]", "[[1000,x]]", "[x]", "3"])
+def test_what_settings_leave_unread_is_refused_with_its_reason():
+    line = CommandLine(DistillConfig, "distill")
+    alone = "method=mini3_regression"
+    for tokens, why in {
+        (alone, "scores.shift=2"): "dmd_weight=0",
+        (alone, "critic_lr=0.5"): "dmd_weight=0",
+        (alone, "student.exits=late"): "dmd_weight=0 and on_policy.weight=0",
+        ("method=mini1", "student.deterministic=true"): "one step",
+        ("scores.clip_share=0.5", "height=64"): "clips of their own size",
+        ("data.passes=3",): "captions without clips",
+        ("data.kind=folder", "data.folder=x", "data.num_clips=3"): "data.kind=folder",
+        ("machines.num_gpus=64",): None,
+    }.items():
+        reason = f" with {why}: nothing reads it" if why else " without plan=: nothing"
+        with pytest.raises(WanError, match=tokens[-1].split("=")[0] + ".*" + reason):
+            compose_runs(line, list(tokens))
+    compose_runs(line, [alone, "on_policy.weight=1", "student.exits=late", "scores.phased=false"])
+    compose_runs(line, ["scores.clip_share=0.5", "data.passes=3"])
+    compose_runs(line, ["plan=true", "machines.num_gpus=64"])
+
+
+def test_a_list_of_lists_is_typed_as_it_is_written():
+    line = CommandLine(DistillConfig, "distill")
+    run = compose_runs(line, ["student.more_timesteps=[[1000,900,640],[1000,857,600]]"])[0]
+    assert run.config.student.lists[1:] == [[1000, 900, 640], [1000, 857, 600]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"student": {"more_timesteps": [[1000, 757, 522]]}}, "is there already"),
+        ({"scores": {"unguided_share": 0.5, "unguided_above": 0.98}}, "no level is above"),
+        ({"scores": {"clip_share": 0.5, "clip_above": 0.99}}, "no level is above"),
+        ({"scores": {"unguided_share": 0.5, "guidance_scale": 1}}, "without guidance everywhere"),
+        ({"scores": {"phased": True}, "student": {"deterministic": True}}, "hides them"),
+    ],
+)
+def test_settings_of_distillation_that_do_nothing_are_refused(options, words):
+    line = CommandLine(DistillConfig, "distill")
+    tokens = [f"{g}.{name}={value}" for g, one in options.items() for name, value in one.items()]
+    with pytest.raises(WanError, match=words):
+        compose_runs(line, [token.replace(" ", "") for token in tokens])
+
+
+@pytest.mark.parametrize("value", ["[1000,900]", "[[1000,x]]", "[[[1000]]]", "[x]", "3"])
 def test_what_is_no_list_of_lists_is_refused_by_its_option(value):
     line = CommandLine(DistillConfig, "distill")
     words = r"student\.more_timesteps=.*: must be a list of lists of integers, written \[\[a,b\]"

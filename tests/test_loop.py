@@ -7,6 +7,7 @@ import signal
 import sys
 import weakref
 from contextlib import ExitStack
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 from test_train_checkpoint import assert_same, files_of_at_most
 from torch import nn
 
+from configs.distillation import DistillConfig
+from configs.schema import default_values
 from configs.training import LoopConfig
 from train.checkpoint import best_checkpoint, list_checkpoints, load_latest
 from train.disk import check_room
@@ -118,6 +121,17 @@ def test_a_setting_that_an_older_checkpoint_does_not_know_is_no_change_where_it_
         check_unchanged({"lr": 1.0}, {"lr": 1.0, "new": 8})
     with pytest.raises(WanError, match="old: 8 there, 0 now"):
         check_unchanged({"old": 8}, {"old": 0})
+
+
+def test_an_option_that_is_younger_than_a_checkpoint_may_have_its_default():
+    settings = asdict(DistillConfig())
+    old = asdict(DistillConfig())
+    del old["on_policy"], old["scores"]["unguided_above"], old["data"]["two_objects"]
+    defaults = default_values(DistillConfig)
+    check_unchanged(old, settings, (), defaults)
+    settings["on_policy"]["steps"] = 3
+    with pytest.raises(WanError, match=r"settings \(on_policy.steps: None there, 3 now\)"):
+        check_unchanged(old, settings, (), defaults)
 
 
 def test_an_allowed_change_of_weight_decay_is_not_undone_by_the_checkpoint(tmp_path):

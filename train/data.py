@@ -14,6 +14,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -34,6 +35,7 @@ from train.conditioning import (
     load_frozen,
     text_dtype,
 )
+from train.parallel import Ranks
 from train.tensor_cache import TensorStore, key_of, open_to_read
 from wan.errors import WanError
 from wan.files import MAX_RECORD_BYTES, expanded, parse_json, read_bytes, read_sealed
@@ -289,6 +291,7 @@ def world_cache(
     two_objects: float = TWO_OBJECTS,
     passes: int | None = None,
     generation: int = 0,
+    first: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> LatentCache:
     """Encoded clips of the miniature's world; captions are drawn anew each time a clip is used.
 
@@ -299,6 +302,7 @@ def world_cache(
         passes: epochs after which the next generation of scenes takes the place of this one; it is
             rendered and encoded when its first batch is drawn. None: never.
         generation: the scenes begin after those of the generations before.
+        first: lets one process render the next generation before the others read it.
     """
     numbers = range(generation * num_clips, (generation + 1) * num_clips)
     scenes = [
@@ -321,7 +325,8 @@ def world_cache(
     @lru_cache(maxsize=1)
     def later(generation: int) -> LatentCache:
         given = (vae, root, num_clips, seed, repeat_circling, two_objects)
-        return world_cache(*given, generation=generation)
+        with first():
+            return world_cache(*given, generation=generation)
 
     return LatentCache(
         latents,
@@ -359,19 +364,21 @@ def open_data(
     data: DataConfig,
     settings: PipelineConfig,
     source: Path,
-    device: torch.device,
+    ranks: Ranks,
     max_text_tokens: int = TEXT_LENGTH,
 ) -> tuple[LatentCache, Texts, WanVAE | None]:
     """Clips and their texts as a training command's `data.` options say.
 
     Args:
         settings, source: of the model whose vae, text_encoder and tokenizer are used.
+        ranks: of all processes, which draw the same batches.
         max_text_tokens: for the world, whose captions are encoded while training.
 
     Returns:
         The clips, captions -> context, and for the world the autoencoder, to look at samples with.
     """
     data.check_source()
+    device = ranks.device
     if data.folder:
         with doing("opening the encoded clips"):
             weights = component_digests(source) if data.check_weights else None
@@ -383,7 +390,7 @@ def open_data(
         return cache, Texts(cache.tokens_of, device), None
     vae = load_frozen(source, "vae", settings.vae, device, torch.float32)
     clips = (data.num_clips, data.seed, data.repeat_circling, data.two_objects, data.passes)
-    cache = world_cache(vae, expanded(data.cache_dir), *clips)
+    cache = world_cache(vae, expanded(data.cache_dir), *clips, first=ranks.main_first)
     return cache, world_texts(settings, source, device, max_text_tokens), vae
 
 

@@ -1,8 +1,9 @@
 """One iteration of distribution matching distillation, readable from `train_step` down.
 
 Source: DMD2, arXiv:2405.14867: backward simulation, two time scales, an optional adversarial term;
-DMD, arXiv:2311.18828: the optional regression. The formulas are in `train.losses`, the student's
-chain in `train.rollout`.
+DMD, arXiv:2311.18828: the optional regression onto trajectories; pi-Flow, arXiv:2510.14974: the one
+from the student's own states. The formulas are in `train.losses`, the student's chain in
+`train.rollout`, the teacher's in `train.trajectories`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -133,7 +134,7 @@ class Distillation:
         self.rows = even_slices(self.own.stop - self.own.start, config.gradient_accumulation)
         self.schedules = student_schedules(config)
         self.schedule = self.schedules[0]  # in which the student is sampled
-        self.shape = latent_shape(config, settings)
+        self.shape: tuple[int, ...] = latent_shape(config, settings)
         self.gan_blocks: list[int] = []
         self.discriminator: Discriminator | None = None
         if config.gan.weight:
@@ -164,7 +165,10 @@ class Distillation:
     # --- one iteration ----------------------------------------------------------------------------
 
     def train_step(self, state: TrainState) -> dict[str, float]:
-        """Every `critic_ratio`-th iteration the student moves; then the critic follows, always."""
+        """Every `critic_ratio`-th iteration the student moves, and the critic follows in each.
+
+        Without distribution matching there is no critic to follow, and the student always moves.
+        """
         generator = step_generator(self.config.seed, state.step)
         values: dict[str, float] = {}
         if self.config.dmd_weight == 0:

@@ -76,7 +76,7 @@ class TrainingRun:
 
     @property
     def matching(self) -> bool:
-        """Whether the scores teach the student; if not, an iteration is one step of regression."""
+        """Whether the scores teach the student; if not, an iteration is a step of regression."""
         return bool(self.config.dmd_weight)
 
     @property
@@ -286,7 +286,7 @@ def trained_memory(run: TrainingRun, rank: int, student: bool) -> RoleMemory:
     trained = 4 * (counts.pairs if rank else counts.total) / run.num_shards
     base = 4 * counts.total / run.num_shards if rank else 0.0
     if not (student or run.matching):
-        return RoleMemory(base + trained)  # regression alone loads the critic and never trains it
+        return RoleMemory(base + trained)  # the regressions load the critic and never train it
     return RoleMemory(
         weights=base + trained,
         optimizer=2 * trained,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from configs.progress import Steps, doing
-from configs.schema import kept_settings
+from configs.schema import default_values, kept_settings
 from configs.training import LoopConfig
 from train.artefact import Artefacts
 from train.checkpoint import (
@@ -103,6 +103,7 @@ def run_training(
     ranks: Ranks = ALONE,
     artefacts: Artefacts | None = None,
     ranked: bool = False,
+    schema: type | None = None,
 ) -> bool:
     """Train to `config.steps`, continuing from the newest checkpoint in `folder` if there is one.
 
@@ -125,6 +126,8 @@ def run_training(
         artefacts: what `config.export_every` makes of every so many steps; needed with it.
         ranked: whether `on_save` returns `HEALTH`. The checkpoint where that was highest is then
             kept beside the last ones.
+        schema: of `settings`. An option that is younger than the checkpoints there may have its
+            default value.
     Returns:
         True at the last step; False after a Ctrl-C or SIGTERM, which ends the run with a checkpoint
         after the step in progress. A second one ends the process at once.
@@ -145,7 +148,7 @@ def run_training(
             if ranks.is_main:
                 stack.enter_context(only_writer(folder))
         with doing("looking for a checkpoint to go on from", quiet=not ranks.is_main):
-            seen = resume(state, config, checkpoints, settings, ranks)
+            seen = resume(state, config, checkpoints, settings, ranks, schema)
         export = partial(export_due, state, config, folder, artefacts, ranks)
         export()  # where a run was stopped after the checkpoint and before it
         if state.step >= config.steps:
@@ -263,7 +266,12 @@ TREE_KINDS: Kinds = {"step": (int,)} | dict.fromkeys(
 
 
 def resume(
-    state: TrainState, config: LoopConfig, checkpoints: Path, settings: dict[str, Any], ranks: Ranks
+    state: TrainState,
+    config: LoopConfig,
+    checkpoints: Path,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    schema: type | None,
 ) -> dict[str, list[float]]:
     """Bring `state` to the newest checkpoint, if there is one; returns what `Numbers` had seen.
 
@@ -293,7 +301,9 @@ def resume(
         raise WanError(f"{checkpoints}: damaged, what a checkpoint has seen are no numbers")
     if not config.allow_changes:
         free = {"loop.steps"} if beyond else set()  # it has its part in training alone
-        check_unchanged(kept_settings(tree["settings"], checkpoints.parent), settings, free)
+        defaults = None if schema is None else default_values(schema)
+        saved = kept_settings(tree["settings"], checkpoints.parent)
+        check_unchanged(saved, settings, free, defaults)
     state.load_tree(tree)
     if ranks.is_main:
         words = f"continuing from step {state.step} of {config.steps}"
@@ -373,19 +383,25 @@ def way_on(checkpoints: Path, settings: dict[str, Any]) -> str:
 
 
 def check_unchanged(
-    saved: dict[str, Any], given: dict[str, Any], more_free: Collection[str] = ()
+    saved: dict[str, Any],
+    given: dict[str, Any],
+    more_free: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse to continue a run as another one.
 
     Args:
         more_free: settings that may differ beside `FREE_SETTINGS`.
+        defaults: of the options. One that `saved` does not know yet may have it, or be off.
     Raises:
         WanError: lists the settings that differ.
     """
     before, now = dict(flat(saved)), dict(flat(given))
     free = FREE_SETTINGS | set(more_free)
     free |= {MODEL_DIGEST, START_DIGEST} - before.keys()  # older checkpoints have none
-    free |= {n for n, value in now.items() if n not in before and not value}  # newer, and off
+    off = {name for name, value in now.items() if not value}
+    off |= {name for name, value in (defaults or {}).items() if now.get(name) == value}
+    free |= off - before.keys()  # they are newer
     if DATA_DIGEST in before and DATA_DIGEST in now:  # which data, wherever they lie by now
         free |= {DATA_DIGEST, "data.folder"}
     for digest, option in LORA_STARTS.items():  # which file, likewise

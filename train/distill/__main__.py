@@ -10,9 +10,10 @@ pictures of the real world: captions are enough). Three networks, all from the t
     critic    learns by flow matching what the student's clips look like; the fake score
     teacher   frozen, guided; the real score
 
-Optional terms: an adversarial one on features of critic or teacher (needs clips), and regression on
-the teacher's own trajectories, which alone (dmd_weight=0) is knowledge distillation. What comes out
-is a folder in the released layout, or a LoRA file.
+Optional terms: an adversarial one on features of critic or teacher (needs clips); regression on the
+teacher's own trajectories, which alone (dmd_weight=0) is knowledge distillation; and regression on
+where the teacher goes from the student's own states. What comes out is a folder in the released
+layout, or a LoRA file.
 """
 
 from configs.cli import Run, run

@@ -97,7 +97,7 @@ def open_source(
     if config.draws_captions:
         texts = world_texts(settings, source, device, config.max_text_tokens)
         return world_captions(config), texts, {}
-    cache, texts, _ = open_data(config.data, settings, source, device, config.max_text_tokens)
+    cache, texts, _ = open_data(config.data, settings, source, ranks, config.max_text_tokens)
     texts([config.scores.negative_prompt])  # refused here, and not after the networks were loaded
     if config.needs_clips and ranks.is_main and (warning := cache.repeats_in_batches(size)):
         print(warning, file=sys.stderr)
@@ -358,6 +358,8 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     kept = {lora_start(name): one.to_json() for name, one in starts.items() if one is not None}
     identity |= kept
     run = Distillation(config, settings, networks, texts, draw, ranks)
+    if (clips := draw(0).latents) is not None:  # the samples that are looked at have their size
+        run.shape = clips.shape[1:]
     if config.regression.weight:
         encoder = ranks.first(component_digests(source)["text_encoder"] if ranks.is_main else "")
         digests = [identity[TEACHER_DIGEST], encoder]
@@ -367,7 +369,7 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     artefacts = artefacts_of(config, settings, kept.get(lora_start("student")), source, base)
     step, loop = run.train_step, config.loop
     if not run_training(
-        state, step, loop, folder, identity, validate, ranks, artefacts, ranked=True
+        state, step, loop, folder, identity, validate, ranks, artefacts, True, type(config)
     ):
         return INTERRUPTED
     if config.export == "best":
@@ -462,7 +464,7 @@ def teacher_panel(
     path = folder / "teacher_panel.safetensors"
     schedule = euler_schedule(run.config.validation_steps, settings.shift)
     scores = run.config.scores
-    how = (digest, scores.guidance_scale, scores.negative_prompt, schedule.sigmas.tolist())
+    how = (digest, *teacher_settings(run.config, scores.guidance_scale), schedule.sigmas.tolist())
     key = key_of(*how, captions, list(run.shape))
     if run.ranks.first(run.ranks.is_main and is_panel(path, key)):
         return read_checked(path)["latents"]
@@ -470,6 +472,13 @@ def teacher_panel(
     if run.ranks.is_main:
         write_checked(path, {"latents": latents}, {"key": key})
     return latents
+
+
+def teacher_settings(config: DistillConfig, guidance: float) -> tuple[Any, ...]:
+    """What the teacher's samples depend on, beside weights, captions, noise and steps."""
+    attention = asdict(config.score_attention)
+    shown = (config.max_text_tokens, guidance, config.scores.negative_prompt)
+    return (attention, config.bfloat16, *shown)
 
 
 def is_panel(path: Path, key: str) -> bool:
@@ -494,14 +503,7 @@ def make_trajectories(
     """
     config, regression = run.config, run.config.regression
     levels = sorted({s for one in run.schedules for s in one.sigmas[:-1].tolist()}, reverse=True)
-    identity = [
-        *digests,
-        asdict(config.score_attention),
-        config.bfloat16,
-        config.max_text_tokens,
-        config.regression_guidance,
-        config.scores.negative_prompt,
-    ]
+    identity = [*digests, *teacher_settings(config, config.regression_guidance)]
     return sample_trajectories(
         lambda texts: run.teacher_velocity(texts, config.regression_guidance),
         first_captions(run.draw, regression.num_pairs),

@@ -264,9 +264,7 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
     folder.mkdir(parents=True, exist_ok=True)
 
     with ranks.main_first():  # it encodes clips
-        cache, texts, vae = open_data(
-            config.data, settings, source, ranks.device, config.max_text_tokens
-        )
+        cache, texts, vae = open_data(config.data, settings, source, ranks, config.max_text_tokens)
     held: list[int] = []
     if config.validation_clips:
         cache, held = hold_out(cache, config.validation_clips)
@@ -324,7 +322,9 @@ def train(config: FinetuneConfig, ranks: Ranks) -> int:
         identity[LORA_START] = start_from.to_json()
     artefacts = artefacts_of(config, identity.get(LORA_START), lambda: source)
     loop = config.loop
-    if not run_training(state, train_step, loop, folder, identity, on_save, ranks, artefacts):
+    if not run_training(
+        state, train_step, loop, folder, identity, on_save, ranks, artefacts, schema=type(config)
+    ):
         return INTERRUPTED
     artefacts.write_end(state, folder, ranks)
     return 0

@@ -449,7 +449,14 @@ def train_text_encoder(config: TextEncoderTrainConfig) -> int:
     train_step = make_train_step(encoder, heads, tokenizer, config)
     left = Artefacts("both", [TrainedEncoder(copy.deepcopy(encoder))])
     if not run_training(
-        state, train_step, config.loop, folder, asdict(config), on_save, artefacts=left
+        state,
+        train_step,
+        config.loop,
+        folder,
+        asdict(config),
+        on_save,
+        artefacts=left,
+        schema=type(config),
     ):
         return INTERRUPTED
     left.write_end(state, folder, ALONE)

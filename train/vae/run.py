@@ -247,7 +247,16 @@ def train_vae(config: VAETrainConfig) -> int:
         identity[START_DIGEST] = weights_digest(expanded(config.start))
     final = TrainedVAE(copy.deepcopy(vae), config)
     left = Artefacts("vae", [final])
-    if not run_training(state, train_step, config.loop, folder, identity, on_save, artefacts=left):
+    if not run_training(
+        state,
+        train_step,
+        config.loop,
+        folder,
+        identity,
+        on_save,
+        artefacts=left,
+        schema=type(config),
+    ):
         return INTERRUPTED
     left.write_end(state, folder, ALONE)
     measured = measure(final.vae, validation, bool(config.bfloat16))
