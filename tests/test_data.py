@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from contextlib import contextmanager
 from fractions import Fraction
 
 import pytest
@@ -73,6 +74,19 @@ def test_new_scenes_take_the_place_of_old_ones_after_their_passes(vae, tmp_path)
     assert len(first.unique(dim=0)) == len(second.unique(dim=0)) == 4
     assert not (second[:, None] == first[None]).flatten(2).all(2).any()
     assert not (third[:, None] == second[None]).flatten(2).all(2).any()
+    # Of several processes one renders what the others then read.
+    turns = []
+
+    @contextmanager
+    def first():
+        turns.append(len(list(tmp_path.iterdir())))
+        yield
+
+    shared = world_cache(vae, tmp_path, num_clips=4, seed=7, passes=1, first=first)
+    for step in range(4):
+        shared.batch(step, 2, seed=0)
+    assert len(turns) == 1
+    assert len(list(tmp_path.iterdir())) == turns[0] + 1
     # Whoever begins in the third generation, after a resume, gets the same; it is all on the disk.
     later = world_cache(vae, tmp_path, num_clips=4, seed=5, passes=2)
     assert torch.equal(later.batch(8, 2, seed=0)[0], seen[8])

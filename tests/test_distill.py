@@ -416,6 +416,14 @@ def test_distillation_reads_a_folder_of_prompts_and_clips(tmp_path, teacher):
     assert saved["data_digest"] == folder_cache(tmp_path / "data", None).digest
 
 
+@pytest.mark.parametrize(("weight", "shape"), [(0.0, (16, 3, 4, 4)), (0.01, (16, 5, 8, 8))])
+def test_samples_have_the_size_of_the_clips_that_a_term_reads(tmp_path, teacher, weight, shape):
+    loop = LoopConfig(steps=2, log_every=1, save_every=2)
+    assert distill(settings(tmp_path, teacher, gan=GANConfig(weight), loop=loop)) == 0
+    panel = load_file(tmp_path / "run" / "teacher_panel.safetensors")["latents"]
+    assert panel.shape[1:] == shape
+
+
 def test_a_number_that_is_not_finite_stops_the_run_and_is_named(tmp_path, teacher, monkeypatch):
     run, state = fresh_run(settings(tmp_path, teacher), monkeypatch)
     with torch.no_grad():
