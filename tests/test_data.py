@@ -6,9 +6,10 @@ from fractions import Fraction
 import pytest
 import torch
 
+from configs.data import DataConfig
 from train.data import FINEST, LatentCache, whole_shares, world_cache
 from wan.errors import WanError
-from wan.miniature.world import sample_scene, scene_rng
+from wan.miniature.world import TWO_OBJECTS, sample_scene, scene_rng
 from wan.models.vae import VAEConfig, WanVAE
 from wan.weights.safetensors_file import write_tensors
 
@@ -61,6 +62,10 @@ def test_the_world_is_encoded_once_and_said_in_many_ways(vae, tmp_path):
     again = world_cache(vae, tmp_path, num_clips=3, seed=5)
     assert shard.stat().st_mtime_ns == written
     assert torch.equal(again.latents, cache.latents)
+
+
+def test_the_default_share_of_two_objects_is_the_worlds():
+    assert DataConfig().two_objects == TWO_OBJECTS
 
 
 def test_new_scenes_take_the_place_of_old_ones_after_their_passes(vae, tmp_path):
