@@ -110,9 +110,9 @@ class BenchConfig(Options):
 
     def check_read(self) -> None:
         """Refuse options of the other mode: of stages where sides are compared, and the reverse."""
-        idle, mode = (
-            (OF_STAGES, "stages=full") if self.stages is None else (OF_COMPARED, "device=cpu")
-        )
+        idle, mode = OF_COMPARED, "compare with diffusers, by device=cpu and no stages="
+        if self.stages is None:
+            idle, mode = OF_STAGES, "add stages=full"
         for item in fields(self):
             if item.name in idle and getattr(self, item.name) != item.default:
                 raise WanError(
