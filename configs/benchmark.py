@@ -19,7 +19,7 @@ from wan.models.attention_config import AttentionConfig
 COMPARED = ("text", "encode", "decode", "dit", "block", "pipeline", "load")
 STAGES = ("text", "denoise", "decode")
 # Options that only one of the two modes reads.
-OF_COMPARED = ("checkpoint", "block_heads", "load_gb")
+OF_COMPARED: tuple[str, ...] = ("checkpoint", "block_heads", "load_gb")
 OF_STAGES = ("parity", "compile", "compile_backend", "goal_seconds", "peak_tflops")
 
 

@@ -33,9 +33,8 @@ def losses(folder: Path, name: str) -> list[float]:
 def run(command, device: torch.device, folder: Path, steps: int, *words: str) -> None:
     options = [
         *(f"output_dir={folder}", f"device={device.type}", f"bfloat16={device.type == 'cuda'}"),
-        *("threads=1", "batch_size=2", "warmup=1", "data.num_clips=4"),
-        *(f"data.cache_dir={folder.parent / 'cache'}", f"loop.steps={steps}"),
-        *("loop.log_every=1", f"loop.save_every={steps}"),
+        *("threads=1", "batch_size=2", "warmup=1"),
+        *(f"loop.steps={steps}", "loop.log_every=1", f"loop.save_every={steps}"),
     ]
     assert execute(command.main, command.LINE, "", [*options, *words]) == 0
     assert (folder / "model" / "model_index.json").is_file()
@@ -45,7 +44,8 @@ def test_finetune_trains(device, tmp_path, teacher):
     """20 steps of the miniature on a GPU, two of a tiny network on the CPU."""
     steps, checkpoint = (20, TEACHER) if device.type == "cuda" else (2, str(teacher))
     folder = tmp_path / "run"
-    run(finetune, device, folder, steps, f"checkpoint={checkpoint}", "lr=1e-4")
+    data = [f"data.cache_dir={tmp_path / 'cache'}", "data.num_clips=4"]
+    run(finetune, device, folder, steps, f"checkpoint={checkpoint}", "lr=1e-4", *data)
     found = losses(folder, "loss")
     assert len(found) == steps
     assert all(map(math.isfinite, found))

@@ -36,6 +36,7 @@ from train.conditioning import component_digests
 from train.data import CONTENT, Source, as_text, folder_cache, open_data
 from train.finetune.__main__ import LINE
 from train.finetune.run import finetune
+from train.parallel import ALONE
 from train.preprocess.run import preprocess
 from train.tensor_cache import TensorStore, open_to_read
 from wan.errors import WanError
@@ -653,7 +654,7 @@ def test_sizes_are_those_that_the_checkpoints_transformer_takes(clips, tmp_path,
     dit = DiTConfig()
     data = DataConfig(kind="folder", folder=str(tmp_path / "data"))
     with pytest.raises(WanError, match="takes no clips of that size"):
-        open_data(data, SimpleNamespace(transformer=dit), model, torch.device("cpu"))
+        open_data(data, SimpleNamespace(transformer=dit), model, ALONE)
     whole = tmp_path / "whole"
     (whole / "transformer").mkdir(parents=True)
     (whole / "transformer/config.json").write_text(json.dumps(dit.to_json()))
