@@ -13,18 +13,10 @@ import torch
 from configs.cli import Run
 from configs.progress import doing
 from configs.schema import SampleConfig
-from infer.loading import (
-    LoadedModel,
-    ModelCache,
-    model_folder,
-    read_loras,
-)
+from infer.loading import LoadedModel, ModelCache, model_folder, read_loras
 from infer.machine import writable_folder
 from infer.sample.jobs import MAX_CHECKED, Jobs
-from infer.sample.record import (
-    FinishedVideos,
-    out_of_memory,
-)
+from infer.sample.record import FinishedVideos, out_of_memory
 from infer.sample.request import Request, describe, identity, resolve_request
 from infer.sharing import Sharing, join
 from wan.errors import WanError
