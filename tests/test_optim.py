@@ -28,6 +28,14 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     assert values.max() < 1.4
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_muon_computes_in_bfloat16_only_where_that_is_fast(monkeypatch, fast):
+    monkeypatch.setattr("train.optim.is_fast_in_bfloat16", lambda device: fast)
+    result = orthogonalize(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)))
+    assert result.dtype == torch.float32
+    assert torch.equal(result, result.bfloat16().float()) == fast
+
+
 def test_muon_fits_a_linear_map_with_a_convolution_kernel_in_it():
     torch.manual_seed(0)
     layer = nn.Conv3d(4, 6, 3)

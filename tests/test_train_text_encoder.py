@@ -22,6 +22,7 @@ from train.text_encoder.run import (
     CLASSES,
     IGNORED,
     MORE_WORDS,
+    Example,
     Heads,
     disturb,
     draw_examples,
@@ -33,8 +34,11 @@ from train.text_encoder.run import (
     make_tokenizer,
     make_train_step,
     measure_gates,
+    object_of,
     pad_ids,
     passed,
+    pooled_states,
+    token_labels,
     train_spiece,
     train_text_encoder,
 )
@@ -184,19 +188,20 @@ def test_shares_of_two_objects():
     count = NAMES.index("count")
     for share, expected in ((0.0, {0}), (1.0, {1}), (0.5, {0, 1})):
         examples = draw_examples(0, "x", 40, 0.5, two_objects=share)
-        assert {example.labels[count] for example in examples} == expected
+        assert {labels[count] for example in examples for labels in example.labels} == expected
+        assert {len(example.labels) - 1 for example in examples} == expected
 
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [("colour_1", COLOUR_WORDS), ("size_1", SIZE_WORDS), ("background", BACKGROUND_WORDS)],
+    [("colour", COLOUR_WORDS), ("size", SIZE_WORDS), ("background", BACKGROUND_WORDS)],
 )
 def test_disturbed_captions_still_state_their_labels(name, table):
     """Whatever is replaced, dropped or shuffled, an attribute is said if its label says so."""
     others = [w for words in table.values() for w in words]
     others += [o for w in others for o in MORE_WORDS.get(w, ())]
     for example in draw_examples(0, "disturbed", 600, 1.0, two_objects=0.0):
-        label = CLASSES[name][example.labels[NAMES.index(name)]]
+        label = CLASSES[name][example.labels[0][NAMES.index(name)]]
         said = table.get(label, ())
         said = {*said, *(o for w in said for o in MORE_WORDS.get(w, ()))}
         found = set(example.text.lower().replace(".", " ").replace(",", " ").split()) & set(others)
@@ -222,7 +227,7 @@ def test_an_empty_example_states_nothing():
     words = {w for example in examples for w in example.text.split()}
     content = {w for table in (COLOUR_WORDS, SIZE_WORDS) for ws in table.values() for w in ws}
     assert not words & content
-    for name, label in zip(NAMES, examples[0].labels, strict=True):
+    for name, label in zip(NAMES, *examples[0].labels, strict=True):
         assert label == IGNORED if name == "count" else CLASSES[name][label] == "unspecified"
 
 
@@ -249,7 +254,47 @@ def perfect_logits(labels):
 
 
 def some_labels(count=64):
-    return torch.tensor([example.labels for example in draw_examples(0, "labels", count, 0.0)])
+    return torch.tensor([example.labels[0] for example in draw_examples(0, "labels", count, 0.0)])
+
+
+def test_a_token_has_the_labels_of_the_object_that_it_is_about():
+    tokenizer = Tokenizer.from_folder(STUDENT / "tokenizer")
+    one = tuple(range(len(NAMES)))
+    other = tuple(reversed(one))
+    examples = [
+        Example("a red circle and a BLUE star", (one, other)),
+        Example("a red circle", (one,)),
+        Example("", (other,)),
+    ]
+    words = len(tokenizer("a red circle").ids) - 1
+    whole = len(tokenizer(examples[0].text).ids)
+    number = torch.tensor([object_of(tokenizer, example, whole) for example in examples])
+    assert number[0].tolist() == [0] * words + [-1] + [1] * words + [-1]
+    assert number[1].tolist() == [0] * (words + 1) + [-1] * (whole - words - 1)
+    assert number[2].tolist() == [0] + [-1] * (whole - 1)
+    labels = token_labels(number, examples)
+    assert labels[0, 0].tolist() == list(one)
+    assert labels[0, words + 1].tolist() == list(other)
+    assert labels[2, 0].tolist() == list(other)
+    for position in (words, -1):  # "and", the end: the scene's labels, no object's
+        known = [i for i, label in enumerate(labels[0, position].tolist()) if label != IGNORED]
+        assert [NAMES[i] for i in known] == ["count", "background"]
+
+
+def test_a_gate_reads_one_object_of_each_caption():
+    tokenizer = Tokenizer.from_folder(STUDENT / "tokenizer")
+    examples = draw_examples(0, "binding", 6, 0.0, two_objects=1.0)
+    torch.manual_seed(0)
+    encoder = UMT5Encoder(
+        UMT5Config(tokenizer.vocab_size, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    for pooling in ("mean", "token"):
+        vectors, labels = pooled_states(encoder, tokenizer, examples, pooling)
+        assert vectors.shape == (6, 16)
+        assert labels.tolist() == [list(e.labels[row % 2]) for row, e in enumerate(examples)]
+    first = tokenizer(examples[0].text).ids
+    states = encoder(torch.tensor([first]), torch.ones(1, len(first), dtype=torch.bool))[0]
+    torch.testing.assert_close(vectors[0], states[0], rtol=1e-4, atol=1e-4)
 
 
 def test_losses_and_hits_of_perfect_and_of_wrong_logits():

@@ -38,10 +38,11 @@ from wan.models.tokenizer import Tokenizer
 from wan.models.tokenizer_export import write_tokenizer_folder
 from wan.models.umt5 import UMT5Config, UMT5Encoder, pad_ids
 
-# B captions, S text positions, D width, V vocabulary, K labels of a caption
+# B captions, S text positions, D width, V vocabulary, K labels of a word
 
 CLASSES = label_classes()
-IGNORED = -100  # a label that a text does not have
+OWN = [i for i, name in enumerate(CLASSES) if name in OBJECT_ATTRIBUTES]  # of a word's object
+IGNORED = -100  # a label that a text or a word does not have
 NUM_SENTINELS = 1  # <extra_id_0> stands for a masked token
 ATTRIBUTE_GATE, BINDING_GATE = 0.995, 0.99
 
@@ -55,10 +56,10 @@ FUNCTION_WORDS = {"a", "an", "one", "the", "is", "on", "over", "against", "backg
 
 @dataclass(frozen=True)
 class Example:
-    """A text and its class index for every entry of `CLASSES`."""
+    """A text and, for each of its objects, the class index for every entry of `CLASSES`."""
 
     text: str
-    labels: tuple[int, ...]
+    labels: tuple[tuple[int, ...], ...]
 
 
 def draw_example(rng: random.Random, split: str, disturbed: bool, num_objects: int) -> Example:
@@ -69,15 +70,14 @@ def draw_example(rng: random.Random, split: str, disturbed: bool, num_objects: i
     if disturbed:
         free_order = len(objects) == 1 and objects[0].motion not in ("circling", "still")
         text = disturb(text, rng, free_order)
-    labels = drawn.labels()
-    return Example(text, tuple(labels[name] for name in CLASSES))
+    return Example(text, tuple(tuple(of[name] for name in CLASSES) for of in drawn.labels()))
 
 
 def empty_example(rng: random.Random) -> Example:
     """A text that states nothing: "" or filler."""
     words = [_filler(rng) for _ in range(rng.choice((0, 0, 1, 3, 8)))]
     labels = tuple(IGNORED if n == "count" else len(c) - 1 for n, c in CLASSES.items())
-    return Example(" ".join(words), labels)
+    return Example(" ".join(words), (labels,))
 
 
 def disturb(text: str, rng: random.Random, free_order: bool) -> str:
@@ -224,6 +224,29 @@ class Heads(nn.Module):
         self.words = nn.Linear(config.d_model, config.vocab_size)
 
 
+def object_of(tokenizer: Tokenizer, example: Example, num_tokens: int) -> list[int]:
+    """The object that each of a text's tokens is about: 0 or 1 in the text's order, -1 for neither.
+
+    Two objects are told apart by the word between them. That word and the end of such a text are
+    about neither, as is the padding up to `num_tokens`.
+    """
+    text = len(tokenizer(example.text).ids)
+    if len(example.labels) == 1:
+        return [0] * text + [-1] * (num_tokens - text)
+    first, between, _ = re.split(r"(?i)\b(and)\b", example.text, maxsplit=1)
+    before, joint = (len(tokenizer(part).ids) - 1 for part in (first, between))
+    after = text - 1 - before - joint
+    return [0] * before + [-1] * joint + [1] * after + [-1] * (num_tokens - text + 1)
+
+
+def token_labels(number: Tensor, examples: list[Example]) -> Tensor:
+    """Labels (B, S, K) of tokens that are about object `number` (B, S) of their texts."""
+    both = torch.tensor([[e.labels[0], e.labels[-1]] for e in examples])  # (B, 2, K)
+    labels = both[torch.arange(len(examples))[:, None], number.clamp(min=0)]
+    labels[..., OWN] = labels[..., OWN].masked_fill(number[..., None] < 0, IGNORED)
+    return labels
+
+
 def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropies of all labels: (..., sum of classes), (..., K) -> (K,)."""
     parts = logits.flatten(0, -2).split([len(c) for c in CLASSES.values()], dim=-1)
@@ -244,7 +267,8 @@ def label_hits(logits: Tensor, labels: Tensor) -> Tensor:
 def make_train_step(
     encoder: UMT5Encoder, heads: Heads, tokenizer: Tokenizer, config: TextEncoderTrainConfig
 ) -> Callable[[TrainState], dict[str, float]]:
-    """One step: labels from every token of whole captions, hidden words from masked ones."""
+    """One step: each token of whole captions tells the labels of what it is about, and masked ones
+    tell which words are hidden."""
     mask_id = tokenizer("<extra_id_0>").ids[0]
     num_masked = config.batch_size // 4
     parameters = [*encoder.parameters(), *heads.parameters()]
@@ -257,7 +281,8 @@ def make_train_step(
         for row in range(0, config.batch_size, 32):
             examples[row] = empty_example(rng)
         ids, mask = pad_ids([tokenizer(example.text).ids for example in examples])
-        labels = torch.tensor([example.labels for example in examples])  # (B, K)
+        number = [object_of(tokenizer, example, ids.shape[1]) for example in examples]
+        labels = token_labels(torch.tensor(number), examples)
         # Captions with hidden words can't know all labels, so they only guess the words.
         hidden = (torch.rand(ids.shape, generator=generator) < 0.2) & mask
         hidden[num_masked:] = False
@@ -266,8 +291,7 @@ def make_train_step(
             label_logits = heads.labels(states[num_masked:])
             word_logits = heads.words(states[hidden])
         real = mask[num_masked:]  # no padding
-        per_token = labels[num_masked:, None].expand(*real.shape, -1)
-        label_loss = label_losses(label_logits[real].float(), per_token[real]).mean()
+        label_loss = label_losses(label_logits[real].float(), labels[num_masked:][real]).mean()
         if hidden.any():
             word_loss = F.cross_entropy(word_logits.float(), ids[hidden])
         else:  # in a small batch; the mean of nothing is no number
@@ -292,30 +316,30 @@ def make_train_step(
 @torch.no_grad()
 def encode_examples(
     encoder: UMT5Encoder, tokenizer: Tokenizer, examples: list[Example]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Token states (b, S, D), mask (b, S) and labels (b, K) of examples, in batches."""
+) -> Iterator[Tensor]:
+    """The token states of each example, (s, D)."""
     for start in range(0, len(examples), 250):
         batch = examples[start : start + 250]
         ids, mask = pad_ids([tokenizer(example.text).ids for example in batch])
-        yield encoder(ids, mask), mask, torch.tensor([example.labels for example in batch])
+        yield from (states[m] for states, m in zip(encoder(ids, mask), mask, strict=True))
 
 
 def pooled_states(
     encoder: UMT5Encoder, tokenizer: Tokenizer, examples: list[Example], pooling: str
 ) -> tuple[Tensor, Tensor]:
-    """One vector per caption, (B, D), and labels (B, K).
+    """One vector for one object of each caption, (B, D), and its labels (B, K).
 
-    pooling: "mean" of the tokens, or "token": one token of the caption, each in turn.
+    pooling: "mean" of the tokens about the object, or "token": one of them, each in turn.
     """
     vectors, labels = [], []
-    for states, mask, batch_labels in encode_examples(encoder, tokenizer, examples):
-        if pooling == "mean":
-            vectors.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-        else:
-            row = torch.arange(len(states))
-            vectors.append(states[row, row % mask.sum(1)])
-        labels.append(batch_labels)
-    return torch.cat(vectors), torch.cat(labels)
+    states = encode_examples(encoder, tokenizer, examples)
+    for row, (example, tokens) in enumerate(zip(examples, states, strict=True)):
+        wanted = row % len(example.labels)
+        about = torch.tensor(object_of(tokenizer, example, len(tokens)))
+        own = tokens[about == wanted]
+        vectors.append(own.mean(0) if pooling == "mean" else own[row % len(own)])
+        labels.append(example.labels[wanted])
+    return torch.stack(vectors), torch.tensor(labels)
 
 
 def fit_probe(vectors: Tensor, labels: Tensor, steps: int = 300) -> nn.Linear:
@@ -336,10 +360,10 @@ def measure_gates(
 ) -> dict[str, float]:
     """Accuracy of linear probes on captions that training did not draw, unless by chance.
 
-    For the mean of the tokens and for single tokens: `attributes`, the worst label's accuracy on
-    captions of scenes with unseen combinations, which a caption may leave partly unsaid; `binding`,
-    all labels of both objects right, on two-object captions; `disturbed`, the worst label on
-    disturbed captions.
+    For the mean of the tokens about an object and for single tokens: `attributes`, the worst
+    label's accuracy on captions of scenes with unseen combinations, which a caption may leave
+    partly unsaid; `binding`, all attributes of the object right, on two-object captions;
+    `disturbed`, the worst label on disturbed captions.
     """
     n = config.probe_captions
     sets = {
@@ -348,7 +372,6 @@ def measure_gates(
         "disturbed": draw_examples(config.seed, "disturbed", n, 1.0, split="any"),
     }
     fit_on = draw_examples(config.seed, "probe", 2 * n, 0.5)
-    slots = [i for i, name in enumerate(CLASSES) if name[:-2] in OBJECT_ATTRIBUTES]
     measured = {}
     poolings = ("mean", "token")
     with Steps("probes fitted or read", len(poolings) * (1 + len(sets))) as steps:
@@ -359,7 +382,7 @@ def measure_gates(
                 vectors, labels = pooled_states(encoder, tokenizer, examples, pooling)
                 hits = label_hits(probe(vectors), labels)
                 whole = name == "binding"
-                rate = hits[:, slots].all(1).float() if whole else hits.float().mean(0)
+                rate = hits[:, OWN].all(1).float() if whole else hits.float().mean(0)
                 measured[f"{name}_{pooling}"] = float(rate.mean() if whole else rate.min())
                 steps.add()
     return measured
@@ -369,7 +392,7 @@ def output_statistics(
     encoder: UMT5Encoder, tokenizer: Tokenizer, examples: list[Example]
 ) -> dict[str, float]:
     """Mean square of the encoder's outputs, and the share of it that is the same in all tokens."""
-    states = torch.cat([s[m] for s, m, _ in encode_examples(encoder, tokenizer, examples)])
+    states = torch.cat(list(encode_examples(encoder, tokenizer, examples)))
     return {
         "output_mean_square": float(states.square().mean()),
         "output_constant_share": float(states.mean(0).square().mean() / states.square().mean()),

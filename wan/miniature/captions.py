@@ -110,27 +110,28 @@ class Caption:
     objects: tuple[Stated, ...]
     background: str | None
 
-    def labels(self) -> dict[str, int]:
-        """Class indices for training a text encoder: see `label_classes`."""
-        labels = {
+    def labels(self) -> list[dict[str, int]]:
+        """Class indices for training a text encoder, by `label_classes`: one dict per object.
+
+        A word about an object has the labels of that object alone. An encoder whose words all told
+        of both objects left a transformer nothing to tell them apart by.
+        """
+        scene = {
             "count": len(self.objects) - 1,
             "background": _index("background", self.background),
         }
-        for slot in range(2):
-            stated = self.objects[slot] if slot < len(self.objects) else Stated()
-            for name in OBJECT_ATTRIBUTES:
-                labels[f"{name}_{slot + 1}"] = _index(name, getattr(stated, name))
-        return labels
+        return [
+            scene | {name: _index(name, getattr(stated, name)) for name in OBJECT_ATTRIBUTES}
+            for stated in self.objects
+        ]
 
 
 def label_classes() -> dict[str, tuple[str, ...]]:
-    """The classes of every label: count, background, and each attribute of the first and second
-    object mentioned; the last class of an attribute is "unspecified"."""
-    classes = {"count": ("1", "2"), "background": ATTRIBUTES["background"] + (UNSPECIFIED,)}
-    for slot in (1, 2):
-        for name in OBJECT_ATTRIBUTES:
-            classes[f"{name}_{slot}"] = ATTRIBUTES[name] + (UNSPECIFIED,)
-    return classes
+    """The classes of every label of a word: count and background of the scene, and the attributes
+    of the object that the word is about; the last class of an attribute is "unspecified"."""
+    attributes = {name: ATTRIBUTES[name] + (UNSPECIFIED,) for name in OBJECT_ATTRIBUTES}
+    background = ATTRIBUTES["background"] + (UNSPECIFIED,)
+    return {"count": ("1", "2"), "background": background} | attributes
 
 
 def _index(name: str, value: str | None) -> int:
