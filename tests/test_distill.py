@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train_checkpoint import assert_same
 
 import train.distill.run as module
@@ -26,6 +26,7 @@ from configs.distillation import (
 )
 from configs.training import LoopConfig, LoRAConfig
 from train.checkpoint import list_checkpoints, load_latest
+from train.conditioning import check_same_part
 from train.data import folder_cache
 from train.distill.run import distill
 from train.metrics import read_metrics
@@ -535,6 +536,18 @@ def test_a_student_to_start_from_must_be_there(tmp_path, teacher):
     student = StudentConfig(start=str(tmp_path / "first/model"))
     with pytest.raises(WanError, match=r"student\.start=.*first/model.*train that student first"):
         distill(settings(tmp_path, teacher, student=student))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_student_goes_on_with_the_parts_that_it_learnt_with(tmp_path, teacher, part):
+    own = shutil.copytree(teacher, tmp_path / "student")
+    file = next((own / part).glob("*.safetensors"))
+    half = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(half, file)  # the same weights, stored otherwise
+    check_same_part(part, "x", own, teacher)
+    save_file({name: t * (1.1 if t.ndim == 1 else 1) for name, t in half.items()}, file)
+    with pytest.raises(WanError, match=rf"student\.start=.*its {part} is not that of"):
+        distill(settings(tmp_path, teacher, student=StudentConfig(start=str(own))))
 
 
 def test_a_student_is_no_teacher(tmp_path, teacher):

@@ -223,10 +223,12 @@ def test_the_first_prompt_of_the_readme_is_a_sentence_of_the_grammar():
 def test_labels_index_their_classes():
     classes = label_classes()
     rng = scene_rng(8, 0)
-    scene = sample_scene(rng, num_objects=1)
-    labels = caption(scene, rng, omit=0.0).labels()
-    assert labels.keys() == classes.keys()
-    assert classes["count"][labels["count"]] == "1"
-    assert classes["background"][labels["background"]] == scene.background
-    assert classes["colour_1"][labels["colour_1"]] == scene.objects[0].colour
-    assert classes["colour_2"][labels["colour_2"]] == "unspecified"
+    scene = sample_scene(rng, num_objects=2)
+    drawn = caption(scene, rng, omit=0.0)
+    for labels, stated in zip(drawn.labels(), drawn.objects, strict=True):
+        assert labels.keys() == classes.keys()
+        assert classes["count"][labels["count"]] == "2"
+        assert classes["background"][labels["background"]] == scene.background
+        assert classes["colour"][labels["colour"]] == stated.colour
+    unsaid = caption(scene, rng, omit=1.0).labels()[0]
+    assert classes["motion"][unsaid["motion"]] == "unspecified"

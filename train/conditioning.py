@@ -20,8 +20,11 @@ from wan.models.umt5 import UMT5Encoder, pad_ids
 from wan.pipeline.config import PipelineConfig, part_folder
 from wan.pipeline.folder import load_part
 from wan.precision import default_dtype
+from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import list_files, remembered_sha256
+from wan.weights.load import load_state
 
+SMALL = 1_000_000  # values of a tensor that is read to tell two models' parts apart
 TEXT_LENGTH = 512  # tokens of context that every Wan transformer reads
 
 TokensOf = Callable[[list[str]], list[Tensor]]
@@ -76,6 +79,34 @@ def component_digests(folder: Path) -> dict[str, str]:
         lines = "".join(f"{sums[path]}  {file}\n" for file, path in files.items())
         digests[name] = hashlib.sha256(lines.encode()).hexdigest()
     return digests
+
+
+def check_same_part(part: str, name: str, one: Path, other: Path) -> None:
+    """Refuse a model whose text encoder or autoencoder is not that of another one.
+
+    The weights count, in bfloat16, and not how they are stored. Those of less than a million values
+    (norms, biases) stand for all, so that of a large text encoder little is read.
+
+    Args:
+        name: what the user calls the model in folder `one`, for the error.
+    Raises:
+        WanError: the weights differ.
+    """
+    folders = [part_folder(folder, part) for folder in (one, other)]
+    if folders[0] == folders[1] or not folders[0].is_dir():
+        return
+    ours, theirs = (load_state(open_checkpoint(folder), part) for folder in folders)
+    small = [n for n, tensor in ours.items() if tensor.numel() < SMALL and n in theirs]
+    if not small or any(not same_numbers(ours[n], theirs[n]) for n in small):
+        raise WanError(
+            f"{name}: its {part} is not that of {other}, so its transformer would be given what it "
+            "has never seen; name the model that it was distilled from"
+        )
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same once they are rounded to bfloat16."""
+    return one.shape == other.shape and torch.equal(one.bfloat16(), other.bfloat16())
 
 
 def transformer_digest(folder: Path) -> str:

@@ -18,6 +18,7 @@ from train.card import Origin
 from train.checkpoint import best_checkpoint, load_checkpoint
 from train.conditioning import (
     Texts,
+    check_same_part,
     check_trainable,
     component_digests,
     load_frozen,
@@ -331,6 +332,9 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     with ranks.main_first():  # it may download
         starts = read_starts(config, settings.transformer)
         base = source if config.student.start is None else resolve_start(config.student.start)
+    if base != source:
+        for part in ("text_encoder", "vae"):
+            check_same_part(part, f"student.start={config.student.start}", base, source)
     inputs = {
         f"checkpoint={config.checkpoint}": source,
         f"student.start={config.student.start}": base,
