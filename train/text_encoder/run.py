@@ -334,10 +334,10 @@ def pooled_states(
     vectors, labels = [], []
     states = encode_examples(encoder, tokenizer, examples)
     for row, (example, tokens) in enumerate(zip(examples, states, strict=True)):
-        wanted = row % len(example.labels)
+        turn, wanted = divmod(row, len(example.labels))
         about = torch.tensor(object_of(tokenizer, example, len(tokens)))
         own = tokens[about == wanted]
-        vectors.append(own.mean(0) if pooling == "mean" else own[row % len(own)])
+        vectors.append(own.mean(0) if pooling == "mean" else own[turn % len(own)])
         labels.append(example.labels[wanted])
     return torch.stack(vectors), torch.tensor(labels)
 
