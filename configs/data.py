@@ -177,6 +177,11 @@ class PreprocessConfig(Options):
         return [parse_size(text) for text in self.sizes]
 
 
+def same_rate(fps: float, wanted: float) -> bool:
+    """Whether one number of frames per second stands for another, as 23.976 does for 24."""
+    return abs(fps - wanted) <= 0.01 * wanted
+
+
 def parse_size(text: str, name: str = "sizes") -> Size:
     """`17x128x128` -> (17, 128, 128); `name` is the option's."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)

@@ -33,7 +33,7 @@ from configs.progress import Steps
 from configs.start import interrupt_from_now_on
 from configs.training import FinetuneConfig, LoopConfig
 from train.conditioning import component_digests
-from train.data import CONTENT, Source, as_text, folder_cache, open_data
+from train.data import CONTENT, Source, as_text, folder_cache, open_data, other_rate
 from train.finetune.__main__ import LINE
 from train.finetune.run import finetune
 from train.parallel import ALONE
@@ -43,6 +43,7 @@ from wan.errors import WanError
 from wan.files import read_sealed, remove_leftovers, write_json, write_sealed
 from wan.models.dit_config import DiTConfig
 from wan.models.vae import WanVAE
+from wan.pipeline.config import SamplingDefaults
 from wan.pipeline.parts import vae_levels
 from wan.weights.checkpoint import open_checkpoint
 from wan.weights.digests import sha256_file
@@ -277,6 +278,27 @@ def test_a_run_that_stored_nothing_does_not_claim_the_folder(clips, tmp_path, mo
         preprocess(settings(tmp_path, model))
     (clips / "a.txt").write_text("a wall")
     assert preprocess(settings(tmp_path, model, fps=8.05)) == 0
+
+
+def test_a_frame_rate_that_is_not_the_models_is_warned_about_here_and_in_training(
+    clips, tmp_path, model, capsys
+):
+    own = shutil.copytree(model, tmp_path / "model")
+    write_json(own / "sampling_defaults.json", {"fps": 24})
+    make_clip(clips / "a.mp4", fps=8)
+    assert preprocess(settings(tmp_path, own)) == 0
+    wrong = (
+        "its clips have 8 frames per second, and the model's videos are shown with 24: what is "
+        "learnt moves 3 times as fast there; encode clips with fps=24, or show videos with fps=8\n"
+    )
+    assert capsys.readouterr().err.endswith(f"warning: fps=8: {wrong}")
+    folder = str(tmp_path / "data")
+    for fps, said in ((24, f"warning: data.folder: {folder}: {wrong}"), (8, "")):
+        shown = SimpleNamespace(transformer=DiTConfig(), defaults=SamplingDefaults(fps=fps))
+        open_data(DataConfig(kind="folder", folder=[folder]), shown, own, ALONE)
+        assert capsys.readouterr().err == said
+    assert other_rate(["1x32x32"], 8, 24) is None  # pictures have no rate
+    assert other_rate(["17x32x32"], 23.976, 24) is None
 
 
 def test_a_folder_of_something_else_is_left_alone(clips, tmp_path, model):

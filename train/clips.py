@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.data import MAX_REPEATS, Size
+from configs.data import MAX_REPEATS, Size, same_rate
 from configs.schema import PICTURES, check_text
 from wan.errors import WanError
 from wan.files import parse_json, parse_json_list, read_text
@@ -73,7 +73,6 @@ CONTROLS = (
 NO_CONTROL = "there is no training with control clips or masks here; take it out"
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 PQ, HLG = 16, 18  # transfer curves of HDR, as numbers in a file
-SAME_RATE = 0.01  # 23.976 stands for 24
 SAME_SHAPE = 0.01  # scaling to even widths leaves pixels of 1280/1281
 
 
@@ -525,7 +524,7 @@ def _declared_end(container: av.container.InputContainer) -> float:
 
 def frame_numbers(count: int, fps: float, rules: ClipRules) -> list[int]:
     """Which frames of a clip stand for one at `rules.fps`: all, or the nearest in time."""
-    step = 1.0 if same_rate(fps, rules) else max(1.0, fps / rules.fps)
+    step = 1.0 if same_rate(fps, rules.fps) else max(1.0, fps / rules.fps)
     return [number for i in range(count) if (number := round(i * step)) < count]
 
 
@@ -548,13 +547,9 @@ def sample_starts(count: int, length: int, rules: ClipRules) -> list[int]:
     return [0]
 
 
-def same_rate(fps: float, rules: ClipRules) -> bool:
-    return abs(fps - rules.fps) <= SAME_RATE * rules.fps
-
-
 def check_rate(rate: float, rules: ClipRules, facts: dict[str, Any]) -> None:
     """Refuse a clip whose frames per second are not those of `rules`, nor may become them."""
-    retimed = not same_rate(rate, rules)
+    retimed = not same_rate(rate, rules.fps)
     if retimed and rate < rules.fps:
         raise WanError(f"{rate:g} frames per second, fewer than fps={rules.fps:g}")
     if retimed and not rules.retime:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from configs.data import MAX_REPEATS, DataConfig
+from configs.data import MAX_REPEATS, DataConfig, parse_size, same_rate
 from configs.progress import Steps, doing
 from train.conditioning import (
     TEXT_LENGTH,
@@ -386,12 +386,33 @@ def open_data(
         for shape, bucket in zip(cache.shapes, cache.buckets, strict=True):
             if bucket:
                 check_shape(shape, settings, ", ".join(data.folder))
+        for each in cache.content.values() if ranks.is_main else ():
+            made = each["settings"]
+            if warning := other_rate(made["sizes"], made["fps"], settings.defaults.fps):
+                print(f"warning: data.folder: {each['folder']}: {warning}", file=sys.stderr)
         assert cache.tokens_of is not None
         return cache, Texts(cache.tokens_of, device), None
     vae = load_frozen(source, "vae", settings.vae, device, torch.float32)
     clips = (data.num_clips, data.seed, data.repeat_circling, data.two_objects, data.passes)
     cache = world_cache(vae, expanded(data.cache_dir), *clips, first=ranks.main_first)
     return cache, world_texts(settings, source, device, max_text_tokens), vae
+
+
+def other_rate(sizes: Sequence[str], fps: float, shown: float) -> str | None:
+    """What comes of clips whose frame rate is not the one that the model's videos are shown with.
+
+    Args:
+        sizes: frames x height x width, of the clips; pictures have no rate.
+        fps: frames per second of the clips that training sees.
+        shown: frames per second of the model's own settings.
+    """
+    if same_rate(fps, shown) or all(parse_size(size)[0] == 1 for size in sizes):
+        return None
+    return (
+        f"its clips have {fps:g} frames per second, and the model's videos are shown with "
+        f"{shown:g}: what is learnt moves {shown / fps:.2g} times as fast there; encode clips with "
+        f"fps={shown:g}, or show videos with fps={fps:g}"
+    )
 
 
 def world_texts(
@@ -702,7 +723,14 @@ LINE_KINDS = {
     "repeats": (int,),
 }
 NEEDED = ("verdict", "caption", "key", "size")
-IDENTITY_KINDS = {"vae": TEXT, "text_encoder": TEXT, "max_text_tokens": (int,), "text_dtype": TEXT}
+IDENTITY_KINDS = {
+    "vae": TEXT,
+    "text_encoder": TEXT,
+    "max_text_tokens": (int,),
+    "text_dtype": TEXT,
+    "sizes": (list,),
+    "fps": (int, float),
+}
 
 
 def check_index(index: dict[str, Any], lines: list[dict[str, Any]], folder: Path) -> None:

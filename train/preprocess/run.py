@@ -43,6 +43,7 @@ from train.data import (
     as_text,
     content_digest,
     encode_float16,
+    other_rate,
     text_key,
 )
 from train.dataset_toml import toml_clips
@@ -53,7 +54,7 @@ from wan.files import expanded, read_json, read_sealed, write_sealed, write_text
 from wan.models.dit_config import DiTConfig
 from wan.models.tokenizer import Tokenizer, clean_prompt
 from wan.models.vae import VAEConfig, WanVAE
-from wan.pipeline.config import component_config, part_folder
+from wan.pipeline.config import component_config, part_folder, read_defaults
 from wan.settings import check_kinds
 from wan.weights.digests import sha256_file
 from wan.weights.hub import resolve_model
@@ -143,6 +144,9 @@ class Preprocessing:
                 "identity": identity(config, source, self.ranks.device),
                 "latent_shapes": latent_shapes(config, vae, patch_size(source)),
             }
+        shown = read_defaults(source, vae, two_experts=False).fps
+        if clips and (warning := other_rate(config.sizes, config.fps, shown)):
+            print(f"warning: fps={config.fps:g}: {warning}", file=sys.stderr)
         return clips, prompts, index, source
 
     def run(self) -> int:
