@@ -20,7 +20,7 @@ from wan.files import expanded
 from wan.models.attention_config import AttentionConfig
 from wan.models.vae_config import CHUNK_LATENTS
 from wan.paths import kept_path
-from wan.settings import NO_BOUND, bounds, check_number
+from wan.settings import NO_BOUND, bounds, check_length, check_number
 
 C = TypeVar("C")
 DTYPES = ("float32", "bfloat16")
@@ -33,7 +33,6 @@ MAX_SEED = 2**64 - 1  # the largest that PyTorch takes
 RANDOM_SEED = -1
 MAX_INTEGER = 2**63 - 1  # the largest that PyTorch takes as a size
 MAX_STEPS = 1000
-MAX_PROMPT = 100_000  # characters
 FASTVIDEO_SEED = 1024  # where its caller gives none
 # An entry of `lora=`: the file, and a strength after a colon.
 STRENGTH = re.compile(r"(.+):([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)")
@@ -218,16 +217,7 @@ def check_device(name: str, value: str) -> None:
 def check_prompt(name: str, text: str) -> None:
     if not text.strip():
         raise WanError(f'{name}= is empty: describe the video, e.g. {name}="a red circle"')
-    check_length(name, text)
-
-
-def check_length(name: str, text: str) -> None:
-    """Refuse a text that no model reads to its end, before it costs time and memory."""
-    if len(text) > MAX_PROMPT:
-        raise WanError(
-            f"{name}= has {len(text):,} characters: at most {MAX_PROMPT:,} are taken, and a model "
-            "reads a few thousand"
-        )
+    check_length(f"{name}=", text)
 
 
 def check_colour(name: str, colour: list[int] | None) -> None:
@@ -468,7 +458,7 @@ class SampleConfig(LoadingConfig, PartsConfig):
         None,
         "what it should not show; needs guidance. Released base models have an official one; "
         '"" for none',
-        check=check_length,
+        check=lambda name, text: check_length(f"{name}=", text),
     )
     prompt_file: str | None = option(
         None, 'one job a line: a prompt, or JSON such as {"prompt": "..", "seed": 7, "width": 256}'

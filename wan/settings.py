@@ -15,6 +15,7 @@ from wan.errors import WanError
 
 Bound = tuple[float | None, bool]  # a number, and whether it is itself allowed
 NO_BOUND: Bound = (None, True)
+MAX_PROMPT = 100_000  # characters; 512 tokens are some 2,500
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -130,6 +131,15 @@ def check_number(name: str, value: Any, low: Bound, high: Bound = NO_BOUND) -> N
     else:
         allowed = f"lie in {'(['[with_least]}{least}, {most}{')]'[with_most]}"
     raise WanError(f"{name}={value}: must {allowed}")
+
+
+def check_length(what: str, text: str) -> None:
+    """Refuse a prompt that no model reads to its end, before it costs time and memory."""
+    if len(text) > MAX_PROMPT:
+        raise WanError(
+            f"{what} has {len(text):,} characters: at most {MAX_PROMPT:,} are taken, and a model "
+            "reads a few thousand"
+        )
 
 
 def _entries(name: str, value: Any, kinds: tuple[Any, ...], max_length: int | None) -> list[Any]:

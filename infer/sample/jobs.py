@@ -15,14 +15,13 @@ from configs.schema import (
     RANDOM_SEED,
     SampleConfig,
     SamplerConfig,
-    check_length,
     check_prompt,
     check_sample_seed,
     check_text,
 )
 from wan.errors import WanError, errors_about
 from wan.files import expanded, parse_json, read_text
-from wan.settings import is_of
+from wan.settings import check_length, is_of
 
 NOT_A_JOB = 'a prompt that starts so is written {"prompt": "..."}'
 # As the source of a value: a line of a prompt file, or the record of a video that is made again.
@@ -154,7 +153,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 def _check_own(values: dict[str, Any], config: SampleConfig) -> None:
     """Check what each line has of its own: its prompt and its seeds."""
     check_prompt("prompt", values["prompt"])
-    check_length("negative_prompt", values.get("negative_prompt", ""))
+    check_length("negative_prompt=", values.get("negative_prompt", ""))
     first = values.get("seed", config.seed)
     for name, more in (("seed", 0), ("seed + num_videos - 1", values.get("num_videos", 1) - 1)):
         check_sample_seed(name, first + more)

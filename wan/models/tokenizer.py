@@ -25,12 +25,11 @@ from wan.errors import WanError, errors_about
 from wan.files import parse_json, read_bytes, read_json
 from wan.models.spiece import MAX_SPIECE_BYTES, charsmap_of, check_charsmap
 from wan.models.tokenizer_checks import check_steps
-from wan.settings import is_of
+from wan.settings import check_length, is_of
 
 PAD, EOS, BOS, UNK = SPECIALS = ("<pad>", "</s>", "<s>", "<unk>")
 PAD_ID, EOS_ID, BOS_ID, UNK_ID = range(4)
 MAX_TOKENIZER_BYTES = 64 << 20  # the tokenizer.json of UMT5 has 17 MB
-MAX_PROMPT = 100_000  # characters; 512 tokens are some 2,500
 MAX_ESCAPES = 32
 MAX_SENTINELS = 10_000  # <extra_id_N>; UMT5 has 300
 
@@ -43,9 +42,10 @@ def clean_prompt(text: str) -> str:
     so it is part of the model's input format.
 
     Raises:
-        WanError: it is longer than `MAX_PROMPT`, or escaped too often, see `check_escapes`.
+        WanError: it is longer than `wan.settings.MAX_PROMPT`, or escaped too often, see
+            `check_escapes`.
     """
-    _check_length(text)
+    check_length("a prompt", text)
     check_escapes(text)
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
@@ -55,9 +55,9 @@ def strip_prompt(text: str) -> str:
     """Text as FastVideo feeds it to the tokenizer: without white space at its ends.
 
     Raises:
-        WanError: it is longer than `MAX_PROMPT`.
+        WanError: it is longer than `wan.settings.MAX_PROMPT`.
     """
-    _check_length(text)
+    check_length("a prompt", text)
     return text.strip()
 
 
@@ -79,14 +79,6 @@ def check_escapes(text: str) -> None:
         f"a prompt has HTML that is escaped more than {MAX_ESCAPES} times, such as "
         "&amp;amp;amp;...; write the characters that are meant"
     )
-
-
-def _check_length(text: str) -> None:
-    if len(text) > MAX_PROMPT:
-        raise WanError(
-            f"a prompt of {len(text):,} characters: at most {MAX_PROMPT:,} are taken, and a model "
-            "reads a few thousand"
-        )
 
 
 @dataclass(frozen=True)
