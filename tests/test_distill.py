@@ -287,6 +287,8 @@ def test_regression_alone_needs_no_critic_and_learns(tmp_path, teacher):
     losses = [line["regression"] for line in metrics(config) if "regression" in line]
     assert losses[-1] < 0.9 * losses[0]
     assert all("critic_loss" not in line for line in metrics(config))
+    tree = load_latest(Path(config.output_dir, "checkpoints"))
+    assert tree["modules"].keys() == tree["optimizers"].keys() == {"student"}
     pipe = WanDMDPipeline.from_pretrained(Path(config.output_dir, "model"), dtype=torch.float32)
     latents = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     one, other = (

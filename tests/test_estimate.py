@@ -12,7 +12,6 @@ from train.distill.run import distill, training_run
 from train.estimate import (
     PROCESS_BYTES,
     RECOMPUTE,
-    RoleMemory,
     TrainingEstimate,
     TrainingRun,
     activation_bytes,
@@ -153,11 +152,14 @@ def test_regression_alone_needs_neither_chain_nor_scores():
     }
 
 
-def test_in_regression_alone_the_critic_only_lies_there():
+def test_regression_alone_has_no_critic():
     both = TrainingEstimate(changed(CANONICAL, REGRESSION))
     alone = TrainingEstimate(changed(both.run, dmd_weight=0.0))
-    assert alone.memory["critic"] == RoleMemory(both.memory["critic"].weights)
+    assert both.memory.keys() - alone.memory.keys() == {"critic"}
     assert alone.memory["student"] == both.memory["student"]
+    assert "critic" not in format_estimate(alone)
+    small = changed(alone.run, machines_num_gpus=1, batch_size=1)
+    assert not any("critic" in way for way in remedies(small))
 
 
 def test_trajectories_are_guided_as_they_will_be():

@@ -173,6 +173,8 @@ def test_the_triptych_is_student_then_guided_teacher_then_critic():
     torch.testing.assert_close(three[0], x0[0])  # the student's own, as it was sampled
     torch.testing.assert_close(three[1], torch.full((4, 1, 2, 2), 4 + 3.0 * (5 - 4)))
     torch.testing.assert_close(three[2], torch.full((4, 1, 2, 2), -7.0))
+    run.critic = None
+    torch.testing.assert_close(Distillation.triptych(run, x0, "a red circle"), three[:2])
 
 
 RED, GREEN, BLUE = (plain(*(1.0 if i == n else -1.0 for i in range(3))) for n in range(3))

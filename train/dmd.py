@@ -101,11 +101,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Networks:
-    """The three roles: the teacher is frozen, student and critic are trained."""
+    """The three roles: the teacher is frozen, student and critic are trained.
+
+    Attributes:
+        critic: None without distribution matching, which alone asks it.
+    """
 
     student: WanDiT
     teacher: WanDiT
-    critic: WanDiT
+    critic: WanDiT | None
 
 
 class Distillation:
@@ -152,9 +156,12 @@ class Distillation:
     def new_state(self) -> TrainState:
         config = self.config
         betas = (config.beta1, config.beta2)
-        modules: dict[str, nn.Module] = {"student": self.student, "critic": self.critic}
-        if self.discriminator is not None:
-            modules["discriminator"] = self.discriminator
+        trained = {
+            "student": self.student,
+            "critic": self.critic,
+            "discriminator": self.discriminator,
+        }
+        modules = {name: module for name, module in trained.items() if module is not None}
         rates = {name: config.lr if name == "student" else config.critic_lr for name in modules}
         optimizers = {
             name: make_optimizers(module, "adamw", rates[name], betas, config.weight_decay)["adamw"]
@@ -229,6 +236,7 @@ class Distillation:
         """DMD's weighted loss on fresh samples of the student, the adversarial term added."""
         config = self.config
         condition, null, sigma, noise = batch.condition, batch.null, batch.sigma, batch.noise
+        assert self.critic is not None
         x0 = self.sample_student(batch)
         weight = condition.frame_weight(x0.shape[2])
         with torch.no_grad(), self.autocast():
@@ -358,6 +366,7 @@ class Distillation:
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Flow matching on samples of the student, the discriminator's loss added."""
         condition, sigma, noise = batch.condition, batch.sigma, batch.noise
+        assert self.critic is not None
         with torch.no_grad():
             x0 = self.sample_student(batch)
         self.ranks.reshard(self.student)
@@ -474,6 +483,7 @@ class Distillation:
     def logits(self, x0: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         assert self.discriminator is not None
         host = self.critic if self.config.gan.host == "critic" else self.teacher
+        assert host is not None  # the term stands beside distribution matching
         return noised_logits(self.discriminator, host, self.gan_blocks, x0, noise, sigma, condition)
 
     def rate(self, step: int, peak: float) -> float:
@@ -588,17 +598,22 @@ class Distillation:
 
     @torch.no_grad()
     def triptych(self, x0: Tensor, text: str) -> Tensor:
-        """A sample (1, C, T, H, W), then what teacher and critic make of it noised: (3, ...)."""
+        """A sample (1, C, T, H, W), then what teacher and critic make of it noised: (3, ...).
+
+        Without a critic there are two.
+        """
         condition = Condition(*self.texts([text]))
         null = Condition(*self.texts([self.config.scores.negative_prompt]))
         x0, sigma = x0.to(self.device), torch.full((1,), 0.7, device=self.device)
         x = add_noise(x0, draw_noise(self.shape, sample_generators(0, 1)).to(self.device), sigma)
         guidance = self.config.scores.guidance_scale
         with self.autocast():
-            teacher = guided_x0(self.teacher, x, sigma, condition, null, guidance)
-            critic = predict_x0(self.critic, x, sigma, condition)
-        self.ranks.reshard(self.teacher, self.critic)
-        return torch.cat([x0, teacher, critic])
+            found = [x0, guided_x0(self.teacher, x, sigma, condition, null, guidance)]
+            self.ranks.reshard(self.teacher)
+            if self.critic is not None:
+                found.append(predict_x0(self.critic, x, sigma, condition))
+                self.ranks.reshard(self.critic)
+        return torch.cat(found)
 
 
 # --- checks and small measures --------------------------------------------------------------------

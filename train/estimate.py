@@ -285,8 +285,6 @@ def trained_memory(run: TrainingRun, rank: int, student: bool) -> RoleMemory:
     counts = count_parameters(run.dit, rank)
     trained = 4 * (counts.pairs if rank else counts.total) / run.num_shards
     base = 4 * counts.total / run.num_shards if rank else 0.0
-    if not (student or run.matching):
-        return RoleMemory(base + trained)  # the regressions load the critic and never train it
     return RoleMemory(
         weights=base + trained,
         optimizer=2 * trained,
@@ -315,13 +313,15 @@ class TrainingEstimate:
         config, machines = run.config, run.config.machines
         total = count_parameters(run.dit).total
         self.run = run
+        ranks = {"student": config.student.lora.rank}
         self.memory = {
             "student": trained_memory(run, config.student.lora.rank, student=True),
             "teacher": RoleMemory(4 * total / run.num_shards),
-            "critic": trained_memory(run, config.scores.critic_lora.rank, student=False),
         }
+        if run.matching:  # the regressions have no critic
+            ranks["critic"] = config.scores.critic_lora.rank
+            self.memory["critic"] = trained_memory(run, ranks["critic"], student=False)
         self.parameters = {"teacher": (total, 0)}
-        ranks = {"student": config.student.lora.rank, "critic": config.scores.critic_lora.rank}
         for role, rank in ranks.items():
             pairs = count_parameters(run.dit, rank).pairs
             self.parameters[role] = (total + pairs, pairs if rank else total)
@@ -331,8 +331,7 @@ class TrainingEstimate:
         self.peak = resident + update + self.workspace + self.gathered
         self.usable = machines.gpu_memory_gb * 1e9 * (1 - RESERVE)
         self.fits = self.peak <= self.usable
-        trained = (self.memory["student"], self.memory["critic"])
-        self.host = host_bytes(run, sum(role.resident for role in trained))
+        self.host = host_bytes(run, sum(self.memory[role].resident for role in ranks))
         self.fits_host = self.host <= machines.host_memory_gb * 1e9
         self.flops = iteration_flops(run)
         per_hour = 3600 * machines.tflops * 1e12 * machines.num_gpus
@@ -391,6 +390,7 @@ def changes(run: TrainingRun) -> Iterator[dict[str, Any]]:
             yield {"parallel.sequence": sequence} | clips | ONE_COPY
     yield {"student.truncate_gradient": True}
     critic = {"scores.critic_lora.rank": config.scores.critic_lora.rank or 64}
+    critic = critic if run.matching else {}  # the regressions have none
     yield critic
     yield critic | {"student.lora.rank": config.student.lora.rank or 64}
 
@@ -465,7 +465,7 @@ def format_estimate(found: TrainingEstimate) -> str:
     parts = found.flops | {"together": sum(found.flops.values())}
     count, letter = scale_of(parts.values())
     lines.append(f"{letter}FLOP per clip and iteration")
-    lines += [f"  {part:<32}{flops / count:>12.3g}" for part, flops in parts.items()]
+    lines += [f"  {part:<32}{flops / count:>12.3g}" for part, flops in parts.items() if flops]
     lines += [
         "",
         f"{time_of(3600 * found.hours / config.loop.steps)} per iteration at "

@@ -248,7 +248,8 @@ def write_panel(
     """A sheet of student above teacher for the captions that are shown, and the triptych.
 
     Args:
-        triptych: a sample of the student, and what teacher and critic make of it noised.
+        triptych: a sample of the student, and what teacher and, if there is one, critic make of it
+            noised.
     """
     pairs = [
         (f"{who}: {caption}", clip.sheet)
@@ -261,6 +262,6 @@ def write_panel(
         "the teacher's prediction from the same, noised",
         "the critic's prediction from the same, noised",
     )
-    three = list(zip(names, triptych, strict=True))
+    three = list(zip(names, triptych, strict=False))  # two of them without a critic
     pictures.write("student-teacher.png", lambda path: write_image(path, stacked(pairs)))
     pictures.write("triptych.png", lambda path: write_image(path, stacked(three)))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from wan.pipeline.tokenizer_files import AutoTokenizer
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 # public name -> the module that defines it
 _HOME = {

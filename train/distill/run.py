@@ -136,7 +136,7 @@ def load_networks(
     ranks: Ranks,
     starts: Mapping[str, StartLoRA | None] | None = None,
 ) -> Networks:
-    """Teacher, student and critic, in float32, ready for this process.
+    """Teacher, student and, for distribution matching, critic: float32, ready for this process.
 
     Each is read and sharded before the next: every process holds one whole network at a time.
 
@@ -177,7 +177,7 @@ def load_networks(
 
     teacher = load("teacher", config.score_attention)
     student = load("student", config.attention)
-    critic = load("critic", config.score_attention)
+    critic = load("critic", config.score_attention) if config.dmd_weight else None
     return Networks(student, teacher, critic)
 
 
@@ -353,7 +353,8 @@ def run_distillation(config: DistillConfig, ranks: Ranks) -> int:
     vae = load_frozen(source, "vae", settings.vae, ranks.device, torch.float32)
     with ranks.main_first():  # it may encode clips
         draw, texts, data_identity = open_source(config, settings, source, ranks)
-    with doing("loading teacher, student and critic", quiet=not ranks.is_main):
+    roles = "teacher, student and critic" if config.dmd_weight else "teacher and student"
+    with doing(f"loading {roles}", quiet=not ranks.is_main):
         networks = load_networks(config, settings, source, ranks, starts)
     identity = asdict(config) | data_identity
     identity[TEACHER_DIGEST] = ranks.first(transformer_digest(source) if ranks.is_main else "")
