@@ -161,7 +161,7 @@ class Distillation:
             "critic": self.critic,
             "discriminator": self.discriminator,
         }
-        modules = {name: module for name, module in trained.items() if module is not None}
+        modules: dict[str, nn.Module] = {n: net for n, net in trained.items() if net is not None}
         rates = {name: config.lr if name == "student" else config.critic_lr for name in modules}
         optimizers = {
             name: make_optimizers(module, "adamw", rates[name], betas, config.weight_decay)["adamw"]
