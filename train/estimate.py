@@ -315,7 +315,7 @@ class TrainingEstimate:
         self.run = run
         ranks = {"student": config.student.lora.rank}
         self.memory = {
-            "student": trained_memory(run, config.student.lora.rank, student=True),
+            "student": trained_memory(run, ranks["student"], student=True),
             "teacher": RoleMemory(4 * total / run.num_shards),
         }
         if run.matching:  # the regressions have no critic
@@ -389,10 +389,11 @@ def changes(run: TrainingRun) -> Iterator[dict[str, Any]]:
             clips = {"batch_size": num_gpus // sequence} | ONE_CLIP
             yield {"parallel.sequence": sequence} | clips | ONE_COPY
     yield {"student.truncate_gradient": True}
-    critic = {"scores.critic_lora.rank": config.scores.critic_lora.rank or 64}
-    critic = critic if run.matching else {}  # the regressions have none
-    yield critic
-    yield critic | {"student.lora.rank": config.student.lora.rank or 64}
+    loras: dict[str, Any] = {}
+    if run.matching:  # the regressions have no critic
+        loras = {"scores.critic_lora.rank": config.scores.critic_lora.rank or 64}
+        yield loras
+    yield loras | {"student.lora.rank": config.student.lora.rank or 64}
 
 
 def fitting(run: TrainingRun, change: dict[str, Any]) -> str | None:

@@ -262,6 +262,6 @@ def write_panel(
         "the teacher's prediction from the same, noised",
         "the critic's prediction from the same, noised",
     )
-    three = list(zip(names, triptych, strict=False))  # two of them without a critic
+    three = list(zip(names[: len(triptych)], triptych, strict=True))  # two without a critic
     pictures.write("student-teacher.png", lambda path: write_image(path, stacked(pairs)))
     pictures.write("triptych.png", lambda path: write_image(path, stacked(three)))

@@ -144,9 +144,10 @@ class Preprocessing:
                 "identity": identity(config, source, self.ranks.device),
                 "latent_shapes": latent_shapes(config, vae, patch_size(source)),
             }
-        shown = read_defaults(source, vae, two_experts=False).fps
-        if clips and (warning := other_rate(config.sizes, config.fps, shown)):
-            print(f"warning: fps={config.fps:g}: {warning}", file=sys.stderr)
+        if clips:
+            shown = read_defaults(source, vae, two_experts=False).fps
+            if warning := other_rate(config.sizes, config.fps, shown):
+                print(f"warning: fps={config.fps:g}: {warning}", file=sys.stderr)
         return clips, prompts, index, source
 
     def run(self) -> int:
